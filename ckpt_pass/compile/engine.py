@@ -1,0 +1,137 @@
+"""The pass over one joint graph: tag, choose what is saved, split, write down why."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from ckpt_pass import _torch
+from ckpt_pass.compile.partition import (
+    SavedSet,
+    choose_saved,
+    protect_mutated_inputs,
+    split,
+)
+from ckpt_pass.compile.record import record_plan
+from ckpt_pass.compile.tagging import Tag, tag
+from ckpt_pass.errors import CkptPassError
+from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.plan import Plan
+from ckpt_pass.policy import FirstMatch, Policy, Rule
+
+
+class NotFunctionalError(CkptPassError):
+    """The joint graph mutates an intermediate value, so nothing in it can be recomputed safely."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A joint graph with its tags and its saved set."""
+
+    joint: JointGraph
+    tags: dict[fx.Node, Tag]
+    saved: SavedSet
+
+    def plan(self, policy: Policy) -> Plan:
+        """Write the decisions down."""
+        return record_plan(self.joint, policy, self.tags, self.saved)
+
+
+def decide(joint: JointGraph, policy: Policy) -> Decided:
+    """Tag a joint graph by a policy and find what crosses from its forward to its backward.
+
+    Raises:
+        NotFunctionalError: the graph mutates an intermediate value.
+        ContradictoryTagsError, PolicyReturnError: see :func:`ckpt_pass.compile.tagging.tag`.
+    """
+    culprit = _torch.non_functional_node(joint.module.graph)
+    if culprit is not None:
+        raise NotFunctionalError(
+            f"Node {culprit.name} ({culprit.target}) mutates an intermediate value of the joint "
+            "graph; expected a functional graph. Compile without disabling functionalisation."
+        )
+    tags = tag(joint, policy)
+    saved = choose_saved(joint)
+    if protect_mutated_inputs(joint, saved):
+        saved = choose_saved(joint)
+    return Decided(joint, tags, saved)
+
+
+@dataclass(frozen=True)
+class Partitioner(_torch.CustomPartitionerFn):
+    """The partition function that AOTAutograd and inductor call.
+
+    Attributes:
+        policy: what to save.
+        regions: FQN patterns of the layers; found from the module names where ``None``.
+        input_names: what each placeholder of dynamo's graph is, in order.
+        on_plan: told about each plan as it is made.
+    """
+
+    policy: Policy
+    regions: tuple[str, ...] | None = None
+    input_names: tuple[str, ...] = ()
+    on_plan: Callable[[Plan], None] | None = None
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        joint_inputs: Sequence[object],
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **_compiler: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Split ``gm`` into forward and backward; the signature is torch's."""
+        gm.graph.eliminate_dead_code()
+        joint = read_joint(
+            gm, num_fwd_outputs, static_lifetime_input_indices or (), self.regions, self.input_names
+        )
+        decided = decide(joint, self.policy)
+        if self.on_plan is not None:
+            self.on_plan(decided.plan(self.policy))
+        return split(joint, decided.saved)
+
+    def uuid(self) -> str | None:
+        """The key for inductor's caches; ``None`` (no caching) for a policy that is mere code."""
+        if not is_plain_data(self.policy):
+            return None
+        return f"ckpt_pass/{source_hash()}/{self.policy!r}/{self.regions!r}"
+
+
+def read_joint(
+    module: fx.GraphModule,
+    num_fwd_outputs: int,
+    static_indices: Sequence[int],
+    regions: tuple[str, ...] | None,
+    input_names: Sequence[str],
+) -> JointGraph:
+    """Read a joint graph as AOTAutograd hands it over."""
+    primals = [n for n in module.graph.find_nodes(op="placeholder") if _torch.is_primal(n)]
+    names = {node.name: _torch.input_name(node, input_names) for node in primals}
+    static = tuple(primals[index] for index in static_indices if index < len(primals))
+    return JointGraph(module, num_fwd_outputs, names, static, regions)
+
+
+def is_plain_data(policy: Policy) -> bool:
+    """Whether a policy's ``repr`` says all about it."""
+    if isinstance(policy, FirstMatch):
+        return all(is_plain_data(part) for part in policy.policies)
+    return type(policy) is Rule
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of this library's own source: another version is another cache entry."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,210 @@
+"""Split a tagged joint graph into forward and backward.
+
+What the backward needs is found by walking from it into the forward: the walk stops at values that
+are saved, and passes through those that are recomputed. Values are saved by storage: the base of a
+view, never the view, so that nothing is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ckpt_pass import _torch
+from ckpt_pass.compile.schedule import schedule_backward
+from ckpt_pass.graph.joint import JointGraph, is_epilogue
+from ckpt_pass.ops import draws_random
+from ckpt_pass.policy import RECOMPUTING, SAVING
+
+BORDER = "border of a region"
+HOOKED = "output of a checkpoint region with a backward hook"
+
+
+@dataclass
+class SavedSet:
+    """What crosses from the forward to the backward, and what the backward makes again.
+
+    Attributes:
+        values: saved forward values (bases, not views), each with the reason in words.
+        inputs: primals that the backward reads; they exist anyway.
+        symbols, opaque: sizes and non-tensor objects that cross.
+        recomputed: forward ops that run again in the backward, views among them.
+    """
+
+    values: dict[fx.Node, str] = field(default_factory=dict)
+    inputs: dict[fx.Node, None] = field(default_factory=dict)
+    symbols: dict[fx.Node, None] = field(default_factory=dict)
+    opaque: dict[fx.Node, None] = field(default_factory=dict)
+    recomputed: dict[fx.Node, None] = field(default_factory=dict)
+
+
+def choose_saved(joint: JointGraph) -> SavedSet:
+    """Find what the backward of a tagged joint graph reads from its forward."""
+    found = SavedSet()
+    seen: set[fx.Node] = set()
+    stack = _backward_reads(joint)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        stack.extend(_visit(joint, node, found))
+    return _in_graph_order(joint, found)
+
+
+def _backward_reads(joint: JointGraph) -> list[fx.Node]:
+    """Forward values and primals that a live node of the backward reads directly."""
+    live = [
+        node
+        for node in joint.nodes
+        if node not in joint.forward_set
+        and node.op == "call_function"
+        and node.is_impure(impure_random=False)
+        and not is_epilogue(node)
+    ]
+    stack, seen, reads = [*joint.backward_outputs, *live], set(), []
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in joint.forward_set or (node.op == "placeholder" and _torch.is_primal(node)):
+            reads.append(node)
+        else:
+            stack.extend(node.all_input_nodes)
+    return reads
+
+
+def _visit(joint: JointGraph, node: fx.Node, found: SavedSet) -> Iterable[fx.Node]:
+    """Record what becomes of ``node``; return what must be had to have it."""
+    if node.op == "placeholder":
+        if _torch.is_opaque(node):
+            found.opaque[node] = None
+        elif _torch.is_sym_node(node):
+            found.symbols[node] = None
+        else:
+            found.inputs[node] = None
+        return ()
+    if node.op == "get_attr":
+        return ()
+    if _torch.is_sym_node(node):
+        found.symbols[node] = None
+        return ()
+    if _torch.is_opaque(node):
+        found.opaque[node] = None
+        return ()
+    base = joint.owner(node)
+    reason = _reason_to_save(joint, node, base)
+    if reason is not None:
+        found.values[base] = reason
+        if node is base:
+            return ()
+    found.recomputed[node] = None
+    return node.all_input_nodes
+
+
+def _reason_to_save(joint: JointGraph, node: fx.Node, base: fx.Node) -> str | None:
+    if base not in joint.forward_set or not isinstance(base.meta.get("val"), torch.Tensor):
+        return None  # a view of an input, or the tuple of a multi-output op
+    for value in (base, node):
+        if value.meta.get("recompute") in SAVING:
+            return ""
+    if _hooked_output(base):
+        return HOOKED
+    return BORDER if joint.crosses_border(base) else None
+
+
+def _hooked_output(node: fx.Node) -> bool:
+    """A checkpoint region's output whose gradient hook the recomputation would wait for.
+
+    torch saves it too (``cleanup_recompute_tags``): the hook runs on a gradient that needs it.
+    """
+    return bool(node.meta.get("has_backward_hook")) and not any(
+        user.meta.get("recompute") in RECOMPUTING for user in node.users
+    )
+
+
+def _in_graph_order(joint: JointGraph, found: SavedSet) -> SavedSet:
+    order = {node: index for index, node in enumerate(joint.nodes)}
+
+    def by_order(nodes: Iterable[fx.Node]) -> dict[fx.Node, None]:
+        return dict.fromkeys(sorted(nodes, key=order.__getitem__))
+
+    return SavedSet(
+        {node: found.values[node] for node in by_order(found.values)},
+        by_order(found.inputs),
+        by_order(found.symbols),
+        by_order(found.opaque),
+        by_order(found.recomputed),
+    )
+
+
+def protect_mutated_inputs(joint: JointGraph, saved: SavedSet) -> bool:
+    """Copy each input that the forward overwrites and the backward still reads as it was.
+
+    Such an input (a running statistic of a batch normalisation, say) can be neither saved by
+    reference nor read again by a recomputation. The forward takes a copy first, and the copy is
+    saved. Returns whether the graph changed.
+    """
+    mutated = set(_torch.mutated_inputs(joint.module, joint.num_fwd_outputs))
+    stale = [node for node in saved.inputs if node in mutated]
+    if not stale:
+        return False
+    graph = joint.module.graph
+    first = next(node for node in joint.nodes if node.op != "placeholder")
+    for node in stale:
+        readers = [user for user in node.users if not _writes_into(user, node)]
+        with graph.inserting_before(first):
+            copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+        copy.meta.update(
+            val=_torch.fake_clone(node.meta["val"]),
+            recompute=CheckpointPolicy.MUST_SAVE,
+            partitioner_tag="is_forward",
+        )
+        for user in readers:
+            user.replace_input_with(node, copy)
+    joint.module.recompile()
+    joint.refresh()
+    return True
+
+
+def _writes_into(user: fx.Node, target: fx.Node) -> bool:
+    return user.op == "output" or (is_epilogue(user) and user.args[0] is target)
+
+
+def random_recomputed(saved: SavedSet) -> list[fx.Node]:
+    """Recomputed ops that draw random numbers: each needs its forward's random state."""
+    return [
+        node
+        for node in saved.recomputed
+        if node.op == "call_function" and draws_random(node.target, node.args, node.kwargs)
+    ]
+
+
+def split(joint: JointGraph, saved: SavedSet) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut the joint graph at the saved set, pair random states, order the backward."""
+    forward, backward, num_symbols = _torch.extract_forward_backward(
+        joint.module,
+        [*saved.inputs, *saved.values],
+        [*saved.symbols],
+        [*saved.opaque],
+        joint.num_fwd_outputs,
+        joint.static_inputs,
+    )
+    random = set(random_recomputed(saved))
+    if random:
+        tags = {node: node.meta.get("recompute") for node in joint.forward}
+        for node in joint.forward:  # torch pairs every seeded op that says recompute
+            node.meta["recompute"] = (
+                CheckpointPolicy.PREFER_RECOMPUTE if node in random else CheckpointPolicy.MUST_SAVE
+            )
+        forward, backward = _torch.pair_random_state(joint.module, forward, backward, num_symbols)
+        for node, decision in tags.items():
+            node.meta["recompute"] = decision
+    schedule_backward(backward.graph)
+    backward.recompile()
+    return _torch.finish_partition(forward, backward)

@@ -1,0 +1,104 @@
+"""Tag the forward of a joint graph, node by node, and check that the tags can be carried out.
+
+The tag is torch's own: ``node.meta["recompute"]``, a ``CheckpointPolicy``. Tags that were there
+before us are the user's (``torch.utils.checkpoint`` inside the compiled code): they bind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ckpt_pass import _torch
+from ckpt_pass.errors import CkptPassError
+from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
+from ckpt_pass.ops import OpClass, classify, never_recompute
+from ckpt_pass.policy import SAVING, Opinion, Policy, opinion
+from ckpt_pass.sites import SiteContext
+
+USER_TAG = "tag set before this pass (torch.utils.checkpoint in the compiled code)"
+
+
+class ContradictoryTagsError(CkptPassError):
+    """Two tags that cannot both be carried out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """What was decided for one op execution, and where it is."""
+
+    context: SiteContext
+    opinion: Opinion
+
+    @property
+    def saves(self) -> bool:
+        return self.opinion.saves
+
+
+def tag(joint: JointGraph, policy: Policy) -> dict[fx.Node, Tag]:
+    """Write ``meta["recompute"]`` on every forward op and return the tags with their reasons.
+
+    Outputs of multi-output ops and waits of collectives follow their producer.
+
+    Raises:
+        ContradictoryTagsError: an op must be recomputed but never can be, or an output is tagged
+            other than the op it comes from.
+        PolicyReturnError: the policy returned something that is not a decision.
+    """
+    _torch.force_save_effects(joint.module)
+    tags: dict[fx.Node, Tag] = {}
+    for node, context in joint.sites():
+        tags[node] = Tag(context, _decide(node, context, policy))
+    for node, found in tags.items():
+        producer = _waited_on(node)
+        if producer in tags and found.opinion.rule != USER_TAG:
+            tags[node] = replace(found, opinion=tags[producer].opinion)
+        node.meta["recompute"] = tags[node].opinion.decision
+    _tag_outputs(joint)
+    return tags
+
+
+def _decide(node: fx.Node, context: SiteContext, policy: Policy) -> Opinion:
+    users = node.meta.get("recompute")
+    found = Opinion(users, USER_TAG) if users is not None else opinion(policy, context)
+    if not never_recompute(node.target, node.args):
+        return found
+    if found.decision is CheckpointPolicy.MUST_RECOMPUTE:
+        raise ContradictoryTagsError(
+            f"Node {node.name} ({context.site}) is tagged MUST_RECOMPUTE by {found.rule}, but "
+            f"{context.site.op} ({context.op_class}) is never recomputed: it has an effect or its "
+            "output shape depends on data. Give it MUST_SAVE, or no opinion."
+        )
+    if found.saves:
+        return found
+    return Opinion(CheckpointPolicy.MUST_SAVE, f"never recomputed ({context.op_class})")
+
+
+def _waited_on(node: fx.Node) -> fx.Node | None:
+    """The collective that a wait belongs to."""
+    if "wait" not in str(node.target) or classify(node.target) is not OpClass.COLLECTIVE:
+        return None
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, fx.Node) else None
+
+
+def _tag_outputs(joint: JointGraph) -> None:
+    for node in joint.forward:
+        if not is_multi_output_access(node):
+            continue
+        producer = node.args[0]
+        assert isinstance(producer, fx.Node)
+        wanted, own = producer.meta.get("recompute"), node.meta.get("recompute")
+        if wanted is None:
+            continue
+        if own is not None and (own in SAVING) != (wanted in SAVING):
+            if own in SAVING and never_recompute(producer.target, producer.args):
+                continue  # results of effects: torch tags the outputs and not the op
+            raise ContradictoryTagsError(
+                f"Node {node.name} is tagged {own.name}, but it is output {node.args[1]} of "
+                f"{producer.name}, tagged {wanted.name}. An output is saved or recomputed with "
+                f"its op: give {producer.name} and all its outputs the same tag."
+            )
+        node.meta["recompute"] = wanted

@@ -1,0 +1,1 @@
+"""Apply, eager: dispatch modes for ``torch.utils.checkpoint.checkpoint``."""

@@ -1,0 +1,294 @@
+"""Selective activation checkpointing: the dispatch modes behind ``context_fn``.
+
+``torch.utils.checkpoint.checkpoint`` runs a region's forward under one mode and its recomputation
+under the other. The first saves what the policy says; the second hands that out instead of running
+the op again. Under ``torch.compile`` the same modes tag the traced nodes for torch's partitioner.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from enum import Enum, auto
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ckpt_pass import _torch
+from ckpt_pass.eager.region import RegionMemory, Saved
+from ckpt_pass.eager.watch import RegionRecord, new_record
+from ckpt_pass.module_stack import ModuleStack
+from ckpt_pass.ops import OpClass, classify
+from ckpt_pass.policies import DEFAULT_POLICY, as_policy
+from ckpt_pass.policy import (
+    Opinion,
+    Policy,
+    PolicyLike,
+    TorchPolicy,
+    check_decision,
+    opinion,
+)
+from ckpt_pass.sites import CallNumbers, ModulePath, SiteContext, SiteCounter, module_path
+
+Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
+
+IGNORED = _torch.selective_ignored_ops()
+NOT_SAVED = Opinion(CheckpointPolicy.PREFER_RECOMPUTE, "made again from what it shows")
+
+
+def context_fn(policy: PolicyLike = DEFAULT_POLICY) -> Callable[[], Contexts]:
+    """Build the ``context_fn`` argument of ``torch.utils.checkpoint.checkpoint``.
+
+    A drop-in for ``functools.partial(create_selective_checkpoint_contexts, policy_fn)``: it takes
+    a policy's name or value, a callable, torch's ``policy_fn(ctx, op, *args, **kwargs)``, or a
+    list of ops to save, and works in eager and under ``torch.compile`` alike. Use it with
+    ``use_reentrant=False``.
+
+    Raises:
+        UnknownPolicyError: ``policy`` is none of these.
+    """
+    # A partial: dynamo accepts it as a context_fn, and guards on the policy's value.
+    return functools.partial(selective_contexts, as_policy(policy))
+
+
+def selective_contexts(policy: Policy) -> Contexts:
+    """The two modes for one run of a region: for its forward, and for its recomputation."""
+    memory = RegionMemory()
+    return ForwardMode(policy, memory), RecomputeMode(memory)
+
+
+class _Action(Enum):
+    """What to do with an op, as far as the op alone tells."""
+
+    PASS = auto()
+    SAVE = auto()
+    ASK = auto()
+    CHANGE = auto()
+
+
+class _Actions:
+    """What to do with each op under one policy; filled as ops are met."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._by_op_alone = bool(getattr(policy, "by_op_alone", False))
+        self.needs_scopes = bool(getattr(policy, "needs_scopes", True))
+        self.known: dict[Any, _Action] = {}
+
+    def learn(self, op: Any) -> _Action:
+        """Find out about an op that is met for the first time."""
+        self.known[op] = action = self._find(op)
+        return action
+
+    def _find(self, op: Any) -> _Action:
+        if op in IGNORED or _is_free(op):
+            return _Action.PASS
+        if _is_mutable(op):
+            return _Action.CHANGE
+        if not self._by_op_alone:
+            return _Action.ASK
+        saves = opinion(self.policy, SiteCounter().visit(op, ())).saves
+        return _Action.SAVE if saves else _Action.PASS
+
+
+@functools.lru_cache(maxsize=256)
+def _shared_actions(policy: Policy) -> _Actions:
+    return _Actions(policy)
+
+
+def _actions_for(policy: Policy) -> _Actions:
+    try:
+        return _shared_actions(policy)
+    except TypeError:  # not hashable: a user's own object
+        return _Actions(policy)
+
+
+def _is_free(op: Any) -> bool:
+    """Views and metadata are made again from their base and never saved by themselves."""
+    return classify(op) in (OpClass.VIEW, OpClass.METADATA)
+
+
+def _is_mutable(op: Any) -> bool:
+    schema = getattr(op, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _returns_what_it_changes(op: Any, args: tuple[Any, ...], output: Any) -> bool:
+    """An in-place op such as ``add_``: it changes its first argument and returns it."""
+    return bool(args) and isinstance(output, torch.Tensor) and output is args[0]
+
+
+def _changed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that a mutable op overwrites."""
+    for index, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, torch.Tensor):
+                yield item
+
+
+class ForwardMode(TorchDispatchMode):
+    """Runs a region's forward and saves what the policy says."""
+
+    #: Set by torch when the region is traced under torch.compile.
+    ac_graph_id: int | None = None
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions inside are one op to this mode (read by torch)."""
+        return True
+
+    def __init__(self, policy: Policy, memory: RegionMemory) -> None:
+        super().__init__()
+        self._policy = policy
+        self._memory = memory
+        self._actions = _actions_for(policy)
+        self._known = self._actions.known
+        self._counter = SiteCounter()
+        self._numbers = CallNumbers()
+        self._modules: ModuleStack | None = None
+        self._record: RegionRecord | None = None
+        self._tracing = False
+        self._casts_are_free = False
+        self._unsettled: Saved | None = None
+
+    def __enter__(self) -> ForwardMode:
+        self._tracing = _torch.proxy_graph() is not None
+        self._record = new_record(self._tracing)
+        # Autocast keeps its casts of weights in a cache, so that forward and recomputation cast
+        # in different numbers (pytorch#193338): casts are made again, never counted.
+        self._casts_are_free = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        self._cleanup = ExitStack()
+        if not self._tracing and (self._actions.needs_scopes or self._record is not None):
+            self._modules = self._cleanup.enter_context(ModuleStack().followed())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._settle()
+        self._cleanup.close()
+        super().__exit__(*exc)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._unsettled is not None:
+            self._settle()
+        if self._tracing:
+            graph = _torch.proxy_graph()
+            if graph is not None:
+                return self._trace(graph, func, args, kwargs)
+        action = self._known.get(func)
+        if action is None:
+            action = self._actions.learn(func)
+        if action is _Action.PASS and self._record is None:
+            return func(*args, **kwargs)
+        if action is _Action.CHANGE:
+            self._memory.about_to_change(_changed(func, args, kwargs))
+        output = func(*args, **kwargs)
+        if func in IGNORED:
+            return output
+        self._keep(action, func, args, kwargs, output)
+        return output
+
+    def _settle(self) -> None:
+        if self._unsettled is not None:
+            self._unsettled.settle()
+            self._unsettled = None
+
+    def _keep(
+        self, action: _Action, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> None:
+        if action is _Action.SAVE and self._record is None:
+            saves = True
+        else:
+            saves = self._ask(func, args, kwargs, output).saves
+        key = _torch.selective_key(func, args)
+        if action is _Action.CHANGE and not _returns_what_it_changes(func, args, output):
+            return
+        if saves and not (self._casts_are_free and classify(func) is OpClass.CAST):
+            entry = self._memory.keep(key, output)
+            self._unsettled = entry if action is _Action.CHANGE else None
+        elif action in (_Action.ASK, _Action.CHANGE):
+            self._memory.skip(key)
+
+    def _ask(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Opinion:
+        """What the policy says of this execution; also told to whoever is watching."""
+        if isinstance(self._policy, TorchPolicy) and self._record is None:
+            decision = self._policy.ask(func, output, args, kwargs)
+            return Opinion(check_decision(decision, self._policy), "policy_fn")
+        path: ModulePath = self._modules.path if self._modules is not None else ()
+        return self._decide(self._counter.visit(func, path, None, output, args, kwargs))
+
+    def _decide(self, context: SiteContext) -> Opinion:
+        free = _is_free(context.op) or (self._casts_are_free and context.op_class is OpClass.CAST)
+        found = NOT_SAVED if free else opinion(self._policy, context)
+        if self._record is not None:
+            self._record.decisions.append((context.site, found))
+        return found
+
+    def _trace(self, graph: Any, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Tag the nodes that ``func`` leaves in the graph; keep every output.
+
+        The recomputation is traced too, but torch's partitioner makes it: with every output at
+        hand, tracing it adds no node. torch's own modes do the same.
+        """
+        meta = fx_traceback.current_meta
+        if self.ac_graph_id is not None:
+            meta["ac_graph_id"] = self.ac_graph_id
+        meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        if func in IGNORED:
+            return func(*args, **kwargs)
+        before = len(graph.nodes)
+        output = func(*args, **kwargs)
+        path = self._numbers.numbered(module_path(meta.get("nn_module_stack")))
+        found = self._decide(self._counter.visit(func, path, None, output, args, kwargs))
+        for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
+            node.meta["recompute"] = found.decision
+        self._memory.keep(_torch.selective_key(func, args), output)
+        return output
+
+
+class RecomputeMode(TorchDispatchMode):
+    """Runs a region again and hands out what its forward saved."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions inside are one op to this mode (read by torch)."""
+        return True
+
+    def __init__(self, memory: RegionMemory) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __enter__(self) -> RecomputeMode:
+        self._memory.start_recompute()
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in IGNORED:
+            return func(*args, **kwargs)
+        key = _torch.selective_key(func, args)
+        if not self._memory.counts(key):
+            return func(*args, **kwargs)
+        entry = self._memory.next(key)
+        if entry is None:
+            return func(*args, **kwargs)
+        value = entry.take(func)
+        if _is_mutable(func) and _torch.proxy_graph() is None:
+            with torch.no_grad():
+                args[0].copy_(value)
+            return args[0]
+        return value

@@ -1,0 +1,108 @@
+"""Look: what is saved, what is recomputed, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckpt_pass import _torch
+from ckpt_pass.compile.backend import Backend
+from ckpt_pass.compile.engine import decide
+from ckpt_pass.errors import CkptPassError
+from ckpt_pass.graph.capture import capture
+from ckpt_pass.plan import Plan, SavedActivations
+from ckpt_pass.policies import DEFAULT_POLICY, as_policy
+from ckpt_pass.policy import PolicyLike
+
+
+class NothingCompiledError(CkptPassError):
+    """A compiled model or backend has no plan to show."""
+
+
+def plan_policy(
+    model: nn.Module,
+    *args: Any,
+    policy: PolicyLike = DEFAULT_POLICY,
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    regions: tuple[str, ...] | None = None,
+    dynamic: bool = False,
+) -> Plan:
+    """What a policy decides for a training step of ``model(*args)``, ahead of time.
+
+    The step is traced with fake tensors; nothing is computed. The decisions are those that
+    ``torch.compile(model, backend=make_backend(policy))`` acts on.
+
+    Args:
+        model: the module; its own ``torch.utils.checkpoint`` regions are traced as plain code.
+        args: its arguments.
+        policy: as for :func:`ckpt_pass.as_policy`.
+        loss_fn: applied to the model's output, where the model does not return a loss.
+        regions: FQN patterns of the layers; found from the module names where ``None``.
+        dynamic: leave sizes symbolic; bytes are expressions then.
+
+    Raises:
+        NotTraceableError, NothingToDifferentiateError: see :func:`ckpt_pass.graph.capture.capture`.
+        UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
+    """
+    chosen = as_policy(policy)
+    with capture(model, *args, loss_fn=loss_fn, regions=regions, dynamic=dynamic) as joint:
+        return decide(joint, chosen).plan(chosen)
+
+
+def plans_of(compiled: Any) -> tuple[Plan, ...]:
+    """The plans behind a compiled model or a backend, one for each graph that was compiled.
+
+    Raises:
+        NothingCompiledError: it was not compiled by this library, or has not run yet.
+    """
+    backend = compiled if isinstance(compiled, Backend) else _torch.compiled_backend(compiled)
+    if not isinstance(backend, Backend):
+        raise NothingCompiledError(
+            f"{type(compiled).__name__} was not compiled with a ckpt backend. Expected "
+            "torch.compile(model, backend=ckpt_pass.make_backend(...)), or such a backend."
+        )
+    if not backend.plans:
+        raise NothingCompiledError(
+            "The backend has made no plan yet: graphs are compiled when they first run in grad "
+            "mode. Run a forward first; with inductor's cache a hit makes no plan either."
+        )
+    return tuple(backend.plans)
+
+
+def saved_activations(model: Any, *args: Any, **options: Any) -> SavedActivations:
+    """What the backward gets from the forward: values with bytes and provenance.
+
+    Args:
+        model: a plain module, traced with ``args`` (options as for :func:`plan_policy`); or a
+            compiled model or a backend, of which the newest graph is shown.
+
+    Returns:
+        The values in order; ``.saved_bytes`` is their sum on top of inputs and outputs.
+    """
+    return _plan_for(model, args, options).saved
+
+
+def explain(model: Any, *args: Any, **options: Any) -> str:
+    """One line a decision: call site, op, class, bytes, fate, tag, and the rule that made it.
+
+    Args:
+        model: a plain module, traced with ``args`` (options as for :func:`plan_policy`); or a
+            compiled model or a backend, of which every graph is shown.
+    """
+    if not _is_plain(model):
+        return "\n\n".join(str(plan) for plan in plans_of(model))
+    return str(_plan_for(model, args, options))
+
+
+def _is_plain(model: Any) -> bool:
+    is_compiled = isinstance(model, Backend) or hasattr(model, "_torchdynamo_orig_callable")
+    return isinstance(model, nn.Module) and not is_compiled
+
+
+def _plan_for(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Plan:
+    if not _is_plain(model):
+        return plans_of(model)[-1]
+    return plan_policy(model, *args, **options)

@@ -1,0 +1,1 @@
+"""See: capture a training step as a joint graph and read it."""

@@ -1,0 +1,169 @@
+"""The plan: what was decided for one graph, as a value that prints itself.
+
+A plan holds no tensors and no graph, only call sites, bytes and words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ckpt_pass.sites import Bytes, CallSite
+
+
+def format_bytes(nbytes: Bytes) -> str:
+    """Bytes for people: ``2.0 MiB``; an expression as it is."""
+    if not isinstance(nbytes, int):
+        return f"{nbytes} B"
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{int(size)} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What becomes of one op execution's output.
+
+    Attributes:
+        site: which execution.
+        op_class: its class in the taxonomy.
+        nbytes: bytes of its outputs' own storages; 0 for views.
+        decision: the tag that the partitioner acted on.
+        rule: the rule that made it, in words.
+        fate: ``saved`` (held from forward to backward), ``recomputed`` (runs again in the
+            backward), or ``unused`` (the backward needs neither).
+        region: the layer or checkpoint region, if any.
+    """
+
+    site: CallSite
+    op_class: str
+    nbytes: Bytes
+    decision: CheckpointPolicy
+    rule: str
+    fate: str
+    region: str | None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.site!s:58} {self.op_class:14} {format_bytes(self.nbytes):>10} "
+            f"{self.fate:10} {self.decision.name:17} {self.rule}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SavedActivation:
+    """One value that the backward gets from the forward.
+
+    Attributes:
+        kind: ``activation`` (made by the forward and held for the backward), ``output`` (an
+            activation that the forward also returns), ``random state`` (kept so that a
+            recomputed random op draws the same numbers), ``input`` (an argument) or ``parameter``
+            (a parameter or buffer); the last two exist anyway.
+        site: where it was made; ``None`` for inputs.
+        shape, dtype: of the saved tensor.
+        nbytes: bytes of its storage that are held on top of what existed before the step.
+        provenance: where it comes from, in words.
+        reason: the rule that saved it, in words.
+    """
+
+    kind: str
+    site: CallSite | None
+    shape: tuple[object, ...]
+    dtype: str
+    nbytes: Bytes
+    provenance: str
+    reason: str
+
+    def __str__(self) -> str:
+        shape = "x".join(str(size) for size in self.shape) or "scalar"
+        return (
+            f"{self.kind:12} {format_bytes(self.nbytes):>10}  {self.dtype}[{shape}]  "
+            f"{self.provenance}" + (f"  ({self.reason})" if self.reason else "")
+        )
+
+
+class SavedActivations(tuple[SavedActivation, ...]):
+    """All values that the backward gets from the forward, in the order they are made."""
+
+    __slots__ = ()
+
+    @property
+    def saved_bytes(self) -> Bytes:
+        """Bytes held between forward and backward on top of inputs, parameters and outputs."""
+        return _total(item.nbytes for item in self if item.kind in ("activation", "random state"))
+
+    def of_kind(self, kind: str) -> SavedActivations:
+        """Only the values of one kind."""
+        return SavedActivations(item for item in self if item.kind == kind)
+
+    def __str__(self) -> str:
+        lines = [str(item) for item in self]
+        return "\n".join([*lines, f"saved: {format_bytes(self.saved_bytes)}"])
+
+
+def _total(items: object) -> Bytes:
+    total: Bytes = sum(items)  # type: ignore[call-overload]
+    return total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions for one graph.
+
+    Attributes:
+        policy: the policy, in words.
+        fingerprint: identifies the graph (ops, shapes, dtypes, edges) together with the policy.
+        decisions: one for each op execution of the forward, in order.
+        saved: the values that the backward gets from the forward.
+        output_bytes: bytes of the forward's outputs, which the caller holds.
+        regions: the layers or checkpoint regions, in order.
+    """
+
+    policy: str
+    fingerprint: str
+    decisions: tuple[Decision, ...]
+    saved: SavedActivations
+    output_bytes: Bytes
+    regions: tuple[str, ...]
+
+    @property
+    def saved_bytes(self) -> Bytes:
+        """Bytes that the forward holds for the backward, its outputs not counted."""
+        return self.saved.saved_bytes
+
+    def with_fate(self, fate: str) -> tuple[Decision, ...]:
+        """The decisions whose outcome is ``saved``, ``recomputed`` or ``unused``."""
+        return tuple(decision for decision in self.decisions if decision.fate == fate)
+
+    @property
+    def saved_sites(self) -> frozenset[CallSite]:
+        """The call sites whose outputs are held for the backward."""
+        return frozenset(decision.site for decision in self.with_fate("saved"))
+
+    def summary(self) -> str:
+        """The plan in a few lines."""
+        counts = {fate: len(self.with_fate(fate)) for fate in ("saved", "recomputed", "unused")}
+        return "\n".join(
+            [
+                f"policy       {self.policy}",
+                f"graph        {self.fingerprint[:12]}, {len(self.decisions)} ops, "
+                f"{len(self.regions)} regions",
+                f"decisions    {counts['saved']} saved, {counts['recomputed']} recomputed, "
+                f"{counts['unused']} not needed by the backward",
+                f"saved bytes  {format_bytes(self.saved_bytes)} (outputs "
+                f"{format_bytes(self.output_bytes)} more)",
+            ]
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary(), "", *_folded(self.decisions)])
+
+
+def _folded(decisions: Sequence[Decision]) -> list[str]:
+    """One line a decision; views that cost nothing are left to the full listing."""
+    return [str(d) for d in decisions if not (d.op_class == "view" and d.fate != "saved")]
