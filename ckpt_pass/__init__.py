@@ -48,6 +48,7 @@ from ckpt_pass.policy import Policy as Policy
 from ckpt_pass.policy import PolicyReturnError as PolicyReturnError
 from ckpt_pass.policy import Rule as Rule
 from ckpt_pass.policy import TorchPolicy as TorchPolicy
+from ckpt_pass.policy import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.policy import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.policy import first_match as first_match
 from ckpt_pass.policy import recompute as recompute

@@ -20,10 +20,12 @@ from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import partitioners
 from torch._functorch._aot_autograd.functional_utils import _is_functional_graph
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._functorch.compile_utils import raise_getitems
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, is_sym_node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._ordered_set import OrderedSet
 
 __all__ = ["CustomPartitionerFn", "FakeTensor", "FakeTensorMode", "is_sym_node"]
 
@@ -75,9 +77,7 @@ def mutated_inputs(module: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node
     placeholders = module.graph.find_nodes(op="placeholder")
     found = [
         cast(fx.Node, node.args[0])
-        for node in module.graph.find_nodes(
-            op="call_function", target=torch.ops.aten.copy_.default
-        )
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
         if node.args[0] in placeholders and not must_be_in_backward(node)
     ]
     by_desc = {node.meta["desc"]: node for node in placeholders if "desc" in node.meta}
@@ -118,7 +118,8 @@ def extract_forward_backward(
     Returns:
         The forward, the backward, and how many symbols the forward returns at its end.
     """
-    symbols, options = list(saved_symbols), {}
+    symbols = list(saved_symbols)
+    options: dict[str, Any] = {}
     accepted = inspect.signature(partitioners._extract_fwd_bwd_modules).parameters
     if "saved_opaque_nodes" in accepted:
         options["saved_opaque_nodes"] = list(saved_opaque)
@@ -127,7 +128,7 @@ def extract_forward_backward(
         list(saved),
         saved_sym_nodes=symbols,
         num_fwd_outputs=num_fwd_outputs,
-        static_lifetime_input_nodes=partitioners.OrderedSet(static_inputs),
+        static_lifetime_input_nodes=OrderedSet(static_inputs),
         **options,
     )
     return forward, backward, len(symbols)
@@ -141,10 +142,7 @@ def pair_random_state(
     It acts on the nodes whose ``meta["recompute"]`` says recompute and whose op is tagged
     ``nondeterministic_seeded``.
     """
-    return cast(
-        "tuple[fx.GraphModule, fx.GraphModule]",
-        partitioners.functionalize_rng_ops(joint, forward, backward, num_symbols),
-    )
+    return partitioners.functionalize_rng_ops(joint, forward, backward, num_symbols)
 
 
 def force_save_effects(module: fx.GraphModule) -> None:
@@ -159,18 +157,13 @@ def finish_partition(
     forward: fx.GraphModule, backward: fx.GraphModule
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The closing steps of torch's partitioners: getitems up, RNG inputs of nested graphs."""
-    forward = partitioners.raise_getitems(forward)
-    backward = partitioners.raise_getitems(backward)
+    forward = raise_getitems(forward)
+    backward = raise_getitems(backward)
     thread = getattr(partitioners, "thread_graphsafe_rng_from_hops", None)
     if thread is not None:
         forward = thread(forward, is_backward=False)
         backward = thread(backward, is_backward=True)
     return forward, backward
-
-
-def eliminate_common_subexpressions(graph: fx.Graph) -> fx.Graph:
-    """Torch's common-subexpression elimination, as its own partitioner runs it."""
-    return cast(fx.Graph, partitioners.fx_graph_cse(graph))
 
 
 # --- capture --------------------------------------------------------------------------------
@@ -190,9 +183,10 @@ def export_joint(
         fake_args = pytree.tree_map_only(
             torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=not dynamic), args
         )
-    joint = aot_export_joint_with_descriptors(
-        stack, module, fake_args, keep_inference_input_mutations=True
-    )
+    with _compiling():
+        joint = aot_export_joint_with_descriptors(
+            stack, module, fake_args, keep_inference_input_mutations=True
+        )
     metadata = joint._aot_state.fw_metadata
     # As AOTAutograd counts them before it partitions (``_aot_stage2a_partition``).
     num_fwd_outputs = (
@@ -203,6 +197,20 @@ def export_joint(
         + len(metadata.tokens)
     )
     return joint.graph_module, int(num_fwd_outputs)
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Let ``torch.compiler.is_compiling()`` say so, as torch does while it compiles.
+
+    Models ask it before they look at values, and take another branch.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 # --- compilers ------------------------------------------------------------------------------
@@ -218,7 +226,7 @@ def compile_eager(
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )
-    return cast(CompiledFn, backend(module, inputs))
+    return backend(module, inputs)
 
 
 def compile_inductor(
@@ -235,7 +243,9 @@ def compile_inductor(
     import torch._inductor as inductor
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**inductor.list_mode_options(mode), **options, "custom_partitioner_fn": partition}
+    chosen = {**(inductor.list_mode_options(mode) if mode else {}), **options}
+    patches = {key.replace("-", "_"): value for key, value in chosen.items()}
+    patches["custom_partitioner_fn"] = partition
     return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
 
 
@@ -243,7 +253,9 @@ def inductor_option_names() -> frozenset[str]:
     """The names that ``torch.compile(options=...)`` accepts for inductor."""
     import torch._inductor.config as config
 
-    return frozenset(config.get_config_copy())
+    return frozenset(name.replace("_", "-") for name in config.get_config_copy()) | frozenset(
+        config.get_config_copy()
+    )
 
 
 def placeholder_source(node: fx.Node) -> str:
@@ -286,7 +298,7 @@ def proxy_graph() -> fx.Graph | None:
     if probe is not None and probe():
         return None
     mode = get_proxy_mode()
-    return cast("fx.Graph | None", mode.tracer.graph if mode is not None else None)
+    return mode.tracer.graph if mode is not None else None
 
 
 @contextlib.contextmanager

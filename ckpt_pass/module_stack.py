@@ -138,5 +138,3 @@ class ModuleStack:
             for (name, call), cls in zip(self._path, self._classes, strict=True)
             if name
         }
-
-

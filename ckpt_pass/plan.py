@@ -121,6 +121,10 @@ class Plan:
         decisions: one for each op execution of the forward, in order.
         saved: the values that the backward gets from the forward.
         output_bytes: bytes of the forward's outputs, which the caller holds.
+        peak_bytes: predicted peak of forward and backward above what was allocated before, on
+            the graph as it is (``inner="aot_eager"``). Exact where ops allocate nothing but
+            their outputs; convolutions need workspace besides. ``None`` where sizes are symbolic.
+        peak_at: the op that runs at the peak, in words.
         regions: the layers or checkpoint regions, in order.
     """
 
@@ -129,6 +133,8 @@ class Plan:
     decisions: tuple[Decision, ...]
     saved: SavedActivations
     output_bytes: Bytes
+    peak_bytes: int | None
+    peak_at: str
     regions: tuple[str, ...]
 
     @property
@@ -145,6 +151,11 @@ class Plan:
         """The call sites whose outputs are held for the backward."""
         return frozenset(decision.site for decision in self.with_fate("saved"))
 
+    def _peak(self) -> str:
+        if self.peak_bytes is None:
+            return "not a number: sizes are symbolic"
+        return f"{format_bytes(self.peak_bytes)} predicted, {self.peak_at}"
+
     def summary(self) -> str:
         """The plan in a few lines."""
         counts = {fate: len(self.with_fate(fate)) for fate in ("saved", "recomputed", "unused")}
@@ -157,6 +168,7 @@ class Plan:
                 f"{counts['unused']} not needed by the backward",
                 f"saved bytes  {format_bytes(self.saved_bytes)} (outputs "
                 f"{format_bytes(self.output_bytes)} more)",
+                f"peak         {self._peak()}",
             ]
         )
 

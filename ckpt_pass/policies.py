@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 from ckpt_pass.ops import OpClass, is_expensive
 from ckpt_pass.policy import (
@@ -78,7 +78,8 @@ def as_policy(policy: PolicyLike) -> Policy:
     if isinstance(policy, (Rule, FirstMatch, TorchPolicy)):
         return policy
     if callable(policy):
-        return cast(Policy, policy) if takes_one_argument(policy) else TorchPolicy(policy)
+        function = cast("Callable[..., Any]", policy)
+        return function if takes_one_argument(function) else TorchPolicy(function)
     if isinstance(policy, Sequence) and policy:
         return first_match(save(op=policy), recompute())
     raise UnknownPolicyError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -18,7 +19,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from ckpt_pass.errors import CkptPassError, nearest
-from ckpt_pass.ops import OpClass, functional_twin, op_name
+from ckpt_pass.ops import OpClass, classify, functional_twin, op_name
 from ckpt_pass.sites import Scope, SiteContext
 
 #: The decision for an op on which no rule has an opinion, as in torch's selective checkpointing.
@@ -45,6 +46,22 @@ class InvalidRuleError(CkptPassError):
 
 class PolicyReturnError(CkptPassError):
     """A policy returned something that is not a decision."""
+
+
+class UnclassifiedOpWarning(UserWarning):
+    """An op that the taxonomy does not know was met; it is taken for an expensive one."""
+
+
+def report_unclassified(op: Any) -> None:
+    """Warn about an op of no known class; Python shows the same warning once."""
+    if classify(op) is OpClass.UNCLASSIFIED:
+        warnings.warn(
+            f"{op_name(op)} is in no class of the op taxonomy, so policies take it for an "
+            "expensive op. Tag it (torch.library.custom_op(..., tags=...), say with "
+            "torch.Tag.pointwise), or name it in a rule: save(op=...) or recompute(op=...).",
+            UnclassifiedOpWarning,
+            stacklevel=2,
+        )
 
 
 @runtime_checkable
@@ -163,8 +180,10 @@ class Rule:
             if value not in (None, ""):
                 shown.append(f"{field.name}={value}")
         verb = "save" if self.decision in SAVING else "recompute"
-        strength = "" if self.decision in (CheckpointPolicy.MUST_SAVE, DEFAULT) else (
-            f"[{self.decision.name}]"
+        strength = (
+            ""
+            if self.decision in (CheckpointPolicy.MUST_SAVE, DEFAULT)
+            else (f"[{self.decision.name}]")
         )
         return f"{verb}{strength}({', '.join(shown)})"
 
@@ -226,7 +245,8 @@ PolicyLike: TypeAlias = str | Policy | Callable[..., Any] | Sequence[Any]
 
 
 def _names(ops: Any) -> tuple[str, ...]:
-    items = [ops] if isinstance(ops, str) or not isinstance(ops, Iterable) else list(ops)
+    one = isinstance(ops, str) or hasattr(ops, "overloads") or not isinstance(ops, Iterable)
+    items = [ops] if one else list(ops)
     return tuple(item if isinstance(item, str) else _canonical_name(item) for item in items)
 
 
@@ -304,8 +324,10 @@ def first_match(*policies: Policy, name: str = "") -> FirstMatch:
     """Join policies: for each call site, the first that has an opinion decides."""
     flat: list[Policy] = []
     for policy in policies:
-        nested = isinstance(policy, FirstMatch) and not policy.name
-        flat.extend(policy.policies if nested else [policy])  # type: ignore[union-attr]
+        if isinstance(policy, FirstMatch) and not policy.name:
+            flat.extend(policy.policies)
+        else:
+            flat.append(policy)
     return FirstMatch(tuple(flat), name)
 
 
@@ -363,7 +385,7 @@ def _ask(policy: Policy, site: SiteContext) -> Opinion | None:
     return Opinion(check_decision(decision, name, site.site), name)
 
 
-def describe(policy: Policy) -> str:
+def describe(policy: Callable[..., Any]) -> str:
     """A policy in words, without memory addresses."""
     if isinstance(policy, TorchPolicy):
         return f"policy_fn {describe(policy.policy_fn)}"

@@ -190,9 +190,7 @@ def output_tensors(output: Any) -> Iterable[torch.Tensor]:
 
 def output_bytes(output: Any) -> int:
     """Bytes of an op's output tensors, views counted in full."""
-    return sum(
-        optimization_hint(t.numel()) * t.dtype.itemsize for t in output_tensors(output)
-    )
+    return sum(optimization_hint(t.numel()) * t.dtype.itemsize for t in output_tensors(output))
 
 
 def optimization_hint(size: int | torch.SymInt) -> int:

@@ -31,7 +31,7 @@ def golden_of(plan: Plan) -> str:
     body = _folded(_blocks(plan))
     activations = Counter(item.kind for item in plan.saved)
     counts = ", ".join(
-        f"{activations[kind]} {kind}s"
+        f"{activations[kind]} {kind}" + ("s" if activations[kind] > 1 else "")
         for kind in ("parameter", "input", "random state")
         if activations[kind]
     )

@@ -18,7 +18,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"plan"}),
     frozenset({"compile", "eager"}),
     frozenset({"modules", "measure", "compare"}),
-    frozenset({"explain", "testing", "report", "demo", "cli", "__main__"}),
+    frozenset(
+        {"explain", "testing", "factory", "report", "_demo_model", "demo", "cli", "__main__"}
+    ),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 DOORS = frozenset({"_torch", "_torch_ops"})

@@ -26,7 +26,7 @@ class UnknownOptionError(CkptPassError):
     """An option of the backend is unknown, or its value is not one that it takes."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: torch writes its tags on a backend that it registers
 class Backend:
     """A backend for ``torch.compile(model, backend=...)``.
 

@@ -80,19 +80,16 @@ class Partitioner(_torch.CustomPartitionerFn):
     on_plan: Callable[[Plan], None] | None = None
 
     def __call__(
-        self,
-        gm: fx.GraphModule,
-        joint_inputs: Sequence[object],
-        *,
-        num_fwd_outputs: int,
-        static_lifetime_input_indices: Sequence[int] | None = None,
-        **_compiler: Any,
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Split ``gm`` into forward and backward; the signature is torch's."""
+        """Split ``gm`` into forward and backward; the signature is torch's.
+
+        Of the keywords that torch passes, ``num_fwd_outputs`` and
+        ``static_lifetime_input_indices`` matter here.
+        """
         gm.graph.eliminate_dead_code()
-        joint = read_joint(
-            gm, num_fwd_outputs, static_lifetime_input_indices or (), self.regions, self.input_names
-        )
+        static = kwargs.get("static_lifetime_input_indices") or ()
+        joint = read_joint(gm, kwargs["num_fwd_outputs"], static, self.regions, self.input_names)
         decided = decide(joint, self.policy)
         if self.on_plan is not None:
             self.on_plan(decided.plan(self.policy))

@@ -181,7 +181,7 @@ def random_recomputed(saved: SavedSet) -> list[fx.Node]:
     return [
         node
         for node in saved.recomputed
-        if node.op == "call_function" and draws_random(node.target, node.args, node.kwargs)
+        if callable(node.target) and draws_random(node.target, node.args, node.kwargs)
     ]
 
 

@@ -12,8 +12,10 @@ from ckpt_pass.compile.partition import SavedSet, random_recomputed
 from ckpt_pass.compile.tagging import Tag
 from ckpt_pass.graph.cost import held_bytes, own_bytes
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
+from ckpt_pass.graph.problem import SymbolicBytesError, build_problem
 from ckpt_pass.ops import op_name
 from ckpt_pass.plan import Decision, Plan, SavedActivation, SavedActivations
+from ckpt_pass.planner.liveness import simulate
 from ckpt_pass.policy import Policy, describe
 from ckpt_pass.sites import Bytes
 
@@ -23,14 +25,34 @@ def record_plan(
 ) -> Plan:
     """Describe the decisions for one graph."""
     outputs = [node for node in joint.forward_outputs if node not in joint.primals]
+    peak_bytes, peak_at = _peak(joint, tags, saved)
     return Plan(
         policy=describe(policy),
         fingerprint=fingerprint(joint, describe(policy)),
         decisions=_decisions(joint, tags, saved),
         saved=SavedActivations(_saved_activations(joint, tags, saved, outputs)),
         output_bytes=held_bytes(outputs, joint.primals),
+        peak_bytes=peak_bytes,
+        peak_at=peak_at,
         regions=tuple(dict.fromkeys(r for r in joint.regions.values() if r is not None)),
     )
+
+
+def _peak(joint: JointGraph, tags: dict[fx.Node, Tag], saved: SavedSet) -> tuple[int | None, str]:
+    """The simulated peak and where it is."""
+    try:
+        problem, index = build_problem(joint)
+    except SymbolicBytesError:
+        return None, ""
+    profile = simulate(problem, [index[node] for node in saved.values])
+    if not profile.schedule:
+        return 0, ""
+    place = profile.schedule[profile.peak_index]
+    node = next(node for node, number in index.items() if number == place)
+    phase = "backward" if profile.peak_in_backward else "forward"
+    where = f" of {tags[node].context.site}" if node in tags else f" at {node.name}"
+    again = "recomputation" if profile.peak_in_backward and node in tags else phase
+    return profile.peak_bytes, f"in the {again}{where}"
 
 
 def fingerprint(joint: JointGraph, *extra: str) -> str:

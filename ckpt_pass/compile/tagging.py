@@ -15,8 +15,12 @@ from ckpt_pass import _torch
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
 from ckpt_pass.ops import OpClass, classify, never_recompute
-from ckpt_pass.policy import SAVING, Opinion, Policy, opinion
+from ckpt_pass.policy import SAVING, Opinion, Policy, opinion, report_unclassified
 from ckpt_pass.sites import SiteContext
+
+#: Inductor draws the seeds of a whole graph at once (``replace_random_passes``); the ops that use
+#: them are pure, so that saving a few bytes of seeds makes every recomputation draw alike.
+SEEDS = "prims.inductor_seed"
 
 USER_TAG = "tag set before this pass (torch.utils.checkpoint in the compiled code)"
 
@@ -51,6 +55,7 @@ def tag(joint: JointGraph, policy: Policy) -> dict[fx.Node, Tag]:
     tags: dict[fx.Node, Tag] = {}
     for node, context in joint.sites():
         tags[node] = Tag(context, _decide(node, context, policy))
+        report_unclassified(node.target)
     for node, found in tags.items():
         producer = _waited_on(node)
         if producer in tags and found.opinion.rule != USER_TAG:
@@ -61,9 +66,11 @@ def tag(joint: JointGraph, policy: Policy) -> dict[fx.Node, Tag]:
 
 
 def _decide(node: fx.Node, context: SiteContext, policy: Policy) -> Opinion:
+    if context.site.op.startswith(SEEDS):
+        return Opinion(CheckpointPolicy.MUST_SAVE, "seeds of random ops")
     users = node.meta.get("recompute")
     found = Opinion(users, USER_TAG) if users is not None else opinion(policy, context)
-    if not never_recompute(node.target, node.args):
+    if not may_not_repeat(node):
         return found
     if found.decision is CheckpointPolicy.MUST_RECOMPUTE:
         raise ContradictoryTagsError(
@@ -74,6 +81,11 @@ def _decide(node: fx.Node, context: SiteContext, policy: Policy) -> Opinion:
     if found.saves:
         return found
     return Opinion(CheckpointPolicy.MUST_SAVE, f"never recomputed ({context.op_class})")
+
+
+def may_not_repeat(node: fx.Node) -> bool:
+    """Whether running this call a second time would be wrong."""
+    return callable(node.target) and never_recompute(node.target, node.args, node.kwargs)
 
 
 def _waited_on(node: fx.Node) -> fx.Node | None:
@@ -94,7 +106,7 @@ def _tag_outputs(joint: JointGraph) -> None:
         if wanted is None:
             continue
         if own is not None and (own in SAVING) != (wanted in SAVING):
-            if own in SAVING and never_recompute(producer.target, producer.args):
+            if own in SAVING and may_not_repeat(producer):
                 continue  # results of effects: torch tags the outputs and not the op
             raise ContradictoryTagsError(
                 f"Node {node.name} is tagged {own.name}, but it is output {node.args[1]} of "

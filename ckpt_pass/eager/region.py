@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ckpt_pass import _torch
+from ckpt_pass.eager.draws import Draw
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.ops import op_name
 from ckpt_pass.sites import output_tensors
@@ -35,10 +36,11 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 class Saved:
     """One saved output: aliases of its tensors, and their versions when they were saved."""
 
-    __slots__ = ("_value", "_versions", "taken")
+    __slots__ = ("_draw", "_value", "_versions", "taken")
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output: Any, draw: Draw | None = None) -> None:
         self.taken = False
+        self._draw = draw
         self._set(tree_map_only(torch.Tensor, _detached, output))
 
     def _set(self, value: Any) -> None:
@@ -83,6 +85,9 @@ class Saved:
                 "the in-place op, or let the policy recompute this op."
             )
         value, self._value, self.taken = self._value, None, True
+        if self._draw is not None:
+            self._draw.skip()
+            self._draw = None
         return value
 
 
@@ -100,9 +105,9 @@ class RegionMemory:
         self._by_storage: dict[int, list[Saved]] = {}
         self._seen: dict[Any, int] = {}
 
-    def keep(self, key: Any, output: Any) -> Saved:
-        """Save an output as the next occurrence of ``key``."""
-        entry = Saved(output)
+    def keep(self, key: Any, output: Any, draw: Draw | None = None) -> Saved:
+        """Save an output (and what was drawn for it) as the next occurrence of ``key``."""
+        entry = Saved(output, draw)
         self._entries.setdefault(key, []).append(entry)
         for storage in entry.storages():
             self._by_storage.setdefault(storage, []).append(entry)

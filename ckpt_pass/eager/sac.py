@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from enum import Enum, auto
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -20,18 +20,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass import _torch
+from ckpt_pass.eager.draws import Draw, DrawWatch
 from ckpt_pass.eager.region import RegionMemory, Saved
 from ckpt_pass.eager.watch import RegionRecord, new_record
 from ckpt_pass.module_stack import ModuleStack
-from ckpt_pass.ops import OpClass, classify
+from ckpt_pass.ops import OpClass, classify, draws_random, op_name
 from ckpt_pass.policies import DEFAULT_POLICY, as_policy
 from ckpt_pass.policy import (
+    DEFAULT,
     Opinion,
     Policy,
     PolicyLike,
     TorchPolicy,
     check_decision,
+    describe,
     opinion,
+    report_unclassified,
 )
 from ckpt_pass.sites import CallNumbers, ModulePath, SiteContext, SiteCounter, module_path
 
@@ -52,8 +56,16 @@ def context_fn(policy: PolicyLike = DEFAULT_POLICY) -> Callable[[], Contexts]:
     Raises:
         UnknownPolicyError: ``policy`` is none of these.
     """
-    # A partial: dynamo accepts it as a context_fn, and guards on the policy's value.
+    # A partial: dynamo accepts it as a context_fn, and guards on the policy's value. Inside code
+    # that dynamo traces the policy stays what the user wrote: dynamo takes functions and lists
+    # of ops as constants, but not a value that it saw being built.
+    if torch.compiler.is_dynamo_compiling():
+        return functools.partial(_contexts_for, policy)
     return functools.partial(selective_contexts, as_policy(policy))
+
+
+def _contexts_for(policy: PolicyLike) -> Contexts:
+    return selective_contexts(as_policy(policy))
 
 
 def selective_contexts(policy: Policy) -> Contexts:
@@ -79,10 +91,16 @@ class _Actions:
         self._by_op_alone = bool(getattr(policy, "by_op_alone", False))
         self.needs_scopes = bool(getattr(policy, "needs_scopes", True))
         self.known: dict[Any, _Action] = {}
+        #: Ops of which some call draws random numbers and some call may be saved.
+        self.drawing: set[Any] = set()
 
     def learn(self, op: Any) -> _Action:
         """Find out about an op that is met for the first time."""
-        self.known[op] = action = self._find(op)
+        report_unclassified(op)
+        action = self._find(op)
+        if action is not _Action.PASS and draws_random(op):
+            self.drawing.add(op)
+        self.known[op] = action
         return action
 
     def _find(self, op: Any) -> _Action:
@@ -103,7 +121,7 @@ def _shared_actions(policy: Policy) -> _Actions:
 
 def _actions_for(policy: Policy) -> _Actions:
     try:
-        return _shared_actions(policy)
+        return _shared_actions(cast(Any, policy))
     except TypeError:  # not hashable: a user's own object
         return _Actions(policy)
 
@@ -111,6 +129,19 @@ def _actions_for(policy: Policy) -> _Actions:
 def _is_free(op: Any) -> bool:
     """Views and metadata are made again from their base and never saved by themselves."""
     return classify(op) in (OpClass.VIEW, OpClass.METADATA)
+
+
+def _is_cached_cast(op: Any, args: tuple[Any, ...]) -> bool:
+    """The cast of a weight, which autocast may take from its cache instead.
+
+    Forward and recomputation then cast it in different numbers (pytorch#193338), so such casts
+    are made again and never counted. The cache holds leaves that require a gradient, no others
+    (``aten/src/ATen/autocast_mode.cpp``).
+    """
+    if classify(op) is not OpClass.CAST or not args:
+        return False
+    source = args[0]
+    return isinstance(source, torch.Tensor) and source.requires_grad and source.is_leaf
 
 
 def _is_mutable(op: Any) -> bool:
@@ -137,6 +168,8 @@ def _changed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator
 class ForwardMode(TorchDispatchMode):
     """Runs a region's forward and saves what the policy says."""
 
+    #: Higher-order ops are ops to this mode, like any other (read by torch).
+    supports_higher_order_operators = True
     #: Set by torch when the region is traced under torch.compile.
     ac_graph_id: int | None = None
 
@@ -146,7 +179,7 @@ class ForwardMode(TorchDispatchMode):
         return True
 
     def __init__(self, policy: Policy, memory: RegionMemory) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._policy = policy
         self._memory = memory
         self._actions = _actions_for(policy)
@@ -156,25 +189,21 @@ class ForwardMode(TorchDispatchMode):
         self._modules: ModuleStack | None = None
         self._record: RegionRecord | None = None
         self._tracing = False
-        self._casts_are_free = False
         self._unsettled: Saved | None = None
 
     def __enter__(self) -> ForwardMode:
         self._tracing = _torch.proxy_graph() is not None
         self._record = new_record(self._tracing)
-        # Autocast keeps its casts of weights in a cache, so that forward and recomputation cast
-        # in different numbers (pytorch#193338): casts are made again, never counted.
-        self._casts_are_free = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         self._cleanup = ExitStack()
         if not self._tracing and (self._actions.needs_scopes or self._record is not None):
             self._modules = self._cleanup.enter_context(ModuleStack().followed())
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self._settle()
         self._cleanup.close()
-        super().__exit__(*exc)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -193,10 +222,11 @@ class ForwardMode(TorchDispatchMode):
             return func(*args, **kwargs)
         if action is _Action.CHANGE:
             self._memory.about_to_change(_changed(func, args, kwargs))
+        watch = DrawWatch(func, args, kwargs) if func in self._actions.drawing else None
         output = func(*args, **kwargs)
         if func in IGNORED:
             return output
-        self._keep(action, func, args, kwargs, output)
+        self._keep(action, func, args, kwargs, output, watch)
         return output
 
     def _settle(self) -> None:
@@ -205,31 +235,45 @@ class ForwardMode(TorchDispatchMode):
             self._unsettled = None
 
     def _keep(
-        self, action: _Action, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any
+        self,
+        action: _Action,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        output: Any,
+        watch: DrawWatch | None,
     ) -> None:
+        """Save or count one execution, as the policy says."""
         if action is _Action.SAVE and self._record is None:
             saves = True
         else:
             saves = self._ask(func, args, kwargs, output).saves
-        key = _torch.selective_key(func, args)
+        if action is _Action.PASS or _is_cached_cast(func, args):
+            return
         if action is _Action.CHANGE and not _returns_what_it_changes(func, args, output):
             return
-        if saves and not (self._casts_are_free and classify(func) is OpClass.CAST):
-            entry = self._memory.keep(key, output)
-            self._unsettled = entry if action is _Action.CHANGE else None
-        elif action in (_Action.ASK, _Action.CHANGE):
+        key = _torch.selective_key(func, args)
+        if not saves:
             self._memory.skip(key)
+            return
+        draw: Draw | None = watch.finished() if watch is not None else None
+        entry = self._memory.keep(key, output, draw)
+        self._unsettled = entry if action is _Action.CHANGE else None
 
     def _ask(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Opinion:
         """What the policy says of this execution; also told to whoever is watching."""
         if isinstance(self._policy, TorchPolicy) and self._record is None:
             decision = self._policy.ask(func, output, args, kwargs)
-            return Opinion(check_decision(decision, self._policy), "policy_fn")
+            if decision is None:  # no opinion; torch takes it so, too
+                decision = DEFAULT
+            checked = check_decision(decision, describe(self._policy), op_name(func))
+            return Opinion(checked, "policy_fn")
         path: ModulePath = self._modules.path if self._modules is not None else ()
         return self._decide(self._counter.visit(func, path, None, output, args, kwargs))
 
     def _decide(self, context: SiteContext) -> Opinion:
-        free = _is_free(context.op) or (self._casts_are_free and context.op_class is OpClass.CAST)
+        cached = not self._tracing and _is_cached_cast(context.op, context.args)
+        free = cached or _is_free(context.op)
         found = NOT_SAVED if free else opinion(self._policy, context)
         if self._record is not None:
             self._record.decisions.append((context.site, found))
@@ -257,8 +301,30 @@ class ForwardMode(TorchDispatchMode):
         return output
 
 
+@functools.lru_cache(maxsize=1024)
+def _statistics(op: Any) -> tuple[int, ...]:
+    """Where the running statistics are among the arguments of a batch normalisation."""
+    schema = getattr(op, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    return tuple(names.index(n) for n in ("running_mean", "running_var") if n in names)
+
+
+def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op as its forward did, but leave running statistics alone: the forward moved them."""
+    positions = _statistics(func)
+    if positions:
+        args = tuple(
+            value.clone() if index in positions and isinstance(value, torch.Tensor) else value
+            for index, value in enumerate(args)
+        )
+    return func(*args, **kwargs)
+
+
 class RecomputeMode(TorchDispatchMode):
     """Runs a region again and hands out what its forward saved."""
+
+    #: Higher-order ops are ops to this mode, like any other (read by torch).
+    supports_higher_order_operators = True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -266,12 +332,12 @@ class RecomputeMode(TorchDispatchMode):
         return True
 
     def __init__(self, memory: RegionMemory) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._memory = memory
 
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __torch_dispatch__(
@@ -281,11 +347,11 @@ class RecomputeMode(TorchDispatchMode):
         if func in IGNORED:
             return func(*args, **kwargs)
         key = _torch.selective_key(func, args)
-        if not self._memory.counts(key):
-            return func(*args, **kwargs)
+        if not self._memory.counts(key) or _is_cached_cast(func, args):
+            return _run_again(func, args, kwargs)
         entry = self._memory.next(key)
         if entry is None:
-            return func(*args, **kwargs)
+            return _run_again(func, args, kwargs)
         value = entry.take(func)
         if _is_mutable(func) and _torch.proxy_graph() is None:
             with torch.no_grad():

@@ -16,7 +16,14 @@ from torch import fx
 
 from ckpt_pass import _torch
 from ckpt_pass.graph.regions import RegionFinder
-from ckpt_pass.sites import CallNumbers, ModulePath, SiteContext, SiteCounter, module_path, output_tensors
+from ckpt_pass.sites import (
+    CallNumbers,
+    ModulePath,
+    SiteContext,
+    SiteCounter,
+    module_path,
+    output_tensors,
+)
 
 StorageKey = int
 
@@ -92,9 +99,16 @@ class JointGraph:
             if is_multi_output_access(node) or is_epilogue(node):
                 continue
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-            yield node, counter.visit(
-                node.target, self.paths[node], self.regions[node], node.meta.get("val"),
-                args, kwargs,
+            yield (
+                node,
+                counter.visit(
+                    node.target,
+                    self.paths[node],
+                    self.regions[node],
+                    node.meta.get("val"),
+                    args,
+                    kwargs,
+                ),
             )
 
     def crosses_border(self, node: fx.Node) -> bool:

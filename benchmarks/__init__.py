@@ -1,0 +1,1 @@
+"""What the library costs and what it gains, against torch's own means; see ``run.py``."""

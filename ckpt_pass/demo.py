@@ -1,0 +1,390 @@
+"""The demo: one model trained six ways, the same loss each time, at different peaks and speeds."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ckpt_pass._demo_model import Llama, ModelConfig, RunBlock, direct
+from ckpt_pass.compile.backend import make_backend
+from ckpt_pass.eager.sac import context_fn
+from ckpt_pass.errors import CkptPassError
+from ckpt_pass.measure import Measurement, measure_step
+from ckpt_pass.policies import DEFAULT_POLICY
+from ckpt_pass.report import MEGABYTE, MemoryCurve, missing_extra, plot_comparison, plot_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+#: Modules of Python's standard library whose source is the text: some 700 kB of ASCII.
+TEXT_MODULES = ("argparse", "ast", "datetime", "doctest", "inspect", "tarfile", "turtle", "typing")
+SEED = 20  # any fixed number
+LEARNING_RATE = 1e-3
+#: Runs whose fastest is the time of a step: other programs only ever make a run slower.
+ROUNDS = 5
+#: How far apart losses may be where the compiler fuses kernels, and so rounds otherwise: relative.
+#: Float32 has 1.2e-7; the steps of training amplify it.
+FUSED_TOLERANCE = 1e-4
+#: Columns of the table where the output is no terminal, whose width rich could ask for.
+PLAIN_WIDTH = 110
+PLAIN = "plain"
+#: What is to say of the inner compilers.
+INNERS = {
+    "aot_eager": "quick, no code is generated (or --inner inductor)",
+    "inductor": "C++ is generated, which takes a while (or --inner aot_eager)",
+}
+
+Batch = tuple[Tensor, Tensor]
+
+
+class LossDiffersError(CkptPassError):
+    """A variant of the demo ended with another loss than the plain run of its kind."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo runs.
+
+    ``inner`` is ``aot_eager`` by default: it generates no C++, which takes Inductor up to a minute
+    a variant, and so the whole demo takes about a minute and every loss is the same bit by bit.
+    ``threads`` is 1 by default: then neither other programs on the machine nor its number of cores
+    change the figures much.
+    """
+
+    steps: int = 5
+    inner: str = "aot_eager"
+    threads: int = 1
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: int = 8
+    out: Path = Path("demo_out")
+
+
+DEFAULTS = DemoSettings()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model: how each block runs, and the backend (``None`` in eager)."""
+
+    name: str
+    kind: str
+    run_block: RunBlock = direct
+    backend: Any = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind}: {self.name}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one variant came to.
+
+    ``loss`` is that of the last training step, in nats, ``time_s`` the fastest of ``ROUNDS`` steps.
+    """
+
+    variant: Variant
+    loss: float
+    measured: Measurement
+    curve: MemoryCurve
+    time_s: float
+
+
+def variants(inner: str) -> tuple[Variant, ...]:
+    """The six variants; each kind begins with its plain run.
+
+    Raises:
+        UnknownOptionError: there is no such inner compiler.
+    """
+    compiled = f"compiled ({inner})"
+    backends = {name: make_backend(name, inner=inner) for name in (DEFAULT_POLICY, "save-nothing")}
+    return (
+        Variant(PLAIN, "eager"),
+        Variant("full checkpointing", "eager", _checkpointed()),
+        Variant(DEFAULT_POLICY, "eager", _checkpointed(context_fn=context_fn())),
+        Variant(PLAIN, compiled, backend=inner),
+        *(Variant(name, compiled, backend=backend) for name, backend in backends.items()),
+    )
+
+
+def _checkpointed(**options: Any) -> RunBlock:
+    def run_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out: Tensor = checkpoint(block, x, cos, sin, use_reentrant=False, **options)
+        return out
+
+    return run_block
+
+
+def run_demo(settings: DemoSettings = DEFAULTS) -> tuple[Result, ...]:
+    """Train every variant from the same weights on the same text, measure, print and plot.
+
+    Returns:
+        The results, in the order of :func:`variants`.
+
+    Raises:
+        LossDiffersError: a variant computed something else; the table is printed first.
+        MissingExtraError: rich or matplotlib is not installed.
+    """
+    console = _console()
+    chosen = variants(settings.inner)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for line in describe(settings):
+        console.print(line, highlight=False)
+    torch.compiler.reset()  # what was compiled before counts towards dynamo's limits
+    with _threads(settings.threads):
+        results = _run_all(chosen, settings, console)
+    console.print(result_table(results))
+    for path in plot(results, settings.out):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    check_losses(results)
+    return tuple(results)
+
+
+def _run_all(chosen: Sequence[Variant], settings: DemoSettings, console: Console) -> list[Result]:
+    batches = make_batches(settings)
+    trained = []
+    for number, variant in enumerate(chosen, start=1):
+        began = time.perf_counter()
+        title = f"{number}/{len(chosen)} {variant.title}"
+        with _progress(console, title, settings) as tick:
+            step, loss = train(variant, settings, batches, tick)
+        measured = measure_step(step, warmup=0, repeats=1, params=step.model.parameters())
+        # The last run is the profiled one, the run of the timeline.
+        curve = MemoryCurve(variant.title, measured.timeline, measured.peak_bytes, step.forward_s)
+        trained.append((variant, step, loss, measured, curve))
+        console.print(f"{title}: {time.perf_counter() - began:.0f} s", highlight=False)
+    times = fastest([step for _, step, *_ in trained])
+    return [
+        Result(variant, loss, measured, curve, time_s)
+        for (variant, _, loss, measured, curve), time_s in zip(trained, times, strict=True)
+    ]
+
+
+def fastest(steps: Sequence[TimedStep]) -> list[float]:
+    """Seconds of the fastest run of each step, forward and backward.
+
+    The steps take turns, so that whatever else the machine does meets all of them.
+    """
+    rounds = [[step.timed() for step in steps] for _ in range(ROUNDS)]
+    return [min(times) for times in zip(*rounds, strict=True)]
+
+
+def describe(settings: DemoSettings) -> Iterator[str]:
+    """The machine, the model and how it is trained, in words."""
+    model = settings.model
+    threads = f"{settings.threads} thread" + ("s" if settings.threads > 1 else "")
+    yield f"{_cpu_name()}, {_cores()} cores, {threads}; torch {torch.__version__}"
+    yield (
+        f"Llama-like transformer: {model.layers} layers, width {model.dim}, {model.heads} heads; "
+        f"{settings.batch} sequences of {model.length} characters, float32"
+    )
+    inner = f"{settings.inner}: {INNERS[settings.inner]}"
+    yield f"{settings.steps} steps of AdamW each; compiled with {inner}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty or only x86_64 there
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def make_batches(settings: DemoSettings) -> list[Batch]:
+    """One (tokens, targets) a step, int64, batch x length: places drawn from the text."""
+    text = "".join(inspect.getsource(importlib.import_module(name)) for name in TEXT_MODULES)
+    codes = torch.frombuffer(bytearray(text.encode("ascii", "replace")), dtype=torch.uint8).long()
+    length = settings.model.length
+    random = torch.Generator().manual_seed(SEED)
+    batches = []
+    for _ in range(settings.steps):
+        starts = torch.randint(len(codes) - length, (settings.batch,), generator=random)
+        windows = torch.stack([codes[start : start + length + 1] for start in starts.tolist()])
+        batches.append((windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
+    return batches
+
+
+class TimedStep:
+    """Forward to the loss on one batch; remembers how long the last forward took."""
+
+    def __init__(self, run: Callable[..., Tensor], batch: Batch, model: nn.Module) -> None:
+        self.run = run
+        self.batch = batch
+        self.model = model
+        self.forward_s = 0.0
+
+    def __call__(self) -> Tensor:
+        began = time.perf_counter()
+        loss = self.run(*self.batch)
+        self.forward_s = time.perf_counter() - began
+        return loss
+
+    def timed(self) -> float:
+        """Run forward and backward; return the seconds, and leave no gradients behind."""
+        began = time.perf_counter()
+        self().backward()
+        seconds = time.perf_counter() - began
+        self.model.zero_grad()
+        return seconds
+
+
+def train(
+    variant: Variant, settings: DemoSettings, batches: list[Batch], tick: Callable[[], None]
+) -> tuple[TimedStep, float]:
+    """Train from the same weights; return a step to measure, and the loss of the last step."""
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        model = Llama(settings.model, variant.run_block)
+    run: Callable[..., Tensor] = model
+    if variant.backend is not None:
+        run = torch.compile(model, backend=variant.backend)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    loss = torch.zeros(())
+    for tokens, targets in batches:
+        loss = run(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tick()
+    return TimedStep(run, batches[-1], model), loss.item()
+
+
+def plain_of(results: list[Result], kind: str) -> Result:
+    """The plain run of a kind, which the others of that kind are compared with."""
+    return next(r for r in results if r.variant.kind == kind and r.variant.name == PLAIN)
+
+
+def is_same_loss(result: Result, plain: Result) -> bool:
+    """Bit by bit; where Inductor fuses kernels, within ``FUSED_TOLERANCE``."""
+    tolerance = FUSED_TOLERANCE if "inductor" in result.variant.kind else 0.0
+    return abs(result.loss - plain.loss) <= tolerance * abs(plain.loss)
+
+
+def check_losses(results: list[Result]) -> None:
+    """Compare every loss with that of the plain run of its kind.
+
+    Raises:
+        LossDiffersError: one differs.
+    """
+    for result in results:
+        plain = plain_of(results, result.variant.kind)
+        if not is_same_loss(result, plain):
+            raise LossDiffersError(
+                f"{result.variant.title} ended with loss {result.loss!r}, expected "
+                f"{plain.loss!r} as in {plain.variant.title}. Recomputation must not change what "
+                "is computed: compare_gradients shows which gradient differs first."
+            )
+
+
+def result_table(results: list[Result]) -> Table:
+    """The table: bytes, flops and time of a step, against the plain run of the same kind."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD, caption=f"x: ratio to plain of the same kind; ms: fastest of {ROUNDS}"
+    )
+    table.add_column("variant", no_wrap=True)
+    for name in ("peak MB", "x", "saved MB", "Gflop", "ms", "x", "loss"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("against plain", no_wrap=True)
+    kind = ""
+    for result in results:
+        if result.variant.kind != kind:
+            kind = result.variant.kind
+            table.add_section()
+            table.add_row(kind, style="bold")
+        table.add_row(*_cells(result, plain_of(results, kind)))
+    return table
+
+
+def _cells(result: Result, plain: Result) -> tuple[str, ...]:
+    measured, base = result.measured, plain.measured
+    return (
+        f"  {result.variant.name}",
+        f"{measured.peak_bytes / MEGABYTE:.1f}",
+        f"{measured.peak_bytes / base.peak_bytes:.2f}",
+        "" if measured.saved_bytes is None else f"{measured.saved_bytes / MEGABYTE:.1f}",
+        f"{measured.flops / 1e9:.1f}",
+        f"{result.time_s * 1e3:.0f}",
+        f"{result.time_s / plain.time_s:.2f}",
+        f"{result.loss:.6f}",
+        _agreement(result, plain),
+    )
+
+
+def _agreement(result: Result, plain: Result) -> str:
+    if result is plain:
+        return ""
+    if result.loss == plain.loss:
+        return "bitwise the same"
+    apart = abs(result.loss - plain.loss) / abs(plain.loss)
+    if is_same_loss(result, plain):
+        return f"within {FUSED_TOLERANCE:.0e} ({apart:.0e})"
+    return f"DIFFERS ({apart:.0e})"
+
+
+def plot(results: list[Result], folder: Path) -> list[Path]:
+    """One PNG a variant and one of all; return their paths."""
+    paths = []
+    panels: dict[str, list[MemoryCurve]] = {}
+    for result in results:
+        curve = result.curve
+        name = f"{result.variant.kind.partition(' ')[0]}-{result.variant.name.replace(' ', '-')}"
+        paths.append(plot_memory(curve, folder / f"{name}.png"))
+        panels.setdefault(result.variant.kind, []).append(
+            MemoryCurve(result.variant.name, curve.timeline, curve.peak_bytes, curve.backward_at_s)
+        )
+    title = "Memory over one training step (dot: peak; dotted line: the backward begins)"
+    paths.append(plot_comparison(title, panels, folder / "all.png"))
+    return paths
+
+
+def _console() -> Console:
+    with missing_extra("cli"):
+        from rich.console import Console
+    console = Console()
+    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
+
+
+@contextlib.contextmanager
+def _progress(console: Console, title: str, settings: DemoSettings) -> Iterator[Callable[[], None]]:
+    """A progress bar over the training steps; it leaves nothing behind."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=settings.steps)
+        yield partial(progress.advance, task)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch compute on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

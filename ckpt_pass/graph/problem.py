@@ -1,0 +1,121 @@
+"""From a joint graph to the torch-free problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from ckpt_pass import _torch
+from ckpt_pass.errors import CkptPassError
+from ckpt_pass.graph.cost import storages
+from ckpt_pass.graph.joint import JointGraph, StorageKey, is_multi_output_access
+from ckpt_pass.ops import draws_random
+from ckpt_pass.planner.problem import Op, Problem
+from ckpt_pass.sites import Bytes
+
+
+class SymbolicBytesError(CkptPassError):
+    """Bytes depend on a size that was left symbolic."""
+
+
+class _Storages:
+    """Numbers the storages of a graph and knows their bytes."""
+
+    def __init__(self, number: Callable[[Bytes], int]) -> None:
+        self._number = number
+        self._ids: dict[StorageKey, int] = {}
+        self.nbytes: list[int] = []
+        self.made: set[int] = set()
+
+    def of(self, value: Any) -> tuple[int, ...]:
+        """The storages behind a node's value."""
+        found = []
+        for key, nbytes in storages(value).items():
+            if key not in self._ids:
+                self._ids[key] = len(self.nbytes)
+                self.nbytes.append(self._number(nbytes))
+            found.append(self._ids[key])
+        return tuple(found)
+
+
+def concrete(nbytes: Bytes) -> int:
+    """Bytes as a number.
+
+    Raises:
+        SymbolicBytesError: they depend on a symbol, which the message names.
+    """
+    if isinstance(nbytes, int):
+        return nbytes
+    symbols = ", ".join(sorted(str(symbol) for symbol in nbytes.free_symbols))
+    raise SymbolicBytesError(
+        f"Bytes {nbytes} depend on the symbolic sizes {symbols}, expected a number. Give the "
+        "sizes values, or capture with dynamic=False."
+    )
+
+
+def build_problem(joint: JointGraph) -> tuple[Problem, dict[fx.Node, int]]:
+    """Describe a joint graph to the planner.
+
+    Returns:
+        The problem, and the index of each node among its ops.
+
+    Raises:
+        SymbolicBytesError: a size was left symbolic.
+    """
+    table = _Storages(concrete)
+    existing = {storage for node in joint.primals for storage in table.of(node.meta.get("val"))}
+    for storage in existing:  # there before the step
+        table.nbytes[storage] = 0
+    given = [
+        storage
+        for node in joint.nodes
+        if _torch.is_backward_input(node)
+        for storage in table.of(node.meta.get("val"))
+    ]
+    table.made.update(existing, given)
+    index: dict[fx.Node, int] = {}
+    ops: list[Op] = []
+    for node in joint.nodes:
+        if node.op == "call_function":
+            index[node] = len(ops)
+            ops.append(_op(joint, node, index, table))
+    gradients = [node for node in joint.backward_outputs if node in index]
+    returned = [node for node in joint.forward_outputs if node in index]
+    problem = Problem(
+        ops=tuple(ops),
+        storage_bytes=tuple(table.nbytes),
+        forward_outputs=_union(table, returned),
+        forward_roots=tuple(index[node] for node in returned),
+        backward_outputs=tuple(index[node] for node in gradients),
+        output_storages=_union(table, gradients),
+        given=tuple(given),
+    )
+    return problem, index
+
+
+def _union(table: _Storages, nodes: list[fx.Node]) -> tuple[int, ...]:
+    found = [storage for node in nodes for storage in table.of(node.meta.get("val"))]
+    return tuple(dict.fromkeys(found))
+
+
+def _op(joint: JointGraph, node: fx.Node, index: dict[fx.Node, int], table: _Storages) -> Op:
+    holds = table.of(node.meta.get("val"))
+    makes = tuple(storage for storage in holds if storage not in table.made)
+    table.made.update(makes)
+    # Taking one output out of several touches that one alone: it is taken at once.
+    sources = () if is_multi_output_access(node) else node.all_input_nodes
+    reads = [s for source in sources for s in table.of(source.meta.get("val"))]
+    forward = node in joint.forward_set
+    random = forward and callable(node.target) and draws_random(node.target, node.args, node.kwargs)
+    return Op(
+        name=node.name,
+        inputs=tuple(index[source] for source in node.all_input_nodes if source in index),
+        makes=makes,
+        holds=holds,
+        touches=tuple(dict.fromkeys((*holds, *reads))),
+        forward=forward,
+        late=node in joint.needs_tangents,
+        random_state_bytes=_torch.random_state_bytes(node) if random else 0,
+    )
