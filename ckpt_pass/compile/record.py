@@ -17,7 +17,7 @@ from ckpt_pass.ops import op_name
 from ckpt_pass.plan import Decision, Plan, SavedActivation, SavedActivations
 from ckpt_pass.planner.liveness import simulate
 from ckpt_pass.policy import Policy, describe
-from ckpt_pass.sites import Bytes
+from ckpt_pass.sites import Bytes, module_path
 
 
 def record_plan(
@@ -49,10 +49,18 @@ def _peak(joint: JointGraph, tags: dict[fx.Node, Tag], saved: SavedSet) -> tuple
         return 0, ""
     place = profile.schedule[profile.peak_index]
     node = next(node for node, number in index.items() if number == place)
-    phase = "backward" if profile.peak_in_backward else "forward"
-    where = f" of {tags[node].context.site}" if node in tags else f" at {node.name}"
-    again = "recomputation" if profile.peak_in_backward and node in tags else phase
-    return profile.peak_bytes, f"in the {again}{where}"
+    if node in tags:
+        run = "recomputation" if profile.peak_in_backward else "forward"
+        return profile.peak_bytes, f"in the {run} of {tags[node].context.site}"
+    return profile.peak_bytes, f"in the backward{_of_module(node)}"
+
+
+def _of_module(node: fx.Node) -> str:
+    """An op of the backward, and the module whose forward it differentiates."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
+    path = module_path(stack)
+    target = op_name(node.target) if callable(node.target) else str(node.target)
+    return f" of {path[-1][0]} ({target})" if path else f" ({target})"
 
 
 def fingerprint(joint: JointGraph, *extra: str) -> str:
