@@ -6,6 +6,7 @@ This file is the index of the public interface; everything else is private.
 from torch.utils.checkpoint import CheckpointPolicy as CheckpointPolicy
 
 from ckpt_pass import testing as testing
+from ckpt_pass.budget import InvalidBudgetError as InvalidBudgetError
 from ckpt_pass.compare import GradientComparison as GradientComparison
 from ckpt_pass.compare import GradientMismatchError as GradientMismatchError
 from ckpt_pass.compare import NoLossError as NoLossError
@@ -14,6 +15,7 @@ from ckpt_pass.compile.backend import Backend as Backend
 from ckpt_pass.compile.backend import UnknownOptionError as UnknownOptionError
 from ckpt_pass.compile.backend import ckpt_backend as ckpt_backend
 from ckpt_pass.compile.backend import make_backend as make_backend
+from ckpt_pass.compile.budgeting import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError
 from ckpt_pass.eager.region import BackwardTwiceError as BackwardTwiceError
@@ -25,10 +27,11 @@ from ckpt_pass.eager.watch import watch_regions as watch_regions
 from ckpt_pass.errors import CkptPassError as CkptPassError
 from ckpt_pass.explain import NothingCompiledError as NothingCompiledError
 from ckpt_pass.explain import explain as explain
-from ckpt_pass.explain import plan_policy as plan_policy
+from ckpt_pass.explain import plan as plan
 from ckpt_pass.explain import saved_activations as saved_activations
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
+from ckpt_pass.graph.problem import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.measure import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.measure import Measurement as Measurement
 from ckpt_pass.measure import UnknownParametersError as UnknownParametersError
@@ -40,6 +43,7 @@ from ckpt_pass.plan import Decision as Decision
 from ckpt_pass.plan import Plan as Plan
 from ckpt_pass.plan import SavedActivation as SavedActivation
 from ckpt_pass.plan import SavedActivations as SavedActivations
+from ckpt_pass.planner.solve import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.policies import as_policy as as_policy
 from ckpt_pass.policies import policies as policies
 from ckpt_pass.policy import FirstMatch as FirstMatch

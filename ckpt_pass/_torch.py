@@ -156,7 +156,10 @@ def force_save_effects(module: fx.GraphModule) -> None:
 def finish_partition(
     forward: fx.GraphModule, backward: fx.GraphModule
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The closing steps of torch's partitioners: getitems up, RNG inputs of nested graphs."""
+    """The closing steps of torch's partitioners: getitems up, RNG inputs of nested graphs.
+
+    ``raise_getitems`` recompiles both modules.
+    """
     forward = raise_getitems(forward)
     backward = raise_getitems(backward)
     thread = getattr(partitioners, "thread_graphsafe_rng_from_hops", None)
@@ -301,14 +304,12 @@ def proxy_graph() -> fx.Graph | None:
     return mode.tracer.graph if mode is not None else None
 
 
-@contextlib.contextmanager
-def below_autograd_views() -> Iterator[None]:
+def below_autograd_views() -> contextlib.AbstractContextManager[None]:
     """Let a view made below autograd share its base's version counter.
 
     torch's selective checkpointing does the same around its ``detach`` (``_detach_helper``).
     """
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        yield
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
 
 
 def selective_ignored_ops() -> frozenset[Any]:
@@ -352,3 +353,11 @@ def selective_key(op: Any, args: tuple[Any, ...]) -> Any:
         return op
     probe = getattr(torch.utils.checkpoint, "_sac_storage_key", None)
     return probe(op, args) if probe is not None else op
+
+
+def free_device_bytes() -> int | None:
+    """Bytes that the current accelerator could still allocate, torch's cache included."""
+    if not torch.cuda.is_available():
+        return None
+    free, _total = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())

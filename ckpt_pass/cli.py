@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ckpt_pass._demo_model import ModelConfig
+from ckpt_pass.budget import check_budget, parse_budget
 from ckpt_pass.demo import DEFAULTS, DemoSettings, run_demo
 from ckpt_pass.errors import CkptPassError
-from ckpt_pass.explain import plan_policy
+from ckpt_pass.explain import plan
 from ckpt_pass.factory import FactoryError, build
 from ckpt_pass.policies import DEFAULT_POLICY, POLICIES, as_policy
 from ckpt_pass.policy import Rule
@@ -74,23 +75,33 @@ def _explain_command() -> Callable[..., None]:
         help="path/to/file.py:name or package.module:name, a function without arguments that "
         "returns (model, inputs).",
     )
-    policy_option = typer.Option(DEFAULT_POLICY, help=f"One of {policy_names}.")
+    policy_option = typer.Option(
+        None, help=f"One of {policy_names}. {DEFAULT_POLICY} unless there is a budget."
+    )
+    budget_option = typer.Option(
+        None,
+        help="Peak to stay within: 6GiB, a number of bytes, a fraction such as 0.5 of the peak "
+        "without recomputation, or 'device'.",
+    )
     summary_option = typer.Option(False, "--summary", help="Only the first lines.")
 
     def explain(
         target: str = target_argument,
-        policy: str = policy_option,
+        policy: str | None = policy_option,
+        budget: str | None = budget_option,
         summary: bool = summary_option,
     ) -> None:
-        """Show what a policy saves and recomputes in one training step, op by op, and why.
+        """Show what a policy or a budget saves and recomputes in one training step, and why.
 
         The step is traced, not run.
         """
         with _errors_as_exit_codes():
-            as_policy(policy)  # a misspelt name is said before the model is built
+            # What is misspelt is said before the model is built.
+            as_policy(policy or DEFAULT_POLICY)
+            amount = None if budget is None else check_budget(parse_budget(budget))
             model, inputs = build(target)
-            plan = plan_policy(model, *inputs, policy=policy)
-            typer.echo(plan.summary() if summary else str(plan))
+            made = plan(model, *inputs, policy=policy, budget=amount)
+            typer.echo(made.summary() if summary else str(made))
 
     return explain
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ckpt_pass import _torch
+from ckpt_pass.budget import BudgetLike, check_budget
 from ckpt_pass.compile.backend import Backend
-from ckpt_pass.compile.engine import decide
+from ckpt_pass.compile.engine import OPEN, decide
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.capture import capture
 from ckpt_pass.plan import Plan, SavedActivations
@@ -22,15 +23,16 @@ class NothingCompiledError(CkptPassError):
     """A compiled model or backend has no plan to show."""
 
 
-def plan_policy(
+def plan(
     model: nn.Module,
     *args: Any,
-    policy: PolicyLike = DEFAULT_POLICY,
+    policy: PolicyLike | None = None,
+    budget: BudgetLike | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     regions: tuple[str, ...] | None = None,
     dynamic: bool = False,
 ) -> Plan:
-    """What a policy decides for a training step of ``model(*args)``, ahead of time.
+    """What a policy or a budget decides for a training step of ``model(*args)``, ahead of time.
 
     The step is traced with fake tensors; nothing is computed. The decisions are those that
     ``torch.compile(model, backend=make_backend(policy))`` acts on.
@@ -38,7 +40,8 @@ def plan_policy(
     Args:
         model: the module; its own ``torch.utils.checkpoint`` regions are traced as plain code.
         args: its arguments.
-        policy: as for :func:`ckpt_pass.as_policy`.
+        policy: as for :func:`ckpt_pass.make_backend`.
+        budget: likewise.
         loss_fn: applied to the model's output, where the model does not return a loss.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         dynamic: leave sizes symbolic; bytes are expressions then.
@@ -47,9 +50,11 @@ def plan_policy(
         NotTraceableError, NothingToDifferentiateError: see :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
     """
-    chosen = as_policy(policy)
+    if budget is not None:
+        check_budget(budget)
+    chosen = OPEN if policy is None and budget is not None else as_policy(policy or DEFAULT_POLICY)
     with capture(model, *args, loss_fn=loss_fn, regions=regions, dynamic=dynamic) as joint:
-        return decide(joint, chosen).plan(chosen)
+        return decide(joint, chosen, budget).plan(chosen)
 
 
 def plans_of(compiled: Any) -> tuple[Plan, ...]:
@@ -76,7 +81,7 @@ def saved_activations(model: Any, *args: Any, **options: Any) -> SavedActivation
     """What the backward gets from the forward: values with bytes and provenance.
 
     Args:
-        model: a plain module, traced with ``args`` (options as for :func:`plan_policy`); or a
+        model: a plain module, traced with ``args`` (options as for :func:`plan`); or a
             compiled model or a backend, of which the newest graph is shown.
 
     Returns:
@@ -89,7 +94,7 @@ def explain(model: Any, *args: Any, **options: Any) -> str:
     """One line a decision: call site, op, class, bytes, fate, tag, and the rule that made it.
 
     Args:
-        model: a plain module, traced with ``args`` (options as for :func:`plan_policy`); or a
+        model: a plain module, traced with ``args`` (options as for :func:`plan`); or a
             compiled model or a backend, of which every graph is shown.
     """
     if not _is_plain(model):
@@ -105,4 +110,4 @@ def _is_plain(model: Any) -> bool:
 def _plan_for(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Plan:
     if not _is_plain(model):
         return plans_of(model)[-1]
-    return plan_policy(model, *args, **options)
+    return plan(model, *args, **options)

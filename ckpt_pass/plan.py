@@ -125,6 +125,10 @@ class Plan:
             the graph as it is (``inner="aot_eager"``). Exact where ops allocate nothing but
             their outputs; convolutions need workspace besides. ``None`` where sizes are symbolic.
         peak_at: the op that runs at the peak, in words.
+        recompute_flops, recompute_time_s: of the forward ops that run again; time is modelled.
+        step_flops, step_time_s: of the same step with nothing recomputed.
+        budget_bytes: the budget that the plan was made for, if any.
+        solver: what found the plan for the budget, in words.
         regions: the layers or checkpoint regions, in order.
     """
 
@@ -135,6 +139,12 @@ class Plan:
     output_bytes: Bytes
     peak_bytes: int | None
     peak_at: str
+    recompute_flops: int
+    step_flops: int
+    recompute_time_s: float
+    step_time_s: float
+    budget_bytes: int | None
+    solver: str
     regions: tuple[str, ...]
 
     @property
@@ -156,6 +166,15 @@ class Plan:
             return "not a number: sizes are symbolic"
         return f"{format_bytes(self.peak_bytes)} predicted, {self.peak_at}"
 
+    @staticmethod
+    def _share(part: float, whole: float) -> str:
+        return f"{100 * part / whole:.1f} %" if whole else "0.0 %"
+
+    def _budget(self) -> list[str]:
+        if self.budget_bytes is None:
+            return []
+        return [f"budget       {format_bytes(self.budget_bytes)}, met by: {self.solver}"]
+
     def summary(self) -> str:
         """The plan in a few lines."""
         counts = {fate: len(self.with_fate(fate)) for fate in ("saved", "recomputed", "unused")}
@@ -169,6 +188,9 @@ class Plan:
                 f"saved bytes  {format_bytes(self.saved_bytes)} (outputs "
                 f"{format_bytes(self.output_bytes)} more)",
                 f"peak         {self._peak()}",
+                f"recompute    {self._share(self.recompute_flops, self.step_flops)} of the flops, "
+                f"{self._share(self.recompute_time_s, self.step_time_s)} of the modelled time",
+                *self._budget(),
             ]
         )
 

@@ -132,10 +132,11 @@ class Rule:
         return self.min_bytes is not None or self.max_bytes is not None
 
     def __call__(self, site: SiteContext) -> CheckpointPolicy | None:
-        matches = self._op_matches(site) and self._place_matches(site) and self._size_matches(site)
+        matches = self.matches_op(site) and self._place_matches(site) and self._size_matches(site)
         return self.decision if matches else None
 
-    def _op_matches(self, site: SiteContext) -> bool:
+    def matches_op(self, site: SiteContext) -> bool:
+        """Whether the op is one of those that the rule is about, wherever it runs."""
         if self.op and not any(_name_matches(pattern, site.site.op) for pattern in self.op):
             return False
         return not self.op_class or site.op_class in self.op_class
@@ -393,3 +394,18 @@ def describe(policy: Callable[..., Any]) -> str:
         return str(policy)
     name = getattr(policy, "__qualname__", None)
     return str(name) if name else type(policy).__name__
+
+
+def settled(policy: Policy, site: SiteContext) -> Opinion | None:
+    """The opinion that the op of ``site`` gets wherever it runs; ``None`` if that depends.
+
+    Where a rule counts matches, every execution has to be counted, and nothing is settled.
+    """
+    parts = policy.policies if isinstance(policy, FirstMatch) else (policy,)
+    rules = [part for part in parts if isinstance(part, Rule)]
+    if len(rules) < len(parts) or any(rule.nth or rule.every for rule in rules):
+        return None
+    for part in rules:
+        if part.matches_op(site):
+            return opinion(part, site) if part.by_op_alone else None
+    return Opinion(DEFAULT, "default (no rule matched)")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ckpt_pass.explain import plan_policy
+from ckpt_pass.explain import plan
 from ckpt_pass.plan import Decision, Plan, format_bytes
-from ckpt_pass.policies import DEFAULT_POLICY
 from ckpt_pass.policy import PolicyLike
 
 
-def golden(model: Any, *args: Any, policy: PolicyLike = DEFAULT_POLICY, **options: Any) -> str:
+def golden(model: Any, *args: Any, policy: PolicyLike | None = None, **options: Any) -> str:
     """A short, stable text of what the forward saves and what the backward recomputes.
 
     Made for ``expecttest``: no addresses, no node names, no times; one line a module and fate,
@@ -20,9 +19,9 @@ def golden(model: Any, *args: Any, policy: PolicyLike = DEFAULT_POLICY, **option
 
     Args:
         model, args, policy: as for :func:`ckpt_pass.explain`.
-        options: further options of :func:`ckpt_pass.explain.plan_policy`.
+        options: further options of :func:`ckpt_pass.plan`.
     """
-    return golden_of(plan_policy(model, *args, policy=policy, **options))
+    return golden_of(plan(model, *args, policy=policy, **options))
 
 
 def golden_of(plan: Plan) -> str:

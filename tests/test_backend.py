@@ -80,7 +80,7 @@ def test_saved_activations_ahead_of_time_are_those_of_the_compiled_model(
 
 def test_save_nothing_saves_the_borders_of_layers_and_no_matmul() -> None:
     module, inputs = CASES["llama"].make()
-    plan = ckpt_pass.plan_policy(module, *inputs, policy="save-nothing")
+    plan = ckpt_pass.plan(module, *inputs, policy="save-nothing")
 
     assert plan.regions == tuple(f"model.model.layers.{index}" for index in range(3))
     assert {decision.op_class for decision in plan.with_fate("saved")} <= {
@@ -92,14 +92,12 @@ def test_save_nothing_saves_the_borders_of_layers_and_no_matmul() -> None:
 
 def test_regions_option_overrides_the_layers_found() -> None:
     module, inputs = CASES["llama"].make()
-    none = ckpt_pass.plan_policy(module, *inputs, policy="save-nothing", regions=())
-    some = ckpt_pass.plan_policy(
-        module, *inputs, policy="save-nothing", regions=("*.self_attn", "*.mlp")
-    )
+    none = ckpt_pass.plan(module, *inputs, policy="save-nothing", regions=())
+    some = ckpt_pass.plan(module, *inputs, policy="save-nothing", regions=("*.self_attn", "*.mlp"))
 
     assert none.regions == ()
     assert len(some.regions) == 6
-    assert none.saved_bytes < ckpt_pass.plan_policy(
+    assert none.saved_bytes < ckpt_pass.plan(
         module, *inputs, policy="save-nothing"
     ).saved_bytes < some.saved_bytes  # fmt: skip
 

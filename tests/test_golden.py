@@ -110,7 +110,7 @@ def test_golden_is_stable_from_run_to_run_and_under_the_backend() -> None:
 
 
 def test_plan_prints_policy_graph_and_one_line_a_decision() -> None:
-    plan = ckpt_pass.plan_policy(Net(depth=2), X)
+    plan = ckpt_pass.plan(Net(depth=2), X)
     lines = str(plan).splitlines()
     assert lines[0].startswith("policy       save-matmul-attention: ")
     assert lines[2] == "decisions    4 saved, 8 recomputed, 4 not needed by the backward"
@@ -119,9 +119,9 @@ def test_plan_prints_policy_graph_and_one_line_a_decision() -> None:
         "layers.0.up", "aten.addmm.default", "matmul", "2.0", "KiB", "saved", "MUST_SAVE",
         "save(expensive", "ops)",
     ]  # fmt: skip
-    assert plan.fingerprint == ckpt_pass.plan_policy(Net(depth=2), X).fingerprint
-    assert plan.fingerprint != ckpt_pass.plan_policy(Net(depth=2), X[:4]).fingerprint
-    other = ckpt_pass.plan_policy(Net(depth=2), X, policy="save-nothing")
+    assert plan.fingerprint == ckpt_pass.plan(Net(depth=2), X).fingerprint
+    assert plan.fingerprint != ckpt_pass.plan(Net(depth=2), X[:4]).fingerprint
+    other = ckpt_pass.plan(Net(depth=2), X, policy="save-nothing")
     assert plan.fingerprint != other.fingerprint
 
 
@@ -139,9 +139,9 @@ def test_saved_activations_tell_where_each_value_comes_from() -> None:
 
 
 def test_symbolic_sizes_stay_symbols() -> None:
-    plan = ckpt_pass.plan_policy(Net(depth=1), X, dynamic=True)
+    plan = ckpt_pass.plan(Net(depth=1), X, dynamic=True)
     (symbol,) = plan.saved_bytes.free_symbols
-    fixed = ckpt_pass.plan_policy(Net(depth=1), torch.randn(24, 16))
+    fixed = ckpt_pass.plan(Net(depth=1), torch.randn(24, 16))
     assert plan.saved_bytes.subs(symbol, 24) == fixed.saved_bytes
 
 
@@ -173,6 +173,6 @@ def test_experts_inside_a_layer_are_part_of_it_and_leaves_are_no_regions() -> No
 
 def test_resnet_layers() -> None:
     module, inputs = next(case for case in hf.CASES if case.name == "resnet").make()
-    plan = ckpt_pass.plan_policy(module, *inputs)
+    plan = ckpt_pass.plan(module, *inputs)
     stages = "model.resnet.encoder.stages"
     assert plan.regions == tuple(f"{stages}.{s}.layers.{i}" for s in (0, 1) for i in (0, 1))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "_torch", "_torch_ops"}),
     frozenset({"planner", "ops", "_op_tables", "flops"}),
-    frozenset({"sites", "module_stack", "policy", "policies", "graph"}),
+    frozenset({"budget", "sites", "module_stack", "policy", "policies", "graph"}),
     frozenset({"plan"}),
     frozenset({"compile", "eager"}),
     frozenset({"modules", "measure", "compare"}),

@@ -160,7 +160,7 @@ def test_a_policy_that_returns_nonsense_is_named_with_the_site(nonsense: object)
 
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
     with pytest.raises(ckpt_pass.PolicyReturnError, match=r"my_policy returned .* at .*aten\."):
-        ckpt_pass.plan_policy(model, x, policy=my_policy)
+        ckpt_pass.plan(model, x, policy=my_policy)
 
 
 def test_an_unclassified_custom_op_is_saved_by_the_default_policy() -> None:
@@ -169,7 +169,7 @@ def test_an_unclassified_custom_op_is_saved_by_the_default_policy() -> None:
     case = next(case for case in programs.CASES if case.name == "custom-op")
     module, inputs = case.make()
     with pytest.warns(ckpt_pass.UnclassifiedOpWarning, match=r"ckpt_pass_zoo\.swish.*save\(op="):
-        plan = ckpt_pass.plan_policy(module, *inputs)
+        plan = ckpt_pass.plan(module, *inputs)
     (custom,) = {d.op_class for d in plan.decisions if "ckpt_pass_zoo" in d.site.op}
     assert custom == "unclassified"
     assert {d.decision for d in plan.decisions if d.op_class == "unclassified"} == {SAVE}

@@ -10,10 +10,11 @@ from typing import Any
 from torch import fx
 
 from ckpt_pass import _torch
-from ckpt_pass.compile.engine import Partitioner
+from ckpt_pass.budget import BudgetLike, check_budget
+from ckpt_pass.compile.engine import OPEN, Partitioner
 from ckpt_pass.errors import CkptPassError, nearest
 from ckpt_pass.plan import Plan
-from ckpt_pass.policies import DEFAULT_POLICY, as_policy
+from ckpt_pass.policies import DEFAULT_POLICY, POLICIES, as_policy
 from ckpt_pass.policy import Policy, PolicyLike, describe
 
 INNER = ("inductor", "aot_eager")
@@ -37,6 +38,7 @@ class Backend:
         inner: the compiler of both halves, ``inductor`` or ``aot_eager``.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         inner_options: inductor's own options, as ``torch.compile(options=...)`` takes them.
+        budget: the peak to stay within (:func:`make_backend`), if any.
         plans: the plans made so far, one for each graph, oldest first (1,024 at most).
     """
 
@@ -44,6 +46,7 @@ class Backend:
     inner: str = "inductor"
     regions: tuple[str, ...] | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
+    budget: BudgetLike | None = None
     plans: deque[Plan] = field(default_factory=lambda: deque(maxlen=PLANS_KEPT), repr=False)
 
     #: Read by torch.compile to name the compiler in its logs.
@@ -66,7 +69,9 @@ class Backend:
         names = tuple(
             _torch.placeholder_source(node) for node in gm.graph.find_nodes(op="placeholder")
         )
-        partition = Partitioner(backend.policy, backend.regions, names, self.plans.append)
+        partition = Partitioner(
+            backend.policy, backend.regions, names, backend.budget, self.plans.append
+        )
         if backend.inner == "aot_eager":
             if mode is not None:
                 raise UnknownOptionError(
@@ -82,13 +87,13 @@ class Backend:
         """This backend with some options changed; the list of plans stays shared.
 
         Args:
-            options: ``policy``, ``inner``, ``regions``, ``inner_options``.
+            options: ``policy``, ``inner``, ``regions``, ``inner_options``, ``budget``.
 
         Raises:
             UnknownOptionError: an option is unknown or has a value that it does not take.
             UnknownPolicyError: no policy has that name.
         """
-        known = ("policy", "inner", "regions", "inner_options")
+        known = ("policy", "inner", "regions", "inner_options", "budget")
         for key in options:
             if key not in known:
                 raise UnknownOptionError(
@@ -98,6 +103,10 @@ class Backend:
         changed = dict(options)
         if "policy" in changed:
             changed["policy"] = as_policy(changed["policy"])
+        elif changed.get("budget") is not None and self.policy is POLICIES[DEFAULT_POLICY]:
+            changed["policy"] = OPEN  # the default policy's saves are a preference then
+        if "budget" in changed and changed["budget"] is not None:
+            check_budget(changed["budget"])
         if "regions" in changed:
             changed["regions"] = _as_patterns(changed["regions"])
         _check_inner(changed.get("inner", self.inner), changed.get("inner_options", {}))
@@ -139,8 +148,9 @@ def _check_inner(inner: Any, inner_options: Mapping[str, Any]) -> None:
 
 
 def make_backend(
-    policy: PolicyLike = DEFAULT_POLICY,
+    policy: PolicyLike | None = None,
     *,
+    budget: BudgetLike | None = None,
     inner: str = "inductor",
     regions: str | Sequence[str] | None = None,
     inner_options: Mapping[str, Any] | None = None,
@@ -149,17 +159,27 @@ def make_backend(
 
     Args:
         policy: what to save: a name, a policy value, a callable or a list of ops
-            (:func:`ckpt_pass.as_policy`).
+            (:func:`ckpt_pass.as_policy`). By default ``save-matmul-attention``; with a budget,
+            whatever the solver finds best. A policy's MUST_* decisions bind under a budget too.
+        budget: the peak of forward and backward, above what was allocated when the step began:
+            ``"6GiB"``, a number of bytes, a fraction of the peak without recomputation, or
+            ``"device"`` (what the accelerator has free). The plan's peak is exact for
+            ``inner="aot_eager"``; inductor fuses and reorders afterwards.
         inner: the compiler of forward and backward: ``inductor`` or ``aot_eager``.
         regions: module name patterns of the layers whose borders are saved under every policy;
             found from repeated module names where ``None``; ``[]`` for none.
         inner_options: options for inductor.
 
     Raises:
-        UnknownPolicyError, UnknownOptionError: an argument is not one of these.
+        UnknownPolicyError, UnknownOptionError, InvalidBudgetError: an argument is not one of
+            these. ``InfeasibleBudgetError`` comes when a graph is compiled.
     """
     options: dict[str, Any] = {"inner": inner, "inner_options": dict(inner_options or {})}
-    return Backend(as_policy(policy), regions=_as_patterns(regions)).with_options(options)
+    if budget is not None:
+        options["budget"] = budget
+    if policy is not None:
+        options["policy"] = policy
+    return Backend(as_policy(DEFAULT_POLICY), regions=_as_patterns(regions)).with_options(options)
 
 
 #: The default backend: ``torch.compile(model, backend=ckpt_backend)``.

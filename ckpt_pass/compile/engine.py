@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 from ckpt_pass import _torch
+from ckpt_pass.budget import BudgetLike
+from ckpt_pass.compile.budgeting import meet_budget
 from ckpt_pass.compile.partition import (
     SavedSet,
     choose_saved,
@@ -23,7 +25,7 @@ from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.plan import Plan
-from ckpt_pass.policy import FirstMatch, Policy, Rule
+from ckpt_pass.policy import FirstMatch, Opinion, Policy, Rule, first_match, recompute
 
 
 class NotFunctionalError(CkptPassError):
@@ -37,16 +39,31 @@ class Decided:
     joint: JointGraph
     tags: dict[fx.Node, Tag]
     saved: SavedSet
+    budget_bytes: int | None = None
+    solver: str = ""
 
     def plan(self, policy: Policy) -> Plan:
         """Write the decisions down."""
-        return record_plan(self.joint, policy, self.tags, self.saved)
+        return record_plan(
+            self.joint, policy, self.tags, self.saved, self.budget_bytes, self.solver
+        )
 
 
-def decide(joint: JointGraph, policy: Policy) -> Decided:
-    """Tag a joint graph by a policy and find what crosses from its forward to its backward.
+#: With a budget and no policy named, every safe recomputation is open to the solver.
+OPEN = first_match(recompute(), name="open to the solver")
+
+
+def decide(joint: JointGraph, policy: Policy, budget: BudgetLike | None = None) -> Decided:
+    """Tag a joint graph and find what crosses from its forward to its backward.
+
+    Args:
+        joint: the graph; tags are written on it.
+        policy: its MUST_* decisions bind; without a budget the others are carried out too.
+        budget: the peak to stay within.
 
     Raises:
+        InfeasibleBudgetError, InvalidBudgetError, SymbolicBytesError: see
+            :func:`ckpt_pass.compile.budgeting.meet_budget`.
         NotFunctionalError: the graph mutates an intermediate value.
         ContradictoryTagsError, PolicyReturnError: see :func:`ckpt_pass.compile.tagging.tag`.
     """
@@ -57,10 +74,18 @@ def decide(joint: JointGraph, policy: Policy) -> Decided:
             "graph; expected a functional graph. Compile without disabling functionalisation."
         )
     tags = tag(joint, policy)
-    saved = choose_saved(joint)
+    saved = choose_saved(joint, save_borders=budget is None)
     if protect_mutated_inputs(joint, saved):
-        saved = choose_saved(joint)
-    return Decided(joint, tags, saved)
+        saved = choose_saved(joint, save_borders=budget is None)
+    if budget is None:
+        return Decided(joint, tags, saved)
+    solution, budget_bytes = meet_budget(joint, budget)
+    for node, found in tags.items():
+        decision = node.meta["recompute"]
+        if decision is not found.opinion.decision:
+            tags[node] = replace(found, opinion=Opinion(decision, f"solver ({solution.solver})"))
+    saved = choose_saved(joint, save_borders=False)
+    return Decided(joint, tags, saved, budget_bytes, solution.solver)
 
 
 @dataclass(frozen=True)
@@ -71,12 +96,14 @@ class Partitioner(_torch.CustomPartitionerFn):
         policy: what to save.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         input_names: what each placeholder of dynamo's graph is, in order.
+        budget: the peak to stay within, if any.
         on_plan: told about each plan as it is made.
     """
 
     policy: Policy
     regions: tuple[str, ...] | None = None
     input_names: tuple[str, ...] = ()
+    budget: BudgetLike | None = None
     on_plan: Callable[[Plan], None] | None = None
 
     def __call__(
@@ -90,16 +117,19 @@ class Partitioner(_torch.CustomPartitionerFn):
         gm.graph.eliminate_dead_code()
         static = kwargs.get("static_lifetime_input_indices") or ()
         joint = read_joint(gm, kwargs["num_fwd_outputs"], static, self.regions, self.input_names)
-        decided = decide(joint, self.policy)
+        decided = decide(joint, self.policy, self.budget)
         if self.on_plan is not None:
             self.on_plan(decided.plan(self.policy))
         return split(joint, decided.saved)
 
     def uuid(self) -> str | None:
-        """The key for inductor's caches; ``None`` (no caching) for a policy that is mere code."""
-        if not is_plain_data(self.policy):
+        """The key for inductor's caches.
+
+        ``None`` (no caching) for a policy that is mere code, and for what a device has free now.
+        """
+        if not is_plain_data(self.policy) or self.budget == "device":
             return None
-        return f"ckpt_pass/{source_hash()}/{self.policy!r}/{self.regions!r}"
+        return f"ckpt_pass/{source_hash()}/{self.policy!r}/{self.regions!r}/{self.budget!r}"
 
 
 def read_joint(

@@ -42,8 +42,13 @@ class SavedSet:
     recomputed: dict[fx.Node, None] = field(default_factory=dict)
 
 
-def choose_saved(joint: JointGraph) -> SavedSet:
-    """Find what the backward of a tagged joint graph reads from its forward."""
+def choose_saved(joint: JointGraph, *, save_borders: bool = True) -> SavedSet:
+    """Find what the backward of a tagged joint graph reads from its forward.
+
+    Args:
+        joint: the graph; its forward carries tags.
+        save_borders: save what crosses from one region to another, whatever its tag.
+    """
     found = SavedSet()
     seen: set[fx.Node] = set()
     stack = _backward_reads(joint)
@@ -52,7 +57,7 @@ def choose_saved(joint: JointGraph) -> SavedSet:
         if node in seen:
             continue
         seen.add(node)
-        stack.extend(_visit(joint, node, found))
+        stack.extend(_visit(joint, node, found, save_borders))
     return _in_graph_order(joint, found)
 
 
@@ -79,7 +84,9 @@ def _backward_reads(joint: JointGraph) -> list[fx.Node]:
     return reads
 
 
-def _visit(joint: JointGraph, node: fx.Node, found: SavedSet) -> Iterable[fx.Node]:
+def _visit(
+    joint: JointGraph, node: fx.Node, found: SavedSet, save_borders: bool
+) -> Iterable[fx.Node]:
     """Record what becomes of ``node``; return what must be had to have it."""
     if node.op == "placeholder":
         if _torch.is_opaque(node):
@@ -98,7 +105,7 @@ def _visit(joint: JointGraph, node: fx.Node, found: SavedSet) -> Iterable[fx.Nod
         found.opaque[node] = None
         return ()
     base = joint.owner(node)
-    reason = _reason_to_save(joint, node, base)
+    reason = _reason_to_save(joint, node, base, save_borders)
     if reason is not None:
         found.values[base] = reason
         if node is base:
@@ -107,7 +114,9 @@ def _visit(joint: JointGraph, node: fx.Node, found: SavedSet) -> Iterable[fx.Nod
     return node.all_input_nodes
 
 
-def _reason_to_save(joint: JointGraph, node: fx.Node, base: fx.Node) -> str | None:
+def _reason_to_save(
+    joint: JointGraph, node: fx.Node, base: fx.Node, save_borders: bool
+) -> str | None:
     if base not in joint.forward_set or not isinstance(base.meta.get("val"), torch.Tensor):
         return None  # a view of an input, or the tuple of a multi-output op
     for value in (base, node):
@@ -115,7 +124,7 @@ def _reason_to_save(joint: JointGraph, node: fx.Node, base: fx.Node) -> str | No
             return ""
     if _hooked_output(base):
         return HOOKED
-    return BORDER if joint.crosses_border(base) else None
+    return BORDER if save_borders and joint.crosses_border(base) else None
 
 
 def _hooked_output(node: fx.Node) -> bool:
@@ -206,5 +215,4 @@ def split(joint: JointGraph, saved: SavedSet) -> tuple[fx.GraphModule, fx.GraphM
         for node, decision in tags.items():
             node.meta["recompute"] = decision
     schedule_backward(backward.graph)
-    backward.recompile()
     return _torch.finish_partition(forward, backward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -15,44 +16,77 @@ from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
 from ckpt_pass.graph.problem import SymbolicBytesError, build_problem
 from ckpt_pass.ops import op_name
 from ckpt_pass.plan import Decision, Plan, SavedActivation, SavedActivations
-from ckpt_pass.planner.liveness import simulate
+from ckpt_pass.planner.solve import Solution, evaluate
 from ckpt_pass.policy import Policy, describe
 from ckpt_pass.sites import Bytes, module_path
 
 
 def record_plan(
-    joint: JointGraph, policy: Policy, tags: dict[fx.Node, Tag], saved: SavedSet
+    joint: JointGraph,
+    policy: Policy,
+    tags: dict[fx.Node, Tag],
+    saved: SavedSet,
+    budget_bytes: int | None = None,
+    solver: str = "",
 ) -> Plan:
     """Describe the decisions for one graph."""
     outputs = [node for node in joint.forward_outputs if node not in joint.primals]
-    peak_bytes, peak_at = _peak(joint, tags, saved)
+    cost = _cost(joint, tags, saved)
     return Plan(
         policy=describe(policy),
         fingerprint=fingerprint(joint, describe(policy)),
         decisions=_decisions(joint, tags, saved),
         saved=SavedActivations(_saved_activations(joint, tags, saved, outputs)),
         output_bytes=held_bytes(outputs, joint.primals),
-        peak_bytes=peak_bytes,
-        peak_at=peak_at,
+        peak_bytes=cost.peak_bytes,
+        peak_at=cost.peak_at,
+        recompute_flops=cost.recompute_flops,
+        step_flops=cost.step_flops,
+        recompute_time_s=cost.recompute_time_s,
+        step_time_s=cost.step_time_s,
+        budget_bytes=budget_bytes,
+        solver=solver,
         regions=tuple(dict.fromkeys(r for r in joint.regions.values() if r is not None)),
     )
 
 
-def _peak(joint: JointGraph, tags: dict[fx.Node, Tag], saved: SavedSet) -> tuple[int | None, str]:
-    """The simulated peak and where it is."""
+@dataclass(frozen=True)
+class _Cost:
+    """What the simulator and the cost model say of a plan."""
+
+    peak_bytes: int | None = None
+    peak_at: str = ""
+    recompute_flops: int = 0
+    step_flops: int = 0
+    recompute_time_s: float = 0.0
+    step_time_s: float = 0.0
+
+
+def _cost(joint: JointGraph, tags: dict[fx.Node, Tag], saved: SavedSet) -> _Cost:
     try:
         problem, index = build_problem(joint)
     except SymbolicBytesError:
-        return None, ""
-    profile = simulate(problem, [index[node] for node in saved.values])
-    if not profile.schedule:
-        return 0, ""
-    place = profile.schedule[profile.peak_index]
-    node = next(node for node, number in index.items() if number == place)
+        return _Cost()
+    found = evaluate(problem, [index[node] for node in saved.values])
+    schedule = found.profile.schedule
+    node_of = {number: node for node, number in index.items()}
+    where = _place(found, node_of[schedule[found.profile.peak_index]], tags) if schedule else ""
+    return _Cost(
+        peak_bytes=found.peak_bytes,
+        peak_at=where,
+        recompute_flops=found.recompute_flops,
+        step_flops=sum(problem.ops[i].flops for i in schedule) - found.recompute_flops,
+        recompute_time_s=found.recompute_time_s,
+        step_time_s=sum(problem.ops[i].time_s for i in schedule) - found.recompute_time_s,
+    )
+
+
+def _place(found: Solution, node: fx.Node, tags: dict[fx.Node, Tag]) -> str:
+    """Where the peak is, in words."""
     if node in tags:
-        run = "recomputation" if profile.peak_in_backward else "forward"
-        return profile.peak_bytes, f"in the {run} of {tags[node].context.site}"
-    return profile.peak_bytes, f"in the backward{_of_module(node)}"
+        run = "recomputation" if found.profile.peak_in_backward else "forward"
+        return f"in the {run} of {tags[node].context.site}"
+    return f"in the backward{_of_module(node)}"
 
 
 def _of_module(node: fx.Node) -> str:

@@ -33,6 +33,12 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
+def _versions(value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, torch.Tensor):
+        return value._version
+    return tuple(tensor._version for tensor in output_tensors(value))
+
+
 class Saved:
     """One saved output: aliases of its tensors, and their versions when they were saved."""
 
@@ -41,7 +47,12 @@ class Saved:
     def __init__(self, output: Any, draw: Draw | None = None) -> None:
         self.taken = False
         self._draw = draw
-        self._set(tree_map_only(torch.Tensor, _detached, output))
+        if isinstance(output, torch.Tensor):  # nearly always: no pytree for one tensor
+            alias = _detached(output)
+            self._value: Any = alias
+            self._versions: int | tuple[int, ...] = alias._version
+        else:
+            self._set(tree_map_only(torch.Tensor, _detached, output))
 
     def _set(self, value: Any) -> None:
         self._value = value
@@ -53,7 +64,7 @@ class Saved:
         Autograd counts an in-place op's change after the op has returned to it, that is after a
         dispatch mode has seen the result; so versions are taken again when the next op comes.
         """
-        self._versions = tuple(tensor._version for tensor in output_tensors(self._value))
+        self._versions = _versions(self._value)
 
     def storages(self) -> Iterator[int]:
         """The storages that this output holds."""
@@ -77,8 +88,7 @@ class Saved:
                 "checkpoint region, but the first backward has used it. Call backward once for "
                 "each forward; retain_graph=True does not keep a region's saved values."
             )
-        versions = tuple(tensor._version for tensor in output_tensors(self._value))
-        if versions != self._versions:
+        if _versions(self._value) != self._versions:
             raise MutatedActivationError(
                 f"The saved output of {op_name(op)} was changed in place after its checkpoint "
                 "region had ended, so the backward would see the changed values. Clone it before "
@@ -98,19 +108,23 @@ class RegionMemory:
     forward and recomputation (autocast casts a shared weight once, or twice) and do no harm.
     """
 
-    __slots__ = ("_by_storage", "_entries", "_seen")
+    __slots__ = ("_by_storage", "_entries", "_seen", "_unindexed")
 
     def __init__(self) -> None:
         self._entries: dict[Any, list[Saved | None]] = {}
         self._by_storage: dict[int, list[Saved]] = {}
+        self._unindexed: list[Saved] = []
         self._seen: dict[Any, int] = {}
 
     def keep(self, key: Any, output: Any, draw: Draw | None = None) -> Saved:
         """Save an output (and what was drawn for it) as the next occurrence of ``key``."""
         entry = Saved(output, draw)
-        self._entries.setdefault(key, []).append(entry)
-        for storage in entry.storages():
-            self._by_storage.setdefault(storage, []).append(entry)
+        entries = self._entries.get(key)
+        if entries is None:
+            self._entries[key] = [entry]
+        else:
+            entries.append(entry)
+        self._unindexed.append(entry)
         return entry
 
     def skip(self, key: Any) -> None:
@@ -119,6 +133,10 @@ class RegionMemory:
 
     def about_to_change(self, tensors: Iterator[torch.Tensor]) -> None:
         """Copy what is saved of tensors that an op is about to overwrite."""
+        for entry in self._unindexed:  # looked up only here: most regions overwrite nothing
+            for storage in entry.storages():
+                self._by_storage.setdefault(storage, []).append(entry)
+        self._unindexed.clear()
         for tensor in tensors:
             for entry in self._by_storage.pop(tensor.untyped_storage()._cdata, ()):
                 entry.copy()
@@ -127,6 +145,7 @@ class RegionMemory:
         """Count occurrences from the beginning again."""
         self._seen.clear()
         self._by_storage.clear()
+        self._unindexed.clear()
 
     def counts(self, key: Any) -> bool:
         """Whether occurrences of ``key`` matter: something of it was saved or asked about."""

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass import _torch
+from ckpt_pass._torch_ops import OpOverload
 from ckpt_pass.eager.draws import Draw, DrawWatch
 from ckpt_pass.eager.region import RegionMemory, Saved
 from ckpt_pass.eager.watch import RegionRecord, new_record
@@ -36,6 +37,7 @@ from ckpt_pass.policy import (
     describe,
     opinion,
     report_unclassified,
+    settled,
 )
 from ckpt_pass.sites import CallNumbers, ModulePath, SiteContext, SiteCounter, module_path
 
@@ -81,6 +83,8 @@ class _Action(Enum):
     SAVE = auto()
     ASK = auto()
     CHANGE = auto()
+    #: SAVE, and nothing about a single execution can change that.
+    STORE = auto()
 
 
 class _Actions:
@@ -88,7 +92,6 @@ class _Actions:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._by_op_alone = bool(getattr(policy, "by_op_alone", False))
         self.needs_scopes = bool(getattr(policy, "needs_scopes", True))
         self.known: dict[Any, _Action] = {}
         #: Ops of which some call draws random numbers and some call may be saved.
@@ -100,6 +103,8 @@ class _Actions:
         action = self._find(op)
         if action is not _Action.PASS and draws_random(op):
             self.drawing.add(op)
+        elif action is _Action.SAVE and classify(op) is not OpClass.CAST and hasattr(op, "_schema"):
+            action = _Action.STORE
         self.known[op] = action
         return action
 
@@ -108,10 +113,10 @@ class _Actions:
             return _Action.PASS
         if _is_mutable(op):
             return _Action.CHANGE
-        if not self._by_op_alone:
+        found = settled(self.policy, SiteCounter().visit(op, ()))
+        if found is None:
             return _Action.ASK
-        saves = opinion(self.policy, SiteCounter().visit(op, ())).saves
-        return _Action.SAVE if saves else _Action.PASS
+        return _Action.SAVE if found.saves else _Action.PASS
 
 
 @functools.lru_cache(maxsize=256)
@@ -189,12 +194,14 @@ class ForwardMode(TorchDispatchMode):
         self._modules: ModuleStack | None = None
         self._record: RegionRecord | None = None
         self._tracing = False
+        self._by_op_alone = False
         self._unsettled: Saved | None = None
 
     def __enter__(self) -> ForwardMode:
         self._tracing = _torch.proxy_graph() is not None
         self._record = new_record(self._tracing)
         self._cleanup = ExitStack()
+        self._by_op_alone = not self._tracing and self._record is None
         if not self._tracing and (self._actions.needs_scopes or self._record is not None):
             self._modules = self._cleanup.enter_context(ModuleStack().followed())
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -209,6 +216,18 @@ class ForwardMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._by_op_alone and self._unsettled is None:
+            action = self._known.get(func)
+            if action is _Action.PASS:
+                return func(*args, **kwargs)
+            if action is _Action.STORE:
+                output = func(*args, **kwargs)
+                self._memory.keep(func, output)
+                return output
+        return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Everything but the two cases that need nothing more than the op."""
         if self._unsettled is not None:
             self._settle()
         if self._tracing:
@@ -244,7 +263,7 @@ class ForwardMode(TorchDispatchMode):
         watch: DrawWatch | None,
     ) -> None:
         """Save or count one execution, as the policy says."""
-        if action is _Action.SAVE and self._record is None:
+        if action in (_Action.SAVE, _Action.STORE) and self._record is None:
             saves = True
         else:
             saves = self._ask(func, args, kwargs, output).saves
@@ -346,7 +365,7 @@ class RecomputeMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in IGNORED:
             return func(*args, **kwargs)
-        key = _torch.selective_key(func, args)
+        key = func if isinstance(func, OpOverload) else _torch.selective_key(func, args)
         if not self._memory.counts(key) or _is_cached_cast(func, args):
             return _run_again(func, args, kwargs)
         entry = self._memory.next(key)

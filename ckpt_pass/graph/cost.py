@@ -3,14 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from ckpt_pass.flops import flop_formula
 from ckpt_pass.graph.joint import JointGraph, StorageKey
+from ckpt_pass.ops import op_name
 from ckpt_pass.sites import Bytes, output_tensors
+
+#: Ops whose kernels allocate a tensor of their output's size besides the output. The CPU's
+#: ``native_dropout_backward`` casts the mask to the gradient's dtype first (seen in allocation
+#: events, torch 2.13).
+_OUTPUT_SIZED_WORKSPACE = frozenset({"aten.native_dropout_backward.default"})
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Time of an op as the larger of arithmetic and memory traffic, and a launch.
+
+    The defaults are orders of magnitude; plans depend on the ratios between ops only.
+
+    Attributes:
+        flops_per_s: arithmetic rate of matrix products.
+        bytes_per_s: memory bandwidth.
+        launch_s: fixed cost of an op.
+    """
+
+    flops_per_s: float
+    bytes_per_s: float
+    launch_s: float
+
+    def time_s(self, flops: int, moved_bytes: int) -> float:
+        """Seconds for one op."""
+        return max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s) + self.launch_s
+
+
+#: A few server cores: some 50 Gflop/s in fp32 and 10 GB/s; an A100-like accelerator in bf16.
+ROOFLINES = {"cpu": Roofline(5e10, 1e10, 1e-6), "cuda": Roofline(2e14, 1.5e12, 3e-6)}
+
+
+def node_flops(node: fx.Node) -> int:
+    """Flops of one op, from torch's formulas and ours; 0 where there is none."""
+    formula = flop_formula(node.target)
+    if formula is None:
+        return 0
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    return int(formula(*args, **kwargs, out_val=node.meta.get("val")))
+
+
+def device_type(node: fx.Node) -> str:
+    """The device that an op runs on, as ``cpu`` or ``cuda``."""
+    found = [tensor.device.type for tensor in output_tensors(node.meta.get("val"))]
+    return found[0] if found else "cpu"
+
+
+def workspace_bytes(node: fx.Node) -> Bytes:
+    """Bytes that an op's kernel allocates and frees besides its outputs, where that is known."""
+    name = op_name(node.target) if callable(node.target) else ""
+    if name not in _OUTPUT_SIZED_WORKSPACE or device_type(node) != "cpu":
+        return 0
+    return sum(storages(node.meta.get("val")).values())
 
 
 def as_bytes(size: int | torch.SymInt) -> Bytes:

@@ -16,6 +16,7 @@ from torch import fx
 
 from ckpt_pass import _torch
 from ckpt_pass.graph.regions import RegionFinder
+from ckpt_pass.ops import classify, draws_random, is_expensive, never_recompute
 from ckpt_pass.sites import (
     CallNumbers,
     ModulePath,
@@ -74,8 +75,12 @@ class JointGraph:
         self.needs_tangents = _dependents_of_tangents(self.nodes)
         self.forward = _forward_nodes(self.nodes, self.forward_outputs, self.needs_tangents)
         self.forward_set = frozenset(self.forward)
-        self.paths = _module_paths(self.forward)
-        finder = RegionFinder.over(self.paths.values(), self.regions_pattern)
+        self._numbers = CallNumbers()
+        self.paths: dict[fx.Node, ModulePath] = {
+            node: self._numbers.numbered(module_path(node.meta.get("nn_module_stack")))
+            for node in self.forward
+        }
+        self._finder = finder = RegionFinder.over(self.paths.values(), self.regions_pattern)
         self.regions: dict[fx.Node, str | None] = {
             node: _checkpoint_region(node) or finder.region(path)
             for node, path in self.paths.items()
@@ -91,6 +96,11 @@ class JointGraph:
         """The first node that has this node's storage: itself, or the base of a view."""
         keys = storage_keys(node.meta.get("val"))
         return self._owners.get(keys[0], node) if len(keys) == 1 else node
+
+    def region_of_backward(self, node: fx.Node) -> str | None:
+        """The region whose forward an op of the backward differentiates, where torch says so."""
+        stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
+        return self._finder.region(self._numbers.numbered(module_path(stack)))
 
     def sites(self) -> Iterator[tuple[fx.Node, SiteContext]]:
         """The forward's op executions in order, each with what a policy sees of it."""
@@ -112,12 +122,32 @@ class JointGraph:
             )
 
     def crosses_border(self, node: fx.Node) -> bool:
-        """Whether a value made in one region is read by the forward of another."""
+        """Whether a value made in one region is read by the forward of another.
+
+        Not so what is cheap to make from the inputs, outside of all regions: an attention mask
+        costs less to make again for each layer than to hold.
+        """
         region = self.regions.get(node)
+        if region is None and self._is_cheap_preamble(node):
+            return False
         return any(
             user in self.forward_set and self.regions[user] != region
             for user in self._readers(node)
         )
+
+    def _is_cheap_preamble(self, node: fx.Node) -> bool:
+        """Whether a value comes from the inputs alone, through cheap ops outside of all regions."""
+        stack, seen = [node], {node}
+        while stack:
+            current = stack.pop()
+            if current.op != "call_function":
+                continue
+            if self.regions.get(current) is not None or not _is_cheap(current):
+                return False
+            sources = [source for source in current.all_input_nodes if source not in seen]
+            seen.update(sources)
+            stack.extend(sources)
+        return True
 
     def _readers(self, node: fx.Node) -> Iterable[fx.Node]:
         """The users of a value, those of its views and outputs included."""
@@ -131,12 +161,15 @@ class JointGraph:
                         stack.append(user)
 
 
-def _module_paths(forward: list[fx.Node]) -> dict[fx.Node, ModulePath]:
-    """The module calls around each op."""
-    numbers = CallNumbers()
-    return {
-        node: numbers.numbered(module_path(node.meta.get("nn_module_stack"))) for node in forward
-    }
+def _is_cheap(node: fx.Node) -> bool:
+    """Whether an op may run twice, draws nothing and is none of the expensive ones."""
+    if is_multi_output_access(node) or not callable(node.target):
+        return True
+    return not (
+        is_expensive(classify(node.target))
+        or never_recompute(node.target, node.args, node.kwargs)
+        or draws_random(node.target, node.args, node.kwargs)
+    )
 
 
 def is_epilogue(node: fx.Node) -> bool:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass import _torch
 from ckpt_pass.errors import CkptPassError
-from ckpt_pass.graph.cost import storages
+from ckpt_pass.graph.cost import (
+    ROOFLINES,
+    device_type,
+    node_flops,
+    storages,
+    workspace_bytes,
+)
 from ckpt_pass.graph.joint import JointGraph, StorageKey, is_multi_output_access
 from ckpt_pass.ops import draws_random
 from ckpt_pass.planner.problem import Op, Problem
@@ -58,6 +66,8 @@ def concrete(nbytes: Bytes) -> int:
 def build_problem(joint: JointGraph) -> tuple[Problem, dict[fx.Node, int]]:
     """Describe a joint graph to the planner.
 
+    Tags on the graph (``meta["recompute"]``) bind where they are MUST_*.
+
     Returns:
         The problem, and the index of each node among its ops.
 
@@ -75,12 +85,13 @@ def build_problem(joint: JointGraph) -> tuple[Problem, dict[fx.Node, int]]:
         for storage in table.of(node.meta.get("val"))
     ]
     table.made.update(existing, given)
+    regions = _Regions(joint)
     index: dict[fx.Node, int] = {}
     ops: list[Op] = []
     for node in joint.nodes:
         if node.op == "call_function":
             index[node] = len(ops)
-            ops.append(_op(joint, node, index, table))
+            ops.append(_op(joint, node, index, table, regions.of(node)))
     gradients = [node for node in joint.backward_outputs if node in index]
     returned = [node for node in joint.forward_outputs if node in index]
     problem = Problem(
@@ -95,27 +106,78 @@ def build_problem(joint: JointGraph) -> tuple[Problem, dict[fx.Node, int]]:
     return problem, index
 
 
+class _Regions:
+    """Numbers the links of the chain: layers, and what lies between two layers.
+
+    An op of the backward belongs to the layer whose forward it differentiates; where torch does
+    not say, to the layer of the last op before it.
+    """
+
+    def __init__(self, joint: JointGraph) -> None:
+        self._joint = joint
+        self._numbers: dict[object, int] = {}
+        self._layers = 0
+        self._last = -1
+
+    def of(self, node: fx.Node) -> int:
+        """The link of one op; to be asked in joint order."""
+        if node in self._joint.forward_set:
+            region = self._joint.regions.get(node)
+            if region is not None and region not in self._numbers:
+                self._layers += 1
+            key: object = region if region is not None else ("between", self._layers)
+            self._last = self._numbers.setdefault(key, len(self._numbers))
+        else:
+            region = self._joint.region_of_backward(node)
+            self._last = self._numbers.get(region, self._last)
+        return self._last
+
+
 def _union(table: _Storages, nodes: list[fx.Node]) -> tuple[int, ...]:
     found = [storage for node in nodes for storage in table.of(node.meta.get("val"))]
     return tuple(dict.fromkeys(found))
 
 
-def _op(joint: JointGraph, node: fx.Node, index: dict[fx.Node, int], table: _Storages) -> Op:
-    holds = table.of(node.meta.get("val"))
+def _op(
+    joint: JointGraph, node: fx.Node, index: dict[fx.Node, int], table: _Storages, region: int
+) -> Op:
+    value, target = node.meta.get("val"), node.target
+    assert callable(target)
+    holds = table.of(value)
     makes = tuple(storage for storage in holds if storage not in table.made)
     table.made.update(makes)
     # Taking one output out of several touches that one alone: it is taken at once.
     sources = () if is_multi_output_access(node) else node.all_input_nodes
     reads = [s for source in sources for s in table.of(source.meta.get("val"))]
+    touches = tuple(dict.fromkeys((*holds, *reads)))
     forward = node in joint.forward_set
-    random = forward and callable(node.target) and draws_random(node.target, node.args, node.kwargs)
+    random = forward and draws_random(target, node.args, node.kwargs)
+    flops = node_flops(node)
+    roofline = ROOFLINES.get(device_type(node), ROOFLINES["cuda"])
+    moved = sum(concrete(nbytes) for nbytes in _moved(node))
+    tag = node.meta.get("recompute")
     return Op(
         name=node.name,
         inputs=tuple(index[source] for source in node.all_input_nodes if source in index),
         makes=makes,
         holds=holds,
-        touches=tuple(dict.fromkeys((*holds, *reads))),
+        touches=touches,
         forward=forward,
         late=node in joint.needs_tangents,
+        workspace_bytes=concrete(workspace_bytes(node)),
         random_state_bytes=_torch.random_state_bytes(node) if random else 0,
+        time_s=roofline.time_s(flops, moved) if makes else 0.0,
+        flops=flops,
+        savable=forward and isinstance(value, torch.Tensor) and joint.owner(node) is node,
+        must_save=forward and tag is CheckpointPolicy.MUST_SAVE,
+        must_recompute=forward and tag is CheckpointPolicy.MUST_RECOMPUTE,
+        region=region,
     )
+
+
+def _moved(node: fx.Node) -> list[Bytes]:
+    """Bytes of the storages that an op reads and writes."""
+    found: dict[StorageKey, Bytes] = dict(storages(node.meta.get("val")))
+    for source in node.all_input_nodes:
+        found |= storages(source.meta.get("val"))
+    return list(found.values())

@@ -31,6 +31,11 @@ class Op:
         late: whether it depends on a tangent, so that it cannot run before the backward.
         workspace_bytes: allocated while it runs and freed when it ends.
         random_state_bytes: saved by the forward if the op runs again in the backward.
+        time_s, flops: of running it once.
+        savable: whether its result can be kept: a tensor with a storage of its own.
+        must_save, must_recompute: what is not open to a solver. An op that must be saved but is
+            not savable (one of several outputs is) must not be recomputed.
+        region: the layer that it belongs to, or whose backward it is part of; -1 for none.
     """
 
     name: str
@@ -42,6 +47,12 @@ class Op:
     late: bool = False
     workspace_bytes: int = 0
     random_state_bytes: int = 0
+    time_s: float = 0.0
+    flops: int = 0
+    savable: bool = False
+    must_save: bool = False
+    must_recompute: bool = False
+    region: int = -1
 
 
 @dataclass(frozen=True)
