@@ -78,7 +78,28 @@ class PeakRow:
     flops: int
 
 
-Row: TypeAlias = TimingRow | PeakRow
+@dataclass(frozen=True)
+class BudgetRow:
+    """One point: torch's peak and flops, and ours with that peak as the budget."""
+
+    model: str
+    torch_budget: float
+    torch_peak_bytes: int
+    torch_flops: int
+    ours_peak_bytes: int
+    ours_flops: int
+    plain_flops: int
+
+    @property
+    def ratio(self) -> float:
+        """Recomputed flops, ours by torch's; 0 where ours recomputes none."""
+        theirs, ours = self.torch_flops - self.plain_flops, self.ours_flops - self.plain_flops
+        if ours == 0:
+            return 0.0
+        return ours / theirs if theirs else float("inf")
+
+
+Row: TypeAlias = TimingRow | PeakRow | BudgetRow
 
 
 @dataclass(frozen=True)

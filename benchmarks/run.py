@@ -24,12 +24,12 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import ckpt_pass  # noqa: E402
-from benchmarks import eager_cost, partition_cost, peaks  # noqa: E402
-from benchmarks.common import Bar, PeakRow, Result, TimingRow  # noqa: E402
+from benchmarks import budgets, eager_cost, partition_cost, peaks  # noqa: E402
+from benchmarks.common import Bar, BudgetRow, PeakRow, Result, TimingRow  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PIPED_WIDTH = 150  # characters: the widest table, that of the eager costs, fits
-NAMES = ("eager", "partition", "peaks")
+NAMES = ("eager", "partition", "peaks", "budgets")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def _runner(name: str, rounds: int | None) -> Callable[[], Result]:
         return lambda: eager_cost.run(rounds or eager_cost.ROUNDS)
     if name == "partition":
         return lambda: partition_cost.run(rounds or partition_cost.ROUNDS)
-    return peaks.run
+    return budgets.run if name == "budgets" else peaks.run
 
 
 def show(result: Result, console: Console) -> None:
@@ -76,6 +76,9 @@ def show(result: Result, console: Console) -> None:
 
 
 def _table(result: Result) -> Table:
+    budgeted = [row for row in result.rows if isinstance(row, BudgetRow)]
+    if budgeted:
+        return _budget_table(result.title, budgeted)
     timings = [row for row in result.rows if isinstance(row, TimingRow)]
     found = [row for row in result.rows if isinstance(row, PeakRow)]
     return _timing_table(result.title, timings) if timings else _peak_table(result.title, found)
@@ -107,6 +110,28 @@ def _peak_table(title: str, rows: Sequence[PeakRow]) -> Table:
     for row in rows:
         flops = f"{row.flops / 1e9:.2f}"
         table.add_row(row.model, row.variant, f"{row.peak_bytes:,}", f"{row.saved_bytes:,}", flops)
+    return table
+
+
+def _budget_table(title: str, rows: Sequence[BudgetRow]) -> Table:
+    table = Table(title=title)
+    table.add_column("model")
+    for column in ("torch budget", "torch MB", "recompute", "ours MB", "recompute", "ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        theirs, ours = (
+            f"{100 * (flops - row.plain_flops) / row.plain_flops:.1f} %"
+            for flops in (row.torch_flops, row.ours_flops)
+        )
+        table.add_row(
+            row.model,
+            f"{row.torch_budget:g}",
+            f"{row.torch_peak_bytes / 1e6:.1f}",
+            theirs,
+            f"{row.ours_peak_bytes / 1e6:.1f}",
+            ours,
+            f"{row.ratio:.2f}",
+        )
     return table
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import eager_cost, partition_cost, peaks, run
+from benchmarks import budgets, eager_cost, partition_cost, peaks, run
 from benchmarks.common import Bar, PeakRow, Result, TimingRow, Variant, interleave
 from ckpt_pass.flops import FlopCounter
 from tests.zoo import Built, children_of, seeded, stack
@@ -120,3 +120,10 @@ def test_peak_is_at_most_torchs(reference: peaks.Reference, ours: str, theirs: s
     assert got <= peaks.measure(reference, theirs).peak_bytes
     if ours == peaks.OURS_NOTHING:
         assert reference.known_bytes is not None and got <= reference.known_bytes
+
+
+@pytest.mark.slow
+def test_budgets_are_met_with_less_recomputation_than_torchs() -> None:
+    result = budgets.run(models=("gpt2-12L",), budgets=(0.3, 0.1))
+    assert len(result.rows) == 2
+    assert all(bar.met for bar in result.bars)
