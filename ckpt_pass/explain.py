@@ -11,11 +11,10 @@ from torch import nn
 from ckpt_pass import _torch
 from ckpt_pass.budget import BudgetLike, check_budget
 from ckpt_pass.compile.backend import Backend
-from ckpt_pass.compile.engine import OPEN, decide
+from ckpt_pass.compile.engine import decide, policy_for
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.capture import capture
 from ckpt_pass.plan import Plan, SavedActivations
-from ckpt_pass.policies import DEFAULT_POLICY, as_policy
 from ckpt_pass.policy import PolicyLike
 
 
@@ -52,7 +51,7 @@ def plan(
     """
     if budget is not None:
         check_budget(budget)
-    chosen = OPEN if policy is None and budget is not None else as_policy(policy or DEFAULT_POLICY)
+    chosen = policy_for(policy, budget)
     with capture(model, *args, loss_fn=loss_fn, regions=regions, dynamic=dynamic) as joint:
         return decide(joint, chosen, budget).plan(chosen)
 

@@ -270,3 +270,31 @@ def test_what_the_backward_reads() -> None:
     )
     problem = Problem(ops, (1, 1, 1), (1,), (1,), (2,), (2,))
     assert read_by_backward(problem) == frozenset({0})
+
+
+def test_a_batch_norm_that_a_policy_prefers_to_save_may_be_recomputed_rightly() -> None:
+    """Its running statistics are overwritten between forward and recomputation."""
+    case = CASES["batch-norm-conv"]
+    module, inputs = case.make()
+    expected = run_step(module, inputs, torch.compile(module, backend="aot_eager", fullgraph=True))
+    prefer = ckpt_pass.rule(CheckpointPolicy.PREFER_SAVE)
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
+        ckpt_pass.plan(module, *inputs, policy=prefer, budget=1)
+    torch._dynamo.reset()
+    module, inputs = case.make()
+    backend = ckpt_pass.make_backend(
+        prefer, budget=caught.value.least_feasible_bytes, inner="aot_eager"
+    )
+    ours = run_step(module, inputs, torch.compile(module, backend=backend, fullgraph=True))
+    assert all(torch.equal(ours.gradients[n], g) for n, g in expected.gradients.items())
+    assert all(torch.equal(ours.buffers[n], b) for n, b in expected.buffers.items())
+
+
+def test_a_named_policy_binds_and_the_default_one_does_not() -> None:
+    module, inputs = CASES["llama"].make()
+    named = ckpt_pass.make_backend("save-matmul-attention", inner="aot_eager")
+    for backend, binds in ((named, True), (ckpt_pass.make_backend(inner="aot_eager"), False)):
+        torch._dynamo.reset()
+        chosen = backend.with_options({"budget": 1.0})
+        run_step(module, inputs, torch.compile(module, backend=chosen, fullgraph=True))
+        assert backend.plans[-1].policy.startswith("save-matmul") is binds

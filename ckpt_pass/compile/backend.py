@@ -11,10 +11,10 @@ from torch import fx
 
 from ckpt_pass import _torch
 from ckpt_pass.budget import BudgetLike, check_budget
-from ckpt_pass.compile.engine import OPEN, Partitioner
+from ckpt_pass.compile.engine import Partitioner, policy_for
 from ckpt_pass.errors import CkptPassError, nearest
 from ckpt_pass.plan import Plan
-from ckpt_pass.policies import DEFAULT_POLICY, POLICIES, as_policy
+from ckpt_pass.policies import as_policy
 from ckpt_pass.policy import Policy, PolicyLike, describe
 
 INNER = ("inductor", "aot_eager")
@@ -34,7 +34,7 @@ class Backend:
     Build one with :func:`make_backend`; ``ckpt_backend`` is the default one.
 
     Attributes:
-        policy: what to save.
+        policy: what to save; ``None`` for the default, which depends on there being a budget.
         inner: the compiler of both halves, ``inductor`` or ``aot_eager``.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         inner_options: inductor's own options, as ``torch.compile(options=...)`` takes them.
@@ -42,7 +42,7 @@ class Backend:
         plans: the plans made so far, one for each graph, oldest first (1,024 at most).
     """
 
-    policy: Policy
+    policy: Policy | None = None
     inner: str = "inductor"
     regions: tuple[str, ...] | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +70,11 @@ class Backend:
             _torch.placeholder_source(node) for node in gm.graph.find_nodes(op="placeholder")
         )
         partition = Partitioner(
-            backend.policy, backend.regions, names, backend.budget, self.plans.append
+            policy_for(backend.policy, backend.budget),
+            backend.regions,
+            names,
+            backend.budget,
+            self.plans.append,
         )
         if backend.inner == "aot_eager":
             if mode is not None:
@@ -101,11 +105,9 @@ class Backend:
                     f"{', '.join(known)}. Inductor's own options go into 'inner_options'."
                 )
         changed = dict(options)
-        if "policy" in changed:
+        if changed.get("policy") is not None:
             changed["policy"] = as_policy(changed["policy"])
-        elif changed.get("budget") is not None and self.policy is POLICIES[DEFAULT_POLICY]:
-            changed["policy"] = OPEN  # the default policy's saves are a preference then
-        if "budget" in changed and changed["budget"] is not None:
+        if changed.get("budget") is not None:
             check_budget(changed["budget"])
         if "regions" in changed:
             changed["regions"] = _as_patterns(changed["regions"])
@@ -113,7 +115,7 @@ class Backend:
         return replace(self, **changed) if changed else self
 
     def __str__(self) -> str:
-        return f"ckpt backend: {describe(self.policy)}; inner {self.inner}"
+        return f"ckpt backend: {describe(policy_for(self.policy, self.budget))}; inner {self.inner}"
 
 
 def _as_patterns(regions: Any) -> tuple[str, ...] | None:
@@ -175,11 +177,8 @@ def make_backend(
             these. ``InfeasibleBudgetError`` comes when a graph is compiled.
     """
     options: dict[str, Any] = {"inner": inner, "inner_options": dict(inner_options or {})}
-    if budget is not None:
-        options["budget"] = budget
-    if policy is not None:
-        options["policy"] = policy
-    return Backend(as_policy(DEFAULT_POLICY), regions=_as_patterns(regions)).with_options(options)
+    options |= {"policy": policy, "budget": budget}
+    return Backend(regions=_as_patterns(regions)).with_options(options)
 
 
 #: The default backend: ``torch.compile(model, backend=ckpt_backend)``.

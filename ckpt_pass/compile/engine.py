@@ -25,7 +25,8 @@ from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.plan import Plan
-from ckpt_pass.policy import FirstMatch, Opinion, Policy, Rule, first_match, recompute
+from ckpt_pass.policies import DEFAULT_POLICY, as_policy
+from ckpt_pass.policy import FirstMatch, Opinion, Policy, PolicyLike, Rule, first_match, recompute
 
 
 class NotFunctionalError(CkptPassError):
@@ -51,6 +52,17 @@ class Decided:
 
 #: With a budget and no policy named, every safe recomputation is open to the solver.
 OPEN = first_match(recompute(), name="open to the solver")
+
+
+def policy_for(policy: PolicyLike | None, budget: BudgetLike | None) -> Policy:
+    """The policy that a user means: the one named, else the default one, or none at all.
+
+    Raises:
+        UnknownPolicyError: ``policy`` is none.
+    """
+    if policy is not None:
+        return as_policy(policy)
+    return as_policy(DEFAULT_POLICY) if budget is None else OPEN
 
 
 def decide(joint: JointGraph, policy: Policy, budget: BudgetLike | None = None) -> Decided:
@@ -85,6 +97,9 @@ def decide(joint: JointGraph, policy: Policy, budget: BudgetLike | None = None) 
         if decision is not found.opinion.decision:
             tags[node] = replace(found, opinion=Opinion(decision, f"solver ({solution.solver})"))
     saved = choose_saved(joint, save_borders=False)
+    # What a policy preferred to save, and the solver does not, may lead to more such inputs.
+    if protect_mutated_inputs(joint, saved):
+        saved = choose_saved(joint, save_borders=False)
     return Decided(joint, tags, saved, budget_bytes, solution.solver)
 
 
