@@ -17,6 +17,7 @@ from ckpt_pass.compile.backend import ckpt_backend as ckpt_backend
 from ckpt_pass.compile.backend import make_backend as make_backend
 from ckpt_pass.compile.budgeting import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
+from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError
 from ckpt_pass.eager.region import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.eager.region import MutatedActivationError as MutatedActivationError
@@ -29,6 +30,9 @@ from ckpt_pass.explain import NothingCompiledError as NothingCompiledError
 from ckpt_pass.explain import explain as explain
 from ckpt_pass.explain import plan as plan
 from ckpt_pass.explain import saved_activations as saved_activations
+from ckpt_pass.fit import Fit as Fit
+from ckpt_pass.fit import UnknownDimensionError as UnknownDimensionError
+from ckpt_pass.fit import fit as fit
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.problem import SymbolicBytesError as SymbolicBytesError
@@ -36,6 +40,7 @@ from ckpt_pass.measure import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.measure import Measurement as Measurement
 from ckpt_pass.measure import UnknownParametersError as UnknownParametersError
 from ckpt_pass.measure import measure_step as measure_step
+from ckpt_pass.opinion import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.ops import OpClass as OpClass
 from ckpt_pass.ops import classify as classify
 from ckpt_pass.ops import taxonomy_counts as taxonomy_counts
@@ -43,7 +48,7 @@ from ckpt_pass.plan import Decision as Decision
 from ckpt_pass.plan import Plan as Plan
 from ckpt_pass.plan import SavedActivation as SavedActivation
 from ckpt_pass.plan import SavedActivations as SavedActivations
-from ckpt_pass.planner.solve import InfeasibleBudgetError as InfeasibleBudgetError
+from ckpt_pass.planner.solution import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.policies import as_policy as as_policy
 from ckpt_pass.policies import policies as policies
 from ckpt_pass.policy import FirstMatch as FirstMatch
@@ -52,13 +57,19 @@ from ckpt_pass.policy import Policy as Policy
 from ckpt_pass.policy import PolicyReturnError as PolicyReturnError
 from ckpt_pass.policy import Rule as Rule
 from ckpt_pass.policy import TorchPolicy as TorchPolicy
-from ckpt_pass.policy import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.policy import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.policy import first_match as first_match
 from ckpt_pass.policy import recompute as recompute
 from ckpt_pass.policy import rule as rule
 from ckpt_pass.policy import save as save
+from ckpt_pass.shapes import Dimension as Dimension
+from ckpt_pass.shapes import SizeError as SizeError
 from ckpt_pass.sites import CallSite as CallSite
 from ckpt_pass.sites import SiteContext as SiteContext
+from ckpt_pass.sweep import Sweep as Sweep
+from ckpt_pass.sweep import SweepArgumentError as SweepArgumentError
+from ckpt_pass.sweep import sweep as sweep
+from ckpt_pass.sweep_report import SweepRow as SweepRow
+from ckpt_pass.timeline import Timeline as Timeline
 
 __version__ = "0.1.0"

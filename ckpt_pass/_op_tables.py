@@ -26,6 +26,14 @@ BUILTIN_NAMESPACES: frozenset[str] = _names(
     """
 )
 
+# Ops of other libraries that do what an aten op does, by the names that call sites carry. They have
+# that op's class and call sites: the library takes one or the other, by what it runs under. The
+# leading arguments are the same.
+STANDS_FOR: dict[str, str] = {
+    # the experts of a mixture, while dynamo compiles (transformers/integrations/moe.py)
+    "transformers.grouped_mm_fallback.default": "aten._grouped_mm.default",
+}
+
 # Whole namespaces of one class.
 COLLECTIVE_NAMESPACES: frozenset[str] = _names(
     "_c10d_functional _c10d_functional_autograd _dtensor c10d c10d_functional fsdp symm_mem"
@@ -268,6 +276,12 @@ PYTHON_CALLABLES: dict[str, str] = {
     "multi-output-access": "operator.getitem",
     "effectful": "torch._check torch._check_is_size torch._check_value torch._C._set_grad_enabled",
 }
+
+# Classes whose members do many operations for each byte they write, and those of which it is not
+# known: a body (control), a custom op, a backward op that may hold a matmul.
+EXPENSIVE: frozenset[str] = _names(
+    "matmul convolution attention recurrent linalg-fft backward control unclassified"
+)
 
 # Ops whose output shape (or Python value) depends on the data, though no tag says so.
 UNTAGGED_DATA_DEPENDENT: frozenset[str] = _names(

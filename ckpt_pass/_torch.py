@@ -17,6 +17,7 @@ import torch.utils.checkpoint
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
 from torch._functorch._aot_autograd.functional_utils import _is_functional_graph
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
@@ -26,6 +27,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, is_sym_node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._ordered_set import OrderedSet
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["CustomPartitionerFn", "FakeTensor", "FakeTensorMode", "is_sym_node"]
 
@@ -252,6 +254,12 @@ def compile_inductor(
     return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
 
 
+def stock_backend(inner: str, memory_budget: float) -> Callable[..., CompiledFn]:
+    """Torch's own backend; ``activation_memory_budget`` is set only while it compiles."""
+    patched = functorch_config.patch(activation_memory_budget=memory_budget)
+    return cast(Callable[..., CompiledFn], patched(torch._dynamo.lookup_backend(inner)))
+
+
 def inductor_option_names() -> frozenset[str]:
     """The names that ``torch.compile(options=...)`` accepts for inductor."""
     import torch._inductor.config as config
@@ -310,6 +318,28 @@ def below_autograd_views() -> contextlib.AbstractContextManager[None]:
     torch's selective checkpointing does the same around its ``detach`` (``_detach_helper``).
     """
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Real tensors and kernels, as a compiled graph runs them, whatever is active outside.
+
+    No dispatch mode (fake tensors, tracing, functionalisation), functorch transform, autocast,
+    ``__torch_function__`` or autograd sees the calls made inside.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch._C._DisableFuncTorch())
+        stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def profiler_is_running() -> bool:
+    """Whether a profiler session is open in this thread; a second one inside would break both."""
+    return bool(torch.autograd._profiler_enabled())
 
 
 def selective_ignored_ops() -> frozenset[Any]:

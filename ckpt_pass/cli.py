@@ -6,21 +6,26 @@ Exit codes: 0; 1 for an error of this library; 2 for a wrong command line or fac
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckpt_pass._demo_model import ModelConfig
-from ckpt_pass.budget import check_budget, parse_budget
-from ckpt_pass.demo import DEFAULTS, DemoSettings, run_demo
+from ckpt_pass.budget import BudgetLike, check_budget, parse_budget
+from ckpt_pass.demo import DEFAULTS, PLAIN_WIDTH, DemoSettings, run_demo
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.explain import plan
 from ckpt_pass.factory import FactoryError, build
+from ckpt_pass.fit import NAMES as FIT_DIMENSIONS
+from ckpt_pass.fit import fit
 from ckpt_pass.policies import DEFAULT_POLICY, POLICIES, as_policy
 from ckpt_pass.policy import Rule
 from ckpt_pass.report import missing_extra
+from ckpt_pass.sweep import ROUNDS, Progress, Sweep, sweep
+from ckpt_pass.sweep_report import sweep_table
 
 if TYPE_CHECKING:
     import typer
@@ -51,6 +56,9 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.command("explain")(_explain_command())
+    app.command("plan")(_plan_command())
+    app.command("sweep")(_sweep_command())
+    app.command("fit")(_fit_command())
     app.command("policies")(_policies)
     app.command("demo")(_demo_command())
     return app
@@ -66,29 +74,49 @@ def _errors_as_exit_codes() -> Iterator[None]:
         sys.exit(2 if isinstance(error, FactoryError) else 1)
 
 
-def _explain_command() -> Callable[..., None]:
+def _target_argument() -> Any:
     import typer
 
-    policy_names = ", ".join(POLICIES)
-    target_argument = typer.Argument(
+    return typer.Argument(
         metavar="FACTORY",
         help="path/to/file.py:name or package.module:name, a function without arguments that "
         "returns (model, inputs).",
     )
-    policy_option = typer.Option(
-        None, help=f"One of {policy_names}. {DEFAULT_POLICY} unless there is a budget."
+
+
+def _policy_option() -> Any:
+    import typer
+
+    return typer.Option(
+        None, help=f"One of {', '.join(POLICIES)}. {DEFAULT_POLICY} unless there is a budget."
     )
-    budget_option = typer.Option(
+
+
+def _budget_option() -> Any:
+    import typer
+
+    return typer.Option(
         None,
         help="Peak to stay within: 6GiB, a number of bytes, a fraction such as 0.5 of the peak "
         "without recomputation, or 'device'.",
     )
+
+
+def _checked(policy: str | None, budget: str | None) -> BudgetLike | None:
+    """Say what is misspelt before the model is built; return the budget."""
+    as_policy(policy or DEFAULT_POLICY)
+    return None if budget is None else check_budget(parse_budget(budget))
+
+
+def _explain_command() -> Callable[..., None]:
+    import typer
+
     summary_option = typer.Option(False, "--summary", help="Only the first lines.")
 
     def explain(
-        target: str = target_argument,
-        policy: str | None = policy_option,
-        budget: str | None = budget_option,
+        target: str = _target_argument(),
+        policy: str | None = _policy_option(),
+        budget: str | None = _budget_option(),
         summary: bool = summary_option,
     ) -> None:
         """Show what a policy or a budget saves and recomputes in one training step, and why.
@@ -96,14 +124,119 @@ def _explain_command() -> Callable[..., None]:
         The step is traced, not run.
         """
         with _errors_as_exit_codes():
-            # What is misspelt is said before the model is built.
-            as_policy(policy or DEFAULT_POLICY)
-            amount = None if budget is None else check_budget(parse_budget(budget))
+            amount = _checked(policy, budget)
             model, inputs = build(target)
             made = plan(model, *inputs, policy=policy, budget=amount)
             typer.echo(made.summary() if summary else str(made))
 
     return explain
+
+
+def _plan_command() -> Callable[..., None]:
+    import typer
+
+    png_option = typer.Option(None, help="Also draw memory over the step here.")
+
+    def plan_(
+        target: str = _target_argument(),
+        policy: str | None = _policy_option(),
+        budget: str | None = _budget_option(),
+        png: Path | None = png_option,
+    ) -> None:
+        """Plan one training step: what is decided in which amounts, and memory over the step.
+
+        The step is traced, not run. `explain` lists every decision.
+        """
+        with _errors_as_exit_codes():
+            amount = _checked(policy, budget)
+            model, inputs = build(target)
+            made = plan(model, *inputs, policy=policy, budget=amount)
+            typer.echo(made.overview())
+            if png is not None:
+                typer.echo(f"\nwrote {made.plot(png)}")
+
+    return plan_
+
+
+def _sweep_command() -> Callable[..., None]:
+    import typer
+
+    points_option = typer.Option(8, min=2, help="Budgets, from the least to no recomputation.")
+    budgets_option = typer.Option(
+        None, "--budget", help="A budget in the place of --points; may be given several times."
+    )
+    inner_option = typer.Option(
+        "aot_eager", help="What compiles every point: inductor or aot_eager."
+    )
+    torch_option = typer.Option(
+        True,
+        "--torch/--no-torch",
+        help="Also torch's activation_memory_budget, and a checkpoint around every layer.",
+    )
+    rounds_option = typer.Option(ROUNDS, min=1, help="Timings of each point.")
+    png_option = typer.Option(None, help="Draw the curve here.")
+    json_option = typer.Option(None, "--json", help="Write the rows here.")
+
+    def sweep_(
+        target: str = _target_argument(),
+        policy: str | None = _policy_option(),
+        points: int = points_option,
+        budgets: list[str] | None = budgets_option,
+        inner: str = inner_option,
+        with_torch: bool = torch_option,
+        rounds: int = rounds_option,
+        png: Path | None = png_option,
+        json_: Path | None = json_option,
+    ) -> None:
+        """Run a training step at a row of budgets: peak, recomputation and time of each."""
+        with _errors_as_exit_codes():
+            amounts = [check_budget(parse_budget(budget)) for budget in budgets or ()]
+            as_policy(policy or DEFAULT_POLICY)
+            model, inputs = build(target)
+            with _progress_on_stderr() as progress:
+                found = sweep(
+                    model,
+                    *inputs,
+                    points=points,
+                    budgets=amounts or None,
+                    policy=policy,
+                    inner=inner,
+                    with_torch=with_torch,
+                    rounds=rounds,
+                    progress=progress,
+                )
+            _show_sweep(found, png, json_)
+
+    return sweep_
+
+
+def _show_sweep(found: Sweep, png: Path | None, json_: Path | None) -> None:
+    with missing_extra("cli"):
+        from rich.console import Console
+    console = Console()
+    if not console.is_terminal:  # whose width rich could ask for
+        console = Console(width=PLAIN_WIDTH)
+    console.print(sweep_table(found.title, found.rows))
+    if json_ is not None:
+        json_.write_text(json.dumps(asdict(found), indent=2) + "\n")
+        console.print(f"wrote {json_}", highlight=False, soft_wrap=True)
+    if png is not None:
+        console.print(f"wrote {found.plot(png)}", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _progress_on_stderr() -> Iterator[Progress]:
+    """A progress bar that leaves nothing behind; nothing where stderr is no terminal."""
+    with missing_extra("cli"):
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
+        )
 
 
 def _policies() -> None:

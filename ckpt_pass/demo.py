@@ -145,7 +145,7 @@ def run_demo(settings: DemoSettings = DEFAULTS) -> tuple[Result, ...]:
     for line in describe(settings):
         console.print(line, highlight=False)
     torch.compiler.reset()  # what was compiled before counts towards dynamo's limits
-    with _threads(settings.threads):
+    with torch_threads(settings.threads):
         results = _run_all(chosen, settings, console)
     console.print(result_table(results))
     for path in plot(results, settings.out):
@@ -380,8 +380,8 @@ def _progress(console: Console, title: str, settings: DemoSettings) -> Iterator[
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Let torch compute on so many threads."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch's kernels use ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

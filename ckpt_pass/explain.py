@@ -12,6 +12,7 @@ from ckpt_pass import _torch
 from ckpt_pass.budget import BudgetLike, check_budget
 from ckpt_pass.compile.backend import Backend
 from ckpt_pass.compile.engine import decide, policy_for
+from ckpt_pass.compile.record import record_plan
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.capture import capture
 from ckpt_pass.plan import Plan, SavedActivations
@@ -53,7 +54,7 @@ def plan(
         check_budget(budget)
     chosen = policy_for(policy, budget)
     with capture(model, *args, loss_fn=loss_fn, regions=regions, dynamic=dynamic) as joint:
-        return decide(joint, chosen, budget).plan(chosen)
+        return record_plan(decide(joint, chosen, budget))
 
 
 def plans_of(compiled: Any) -> tuple[Plan, ...]:

@@ -1,7 +1,8 @@
 """Flops of operators, and of a step that runs, eager or compiled.
 
-The formulas are torch's registry (``torch.utils.flop_counter``) with the attention operators that
-it lacks. A multiply-add is 2 flops; a causal mask is not taken off, as torch does not either.
+The formulas are torch's registry (``torch.utils.flop_counter``) with the attention and grouped
+matmul operators that it lacks. A multiply-add is 2 flops; a causal mask is not taken off, as torch
+does not either.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from ckpt_pass._torch_ops import OpOverloadPacket
+from ckpt_pass.ops import functional_twin
 
 # Operator without a formula in torch 2.13 -> operator whose formula reads the same leading
 # arguments: (query, key, value, ...) forward, (grad_out, query, key, value, ...) backward.
@@ -30,9 +34,32 @@ _LIKE = {
 }
 
 
+def _grouped_mm_flops(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Flops of ``aten._grouped_mm``, where 3 dimensions are a batch and 2 hold the groups.
+
+    Each row of ``left`` meets the one group that it is in, or each column of ``right`` does: as
+    many as in one product of the last two dimensions, and a batch of two has that many of them.
+    """
+    rows, inner = left.shape[-2:]
+    batch = left.shape[0] if left.dim() == right.dim() == 3 else 1
+    return int(2 * batch * rows * inner * right.shape[-1])
+
+
+def _grouped_mm_backward_flops(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Flops of the products for both gradients; each has as many as the forward's."""
+    return 2 * _grouped_mm_flops(left, right)
+
+
+# By the packet's name: an op of another library need not be registered.
+_OURS: dict[str, Callable[..., int]] = {
+    "aten._grouped_mm": _grouped_mm_flops,
+    "transformers.grouped_mm_fallback_backward": _grouped_mm_backward_flops,
+}
+
+
 @cache
 def _missing_formulas() -> Mapping[Any, Callable[..., int]]:
-    """Return the formulas that torch's registry lacks, by operator packet."""
+    """Return the formulas of torch's registry for operators that it lacks, by packet."""
     aten = torch.ops.aten
     pairs = ((getattr(aten, name), getattr(aten, model)) for name, model in _LIKE.items())
     return MappingProxyType({op: flop_registry[model] for op, model in pairs})
@@ -42,11 +69,14 @@ def flop_formula(op: Any) -> Callable[..., int] | None:
     """Return the formula of an operator (overload, packet or higher-order); ``None`` if it is free.
 
     The formula is called as ``formula(*args, **kwargs, out_val=out)`` on the operator's arguments
-    and result, real or fake tensors alike. Formulas that a user registers with torch's
-    ``register_flop_formula`` are found too, and go before ours.
+    and result, real or fake tensors alike. An in-place operator has its functional twin's. Formulas
+    that a user registers with torch's ``register_flop_formula`` are found too, and go before ours.
     """
-    packet = getattr(op, "overloadpacket", op)
-    return flop_registry.get(packet) or _missing_formulas().get(packet)
+    packet = getattr(functional_twin(op), "overloadpacket", op)
+    found = flop_registry.get(packet) or _missing_formulas().get(packet)
+    if found is None and isinstance(packet, OpOverloadPacket):
+        return _OURS.get(str(packet))
+    return found
 
 
 class FlopCounter(TorchDispatchMode):

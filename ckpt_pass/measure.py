@@ -6,7 +6,6 @@ those of the operators that really ran (recomputation included), times are in se
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +15,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
+from ckpt_pass.allocations import profiled, quiet_collector, read_recording
 from ckpt_pass.compare import GradientComparison as GradientComparison
 from ckpt_pass.compare import GradientMismatchError as GradientMismatchError
 from ckpt_pass.compare import NoLossError as NoLossError
@@ -149,7 +149,7 @@ class _Runner:
             at_start = torch.cuda.memory_allocated(self.device) if cuda else 0
             if cuda:
                 torch.cuda.reset_peak_memory_stats(self.device)
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
+            with profiled() as session:
                 own_backward = not self._step()
                 self._synchronise()
             timeline, at_backward = _read_events(session, self.device)
@@ -181,7 +181,7 @@ class _Runner:
     def _prepared(self) -> Iterator[None]:
         for leaf in self.leaves:
             leaf.grad = None
-        with rng_restored(self.device), _quiet_collector():
+        with rng_restored(self.device), quiet_collector():
             self._synchronise()
             yield
             for leaf in self.leaves:
@@ -229,38 +229,17 @@ def _resolve_device(device: torch.device | str | None, leaves: list[Tensor]) -> 
     return found
 
 
-@contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """Collect cyclic garbage now and not again inside: a collection would free at random."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def _read_events(
     session: profile, device: torch.device
 ) -> tuple[tuple[tuple[float, int], ...], int]:
-    """Add up the profiler's ``[memory]`` events; return the timeline and the bytes at backward.
-
-    An allocation counts positive, a release negative. Those of another device are left out.
-    """
-    assert session.profiler is not None and session.profiler.kineto_results is not None
-    events = sorted(session.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    kind = device.type.upper()  # kineto's DeviceType is named so: CPU, CUDA
-    begin_ns = next(e.start_ns() for e in events if e.name() == _Runner.FORWARD)
-    count, at_backward = 0, 0
+    """Add up the profiler's memory events; return the timeline and the bytes at backward."""
+    marks = {_Runner.FORWARD, _Runner.BACKWARD}
+    recording = read_recording(session, device, marks.__contains__)
+    begin_ns, _ = recording.spans[_Runner.FORWARD]
+    at_backward_ns, _ = recording.spans[_Runner.BACKWARD]
+    count = 0
     timeline = [(0.0, 0)]
-    for event in events:
-        if event.name() == _Runner.BACKWARD:
-            at_backward = count
-        elif event.name() == "[memory]" and event.device_type().name == kind:
-            if device.index is not None and event.device_index() not in (device.index, -1):
-                continue
-            count += event.nbytes()  # type: ignore[attr-defined]  # torch's stub lacks it
-            timeline.append(((event.start_ns() - begin_ns) * 1e-9, count))
-    return tuple(timeline), at_backward
+    for event in recording.allocations:
+        count += event.nbytes
+        timeline.append(((event.time_ns - begin_ns) * 1e-9, count))
+    return tuple(timeline), recording.balance_before(at_backward_ns)

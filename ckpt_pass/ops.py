@@ -30,6 +30,7 @@ from ckpt_pass._torch_ops import (
     arguments_of,
     functional_overload,
     load_late_registrations,
+    packet_of,
     split_name,
     subgraphs,
 )
@@ -80,20 +81,8 @@ class OpClass(enum.StrEnum):
     UNCLASSIFIED = "unclassified"
 
 
-# Classes whose members do many operations for each byte they write, and those of which it is not
-# known: a body (control), a custom op, a backward op that may hold a matmul.
-EXPENSIVE_CLASSES: frozenset[OpClass] = frozenset(
-    {
-        OpClass.MATMUL,
-        OpClass.CONVOLUTION,
-        OpClass.ATTENTION,
-        OpClass.RECURRENT,
-        OpClass.LINALG_FFT,
-        OpClass.BACKWARD,
-        OpClass.CONTROL,
-        OpClass.UNCLASSIFIED,
-    }
-)
+#: Classes of which :func:`is_expensive` is true.
+EXPENSIVE_CLASSES: frozenset[OpClass] = frozenset(map(OpClass, tables.EXPENSIVE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +184,17 @@ def _plain_base(base: str) -> str:
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
+def _twin(op: OpOverload) -> OpOverload:
+    stands_for = tables.STANDS_FOR.get(op_name(op))
+    if stands_for is not None:
+        namespace, base, overload = stands_for.split(".")
+        op = getattr(packet_of(namespace, base), overload, op)  # itself in a torch that lacks it
+    return functional_overload(op)
+
+
+@functools.lru_cache(maxsize=CACHE_SIZE)
 def _facts(op: OpOverload) -> OpFacts:
-    twin = functional_overload(op)
+    twin = _twin(op)
     schema = twin._schema
     namespace, base, overload = split_name(twin.name())
     return OpFacts(
@@ -272,8 +270,9 @@ def functional_twin(op: Op) -> Op:
 
     ``add_.Tensor`` and ``add.out`` give ``add.Tensor``; ``_unsafe_view`` gives ``view``. The twin
     has the same arguments (less ``out=``) and mutates nothing; where none exists ``op`` is its own.
+    An op of another library that stands for one of aten's gives that.
     """
-    return functional_overload(op) if isinstance(op, OpOverload) else op
+    return _twin(op) if isinstance(op, OpOverload) else op
 
 
 def _is_number(value: object, number: float) -> bool:
@@ -393,6 +392,7 @@ def taxonomy_counts() -> dict[OpClass, int]:
     (a few seconds the first time).
     """
     load_late_registrations()
-    ops: list[Op] = [op for op in all_overloads() if _facts(op).is_builtin]
+    builtin = tables.BUILTIN_NAMESPACES
+    ops: list[Op] = [op for op in all_overloads() if op.namespace in builtin]
     counts = Counter(classify(op) for op in [*ops, *all_higher_order_ops()])
     return {op_class: counts[op_class] for op_class in OpClass}

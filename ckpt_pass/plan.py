@@ -5,24 +5,18 @@ A plan holds no tensors and no graph, only call sites, bytes and words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass.plan_plot import plot_plan
+from ckpt_pass.plan_text import budget_lines, overview
+from ckpt_pass.plan_text import format_bytes as format_bytes
+from ckpt_pass.shapes import Dimension, bytes_at, shape_lines, where_within
 from ckpt_pass.sites import Bytes, CallSite
-
-
-def format_bytes(nbytes: Bytes) -> str:
-    """Bytes for people: ``2.0 MiB``; an expression as it is."""
-    if not isinstance(nbytes, int):
-        return f"{nbytes} B"
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{int(size)} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError("unreachable")
+from ckpt_pass.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +32,8 @@ class Decision:
         fate: ``saved`` (held from forward to backward), ``recomputed`` (runs again in the
             backward), or ``unused`` (the backward needs neither).
         region: the layer or checkpoint region, if any.
+        times: how often the backward runs it: more than once where its value was dropped again.
+        time_s: modelled seconds of running it once.
     """
 
     site: CallSite
@@ -47,6 +43,8 @@ class Decision:
     rule: str
     fate: str
     region: str | None
+    times: int = 0
+    time_s: float = 0.0
 
     def __str__(self) -> str:
         return (
@@ -123,13 +121,21 @@ class Plan:
         output_bytes: bytes of the forward's outputs, which the caller holds.
         peak_bytes: predicted peak of forward and backward above what was allocated before, on
             the graph as it is (``inner="aot_eager"``). Exact where ops allocate nothing but
-            their outputs; convolutions need workspace besides. ``None`` where sizes are symbolic.
+            their outputs; convolutions need workspace besides. At the traced shape.
         peak_at: the op that runs at the peak, in words.
         recompute_flops, recompute_time_s: of the forward ops that run again; time is modelled.
         step_flops, step_time_s: of the same step with nothing recomputed.
         budget_bytes: the budget that the plan was made for, if any.
         solver: what found the plan for the budget, in words.
+        status: ``optimal`` (no plan within the budget recomputes less), ``feasible``, or
+            ``time limit`` (the best that was found in time).
+        lower_bound_s: no plan within the budget has less recompute time; 0 where nothing is known.
         regions: the layers or checkpoint regions, in order.
+        timeline: bytes over the step, of symbolic sizes at the traced shape.
+        plain_timeline: the same of the step with nothing recomputed; where there is a budget.
+        peak_expression: the peak for all sizes that were left symbolic, under this same plan; the
+            number itself where none was.
+        dimensions: those sizes, and the inputs that have them.
     """
 
     policy: str
@@ -137,7 +143,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     saved: SavedActivations
     output_bytes: Bytes
-    peak_bytes: int | None
+    peak_bytes: int
     peak_at: str
     recompute_flops: int
     step_flops: int
@@ -145,7 +151,13 @@ class Plan:
     step_time_s: float
     budget_bytes: int | None
     solver: str
+    status: str
+    lower_bound_s: float
     regions: tuple[str, ...]
+    timeline: Timeline
+    plain_timeline: Timeline | None
+    peak_expression: Bytes
+    dimensions: tuple[Dimension, ...]
 
     @property
     def saved_bytes(self) -> Bytes:
@@ -161,19 +173,51 @@ class Plan:
         """The call sites whose outputs are held for the backward."""
         return frozenset(decision.site for decision in self.with_fate("saved"))
 
+    @property
+    def gap(self) -> float:
+        """How much shorter the step of the fastest plan may be, as a share of this one's time.
+
+        Against ``lower_bound_s``: where that is 0 and nothing is proven, it is merely the share
+        that recomputation has in the step.
+        """
+        if self.status == "optimal":
+            return 0.0
+        step_s = self.step_time_s + self.recompute_time_s
+        return max(self.recompute_time_s - self.lower_bound_s, 0.0) / step_s if step_s else 0.0
+
+    @property
+    def symbols(self) -> dict[str, str]:
+        """The symbol of each input's dimension that was left open: ``argument 0 dim 1`` to s27."""
+        return {place: d.symbol for d in self.dimensions for place in d.places}
+
+    def peak_bytes_at(self, sizes: Mapping[str, int]) -> int:
+        """The peak of this plan at given sizes.
+
+        Args:
+            sizes: by symbol or by place (:attr:`symbols`), for all that were left open.
+
+        Raises:
+            SizeError: a size is missing, unknown, or one that the graph is not valid for.
+        """
+        return bytes_at(self.peak_expression, self.dimensions, sizes)
+
+    @property
+    def holds_for(self) -> str:
+        """For which sizes the plan keeps to its budget, in words, such as ``s27 <= 12``.
+
+        For each size with the others as they were traced. Empty without a budget, and where no
+        size was left open.
+        """
+        if self.budget_bytes is None:
+            return ""
+        return where_within(self.peak_expression, self.dimensions, self.budget_bytes)
+
     def _peak(self) -> str:
-        if self.peak_bytes is None:
-            return "not a number: sizes are symbolic"
         return f"{format_bytes(self.peak_bytes)} predicted, {self.peak_at}"
 
     @staticmethod
     def _share(part: float, whole: float) -> str:
         return f"{100 * part / whole:.1f} %" if whole else "0.0 %"
-
-    def _budget(self) -> list[str]:
-        if self.budget_bytes is None:
-            return []
-        return [f"budget       {format_bytes(self.budget_bytes)}, met by: {self.solver}"]
 
     def summary(self) -> str:
         """The plan in a few lines."""
@@ -188,14 +232,29 @@ class Plan:
                 f"saved bytes  {format_bytes(self.saved_bytes)} (outputs "
                 f"{format_bytes(self.output_bytes)} more)",
                 f"peak         {self._peak()}",
+                *shape_lines(self.peak_expression, self.dimensions, self.budget_bytes),
                 f"recompute    {self._share(self.recompute_flops, self.step_flops)} of the flops, "
                 f"{self._share(self.recompute_time_s, self.step_time_s)} of the modelled time",
-                *self._budget(),
+                *budget_lines(self),
             ]
         )
 
+    def overview(self) -> str:
+        """The summary; with a budget also amounts, the dearest decisions, and memory over time."""
+        return overview(self)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw memory over the step, before (nothing recomputed) and as planned; return the path.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        title = "memory over one training step, as predicted"
+        timelines = self.timeline, self.plain_timeline
+        return plot_plan(title, *timelines, self.budget_bytes, Path(path))
+
     def __str__(self) -> str:
-        return "\n".join([self.summary(), "", *_folded(self.decisions)])
+        return "\n".join([self.overview(), "", *_folded(self.decisions)])
 
 
 def _folded(decisions: Sequence[Decision]) -> list[str]:

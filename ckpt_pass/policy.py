@@ -3,7 +3,8 @@
 A policy is anything callable as ``policy(site) -> CheckpointPolicy | None``; ``None`` means "no
 opinion". The ones built here are frozen, hashable, printable and without state, so that the same
 value serves eager and compiled code, forward and recompute, and so that two can be compared.
-The first opinion wins; where nobody has one, the driver recomputes (:data:`DEFAULT`).
+The first opinion wins; where nobody has one, the driver recomputes (:data:`DEFAULT`). How a driver
+asks a policy is in ``opinion.py``.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
+from ckpt_pass._op_tables import STANDS_FOR
 from ckpt_pass.errors import CkptPassError, nearest
-from ckpt_pass.ops import OpClass, classify, functional_twin, op_name
+from ckpt_pass.ops import OpClass, functional_twin, op_name
 from ckpt_pass.sites import Scope, SiteContext
 
 #: The decision for an op on which no rule has an opinion, as in torch's selective checkpointing.
@@ -48,39 +49,11 @@ class PolicyReturnError(CkptPassError):
     """A policy returned something that is not a decision."""
 
 
-class UnclassifiedOpWarning(UserWarning):
-    """An op that the taxonomy does not know was met; it is taken for an expensive one."""
-
-
-def report_unclassified(op: Any) -> None:
-    """Warn about an op of no known class; Python shows the same warning once."""
-    if classify(op) is OpClass.UNCLASSIFIED:
-        warnings.warn(
-            f"{op_name(op)} is in no class of the op taxonomy, so policies take it for an "
-            "expensive op. Tag it (torch.library.custom_op(..., tags=...), say with "
-            "torch.Tag.pointwise), or name it in a rule: save(op=...) or recompute(op=...).",
-            UnclassifiedOpWarning,
-            stacklevel=2,
-        )
-
-
 @runtime_checkable
 class Policy(Protocol):
     """A rule from a call site to a decision, or ``None`` for no opinion."""
 
     def __call__(self, site: SiteContext, /) -> CheckpointPolicy | None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Opinion:
-    """A decision and, in words, the rule that made it."""
-
-    decision: CheckpointPolicy
-    rule: str
-
-    @property
-    def saves(self) -> bool:
-        return self.decision in SAVING
 
 
 @functools.lru_cache(maxsize=4096)
@@ -247,15 +220,15 @@ PolicyLike: TypeAlias = str | Policy | Callable[..., Any] | Sequence[Any]
 
 def _names(ops: Any) -> tuple[str, ...]:
     one = isinstance(ops, str) or hasattr(ops, "overloads") or not isinstance(ops, Iterable)
-    items = [ops] if one else list(ops)
-    return tuple(item if isinstance(item, str) else _canonical_name(item) for item in items)
+    return tuple(map(_canonical_name, [ops] if one else ops))
 
 
 def _canonical_name(op: Any) -> str:
     """The name that call sites carry; a packet (``torch.ops.aten.mm``) stands for its overloads."""
-    if hasattr(op, "overloads"):
-        return str(op)
-    return op_name(functional_twin(op))
+    if not (isinstance(op, str) or hasattr(op, "overloads")):
+        return op_name(functional_twin(op))
+    name = str(op)
+    return STANDS_FOR.get(f"{name.removesuffix('.default')}.default", name)
 
 
 def _classes(classes: Any) -> tuple[OpClass, ...]:
@@ -357,35 +330,6 @@ def check_decision(decision: Any, maker: object, where: object = "") -> Checkpoi
     )
 
 
-def opinion(policy: Policy, site: SiteContext) -> Opinion:
-    """Ask ``policy`` about ``site``: the decision, and which of its rules made it.
-
-    Raises:
-        PolicyReturnError: it returned something that is not a decision.
-    """
-    if isinstance(policy, FirstMatch):
-        for part in policy.policies:
-            found = _ask(part, site)
-            if found is not None:
-                return found
-        return Opinion(DEFAULT, "default (no rule matched)")
-    return _ask(policy, site) or Opinion(DEFAULT, "default (no opinion)")
-
-
-def _ask(policy: Policy, site: SiteContext) -> Opinion | None:
-    if isinstance(policy, FirstMatch):
-        for part in policy.policies:
-            found = _ask(part, site)
-            if found is not None:
-                return found
-        return None
-    decision = policy(site)
-    if decision is None:
-        return None
-    name = describe(policy)
-    return Opinion(check_decision(decision, name, site.site), name)
-
-
 def describe(policy: Callable[..., Any]) -> str:
     """A policy in words, without memory addresses."""
     if isinstance(policy, TorchPolicy):
@@ -394,18 +338,3 @@ def describe(policy: Callable[..., Any]) -> str:
         return str(policy)
     name = getattr(policy, "__qualname__", None)
     return str(name) if name else type(policy).__name__
-
-
-def settled(policy: Policy, site: SiteContext) -> Opinion | None:
-    """The opinion that the op of ``site`` gets wherever it runs; ``None`` if that depends.
-
-    Where a rule counts matches, every execution has to be counted, and nothing is settled.
-    """
-    parts = policy.policies if isinstance(policy, FirstMatch) else (policy,)
-    rules = [part for part in parts if isinstance(part, Rule)]
-    if len(rules) < len(parts) or any(rule.nth or rule.every for rule in rules):
-        return None
-    for part in rules:
-        if part.matches_op(site):
-            return opinion(part, site) if part.by_op_alone else None
-    return Opinion(DEFAULT, "default (no rule matched)")

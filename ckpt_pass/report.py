@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_pass.errors import CkptPassError
+from ckpt_pass.drawing import (
+    COLOURS,
+    GREY,
+    figure_of,
+    label_peak,
+    memory_axes,
+    write,
+)
+from ckpt_pass.drawing import MEGABYTE as MEGABYTE
+from ckpt_pass.drawing import MissingExtraError as MissingExtraError
+from ckpt_pass.drawing import missing_extra as missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-MEGABYTE = 1e6
-#: From the palette of Okabe and Ito, which people with any colour vision tell apart.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-GREY = "#666666"
-DOTS_PER_INCH = 120
-#: Room above the highest point, as a share of it, for the words that name it.
-HEADROOM = 1.18
-
-
-class MissingExtraError(CkptPassError):
-    """A package that belongs to an optional extra is not installed."""
-
-    def __init__(self, package: str | None, extra: str) -> None:
-        super().__init__(
-            f"{package} is not installed; the extra {extra!r} of ckpt_pass brings it. "
-            f"Expected it to be importable. Install it with: pip install 'ckpt_pass[{extra}]'"
-        )
-
-
-@contextlib.contextmanager
-def missing_extra(extra: str) -> Iterator[None]:
-    """Say which extra to install when an import in the ``with`` block fails.
-
-    Raises:
-        MissingExtraError: a module is not installed.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name, extra) from error
 
 
 @dataclass(frozen=True)
@@ -86,15 +63,15 @@ def plot_memory(curve: MemoryCurve, path: Path) -> Path:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = _figure(width=8.0, height=4.5)
+    figure = figure_of(width=8.0, height=4.5)
     axes = figure.add_subplot()
     axes.set_title(curve.title)
     axes.fill_between(curve.milliseconds, curve.megabytes, step="post", color=COLOURS[1], alpha=0.2)
     axes.step(curve.milliseconds, curve.megabytes, where="post", color=COLOURS[1], linewidth=1.2)
     _scale(axes, curve.milliseconds[-1], curve.peak_bytes / MEGABYTE)
     _mark_backward(axes, curve)
-    _mark_peak(axes, curve)
-    return _write(figure, path)
+    label_peak(axes, curve.peak_at_s * 1e3, curve.peak_bytes / MEGABYTE, COLOURS[2])
+    return write(figure, path)
 
 
 def plot_comparison(title: str, panels: Mapping[str, Sequence[MemoryCurve]], path: Path) -> Path:
@@ -106,7 +83,7 @@ def plot_comparison(title: str, panels: Mapping[str, Sequence[MemoryCurve]], pat
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = _figure(width=12.0, height=5.0)
+    figure = figure_of(width=12.0, height=5.0)
     figure.suptitle(title)
     everything = [curve for curves in panels.values() for curve in curves]
     highest = max(curve.peak_bytes for curve in everything)
@@ -122,29 +99,12 @@ def plot_comparison(title: str, panels: Mapping[str, Sequence[MemoryCurve]], pat
         _scale(axes, longest, highest / MEGABYTE)
         # Below the axes: wherever else it stood, a curve of some model would run through it.
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
-    return _write(figure, path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure without a window system: it draws itself, whatever backend is set elsewhere."""
-    with missing_extra("plot"):
-        from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _write(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
-    return path
+    return write(figure, path)
 
 
 def _scale(axes: Axes, end_ms: float, highest_mb: float) -> None:
-    axes.set_xlabel("time since the step began (ms, under the profiler)")
-    axes.set_ylabel("memory above the start (MB)")
-    axes.set_xlim(0, end_ms)
-    axes.set_ylim(0, highest_mb * HEADROOM)
-    axes.grid(axis="y", color=GREY, alpha=0.2)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    label = "time since the step began (ms, under the profiler)"
+    memory_axes(axes, label, end_ms, highest_mb)
 
 
 def _draw(axes: Axes, curve: MemoryCurve, colour: str) -> None:
@@ -169,20 +129,3 @@ def _mark_backward(axes: Axes, curve: MemoryCurve) -> None:
     look: dict[str, Any] = {"color": GREY, "verticalalignment": "top", "fontsize": 9}
     axes.text(boundary, height, "forward  ", horizontalalignment="right", **look)
     axes.text(boundary, height, "  backward", horizontalalignment="left", **look)
-
-
-def _mark_peak(axes: Axes, curve: MemoryCurve) -> None:
-    """A dot at the peak, and its size on the side where there is more room."""
-    end, at = curve.milliseconds[-1], curve.peak_at_s * 1e3
-    highest = curve.peak_bytes / MEGABYTE
-    axes.plot([at], [highest], "o", color=COLOURS[2])
-    left = at > end / 2
-    axes.annotate(
-        f"peak {highest:.1f} MB",
-        (at, highest),
-        xytext=(-8 if left else 8, 4),
-        textcoords="offset points",
-        horizontalalignment="right" if left else "left",
-        color=COLOURS[2],
-        fontweight="bold",
-    )

@@ -15,7 +15,8 @@ import ckpt_pass
 from ckpt_pass.budget import resolve_budget
 from ckpt_pass.planner.cut import CutGraph, read_by_backward
 from ckpt_pass.planner.problem import Op, Problem
-from ckpt_pass.planner.solve import evaluate, plan_pool, solve, without_recompute
+from ckpt_pass.planner.solution import evaluate, without_recompute
+from ckpt_pass.planner.solve import Pool, solve
 from tests.zoo import Case, hf, loss_of, programs, run_step
 
 CASES = {case.name: case for case in [*programs.CASES, *hf.CASES]}
@@ -247,7 +248,7 @@ def test_solutions_are_feasible_monotone_and_never_better_than_brute_force(
     problem: Problem,
 ) -> None:
     exact = [evaluate(problem, saved) for saved in all_saved_sets(problem)]
-    pool = plan_pool(problem, ())
+    pool = list(Pool(problem, ()).plans.values())
     assert min(p.recompute_time_s for p in pool) == without_recompute(problem).recompute_time_s == 0
     slowest = float("inf")
     for budget in sorted({plan.peak_bytes for plan in pool}):

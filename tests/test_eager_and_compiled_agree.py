@@ -30,8 +30,6 @@ def with_blocks(cases: tuple[Case, ...]) -> dict[str, Case]:
 
 
 CASES = with_blocks((*programs.CASES, *hf.CASES))
-# transformers calls aten._grouped_mm in eager, and an op of its own while it is compiled.
-OTHER_OPS_WHEN_COMPILED = {"mixtral"}
 
 
 @functools.cache
@@ -59,8 +57,7 @@ def test_eager_and_compiled(case: Case, policy: str) -> None:
 
     traced = [region.saved_sites for region in compiling if region.traced]
     assert len(traced) == len(eager) >= len(case.block_names(module))  # one may be called twice
-    if case.name not in OTHER_OPS_WHEN_COMPILED:
-        assert [region.saved_sites for region in eager] == traced
+    assert [region.saved_sites for region in eager] == traced
 
 
 def assert_same_gradients(case: Case, ours: StepResult, plain: StepResult) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
 import ckpt_pass
 from ckpt_pass.graph.regions import RegionFinder
-from ckpt_pass.testing import golden
+from ckpt_pass.testing import golden, golden_of
 from tests.zoo import hf
 
 
@@ -37,9 +39,17 @@ class Net(nn.Module):
 X = torch.randn(8, 16)
 
 
+def golden_net(depth: int = 3, **options: Any) -> str:
+    return golden(Net(depth), X, **options)
+
+
+def plan_net(depth: int = 2, x: torch.Tensor = X, **options: Any) -> ckpt_pass.Plan:
+    return ckpt_pass.plan(Net(depth), x, **options)
+
+
 def test_default_policy() -> None:
     assert_expected_inline(
-        golden(Net(), X),
+        golden_net(),
         """\
 policy save-matmul-attention
 layers.0 .. layers.2
@@ -57,7 +67,7 @@ saved 7.5 KiB; also 12 parameters, 1 input
 
 def test_save_nothing() -> None:
     assert_expected_inline(
-        golden(Net(), X, policy="save-nothing"),
+        golden_net(policy="save-nothing"),
         """\
 policy save-nothing
 layers.0 .. layers.2
@@ -76,7 +86,7 @@ saved 1.5 KiB; also 15 parameters, 1 input
 def test_one_line_selector() -> None:
     second = ckpt_pass.save(op_class="matmul", module="layers.1", nth=1) | ckpt_pass.recompute()
     assert_expected_inline(
-        golden(Net(depth=2), X, policy=second),
+        golden_net(depth=2, policy=second),
         """\
 policy save(op_class=matmul, module=layers.1, nth=1) | recompute()
 layers.0
@@ -99,18 +109,17 @@ saved 3.0 KiB; also 9 parameters, 1 input
 
 
 def test_golden_is_stable_from_run_to_run_and_under_the_backend() -> None:
-    from ckpt_pass.testing import golden_of
+    text = golden_net()
+    assert golden_net() == text
 
     backend = ckpt_pass.make_backend(inner="aot_eager")
-    net = Net()
-    torch.compile(net, backend=backend)(X).backward()
-    assert golden(Net(), X) == golden(Net(), X)
+    torch.compile(Net(), backend=backend)(X).backward()
     # Dynamo hands parameters over as they are used: the same set, counted alike.
-    assert golden_of(backend.plans[0]).splitlines()[:-1] == golden(net, X).splitlines()[:-1]
+    assert golden_of(backend.plans[0]).splitlines()[:-1] == text.splitlines()[:-1]
 
 
 def test_plan_prints_policy_graph_and_one_line_a_decision() -> None:
-    plan = ckpt_pass.plan(Net(depth=2), X)
+    plan = plan_net()
     lines = str(plan).splitlines()
     assert lines[0].startswith("policy       save-matmul-attention: ")
     assert lines[2] == "decisions    4 saved, 8 recomputed, 4 not needed by the backward"
@@ -119,10 +128,9 @@ def test_plan_prints_policy_graph_and_one_line_a_decision() -> None:
         "layers.0.up", "aten.addmm.default", "matmul", "2.0", "KiB", "saved", "MUST_SAVE",
         "save(expensive", "ops)",
     ]  # fmt: skip
-    assert plan.fingerprint == ckpt_pass.plan(Net(depth=2), X).fingerprint
-    assert plan.fingerprint != ckpt_pass.plan(Net(depth=2), X[:4]).fingerprint
-    other = ckpt_pass.plan(Net(depth=2), X, policy="save-nothing")
-    assert plan.fingerprint != other.fingerprint
+    assert plan.fingerprint == plan_net().fingerprint
+    others = plan_net(x=X[:4]), plan_net(depth=3), plan_net(policy="save-nothing")
+    assert plan.fingerprint not in [other.fingerprint for other in others]
 
 
 def test_saved_activations_tell_where_each_value_comes_from() -> None:
@@ -139,9 +147,9 @@ def test_saved_activations_tell_where_each_value_comes_from() -> None:
 
 
 def test_symbolic_sizes_stay_symbols() -> None:
-    plan = ckpt_pass.plan(Net(depth=1), X, dynamic=True)
+    plan = plan_net(depth=1, dynamic=True)
     (symbol,) = plan.saved_bytes.free_symbols
-    fixed = ckpt_pass.plan(Net(depth=1), torch.randn(24, 16))
+    fixed = plan_net(depth=1, x=torch.randn(24, 16))
     assert plan.saved_bytes.subs(symbol, 24) == fixed.saved_bytes
 
 

@@ -14,12 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "_torch", "_torch_ops"}),
     frozenset({"planner", "ops", "_op_tables", "flops"}),
-    frozenset({"budget", "sites", "module_stack", "policy", "policies", "graph"}),
-    frozenset({"plan"}),
-    frozenset({"compile", "eager"}),
-    frozenset({"modules", "measure", "compare"}),
     frozenset(
-        {"explain", "testing", "factory", "report", "_demo_model", "demo", "cli", "__main__"}
+        {"budget", "sites", "module_stack", "shapes", "policy", "opinion", "policies", "graph"}
+    ),
+    frozenset({"plan", "plan_text", "plan_plot", "timeline", "drawing"}),
+    frozenset({"compile", "eager"}),
+    frozenset({"modules", "measure", "compare", "timing"}),
+    frozenset(
+        {"explain", "testing", "factory", "report", "fit", "sweep", "sweep_report"}
+        | {"_demo_model", "demo", "cli", "__main__"}
     ),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

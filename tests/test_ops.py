@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+import ckpt_pass
 from ckpt_pass import _op_tables as tables
 from ckpt_pass import ops
 from ckpt_pass._torch_ops import (
@@ -22,8 +24,10 @@ from ckpt_pass._torch_ops import (
     all_higher_order_ops,
     all_overloads,
     load_late_registrations,
+    packet_of,
     split_name,
 )
+from ckpt_pass.flops import FlopCounter
 from ckpt_pass.ops import (
     RULES,
     OpClass,
@@ -356,6 +360,103 @@ def test_custom_ops_that_draw_or_must_not_repeat(library: torch.library.Library)
 )
 def test_functional_twin(op: ops.Op, twin: ops.Op) -> None:
     assert functional_twin(op) is twin
+
+
+# -- ops of other libraries ----------------------------------------------------------------------
+
+
+def foreign(name: str) -> OpOverload:
+    """An op of ``STANDS_FOR``, once its library is imported."""
+    namespace, base, overload = name.split(".")
+    importlib.import_module({"transformers": "transformers.integrations.moe"}[namespace])
+    found = getattr(packet_of(namespace, base), overload)
+    assert isinstance(found, OpOverload)
+    return found
+
+
+@pytest.mark.parametrize("name", tables.STANDS_FOR)
+def test_ops_that_stand_for_one_of_atens(name: str) -> None:
+    op = foreign(name)
+    twin = functional_twin(op)
+    assert isinstance(twin, OpOverload)
+    assert op_name(twin) == tables.STANDS_FOR[name]
+    assert explain_class(op) == explain_class(twin)
+    assert not never_recompute(op) and not draws_random(op)
+
+    own, atens = ([str(arg.type) for arg in o._schema.arguments] for o in (op, twin))
+    assert len(own) <= len(atens)
+    for mine, its in zip(own, atens, strict=False):
+        assert mine in (its, its.removeprefix("Optional[").removesuffix("]"))
+
+
+def test_a_rule_knows_such_an_op_by_either_name() -> None:
+    for name, twin in tables.STANDS_FOR.items():
+        op = foreign(name)
+        packet = name.removesuffix(".default")
+        for given in (op, op.overloadpacket, name, packet):
+            assert ckpt_pass.save(op=given) == ckpt_pass.save(op=twin), given
+
+
+GROUPS, ROWS, INNER, COLUMNS = 4, 32, 16, 24
+Matrices = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "ends_at", "pairs"),
+    [
+        (
+            (ROWS, INNER),
+            (GROUPS, INNER, COLUMNS),
+            ROWS,
+            lambda x, y: zip(x.chunk(GROUPS), y, strict=True),
+        ),
+        (
+            (GROUPS, ROWS, INNER),
+            (INNER, COLUMNS),
+            COLUMNS,
+            lambda x, y: zip(x, y.chunk(GROUPS, dim=1), strict=True),
+        ),
+        (
+            (ROWS, INNER),
+            (INNER, COLUMNS),
+            INNER,
+            lambda x, y: zip(x.chunk(GROUPS, dim=1), y.chunk(GROUPS), strict=True),
+        ),
+        (
+            (GROUPS, ROWS, INNER),
+            (GROUPS, INNER, COLUMNS),
+            None,
+            lambda x, y: zip(x, y, strict=True),
+        ),
+    ],
+    ids=["groups of rows", "groups of columns", "groups of the inner dimension", "batch"],
+)
+def test_flops_of_a_grouped_matmul_are_those_of_its_groups(
+    left: tuple[int, ...],
+    right: tuple[int, ...],
+    ends_at: int | None,
+    pairs: Callable[[torch.Tensor, torch.Tensor], Matrices],
+) -> None:
+    x, y = torch.randn(left), torch.randn(right)
+    ends = None
+    if ends_at is not None:
+        ends = torch.arange(1, GROUPS + 1, dtype=torch.int32) * (ends_at // GROUPS)
+    with FlopCounter() as grouped:
+        aten._grouped_mm.default(x, y, ends)
+    with FlopCounter() as single:
+        for a, b in pairs(x, y):
+            torch.mm(a, b)
+    assert grouped.flops == single.flops > 0
+
+
+def test_a_step_through_the_fallback_has_the_flops_of_atens() -> None:
+    x = torch.randn(ROWS, INNER, requires_grad=True)
+    weight = torch.randn(GROUPS, INNER, COLUMNS, requires_grad=True)
+    ends = torch.tensor([5, 5, 20, ROWS], dtype=torch.int32)
+    for op in (aten._grouped_mm.default, foreign("transformers.grouped_mm_fallback.default")):
+        with FlopCounter() as counter:
+            op(x, weight, ends).square().sum().backward()
+        assert counter.flops == 3 * 2 * ROWS * INNER * COLUMNS, op
 
 
 # -- random numbers ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 import ckpt_pass
-from ckpt_pass.policy import opinion
+from ckpt_pass.opinion import opinion
 from ckpt_pass.sites import SiteCounter
 
 MM, ADD, RELU = (

@@ -12,6 +12,7 @@ from torch import fx
 from ckpt_pass import _torch
 from ckpt_pass.budget import BudgetLike, check_budget
 from ckpt_pass.compile.engine import Partitioner, policy_for
+from ckpt_pass.compile.symbolic import watch_sizes
 from ckpt_pass.errors import CkptPassError, nearest
 from ckpt_pass.plan import Plan
 from ckpt_pass.policies import as_policy
@@ -69,12 +70,18 @@ class Backend:
         names = tuple(
             _torch.placeholder_source(node) for node in gm.graph.find_nodes(op="placeholder")
         )
+        made: list[Plan] = []
+
+        def on_plan(plan: Plan) -> None:
+            made.append(plan)
+            self.plans.append(plan)
+
         partition = Partitioner(
             policy_for(backend.policy, backend.budget),
             backend.regions,
             names,
             backend.budget,
-            self.plans.append,
+            on_plan,
         )
         if backend.inner == "aot_eager":
             if mode is not None:
@@ -82,10 +89,12 @@ class Backend:
                     f"Got mode={mode!r} with inner='aot_eager', which has no modes. "
                     "Leave mode out, or use inner='inductor'."
                 )
-            return _torch.compile_eager(gm, example_inputs, partition)
-        return _torch.compile_inductor(
-            gm, example_inputs, partition, dict(backend.inner_options), mode
-        )
+            compiled = _torch.compile_eager(gm, example_inputs, partition)
+        else:
+            compiled = _torch.compile_inductor(
+                gm, example_inputs, partition, dict(backend.inner_options), mode
+            )
+        return watch_sizes(compiled, made[-1], example_inputs) if made else compiled
 
     def with_options(self, options: Mapping[str, Any]) -> Backend:
         """This backend with some options changed; the list of plans stays shared.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
@@ -11,27 +12,41 @@ from ckpt_pass.budget import BudgetLike, resolve_budget
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.ops import OpClass, classify
-from ckpt_pass.planner.solve import Solution, solve, without_recompute
+from ckpt_pass.planner.solution import Solution, without_recompute
+from ckpt_pass.planner.solve import solve
 
 
 class WorkspaceWarning(UserWarning):
     """The peak of a plan leaves out memory that kernels allocate for themselves."""
 
 
-def meet_budget(joint: JointGraph, budget: BudgetLike) -> tuple[Solution, int]:
+@dataclass(frozen=True)
+class Met:
+    """How a budget is met.
+
+    Attributes:
+        solution: what the solver found.
+        drops: its drops, as nodes: after the first has run, the second's values are not kept.
+        budget_bytes: the budget.
+    """
+
+    solution: Solution
+    drops: frozenset[tuple[fx.Node, fx.Node]]
+    budget_bytes: int
+
+
+def meet_budget(joint: JointGraph, budget: BudgetLike) -> Met:
     """Choose what a tagged joint graph saves so that its peak is within the budget.
 
     MUST_* tags bind; PREFER_* tags are open to the solver, which overwrites them.
 
-    Returns:
-        The solution and the budget in bytes.
-
     Raises:
         InfeasibleBudgetError: no plan fits.
         InvalidBudgetError: the budget is no amount of memory.
-        SymbolicBytesError: sizes are symbolic.
+        SymbolicBytesError: a size depends on data.
     """
-    problem, index = build_problem(joint)
+    described = build_problem(joint)
+    problem, index = described.problem, described.index
     budget_bytes = resolve_budget(budget, without_recompute(problem).peak_bytes)
     borders = [
         number
@@ -41,7 +56,9 @@ def meet_budget(joint: JointGraph, budget: BudgetLike) -> tuple[Solution, int]:
     solution = solve(problem, budget_bytes, borders)
     _write(joint, index, solution)
     _warn_of_workspaces(joint)
-    return solution, budget_bytes
+    nodes = described.nodes
+    drops = frozenset((nodes[anchor], nodes[maker]) for anchor, maker in solution.drops)
+    return Met(solution, drops, budget_bytes)
 
 
 def _write(joint: JointGraph, index: dict[fx.Node, int], solution: Solution) -> None:

@@ -13,41 +13,28 @@ from torch import fx
 
 from ckpt_pass import _torch
 from ckpt_pass.budget import BudgetLike
-from ckpt_pass.compile.budgeting import meet_budget
+from ckpt_pass.compile.budgeting import Met, meet_budget
+from ckpt_pass.compile.dedupe import merge_equal
 from ckpt_pass.compile.partition import (
     SavedSet,
     choose_saved,
     protect_mutated_inputs,
     split,
 )
-from ckpt_pass.compile.record import record_plan
+from ckpt_pass.compile.record import Decided, record_plan
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.graph.problem import build_problem
+from ckpt_pass.opinion import Opinion
 from ckpt_pass.plan import Plan
+from ckpt_pass.planner.solution import evaluate
 from ckpt_pass.policies import DEFAULT_POLICY, as_policy
-from ckpt_pass.policy import FirstMatch, Opinion, Policy, PolicyLike, Rule, first_match, recompute
+from ckpt_pass.policy import FirstMatch, Policy, PolicyLike, Rule, first_match, recompute
 
 
 class NotFunctionalError(CkptPassError):
     """The joint graph mutates an intermediate value, so nothing in it can be recomputed safely."""
-
-
-@dataclass(frozen=True)
-class Decided:
-    """A joint graph with its tags and its saved set."""
-
-    joint: JointGraph
-    tags: dict[fx.Node, Tag]
-    saved: SavedSet
-    budget_bytes: int | None = None
-    solver: str = ""
-
-    def plan(self, policy: Policy) -> Plan:
-        """Write the decisions down."""
-        return record_plan(
-            self.joint, policy, self.tags, self.saved, self.budget_bytes, self.solver
-        )
 
 
 #: With a budget and no policy named, every safe recomputation is open to the solver.
@@ -86,21 +73,46 @@ def decide(joint: JointGraph, policy: Policy, budget: BudgetLike | None = None) 
             "graph; expected a functional graph. Compile without disabling functionalisation."
         )
     tags = tag(joint, policy)
+    merge_equal(joint, tags)
     saved = choose_saved(joint, save_borders=budget is None)
     if protect_mutated_inputs(joint, saved):
         saved = choose_saved(joint, save_borders=budget is None)
     if budget is None:
-        return Decided(joint, tags, saved)
-    solution, budget_bytes = meet_budget(joint, budget)
+        return settled(joint, policy, tags, saved)
+    met = meet_budget(joint, budget)
     for node, found in tags.items():
         decision = node.meta["recompute"]
         if decision is not found.opinion.decision:
-            tags[node] = replace(found, opinion=Opinion(decision, f"solver ({solution.solver})"))
+            rule = f"solver ({met.solution.solver})"
+            tags[node] = replace(found, opinion=Opinion(decision, rule))
     saved = choose_saved(joint, save_borders=False)
     # What a policy preferred to save, and the solver does not, may lead to more such inputs.
     if protect_mutated_inputs(joint, saved):
         saved = choose_saved(joint, save_borders=False)
-    return Decided(joint, tags, saved, budget_bytes, solution.solver)
+    return settled(joint, policy, tags, saved, met)
+
+
+def settled(
+    joint: JointGraph,
+    policy: Policy,
+    tags: dict[fx.Node, Tag],
+    saved: SavedSet,
+    met: Met | None = None,
+) -> Decided:
+    """What was decided, with the numbers that the simulator finds for the graph as it is now."""
+    described = build_problem(joint)
+    number = described.index
+    held = [number[node] for node in saved.values]
+    if met is None:
+        found = evaluate(described.problem, held)
+    else:
+        drops = {(number[anchor], number[maker]) for anchor, maker in met.drops}
+        found = replace(
+            evaluate(described.problem, held, met.solution.solver, drops),
+            status=met.solution.status,
+            lower_bound_s=met.solution.lower_bound_s,
+        )
+    return Decided(joint, policy, tags, saved, described, found, met.budget_bytes if met else None)
 
 
 @dataclass(frozen=True)
@@ -134,8 +146,8 @@ class Partitioner(_torch.CustomPartitionerFn):
         joint = read_joint(gm, kwargs["num_fwd_outputs"], static, self.regions, self.input_names)
         decided = decide(joint, self.policy, self.budget)
         if self.on_plan is not None:
-            self.on_plan(decided.plan(self.policy))
-        return split(joint, decided.saved)
+            self.on_plan(record_plan(decided))
+        return split(joint, decided.saved, decided.backward_order)
 
     def uuid(self) -> str | None:
         """The key for inductor's caches.

@@ -7,7 +7,7 @@ view, never the view, so that nothing is held twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass import _torch
-from ckpt_pass.compile.schedule import schedule_backward
+from ckpt_pass.compile.schedule import reorder
 from ckpt_pass.graph.joint import JointGraph, is_epilogue
 from ckpt_pass.ops import draws_random
 from ckpt_pass.policy import RECOMPUTING, SAVING
@@ -194,8 +194,17 @@ def random_recomputed(saved: SavedSet) -> list[fx.Node]:
     ]
 
 
-def split(joint: JointGraph, saved: SavedSet) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Cut the joint graph at the saved set, pair random states, order the backward."""
+def split(
+    joint: JointGraph, saved: SavedSet, order: Sequence[fx.Node]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut the joint graph at the saved set, pair random states, order the backward.
+
+    Args:
+        joint: the tagged graph.
+        saved: what crosses from its forward to its backward.
+        order: nodes of the joint graph in the order in which the backward runs them; one that
+            is listed twice runs twice.
+    """
     forward, backward, num_symbols = _torch.extract_forward_backward(
         joint.module,
         [*saved.inputs, *saved.values],
@@ -204,6 +213,7 @@ def split(joint: JointGraph, saved: SavedSet) -> tuple[fx.GraphModule, fx.GraphM
         joint.num_fwd_outputs,
         joint.static_inputs,
     )
+    copies = {node.name: node for node in backward.graph.nodes}
     random = set(random_recomputed(saved))
     if random:
         tags = {node: node.meta.get("recompute") for node in joint.forward}
@@ -211,8 +221,21 @@ def split(joint: JointGraph, saved: SavedSet) -> tuple[fx.GraphModule, fx.GraphM
             node.meta["recompute"] = (
                 CheckpointPolicy.PREFER_RECOMPUTE if node in random else CheckpointPolicy.MUST_SAVE
             )
+        before = list(backward.graph.nodes)
         forward, backward = _torch.pair_random_state(joint.module, forward, backward, num_symbols)
+        copies |= _replaced(before, list(backward.graph.nodes))
         for node, decision in tags.items():
             node.meta["recompute"] = decision
-    schedule_backward(backward.graph)
+    reorder(backward.graph, [copies[node.name] for node in order if node.name in copies])
     return _torch.finish_partition(forward, backward)
+
+
+def _replaced(before: list[fx.Node], after: list[fx.Node]) -> dict[str, fx.Node]:
+    """What stands for each random op, by its name, now that it runs with a given state.
+
+    torch puts one call where the op stood, so that both are found in the same order.
+    """
+    stayed, known = set(after), set(before)
+    gone = [node for node in before if node not in stayed]
+    new = [node for node in after if node not in known and node.op == "call_function"]
+    return {old.name: node for old, node in zip(gone, new, strict=True)}

@@ -3,89 +3,119 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass import _torch
 from ckpt_pass.compile.partition import SavedSet, random_recomputed
+from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
 from ckpt_pass.compile.tagging import Tag
 from ckpt_pass.graph.cost import held_bytes, own_bytes
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
-from ckpt_pass.graph.problem import SymbolicBytesError, build_problem
+from ckpt_pass.graph.problem import GraphProblem
 from ckpt_pass.ops import op_name
 from ckpt_pass.plan import Decision, Plan, SavedActivation, SavedActivations
-from ckpt_pass.planner.solve import Solution, evaluate
+from ckpt_pass.planner.liveness import MemoryProfile
+from ckpt_pass.planner.problem import Problem
+from ckpt_pass.planner.solution import Solution, without_recompute
 from ckpt_pass.policy import Policy, describe
 from ckpt_pass.sites import Bytes, module_path
+from ckpt_pass.timeline import Timeline
 
-
-def record_plan(
-    joint: JointGraph,
-    policy: Policy,
-    tags: dict[fx.Node, Tag],
-    saved: SavedSet,
-    budget_bytes: int | None = None,
-    solver: str = "",
-) -> Plan:
-    """Describe the decisions for one graph."""
-    outputs = [node for node in joint.forward_outputs if node not in joint.primals]
-    cost = _cost(joint, tags, saved)
-    return Plan(
-        policy=describe(policy),
-        fingerprint=fingerprint(joint, describe(policy)),
-        decisions=_decisions(joint, tags, saved),
-        saved=SavedActivations(_saved_activations(joint, tags, saved, outputs)),
-        output_bytes=held_bytes(outputs, joint.primals),
-        peak_bytes=cost.peak_bytes,
-        peak_at=cost.peak_at,
-        recompute_flops=cost.recompute_flops,
-        step_flops=cost.step_flops,
-        recompute_time_s=cost.recompute_time_s,
-        step_time_s=cost.step_time_s,
-        budget_bytes=budget_bytes,
-        solver=solver,
-        regions=tuple(dict.fromkeys(r for r in joint.regions.values() if r is not None)),
-    )
+RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 @dataclass(frozen=True)
-class _Cost:
-    """What the simulator and the cost model say of a plan."""
+class Decided:
+    """A joint graph with what was decided for it.
 
-    peak_bytes: int | None = None
-    peak_at: str = ""
-    recompute_flops: int = 0
-    step_flops: int = 0
-    recompute_time_s: float = 0.0
-    step_time_s: float = 0.0
+    Attributes:
+        joint: the graph, tagged.
+        policy: what tagged it.
+        tags: the decisions with their reasons.
+        saved: what crosses from the forward to the backward.
+        described: the graph as the planner sees it.
+        solution: the same decisions as the simulator sees them.
+        budget_bytes: the budget that they are for, if any.
+    """
+
+    joint: JointGraph
+    policy: Policy
+    tags: dict[fx.Node, Tag]
+    saved: SavedSet
+    described: GraphProblem
+    solution: Solution
+    budget_bytes: int | None = None
+
+    @property
+    def backward_order(self) -> list[fx.Node]:
+        """The joint graph's nodes in the order in which the backward runs them."""
+        crosses = self.saved.symbols.keys() | self.saved.opaque.keys()  # had, not computed again
+        order = (self.described.nodes[index] for index in self.solution.steps.backward)
+        return [node for node in order if node not in crosses]
 
 
-def _cost(joint: JointGraph, tags: dict[fx.Node, Tag], saved: SavedSet) -> _Cost:
-    try:
-        problem, index = build_problem(joint)
-    except SymbolicBytesError:
-        return _Cost()
-    found = evaluate(problem, [index[node] for node in saved.values])
-    schedule = found.profile.schedule
-    node_of = {number: node for node, number in index.items()}
-    where = _place(found, node_of[schedule[found.profile.peak_index]], tags) if schedule else ""
-    return _Cost(
+def record_plan(decided: Decided) -> Plan:
+    """Describe the decisions for one graph."""
+    joint, found = decided.joint, decided.solution
+    policy = describe(decided.policy)
+    outputs = [node for node in joint.forward_outputs if node not in joint.primals]
+    dimensions = dimensions_of(joint)
+    ran = found.profile.schedule
+    ops = decided.described.problem.ops
+    return Plan(
+        policy=policy,
+        fingerprint=fingerprint(joint, policy),
+        decisions=_decisions(decided),
+        saved=SavedActivations(_saved_activations(joint, decided.tags, decided.saved, outputs)),
+        output_bytes=held_bytes(outputs, joint.primals),
         peak_bytes=found.peak_bytes,
-        peak_at=where,
+        peak_at=_place(decided) if ran else "",
         recompute_flops=found.recompute_flops,
-        step_flops=sum(problem.ops[i].flops for i in schedule) - found.recompute_flops,
+        step_flops=sum(ops[i].flops for i in ran) - found.recompute_flops,
         recompute_time_s=found.recompute_time_s,
-        step_time_s=sum(problem.ops[i].time_s for i in schedule) - found.recompute_time_s,
+        step_time_s=sum(ops[i].time_s for i in ran) - found.recompute_time_s,
+        budget_bytes=decided.budget_bytes,
+        solver=found.solver if decided.budget_bytes is not None else "",
+        status=found.status,
+        lower_bound_s=found.lower_bound_s,
+        regions=tuple(dict.fromkeys(r for r in joint.regions.values() if r is not None)),
+        timeline=_timeline(decided.described.problem, found.profile),
+        plain_timeline=None if decided.budget_bytes is None else _plain_timeline(decided),
+        peak_expression=symbolic_peak(decided.described, found, dimensions),
+        dimensions=dimensions,
     )
 
 
-def _place(found: Solution, node: fx.Node, tags: dict[fx.Node, Tag]) -> str:
+def _timeline(problem: Problem, profile: MemoryProfile) -> Timeline:
+    seconds = tuple(problem.ops[index].time_s for index in profile.schedule)
+    return Timeline(profile.bytes_at, seconds, profile.forward_length)
+
+
+def _plain_timeline(decided: Decided) -> Timeline:
+    """Memory of the same step with nothing recomputed that takes time.
+
+    What the solver saves is tagged to be saved by now, and would be held besides.
+    """
+    problem, chosen = decided.described.problem, decided.solution.saved
+    ops = [
+        replace(op, must_save=op.must_save and i not in chosen) for i, op in enumerate(problem.ops)
+    ]
+    free = replace(problem, ops=tuple(ops))
+    return _timeline(free, without_recompute(free).profile)
+
+
+def _place(decided: Decided) -> str:
     """Where the peak is, in words."""
-    if node in tags:
-        run = "recomputation" if found.profile.peak_in_backward else "forward"
-        return f"in the {run} of {tags[node].context.site}"
+    profile = decided.solution.profile
+    node = decided.described.nodes[profile.schedule[profile.peak_index]]
+    if node in decided.tags:
+        run = "recomputation" if profile.peak_in_backward else "forward"
+        return f"in the {run} of {decided.tags[node].context.site}"
     return f"in the backward{_of_module(node)}"
 
 
@@ -118,26 +148,36 @@ def _producer(node: fx.Node) -> fx.Node:
     return node
 
 
-def _decisions(
-    joint: JointGraph, tags: dict[fx.Node, Tag], saved: SavedSet
-) -> tuple[Decision, ...]:
-    held = {_producer(node): reason for node, reason in saved.values.items()}
-    again = {_producer(node) for node in saved.recomputed}
+def _decisions(decided: Decided) -> tuple[Decision, ...]:
+    joint = decided.joint
+    held = {_producer(node): reason for node, reason in decided.saved.values.items()}
+    runs = Counter(decided.solution.steps.backward)
     found = []
-    for node, tag in tags.items():
-        fate = "saved" if node in held else "recomputed" if node in again else "unused"
+    for node, tag in decided.tags.items():
+        times = runs[decided.described.index[node]]
+        fate = "saved" if node in held else "recomputed" if times else "unused"
         found.append(
             Decision(
                 site=tag.context.site,
                 op_class=str(tag.context.op_class),
                 nbytes=own_bytes(joint, node),
                 decision=tag.opinion.decision,
-                rule=held.get(node) or tag.opinion.rule,
+                rule=held.get(node) or _rule(decided, tag, fate),
                 fate=fate,
+                times=times,
+                time_s=decided.described.problem.ops[decided.described.index[node]].time_s,
                 region=joint.regions.get(node),
             )
         )
     return tuple(found)
+
+
+def _rule(decided: Decided, tag: Tag, fate: str) -> str:
+    """The rule in words; of several outputs the solver saves one, whose op keeps its own tag."""
+    of_solver = fate == "saved" and decided.budget_bytes is not None
+    if of_solver and tag.opinion.decision in RECOMPUTE:
+        return f"solver ({decided.solution.solver})"
+    return tag.opinion.rule
 
 
 def _saved_activations(

@@ -1,56 +1,77 @@
-"""The order of the backward: recomputed values appear just before their first use.
+"""Give a backward graph the order of a plan.
 
-Nodes that depend on a tangent keep their order. Every other node (recomputed forward ops, and
-backward ops that need no tangent, such as the transpose of a weight) stands just before its first
-consumer, and within such a group in the order it had. Anything else would make all of the
-recomputation happen first and stay alive at once.
+The planner says in which order the backward runs its ops (:mod:`ckpt_pass.planner.schedule`): what
+is recomputed stands just before its first use, and again before a later one where it was dropped.
+FX frees a value after its last use, so that the order is all that has to be written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
-from ckpt_pass import _torch
 
+def reorder(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
+    """Bring a graph into an order, in place; a node that is listed again is copied.
 
-def backward_order(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes of a backward graph in the order described above; linear in nodes and edges."""
+    Args:
+        graph: the backward's graph.
+        order: its nodes, without placeholders and output. What the order does not mention (sizes,
+            effects) is put where it is first needed, or at the end.
+    """
     nodes = list(graph.nodes)
-    position = {node: index for index, node in enumerate(nodes)}
-    order: dict[fx.Node, None] = {node: None for node in nodes if node.op == "placeholder"}
-    late: set[fx.Node] = {node for node in order if _torch.is_backward_input(node)}
-    for node in nodes:
-        if node in order:
-            continue
-        if any(source in late for source in node.all_input_nodes):
-            late.add(node)
-        anchored = node in late or node.op == "output" or node.is_impure(impure_random=False)
-        if anchored:
-            missing = _missing_sources(node, order)
-            order.update(dict.fromkeys(sorted(missing, key=position.__getitem__)))
-            order[node] = None
-    order.update(dict.fromkeys(nodes))  # nodes without a consumer keep their place at the end
-    output = nodes[-1]
-    order.pop(output)
-    return [*order, output]
-
-
-def _missing_sources(node: fx.Node, placed: dict[fx.Node, None]) -> set[fx.Node]:
-    """Everything that ``node`` needs, directly or not, that has no place yet."""
-    missing: set[fx.Node] = set()
-    stack = list(node.all_input_nodes)
-    while stack:
-        source = stack.pop()
-        if source not in placed and source not in missing:
-            missing.add(source)
-            stack.extend(source.all_input_nodes)
-    return missing
-
-
-def schedule_backward(graph: fx.Graph) -> None:
-    """Reorder a backward graph in place."""
-    order = backward_order(graph)
-    output = order[-1]
-    for node in order[:-1]:
-        output.prepend(node)
+    writer = _Writer(graph, nodes)
+    for node in order:
+        writer.need(node)
+        writer.write(node)
+    for node in nodes[:-1]:
+        if node not in writer.latest:
+            writer.need(node)
+            writer.write(node)
+    writer.redirect(nodes[-1])
     graph.lint()
+
+
+class _Writer:
+    """Writes the nodes of a graph anew, before its output."""
+
+    def __init__(self, graph: fx.Graph, nodes: list[fx.Node]) -> None:
+        self._graph, self._output = graph, nodes[-1]
+        self._position = {node: place for place, node in enumerate(nodes)}
+        self._origin: dict[fx.Node, fx.Node] = {}
+        #: What a node's users are to read: the node itself, or its newest copy.
+        self.latest = {node: node for node in nodes if node.op == "placeholder"}
+
+    def write(self, node: fx.Node) -> None:
+        """Put ``node`` next, or a copy of it where it stands already."""
+        if node in self.latest:
+            with self._graph.inserting_before(self._output):
+                copy = self._graph.node_copy(node, self._newest)
+            self._origin[copy] = node
+            self.latest[node] = copy
+        else:
+            self.redirect(node)
+            self._output.prepend(node)
+            self.latest[node] = node
+
+    def redirect(self, node: fx.Node) -> None:
+        """Let a node read the newest copies."""
+        for source in node.all_input_nodes:
+            if self._newest(source) is not source:
+                node.replace_input_with(source, self._newest(source))
+
+    def _newest(self, source: fx.Node) -> fx.Node:
+        return self.latest[self._origin.get(source, source)]
+
+    def need(self, node: fx.Node) -> None:
+        """Put everything before that ``node`` reads, directly or not, and that has no place."""
+        missing: set[fx.Node] = set()
+        stack = list(node.all_input_nodes)
+        while stack:
+            source = stack.pop()
+            if self._origin.get(source, source) not in self.latest and source not in missing:
+                missing.add(source)
+                stack.extend(source.all_input_nodes)
+        for source in sorted(missing, key=self._position.__getitem__):
+            self.write(source)

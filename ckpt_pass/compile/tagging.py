@@ -14,8 +14,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ckpt_pass import _torch
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
+from ckpt_pass.opinion import Opinion, opinion, report_unclassified
 from ckpt_pass.ops import OpClass, classify, never_recompute
-from ckpt_pass.policy import SAVING, Opinion, Policy, opinion, report_unclassified
+from ckpt_pass.policy import SAVING, Policy
 from ckpt_pass.sites import SiteContext
 
 #: Inductor draws the seeds of a whole graph at once (``replace_random_passes``); the ops that use

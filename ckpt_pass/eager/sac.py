@@ -25,20 +25,10 @@ from ckpt_pass.eager.draws import Draw, DrawWatch
 from ckpt_pass.eager.region import RegionMemory, Saved
 from ckpt_pass.eager.watch import RegionRecord, new_record
 from ckpt_pass.module_stack import ModuleStack
+from ckpt_pass.opinion import Opinion, opinion, report_unclassified, settled
 from ckpt_pass.ops import OpClass, classify, draws_random, op_name
 from ckpt_pass.policies import DEFAULT_POLICY, as_policy
-from ckpt_pass.policy import (
-    DEFAULT,
-    Opinion,
-    Policy,
-    PolicyLike,
-    TorchPolicy,
-    check_decision,
-    describe,
-    opinion,
-    report_unclassified,
-    settled,
-)
+from ckpt_pass.policy import DEFAULT, Policy, PolicyLike, TorchPolicy, check_decision, describe
 from ckpt_pass.sites import CallNumbers, ModulePath, SiteContext, SiteCounter, module_path
 
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]

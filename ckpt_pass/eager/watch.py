@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ckpt_pass.policy import Opinion
+from ckpt_pass.opinion import Opinion
 from ckpt_pass.sites import CallSite
 
 

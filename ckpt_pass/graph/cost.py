@@ -13,7 +13,7 @@ from torch import fx
 from ckpt_pass.flops import flop_formula
 from ckpt_pass.graph.joint import JointGraph, StorageKey
 from ckpt_pass.ops import op_name
-from ckpt_pass.sites import Bytes, output_tensors
+from ckpt_pass.sites import Bytes, optimization_hint, output_tensors
 
 #: Ops whose kernels allocate a tensor of their output's size besides the output. The CPU's
 #: ``native_dropout_backward`` casts the mask to the gradient's dtype first (seen in allocation
@@ -52,7 +52,7 @@ def node_flops(node: fx.Node) -> int:
     if formula is None:
         return 0
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    return int(formula(*args, **kwargs, out_val=node.meta.get("val")))
+    return optimization_hint(formula(*args, **kwargs, out_val=node.meta.get("val")))
 
 
 def device_type(node: fx.Node) -> str:
@@ -61,12 +61,12 @@ def device_type(node: fx.Node) -> str:
     return found[0] if found else "cpu"
 
 
-def workspace_bytes(node: fx.Node) -> Bytes:
+def workspace_size(node: fx.Node) -> int | torch.SymInt:
     """Bytes that an op's kernel allocates and frees besides its outputs, where that is known."""
     name = op_name(node.target) if callable(node.target) else ""
     if name not in _OUTPUT_SIZED_WORKSPACE or device_type(node) != "cpu":
         return 0
-    return sum(storages(node.meta.get("val")).values())
+    return sum(storage_sizes(node.meta.get("val")).values())
 
 
 def as_bytes(size: int | torch.SymInt) -> Bytes:
@@ -77,13 +77,18 @@ def as_bytes(size: int | torch.SymInt) -> Bytes:
     return int(size)
 
 
-def storages(value: Any) -> dict[StorageKey, Bytes]:
+def storage_sizes(value: Any) -> dict[StorageKey, int | torch.SymInt]:
     """The storages behind a node's value and the bytes of each."""
-    found: dict[StorageKey, Bytes] = {}
+    found: dict[StorageKey, int | torch.SymInt] = {}
     for tensor in output_tensors(value):
         storage = tensor.untyped_storage()
-        found[storage._cdata] = as_bytes(storage.nbytes())
+        found[storage._cdata] = storage.nbytes()
     return found
+
+
+def storages(value: Any) -> dict[StorageKey, Bytes]:
+    """The same, as numbers or expressions."""
+    return {key: as_bytes(size) for key, size in storage_sizes(value).items()}
 
 
 def own_bytes(joint: JointGraph, node: fx.Node) -> Bytes:

@@ -124,11 +124,11 @@ class JointGraph:
     def crosses_border(self, node: fx.Node) -> bool:
         """Whether a value made in one region is read by the forward of another.
 
-        Not so what is cheap to make from the inputs, outside of all regions: an attention mask
-        costs less to make again for each layer than to hold.
+        Not so what is cheap to make from the inputs: an attention mask costs less to make again
+        for each layer than to hold.
         """
         region = self.regions.get(node)
-        if region is None and self._is_cheap_preamble(node):
+        if self._is_cheap_preamble(node):
             return False
         return any(
             user in self.forward_set and self.regions[user] != region
@@ -136,13 +136,13 @@ class JointGraph:
         )
 
     def _is_cheap_preamble(self, node: fx.Node) -> bool:
-        """Whether a value comes from the inputs alone, through cheap ops outside of all regions."""
+        """Whether a value comes from the inputs alone, through cheap ops."""
         stack, seen = [node], {node}
         while stack:
             current = stack.pop()
             if current.op != "call_function":
                 continue
-            if self.regions.get(current) is not None or not _is_cheap(current):
+            if not _is_cheap(current):
                 return False
             sources = [source for source in current.all_input_nodes if source not in seen]
             seen.update(sources)

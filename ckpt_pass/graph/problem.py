@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,78 +13,101 @@ from ckpt_pass import _torch
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.cost import (
     ROOFLINES,
+    as_bytes,
     device_type,
     node_flops,
-    storages,
-    workspace_bytes,
+    storage_sizes,
+    workspace_size,
 )
 from ckpt_pass.graph.joint import JointGraph, StorageKey, is_multi_output_access
-from ckpt_pass.ops import draws_random
+from ckpt_pass.ops import draws_random, never_recompute
 from ckpt_pass.planner.problem import Op, Problem
-from ckpt_pass.sites import Bytes
+from ckpt_pass.sites import Bytes, optimization_hint
 
 
 class SymbolicBytesError(CkptPassError):
-    """Bytes depend on a size that was left symbolic."""
+    """Bytes depend on a size that only the data of a run tell."""
+
+
+@dataclass(frozen=True)
+class GraphProblem:
+    """A joint graph as the planner sees it.
+
+    Attributes:
+        problem: the step at the traced shape.
+        index: the number of each node among the problem's ops.
+        nodes: the node of each op.
+        storage_sizes: bytes of each storage, an expression where a size is symbolic.
+        workspace_sizes: the same of each op's workspace.
+    """
+
+    problem: Problem
+    index: dict[fx.Node, int]
+    nodes: tuple[fx.Node, ...]
+    storage_sizes: tuple[Bytes, ...]
+    workspace_sizes: tuple[Bytes, ...]
 
 
 class _Storages:
     """Numbers the storages of a graph and knows their bytes."""
 
-    def __init__(self, number: Callable[[Bytes], int]) -> None:
-        self._number = number
+    def __init__(self) -> None:
         self._ids: dict[StorageKey, int] = {}
+        self.sizes: list[Bytes] = []
         self.nbytes: list[int] = []
         self.made: set[int] = set()
 
     def of(self, value: Any) -> tuple[int, ...]:
         """The storages behind a node's value."""
         found = []
-        for key, nbytes in storages(value).items():
+        for key, size in storage_sizes(value).items():
             if key not in self._ids:
                 self._ids[key] = len(self.nbytes)
-                self.nbytes.append(self._number(nbytes))
+                self.sizes.append(as_bytes(size))
+                self.nbytes.append(at_traced_shape(size))
             found.append(self._ids[key])
         return tuple(found)
 
+    def was_there(self, storage: int) -> None:
+        """Note that a storage existed before the step."""
+        self.sizes[storage] = self.nbytes[storage] = 0
+        self.made.add(storage)
 
-def concrete(nbytes: Bytes) -> int:
-    """Bytes as a number.
+
+def at_traced_shape(size: int | torch.SymInt) -> int:
+    """A size as a number.
 
     Raises:
-        SymbolicBytesError: they depend on a symbol, which the message names.
+        SymbolicBytesError: it depends on data, so that no shape was traced; the message names it.
     """
-    if isinstance(nbytes, int):
-        return nbytes
-    symbols = ", ".join(sorted(str(symbol) for symbol in nbytes.free_symbols))
-    raise SymbolicBytesError(
-        f"Bytes {nbytes} depend on the symbolic sizes {symbols}, expected a number. Give the "
-        "sizes values, or capture with dynamic=False."
-    )
+    if isinstance(size, torch.SymInt) and not size.node.has_hint():
+        raise SymbolicBytesError(
+            f"A size {size} depends on the values of tensors, expected one that follows from the "
+            "shapes of the inputs. Keep ops with data-dependent shapes (nonzero, unique, .item()) "
+            "out of the compiled step, or wrap them in a custom op."
+        )
+    return optimization_hint(size)
 
 
-def build_problem(joint: JointGraph) -> tuple[Problem, dict[fx.Node, int]]:
+def build_problem(joint: JointGraph) -> GraphProblem:
     """Describe a joint graph to the planner.
 
     Tags on the graph (``meta["recompute"]``) bind where they are MUST_*.
 
-    Returns:
-        The problem, and the index of each node among its ops.
-
     Raises:
-        SymbolicBytesError: a size was left symbolic.
+        SymbolicBytesError: a size depends on data.
     """
-    table = _Storages(concrete)
-    existing = {storage for node in joint.primals for storage in table.of(node.meta.get("val"))}
-    for storage in existing:  # there before the step
-        table.nbytes[storage] = 0
+    table = _Storages()
+    for node in joint.primals:
+        for storage in table.of(node.meta.get("val")):
+            table.was_there(storage)
     given = [
         storage
         for node in joint.nodes
         if _torch.is_backward_input(node)
         for storage in table.of(node.meta.get("val"))
     ]
-    table.made.update(existing, given)
+    table.made.update(given)
     regions = _Regions(joint)
     index: dict[fx.Node, int] = {}
     ops: list[Op] = []
@@ -103,7 +126,8 @@ def build_problem(joint: JointGraph) -> tuple[Problem, dict[fx.Node, int]]:
         output_storages=_union(table, gradients),
         given=tuple(given),
     )
-    return problem, index
+    workspaces = tuple(as_bytes(workspace_size(node)) for node in index)
+    return GraphProblem(problem, index, tuple(index), tuple(table.sizes), workspaces)
 
 
 class _Regions:
@@ -151,10 +175,10 @@ def _op(
     reads = [s for source in sources for s in table.of(source.meta.get("val"))]
     touches = tuple(dict.fromkeys((*holds, *reads)))
     forward = node in joint.forward_set
-    random = forward and draws_random(target, node.args, node.kwargs)
+    random = draws_random(target, node.args, node.kwargs)
     flops = node_flops(node)
     roofline = ROOFLINES.get(device_type(node), ROOFLINES["cuda"])
-    moved = sum(concrete(nbytes) for nbytes in _moved(node))
+    moved = sum(_moved(node))
     tag = node.meta.get("recompute")
     return Op(
         name=node.name,
@@ -164,20 +188,21 @@ def _op(
         touches=touches,
         forward=forward,
         late=node in joint.needs_tangents,
-        workspace_bytes=concrete(workspace_bytes(node)),
-        random_state_bytes=_torch.random_state_bytes(node) if random else 0,
+        workspace_bytes=at_traced_shape(workspace_size(node)),
+        random_state_bytes=_torch.random_state_bytes(node) if forward and random else 0,
         time_s=roofline.time_s(flops, moved) if makes else 0.0,
         flops=flops,
         savable=forward and isinstance(value, torch.Tensor) and joint.owner(node) is node,
         must_save=forward and tag is CheckpointPolicy.MUST_SAVE,
         must_recompute=forward and tag is CheckpointPolicy.MUST_RECOMPUTE,
         region=region,
+        ordered=not forward and (never_recompute(target, node.args, node.kwargs) or random),
     )
 
 
-def _moved(node: fx.Node) -> list[Bytes]:
+def _moved(node: fx.Node) -> list[int]:
     """Bytes of the storages that an op reads and writes."""
-    found: dict[StorageKey, Bytes] = dict(storages(node.meta.get("val")))
+    found = dict(storage_sizes(node.meta.get("val")))
     for source in node.all_input_nodes:
-        found |= storages(source.meta.get("val"))
-    return list(found.values())
+        found |= storage_sizes(source.meta.get("val"))
+    return [at_traced_shape(size) for size in found.values()]

@@ -1,129 +1,182 @@
-"""Different decisions for different layers: a dynamic program over a chain of regions.
+"""Different decisions for different layers: a dynamic program over the chain of regions.
 
 While region r is undone there are alive: what regions 1..r saved, the gradients of the regions
 after r, and r's own working set. So the budget of region r involves only the *prefix sum* of saved
-bytes, and going forward over the regions with that sum as the state is exact for the menus given.
-A menu entry is what a uniform cut at one price saves in a region, and what it costs there.
+bytes, and going forward over the regions with that sum as the state solves the chain.
+
+A *span* of like regions saves only what enters its first one (checkpoints every k layers; Chen et
+al., arXiv:1604.06174). When its last region is undone, the borders inside the span are computed in
+one run and kept, all else of that run is dropped, and each region then computes its own values once
+more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ckpt_pass.planner.liveness import MemoryProfile
+from ckpt_pass.planner.menu import Entry, Menus
 from ckpt_pass.planner.problem import Problem
+from ckpt_pass.planner.schedule import Drop, unroll
 
-# Saved bytes are rounded up to this fraction of the budget, so that feasible stays feasible; the
-# error of a chain of 32 regions is then at most 1.6 % of the budget.
+# Saved bytes are rounded to this fraction of the budget. Whoever asks for a mix simulates it, and
+# asks for a little less where rounding led above the budget.
 _STATES = 2048
+# Regions in a span: the square root of the longest chains of today's models is near 12.
+_LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+
+#: The entry number and the length of the span for each state; -1 where there is no way.
+_Choices: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One choice for one region.
+class Mix:
+    """A choice for every region.
 
     Attributes:
-        saved: the region's ops to save.
-        saved_bytes: what they hold.
-        time_s: recompute time of the region.
-        working_bytes: the most bytes while the region is undone, less what this and earlier
-            regions saved.
+        saved, drops: of the whole step.
     """
 
     saved: frozenset[int]
-    saved_bytes: int
-    time_s: float
-    working_bytes: int
+    drops: frozenset[Drop]
 
 
-def menus(
-    problem: Problem, plans: Sequence[tuple[frozenset[int], MemoryProfile]]
-) -> list[list[Entry]]:
-    """What uniform plans do in each region, regions in the order of the forward."""
-    order = list(dict.fromkeys(op.region for op in problem.ops if op.forward))
-    position = {region: i for i, region in enumerate(order)}
-    found: list[list[Entry]] = [[] for _ in order]
-    for saved, profile in plans:
-        for region, entry in enumerate(_entries(problem, position, saved, profile)):
-            found[region].append(entry)
-    return [_undominated(menu) for menu in found]
+@dataclass(frozen=True)
+class _Link:
+    """One region or a span of them, done in one way.
+
+    Attributes:
+        first, last: positions of the regions.
+        entry: the choice for each of them.
+    """
+
+    first: int
+    last: int
+    entry: Entry
 
 
-def _entries(
-    problem: Problem, position: dict[int, int], saved: frozenset[int], profile: MemoryProfile
-) -> list[Entry]:
-    count = len(position)
-    members: list[set[int]] = [set() for _ in range(count)]
-    nbytes, times, peaks = [0] * count, [0.0] * count, [0] * count
-    held: set[int] = set(problem.forward_outputs)
-    for index in sorted(saved):
-        region = position[problem.ops[index].region]
-        members[region].add(index)
-        new = set(problem.ops[index].holds) - held
-        nbytes[region] += sum(problem.storage_bytes[s] for s in new)
-        held |= new
-    last = count - 1
-    for place, index in enumerate(profile.schedule):
-        op = problem.ops[index]
-        if place >= profile.forward_length:
-            last = position.get(op.region, last)
-            if op.forward:
-                times[last] += op.time_s
-        region = last if place >= profile.forward_length else count - 1
-        peaks[region] = max(peaks[region], profile.bytes_at[place])
-    before = np.cumsum(nbytes)
-    return [
-        Entry(frozenset(members[r]), nbytes[r], times[r], peaks[r] - int(before[r]))
-        for r in range(count)
-    ]
+class Chain:
+    """The dynamic program over the menus of a problem."""
 
+    def __init__(self, problem: Problem, menus: Menus) -> None:
+        self._problem, self._menus = problem, menus
 
-def _undominated(menu: list[Entry]) -> list[Entry]:
-    """Entries that no other beats in bytes, time and working set at once."""
-    kept: list[Entry] = []
-    for entry in sorted(menu, key=lambda e: (e.time_s, e.saved_bytes, e.working_bytes)):
-        if not any(
-            k.saved_bytes <= entry.saved_bytes and k.working_bytes <= entry.working_bytes
-            for k in kept
-        ):
-            kept.append(entry)
-    return kept
+    def best_mix(self, budget_bytes: int, *, spans: bool) -> Mix | None:
+        """The mix of least recompute time within a budget; ``None`` if none fits.
 
+        Args:
+            budget_bytes: the peak to stay within.
+            spans: whether regions may save nothing at all.
+        """
+        if budget_bytes <= 0:
+            return None
+        unit = max(1, -(-budget_bytes // _STATES))
+        start = np.full(budget_bytes // unit + 1, np.inf)
+        start[0] = 0.0
+        best, chosen = [start], []
+        for position in range(len(self._menus.regions)):
+            after, choice = self._region(position, best, budget_bytes, unit, spans)
+            best.append(after)
+            chosen.append(choice)
+        if not np.isfinite(best[-1]).any():
+            return None
+        return self._compose(self._read_back(int(np.argmin(best[-1])), chosen, unit))
 
-def best_mix(menu_of: list[list[Entry]], budget_bytes: int) -> frozenset[int] | None:
-    """The mix of menu entries of least recompute time within the budget; ``None`` if none fits."""
-    if budget_bytes <= 0:
-        return None
-    unit = max(1, -(-budget_bytes // _STATES))
-    width = budget_bytes // unit + 1
-    best = np.full(width, np.inf)
-    best[0] = 0.0
-    chosen: list[np.ndarray] = []
-    for menu in menu_of:
+    def _region(
+        self,
+        position: int,
+        best: Sequence[NDArray[np.float64]],
+        budget_bytes: int,
+        unit: int,
+        spans: bool,
+    ) -> tuple[NDArray[np.float64], _Choices]:
+        """The least time for each sum of saved bytes after a region, and the choice for it."""
+        width = len(best[0])
         after = np.full(width, np.inf)
-        choice = np.full(width, -1, dtype=np.int32)
-        for number, entry in enumerate(menu):
-            step = -(-entry.saved_bytes // unit)
-            limit = (budget_bytes - entry.working_bytes) // unit  # on the sum, this region in it
-            top = min(width - 1, limit)
+        number = np.full(width, -1, dtype=np.int32)
+        length = np.ones(width, dtype=np.int32)
+        menus, region = self._menus, self._menus.regions[position]
+        options = [(1, k, e) for k, e in enumerate(menus.entries[region.kind])]
+        for size in self._lengths(position) if spans else ():
+            options += [(size, k, e) for k, e in enumerate(menus.lean[region.kind])]
+        for size, k, entry in options:
+            step = round(entry.saved_bytes / unit)
+            needs, time_s = self._cost(position, size, entry)
+            top = min(width - 1, (budget_bytes - needs) // unit)  # on the sum, this region in it
             if top < step:
                 continue
-            cost = best[: top - step + 1] + entry.time_s
-            target = slice(step, top + 1)
-            better = cost < after[target]
-            after[target] = np.where(better, cost, after[target])
-            choice[target] = np.where(better, number, choice[target])
-        best = after
-        chosen.append(choice)
-    if not np.isfinite(best).any():
-        return None
-    state = int(np.argmin(best))
-    saved: set[int] = set()
-    for menu, choice in zip(reversed(menu_of), reversed(chosen), strict=True):
-        entry = menu[int(choice[state])]
-        saved |= entry.saved
-        state -= -(-entry.saved_bytes // unit)
-    return frozenset(saved)
+            cost = best[position + 1 - size][: top - step + 1] + time_s
+            better = cost < after[step : top + 1]
+            np.copyto(after[step : top + 1], cost, where=better)
+            number[step : top + 1][better] = k
+            length[step : top + 1][better] = size
+        return after, (number, length)
+
+    def _lengths(self, position: int) -> list[int]:
+        """How long a span may be that ends at a region: all of it is of one kind."""
+        regions = self._menus.regions
+        same = 0
+        while same <= position and regions[position - same].kind == regions[position].kind:
+            same += 1
+        return [size for size in _LENGTHS if size <= same]
+
+    def _cost(self, position: int, size: int, entry: Entry) -> tuple[int, float]:
+        """Bytes needed besides the sum of what is saved, and recompute time."""
+        brings = self._menus.brings
+        if size == 1:
+            needs = max(entry.working_bytes + brings[position], entry.forward_bytes)
+            return needs, entry.time_s
+        first = position + 1 - size
+        needs = max(
+            entry.working_bytes + brings[first + k] + k * entry.saved_bytes for k in range(size)
+        )
+        again = self._menus.forward_time_s[self._menus.regions[position].kind]
+        return max(needs, entry.forward_bytes), size * entry.time_s + (size - 1) * again
+
+    def _read_back(self, state: int, chosen: Sequence[_Choices], unit: int) -> list[_Link]:
+        links = []
+        position = len(chosen) - 1
+        while position >= 0:
+            number, length = chosen[position]
+            size = int(length[state])
+            kind = self._menus.regions[position].kind
+            menu = self._menus.entries[kind] if size == 1 else self._menus.lean[kind]
+            entry = menu[int(number[state])]
+            links.append(_Link(position + 1 - size, position, entry))
+            state -= round(entry.saved_bytes / unit)
+            position -= size
+        return links
+
+    def _compose(self, links: Sequence[_Link]) -> Mix:
+        saved: set[int] = set()
+        drops: set[Drop] = set()
+        regions = self._menus.regions
+        for link in links:
+            model = self._menus.models[regions[link.last].kind]
+            saved |= regions[link.last].translated(model, link.entry.saved)
+            for region in regions[link.first : link.last + 1]:
+                drops |= region.translated_drops(model, link.entry.drops)
+        for link in links:
+            if link.last > link.first:
+                drops |= self._run_drops(link, saved)
+        return Mix(frozenset(saved), frozenset(drops))
+
+    def _run_drops(self, link: _Link, saved: set[int]) -> set[Drop]:
+        """After the run through a span: what is dropped, all but the borders inside."""
+        regions, ops = self._menus.regions, self._problem.ops
+        model = self._menus.models[regions[link.last].kind]
+        inner = regions[link.first : link.last]
+        borders = {i for r in inner for i in r.translated(model, link.entry.saved)}
+        inside = {index for region in inner for index in region.members}
+        undone = regions[link.last]
+        order, _ = unroll(self._problem, undone.anchors, {*saved, *undone.earlier}, ())
+        ran = [index for index in order if index in inside]
+        anchors = set(undone.anchors)
+        begin = order.index(ran[0])
+        end = next(index for index in order[begin:] if index in anchors)
+        kept = {s for index in borders for s in ops[index].holds}
+        return {(end, i) for i in ran if ops[i].makes and not kept.intersection(ops[i].makes)}

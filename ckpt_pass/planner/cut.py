@@ -8,6 +8,7 @@ then decides all ops at once (the classic project-selection form; torch: ``solve
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,20 @@ def read_by_backward(problem: Problem) -> frozenset[int]:
     live = needed_by(ops, problem.backward_outputs, forward)
     direct = {i for index in live for i in ops[index].inputs if i in forward}
     return frozenset(direct | (forward & set(problem.backward_outputs)))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A minimum cut.
+
+    Attributes:
+        saved, recomputed: flags, one for each member of the network.
+        bound: no choice has a lower sum; rounding is taken off.
+    """
+
+    saved: NDArray[np.bool_]
+    recomputed: NDArray[np.bool_]
+    bound: float
 
 
 class CutGraph:
@@ -63,40 +78,52 @@ class CutGraph:
                 edges.append((2 * k + 1, self.sink))
         self.fixed = np.array(edges, dtype=np.int64).reshape(-1, 2)
 
+    @classmethod
+    def of(cls, problem: Problem, pinned: Collection[int] = ()) -> CutGraph:
+        """The network of a problem; built once for each pinned set."""
+        key = "cut " + " ".join(map(str, sorted(pinned)))
+        return problem.derived(key, lambda made: cls(made, pinned))
+
     def solve(self, price: float) -> frozenset[int]:
         """The saved set that minimises recompute time + price x saved bytes.
 
         Args:
             price: what a saved byte costs, in seconds; at 0 whatever saves time is saved.
         """
+        # At price 0 a byte still breaks ties: between plans of equal time, save less. No op's time
+        # comes near 1e-18 s a byte.
+        saved = self.minimise(self.save_bytes * max(price, 1e-18), self.times).saved
+        return frozenset(self.members[i] for i in np.flatnonzero(saved))
+
+    def minimise(self, save: NDArray[np.float64], run: NDArray[np.float64]) -> Cut:
+        """The least sum of ``save`` over what is saved and ``run`` over what is recomputed.
+
+        Args:
+            save, run: seconds for each member; not negative.
+        """
         count = len(self.members)
         if count == 0:
-            return frozenset()
-        save, run = self._capacities(price)
+            nothing = np.zeros(0, dtype=bool)
+            return Cut(nothing, nothing, 0.0)
+        total = float(save[self.savable].sum() + run.sum()) or 1.0
+        scale = _TOTAL / total
+        save_capacity = np.ceil(save * scale).astype(np.int64)
+        save_capacity[~self.savable] = _INFINITE
+        run_capacity = np.ceil(run * scale).astype(np.int64)
+        run_capacity[self.banned] = _INFINITE
         k = np.arange(count)
         heads = np.concatenate([2 * k, np.full(count, self.source), self.fixed[:, 0]])
         tails = np.concatenate([2 * k + 1, 2 * k, self.fixed[:, 1]])
-        capacity = np.concatenate([save, run, np.full(len(self.fixed), _INFINITE)])
+        forced = np.full(len(self.fixed), _INFINITE)
+        capacity = np.concatenate([save_capacity, run_capacity, forced])
         size = 2 * count + 2
         network = csr_array((capacity.astype(np.int32), (heads, tails)), shape=(size, size))
-        flow = maximum_flow(network, self.source, self.sink).flow
-        residual = network - flow
+        found = maximum_flow(network, self.source, self.sink)
+        residual = network - found.flow
         residual.data = np.where(residual.data > 0, 1, 0)
         residual.eliminate_zeros()
         reached = np.zeros(size, dtype=bool)
         reached[breadth_first_order(residual, self.source, return_predecessors=False)] = True
-        saved = reached[2 * k] & ~reached[2 * k + 1]
-        return frozenset(self.members[i] for i in np.flatnonzero(saved))
-
-    def _capacities(self, price: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Integer capacities of the save edges and the recompute edges."""
-        # At price 0 a byte still breaks ties: between plans of equal time, save less. No op's time
-        # comes near 1e-18 s a byte.
-        save = self.save_bytes * max(price, 1e-18)
-        total = float(save[self.savable].sum() + self.times.sum()) or 1.0
-        scale = _TOTAL / total
-        save_capacity = np.ceil(save * scale).astype(np.int64)
-        save_capacity[~self.savable] = _INFINITE
-        run_capacity = np.ceil(self.times * scale).astype(np.int64)
-        run_capacity[self.banned] = _INFINITE
-        return save_capacity, run_capacity
+        # Rounding up adds less than one to each of at most 2 x count edges of the true least cut.
+        bound = max(0.0, (int(found.flow_value) - 2 * count) / scale)
+        return Cut(reached[2 * k] & ~reached[2 * k + 1], ~reached[2 * k], bound)

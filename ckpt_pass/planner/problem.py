@@ -7,10 +7,15 @@ in these tuples, so that a problem can be written by hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
 
 from ckpt_pass.errors import CkptPassError
+
+_T = TypeVar("_T")
 
 
 class InvalidProblemError(CkptPassError):
@@ -36,6 +41,7 @@ class Op:
         must_save, must_recompute: what is not open to a solver. An op that must be saved but is
             not savable (one of several outputs is) must not be recomputed.
         region: the layer that it belongs to, or whose backward it is part of; -1 for none.
+        ordered: whether it has an effect, so that it keeps its place in the backward.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Op:
     must_save: bool = False
     must_recompute: bool = False
     region: int = -1
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,42 @@ class Problem:
     backward_outputs: tuple[int, ...]
     output_storages: tuple[int, ...]
     given: tuple[int, ...] = ()
+    _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def derived(self, name: str, make: Callable[[Problem], _T]) -> _T:
+        """What a module derives from the problem alone; made once, kept with it."""
+        if name not in self._derived:
+            self._derived[name] = make(self)
+        found: _T = self._derived[name]
+        return found
+
+    @cached_property
+    def holders(self) -> dict[int, frozenset[int]]:
+        """For each storage, the ops whose results hold it: what allocates it, and its views."""
+        found: dict[int, set[int]] = defaultdict(set)
+        for index, op in enumerate(self.ops):
+            for storage in op.holds:
+                found[storage].add(index)
+        return {storage: frozenset(ops) for storage, ops in found.items()}
+
+    @cached_property
+    def users(self) -> tuple[tuple[int, ...], ...]:
+        """For each op, the ops that take its result."""
+        found: list[list[int]] = [[] for _ in self.ops]
+        for index, op in enumerate(self.ops):
+            for source in op.inputs:
+                found[source].append(index)
+        return tuple(tuple(users) for users in found)
+
+    @cached_property
+    def makers(self) -> dict[int, int]:
+        """For each storage that the step allocates, the op that does."""
+        return {storage: index for index, op in enumerate(self.ops) for storage in op.makes}
+
+    def may_repeat(self, index: int) -> bool:
+        """Whether an op can be computed again in the backward: it is neither late nor bound."""
+        op = self.ops[index]
+        return not (op.late or op.ordered or op.must_save)
 
     def __post_init__(self) -> None:
         for index, op in enumerate(self.ops):

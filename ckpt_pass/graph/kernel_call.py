@@ -1,0 +1,194 @@
+"""A kernel's call, made again from its node: real tensors like those of the graph, and the op.
+
+Tensors have the sizes, strides, dtype and device of the node's inputs, with made-up contents. These
+are valid (indices are 0, offsets rise) but mean nothing, so that what depends on the data, such as
+the sizes of groups, is one case of many.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from ckpt_pass._torch_ops import OpOverload, argument_value
+from ckpt_pass.errors import CkptPassError
+from ckpt_pass.graph.joint import is_multi_output_access
+from ckpt_pass.ops import op_name
+from ckpt_pass.sites import optimization_hint, output_tensors
+
+#: Runs a kernel; returns its output and the storages of its inputs.
+Run: TypeAlias = Callable[[], tuple[Any, set[int]]]
+
+#: Arguments that split the rows of another into groups: they rise to the number of rows.
+OFFSET_ARGUMENTS = ("offs",)
+
+
+class KernelError(CkptPassError):
+    """A kernel cannot be run on its own; the message says which, and why."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"Node {node.name} ({node.target}) cannot be measured on its own: {reason}. Expected "
+            "an op that runs on made-up tensors of the shapes in the graph. Leave it to the "
+            "estimates, or plan on a machine where it runs."
+        )
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be made: its metadata, and what its contents must be like.
+
+    Attributes:
+        rows: of an offsets argument, what it rises to.
+        statistic: whether it is a further output of an op with several, such as a saved mean.
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    rows: int | None = None
+    statistic: bool = False
+
+    def __str__(self) -> str:
+        rows = "" if self.rows is None else f" to {self.rows}"
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name}{list(self.size)}/{list(self.stride)}@{self.device.type}{rows}"
+
+    def make(self) -> torch.Tensor:
+        """A tensor of these sizes and strides; elements overlap where strides make them."""
+        extent = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True)) + 1
+        count = extent if all(self.size) else 0
+        flat = torch.empty(count, dtype=self.dtype, device=self.device)
+        if self.rows is not None:
+            step = torch.linspace(self.rows / max(count, 1), self.rows, count)
+            flat.copy_(step.round())
+        elif self.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            # No constants: a GPU computes on them with less power, so at a higher clock.
+            generator = torch.Generator(self.device)
+            flat.uniform_(0.1, 1.0, generator=generator.manual_seed(0))
+        else:
+            index = not (self.dtype.is_floating_point or self.dtype.is_complex)
+            flat.fill_(0 if index and self.dtype is not torch.bool else 1)
+        return flat.as_strided(self.size, self.stride)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call to be made: the op, and its arguments with :class:`TensorSpec` for tensors."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    device: torch.device
+
+    def __str__(self) -> str:
+        named = [f"{name}={_text(value)}" for name, value in sorted(self.kwargs.items())]
+        return f"{op_name(self.target)}({', '.join([*map(_text, self.args), *named])})"
+
+    def with_wide_statistics(self) -> Call:
+        """The same with saved statistics in fp32.
+
+        A fake tensor of them may be of another dtype than the real one: batch and layer norms of
+        bf16 inputs with fp32 weights keep theirs in fp32 on the CPU (torch 2.13).
+        """
+
+        def widen(value: Any) -> Any:
+            if isinstance(value, TensorSpec) and value.statistic and value.dtype.itemsize == 2:
+                return replace(value, dtype=torch.float32)
+            return value
+
+        kwargs = {name: _mapped(value, widen) for name, value in self.kwargs.items()}
+        return replace(self, args=_mapped(self.args, widen), kwargs=kwargs)
+
+    def prepared(self) -> Run:
+        """Make the inputs; return what runs the kernel on them, as often as one likes."""
+        tensors: list[torch.Tensor] = []
+
+        def make(value: Any) -> Any:
+            if not isinstance(value, TensorSpec):
+                return value
+            tensors.append(value.make())
+            return tensors[-1]
+
+        args = _mapped(self.args, make)
+        kwargs = {name: _mapped(value, make) for name, value in self.kwargs.items()}
+        given = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return lambda: (self.target(*args, **kwargs), given)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_text, value))}]"
+    return str(value) if isinstance(value, TensorSpec) else repr(value)
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, (tuple, list)):
+        items = [_mapped(item, function) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    return function(value)
+
+
+def call_of(node: fx.Node) -> Call:
+    """The call that a node stands for; symbolic sizes have their values at the traced shape.
+
+    Raises:
+        KernelError: an argument is none that can be made up.
+    """
+    assert callable(node.target)
+    read: Callable[[Any], Any] = functools.partial(_argument, node)
+    args: tuple[Any, ...] = _mapped(node.args, read)
+    kwargs = {name: _mapped(value, read) for name, value in node.kwargs.items()}
+    if isinstance(node.target, OpOverload):
+        for name in OFFSET_ARGUMENTS:
+            offsets = argument_value(node.target, name, args, kwargs)
+            if isinstance(offsets, TensorSpec):
+                filled = replace(offsets, rows=_rows(args))
+                args = tuple(filled if value is offsets else value for value in args)
+                kwargs = {k: filled if v is offsets else v for k, v in kwargs.items()}
+    return Call(node.target, args, kwargs, _device(node, args, kwargs))
+
+
+def _argument(node: fx.Node, argument: Any) -> Any:
+    """What stands for an argument: a tensor's metadata, or a number at the traced shape."""
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    if isinstance(value, torch.SymInt):
+        return optimization_hint(value)
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return value.node.hint
+    if not isinstance(argument, fx.Node) or isinstance(value, (int, float)):
+        return value
+    if not isinstance(value, torch.Tensor):
+        raise KernelError(node, f"its input {argument.name} is a {type(value).__name__}")
+    if value.layout is not torch.strided or value.device.type == "meta":
+        raise KernelError(node, f"its input {argument.name} is {value.layout} on {value.device}")
+    return TensorSpec(
+        tuple(map(optimization_hint, value.shape)),
+        tuple(map(optimization_hint, value.stride())),
+        value.dtype,
+        value.device,
+        statistic=is_multi_output_access(argument) and argument.args[1:] != (0,),
+    )
+
+
+def _rows(args: tuple[Any, ...]) -> int:
+    """What offsets split: the tokens of [T, K] by [G, K, N], of [K, T] by [T, N], or columns."""
+    left, right, *_ = (arg for arg in args if isinstance(arg, TensorSpec))
+    if len(left.size) == 3:
+        return right.size[-1]
+    grouped = any(isinstance(arg, TensorSpec) and len(arg.size) == 3 for arg in args)
+    return left.size[0 if grouped else 1]
+
+
+def _device(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:
+    """Where a call runs: where its outputs are, else its inputs."""
+    found = [tensor.device for tensor in output_tensors(node.meta.get("val"))]
+    found += [arg.device for arg in (*args, *kwargs.values()) if isinstance(arg, TensorSpec)]
+    return found[0] if found else torch.device("cpu")

@@ -1,0 +1,276 @@
+"""A problem made small for the exact solver, without losing a plan.
+
+Views cost neither time nor bytes and follow their base, so they are contracted into what they
+read: what is left are the ops that allocate (*makers*), the storages that they make (*values*),
+and the anchors that read such values (*stages*). Anchors that read none change nothing about what
+is kept; all that is left of them are the bytes that they need.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ckpt_pass.errors import CkptPassError
+from ckpt_pass.planner.problem import Op, Problem, needed_by
+from ckpt_pass.planner.schedule import anchor_order
+
+
+class UnsupportedProblemError(CkptPassError):
+    """The exact solver cannot describe an op of the problem; other solvers can."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """An op that allocates and that the backward may have to run.
+
+    Attributes:
+        index: of the op.
+        makes, reads: values; what it reads through views is among the latter.
+        runs: whether the backward may run it.
+        once: whether it may run there only once.
+    """
+
+    index: int
+    makes: tuple[int, ...]
+    reads: tuple[int, ...]
+    runs: bool
+    once: bool
+
+
+@dataclass(frozen=True)
+class Value:
+    """A storage that a maker makes.
+
+    Attributes:
+        maker: the op that allocates it.
+        saver: the op whose result is saved to keep it; ``None`` if it cannot be saved.
+        bound: whether the backward must not make it (its ``saver`` must be saved).
+        returned: whether it is an output of the forward.
+        gradient: whether it is an output of the backward.
+    """
+
+    maker: int
+    saver: int | None
+    bound: bool
+    returned: bool
+    gradient: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An anchor that reads values, and the anchors after it that read none.
+
+    Attributes:
+        anchor: the op.
+        late: whether it runs in any case; the last stages only ask for gradients that are ready.
+        reads: values that must be there.
+        makers: what may have to run before the anchor, in order.
+        before_bytes: bytes of the backward's own that are there before the anchor runs.
+        rows: (bytes of the backward's own, whether ``reads`` are there) while anchors run.
+    """
+
+    anchor: int
+    late: bool
+    reads: frozenset[int]
+    makers: tuple[int, ...]
+    before_bytes: int
+    rows: tuple[tuple[int, bool], ...]
+
+
+@dataclass(frozen=True)
+class Contracted:
+    """What is left of a problem.
+
+    Attributes:
+        problem: the problem.
+        makers: in joint order.
+        values: by storage.
+        stages: in order.
+        constant_bytes: there from the beginning of the backward to its end in any case.
+        forward_roots: ops that the forward runs in any case.
+    """
+
+    problem: Problem
+    makers: dict[int, Maker]
+    values: dict[int, Value]
+    stages: tuple[Stage, ...]
+    constant_bytes: int
+    forward_roots: frozenset[int]
+
+    @property
+    def size(self) -> int:
+        """Makers times stages: how many decisions to recompute there are."""
+        return sum(len(stage.makers) for stage in self.stages)
+
+    @classmethod
+    def of(cls, problem: Problem) -> Contracted:
+        """Contract a problem; made once.
+
+        Raises:
+            UnsupportedProblemError: an op mixes storages of its own with those of others, reads
+                several outputs of an op as one, or is a view that takes time.
+        """
+        return problem.derived("contracted", _contract)
+
+
+def _contract(problem: Problem) -> Contracted:
+    anchors = anchor_order(problem)
+    ends = [index for index in problem.backward_outputs if not problem.ops[index].late]
+    needed = sorted(needed_by(problem.ops, (*anchors, *ends), frozenset()))
+    early = [index for index in needed if not problem.ops[index].late]
+    values_of = _Reads(problem, early)
+    makers = {i: values_of.maker(i) for i in early if problem.ops[i].makes}
+    values = {s: _value(problem, early, s, i) for i, maker in makers.items() for s in maker.makes}
+    stages = _stages(problem, values_of, makers, values, (*anchors, *ends))
+    may_run = {index for stage in stages for index in stage.makers}
+    there = {*problem.forward_outputs, *problem.given}
+    constant = sum(
+        problem.storage_bytes[s] for s in there if s not in values or values[s].maker not in may_run
+    )
+    always = frozenset(needed_by(problem.ops, problem.forward_roots, frozenset()))
+    return Contracted(problem, makers, values, stages, constant, always)
+
+
+class _Reads:
+    """For each op that the backward needs and that has no tangent: the values behind its result."""
+
+    def __init__(self, problem: Problem, early: Sequence[int]) -> None:
+        self._problem = problem
+        self._behind: dict[int, frozenset[int]] = {}
+        self._made = {s for op in problem.ops if not op.late for s in op.makes}
+        for index in early:
+            self._behind[index] = self._value_of(index, problem.ops[index])
+
+    def behind(self, index: int) -> frozenset[int]:
+        """The values of one op's result."""
+        return self._behind[index]
+
+    def _value_of(self, index: int, op: Op) -> frozenset[int]:
+        held = self._made.intersection(op.holds)
+        if op.makes:
+            if held != set(op.makes):
+                raise self._unsupported(index, "holds storages that others made besides its own")
+            return frozenset(held)
+        if op.time_s or op.workspace_bytes or op.random_state_bytes:
+            raise self._unsupported(index, "makes nothing but takes time or memory")
+        if not self._made.intersection(op.touches) <= held:
+            raise self._unsupported(index, "is a view that reads other values too")
+        return frozenset(held)
+
+    def of(self, index: int) -> frozenset[int]:
+        """The values that an op reads."""
+        op = self._problem.ops[index]
+        sources = [i for i in op.inputs if i in self._behind]
+        found = frozenset(s for i in sources for s in self._behind[i])
+        touched = self._made.intersection(op.touches) - set(op.makes)
+        if found != touched or any(len(self._problem.ops[i].makes) > 1 for i in sources):
+            raise self._unsupported(index, "touches other values than those of its inputs")
+        return found
+
+    def maker(self, index: int) -> Maker:
+        """An op that allocates."""
+        problem, op = self._problem, self._problem.ops[index]
+        repeats = problem.may_repeat(index)
+        return Maker(index, op.makes, tuple(sorted(self.of(index))), repeats or not op.forward,
+                     not repeats)  # fmt: skip
+
+    def _unsupported(self, index: int, why: str) -> UnsupportedProblemError:
+        name = self._problem.ops[index].name
+        return UnsupportedProblemError(
+            f"Op {index} ({name}) {why}, which the exact solver cannot describe; expected ops that "
+            "allocate their results, views of one value, and one op for each of several outputs. "
+            "Use solver='layers' or solver='auto' for this step."
+        )
+
+
+def _value(problem: Problem, early: Iterable[int], storage: int, maker: int) -> Value:
+    """What holds a storage, and which of it can be saved."""
+    ops = problem.ops
+    holders = [index for index in early if storage in ops[index].holds]
+    savers = [i for i in holders if ops[i].savable and ops[i].holds == (storage,)]
+    saver = min(savers, default=None)
+    if saver is not None:
+        beside = [i for i in holders if i not in (saver, maker) and not _through(ops, i, saver)]
+        if beside:
+            raise UnsupportedProblemError(
+                f"Op {beside[0]} ({ops[beside[0]].name}) views what op {maker} ({ops[maker].name}) "
+                f"made, but not through op {saver} ({ops[saver].name}), which is what is saved. "
+                "Use solver='layers' or solver='auto' for this step."
+            )
+    bound = saver is not None and ops[saver].must_save
+    if saver is not None and ops[saver].must_recompute:
+        saver = None
+    returned, gradient = storage in problem.forward_outputs, storage in problem.output_storages
+    return Value(maker, saver, bound, returned, gradient)
+
+
+def _through(ops: tuple[Op, ...], index: int, saver: int) -> bool:
+    """Whether a view is taken of the result of ``saver``."""
+    stack = [index]
+    while stack:
+        current = stack.pop()
+        if current == saver:
+            return True
+        if not ops[current].makes:
+            stack.extend(ops[current].inputs)
+    return False
+
+
+def _stages(
+    problem: Problem,
+    values_of: _Reads,
+    makers: dict[int, Maker],
+    values: dict[int, Value],
+    anchors: tuple[int, ...],
+) -> tuple[Stage, ...]:
+    before, during = _own_bytes(problem, anchors)
+    above: dict[int, frozenset[int]] = {}
+    for index, maker in makers.items():
+        sources = {values[s].maker for s in maker.reads}
+        above[index] = frozenset({index}).union(*(above[i] for i in sources))
+    found: list[Stage] = []
+    rows: list[tuple[int, bool]] = []
+    for place, anchor in enumerate(anchors):
+        late = problem.ops[anchor].late
+        reads = values_of.of(anchor) if late else values_of.behind(anchor)
+        if not found or reads:
+            rows = []
+            sources = {values[s].maker for s in reads}
+            candidates = frozenset[int]().union(*(above[i] for i in sources))
+            runs = tuple(sorted(i for i in candidates if makers[i].runs))
+            found.append(Stage(anchor, late, reads, runs, before[place], ()))
+        if late:
+            rows.append((during[place] + problem.ops[anchor].workspace_bytes, bool(reads)))
+        found[-1] = _with_rows(found[-1], rows)
+    return tuple(found)
+
+
+def _with_rows(stage: Stage, rows: list[tuple[int, bool]]) -> Stage:
+    """The rows that matter: of the anchors that read nothing, the one that needs the most."""
+    highest = [max((r for r in rows if r[1] is there), default=None) for there in (True, False)]
+    kept = tuple(row for row in highest if row is not None)
+    if len(kept) == 2 and kept[1][0] <= kept[0][0]:
+        kept = kept[:1]
+    return Stage(stage.anchor, stage.late, stage.reads, stage.makers, stage.before_bytes, kept)
+
+
+def _own_bytes(problem: Problem, anchors: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Bytes of what late ops made, before and while each anchor runs."""
+    ops, last = problem.ops, len(anchors) - 1
+    first: dict[int, int] = {}
+    final: dict[int, int] = defaultdict(int)
+    for place, index in enumerate(anchors):
+        if not ops[index].late:
+            continue
+        first.update((s, place) for s in ops[index].makes)
+        final.update((s, place) for s in ops[index].touches if s in first)
+    final.update((s, last) for s in problem.output_storages if s in first)
+    before, during = [0] * len(anchors), [0] * len(anchors)
+    for storage, begin in first.items():
+        nbytes = problem.storage_bytes[storage]
+        for place in range(begin, final[storage] + 1):
+            during[place] += nbytes
+            before[place] += nbytes if place > begin else 0
+    return before, during

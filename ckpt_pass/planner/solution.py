@@ -1,0 +1,108 @@
+"""A solution: what to save and what to drop, and what the simulator says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from ckpt_pass.errors import CkptPassError
+from ckpt_pass.planner.cut import CutGraph
+from ckpt_pass.planner.liveness import MemoryProfile, simulate
+from ckpt_pass.planner.problem import Problem, needed_by
+from ckpt_pass.planner.schedule import Drop, Schedule, schedule
+
+
+class InfeasibleBudgetError(CkptPassError):
+    """No plan that the solver found fits the budget.
+
+    Attributes:
+        least_feasible_bytes: the least peak that it found; planning with that number works.
+    """
+
+    def __init__(self, budget_bytes: int, least_feasible_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.least_feasible_bytes = least_feasible_bytes
+        super().__init__(
+            f"No plan fits a peak of {budget_bytes:,} bytes; the least that was found is "
+            f"{least_feasible_bytes:,} bytes. Give that budget or more, or make the step smaller "
+            "(batch, sequence length); MUST_SAVE tags and policies that save also raise the least."
+        )
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What to save, and what that costs; the numbers come from the simulator.
+
+    Attributes:
+        saved: indices of the ops whose results are saved.
+        drops: what is not kept in the backward, so that it is computed again later.
+        steps: the order in which the step runs.
+        profile: bytes over time.
+        recompute_time_s, recompute_flops: of all forward ops that run again.
+        solver: what found it, in words.
+        status: ``optimal`` (no plan recomputes less), ``feasible``, or ``time limit`` (the best
+            that was found in time).
+        lower_bound_s: no plan within the budget has less recompute time, in the order of the
+            backward that all plans have here; 0 where nothing is known.
+    """
+
+    saved: frozenset[int]
+    drops: frozenset[Drop]
+    steps: Schedule
+    profile: MemoryProfile
+    recompute_time_s: float
+    recompute_flops: int
+    solver: str
+    status: str = "feasible"
+    lower_bound_s: float = 0.0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The simulated peak."""
+        return self.profile.peak_bytes
+
+
+def evaluate(
+    problem: Problem, saved: Iterable[int], solver: str = "given", drops: Collection[Drop] = ()
+) -> Solution:
+    """Simulate what is saved and dropped; what the backward does not read is left out of it."""
+    dropped = frozenset(drops)
+    steps = schedule(problem, frozenset(saved), dropped)
+    again = repeated(problem, steps.backward)
+    return Solution(
+        saved=steps.saved,
+        drops=dropped,
+        steps=steps,
+        profile=simulate(problem, steps),
+        recompute_time_s=sum(problem.ops[i].time_s for i in again),
+        recompute_flops=sum(problem.ops[i].flops for i in again),
+        solver=solver,
+    )
+
+
+def repeated(problem: Problem, order: Iterable[int]) -> list[int]:
+    """The ops of a backward that are recomputation: the forward's, and what runs once more."""
+    once: set[int] = set()
+    found = []
+    for index in order:
+        if problem.ops[index].forward or index in once:
+            found.append(index)
+        once.add(index)
+    return found
+
+
+def without_recompute(problem: Problem) -> Solution:
+    """The step that recomputes nothing that takes time."""
+    return evaluate(problem, CutGraph(problem, ()).solve(0.0), "no recomputation")
+
+
+def cheapest_first(plan: Solution) -> tuple[float, int, int, list[int], list[Drop]]:
+    """Time, then flops, then peak; what it saves and drops makes the order total."""
+    time = plan.recompute_time_s
+    return time, plan.recompute_flops, plan.peak_bytes, sorted(plan.saved), sorted(plan.drops)
+
+
+def step_time(problem: Problem) -> float:
+    """Seconds of the step with nothing recomputed."""
+    live = needed_by(problem.ops, (*problem.forward_roots, *problem.backward_outputs), frozenset())
+    return sum(problem.ops[index].time_s for index in live)

@@ -1,0 +1,159 @@
+"""Memory over a step as a value, and as a small plot made of characters.
+
+Moments are modelled times: a recomputed matmul takes room in the picture, a view takes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MEBIBYTE = 1024.0**2
+#: A cell filled from below in eighths; the first one is empty.
+_FILLED = " ▁▂▃▄▅▆▇█"
+_EIGHTHS = len(_FILLED) - 1
+#: A budget further above the peak than this would press the curve flat: it is told in words.
+_FAR_ABOVE = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Bytes over a simulated step, above what was allocated when it began.
+
+    Attributes:
+        bytes_at: bytes while each op of the schedule runs, forward then backward.
+        seconds_of: modelled seconds that each of them takes; 0 for views.
+        forward_length: how many of them belong to the forward.
+    """
+
+    bytes_at: tuple[int, ...]
+    seconds_of: tuple[float, ...]
+    forward_length: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes at any moment."""
+        return max(self.bytes_at, default=0)
+
+    @property
+    def peak_index(self) -> int:
+        """The place in the schedule where the peak is first reached."""
+        return self.bytes_at.index(self.peak_bytes) if self.bytes_at else 0
+
+    @property
+    def begins_s(self) -> tuple[float, ...]:
+        """The moment at which each op begins, and last the moment at which the step ends."""
+        found = [0.0]
+        for seconds in self.seconds_of:
+            found.append(found[-1] + seconds)
+        return tuple(found)
+
+    @property
+    def duration_s(self) -> float:
+        """Modelled seconds of the whole step."""
+        return self.begins_s[-1]
+
+    @property
+    def backward_at_s(self) -> float:
+        """The moment at which the backward begins."""
+        return self.begins_s[self.forward_length]
+
+    @property
+    def peak_at_s(self) -> float:
+        """The moment at which the peak is first reached."""
+        return self.begins_s[self.peak_index]
+
+    def columns(self, width: int) -> list[int]:
+        """The most bytes in each of ``width`` equal parts of the step's time.
+
+        An op counts in every part that it reaches into, and one without time in the part in
+        which it stands, so that no peak falls between two parts.
+        """
+        found = [0] * width
+        begins = self.begins_s
+        for index, nbytes in enumerate(self.bytes_at):
+            first, last = self._column(begins[index], width), self._column(begins[index + 1], width)
+            for column in range(first, last + 1):
+                found[column] = max(found[column], nbytes)
+        return found
+
+    def _column(self, moment_s: float, width: int) -> int:
+        return min(int(moment_s / self.duration_s * width), width - 1) if self.duration_s else 0
+
+
+def text_plot(
+    timeline: Timeline, budget_bytes: int | None = None, *, width: int = 60, height: int = 8
+) -> list[str]:
+    """Memory over the step's modelled time as lines of block characters.
+
+    Args:
+        timeline: what to draw.
+        budget_bytes: drawn as a dashed line, if any and if it is near.
+        width, height: of the plotted area, in characters.
+
+    Returns:
+        ``height + 3`` lines: where the peak is, the area, and an axis that says where the forward
+        ends and the backward begins. Empty for a step without ops.
+    """
+    if not timeline.peak_bytes or not timeline.duration_s:
+        return []
+    peak = timeline.peak_bytes
+    near = budget_bytes is not None and budget_bytes <= _FAR_ABOVE * peak
+    top = max(peak, budget_bytes if near and budget_bytes is not None else 0)
+    columns = timeline.columns(width)
+    at_peak = columns.index(peak)
+    border = min(int(timeline.backward_at_s / timeline.duration_s * width), width - 1)
+    line = _row_of(budget_bytes, top, height) if near and budget_bytes is not None else None
+    lines = [_peak_line(at_peak, peak, width)]
+    for row in reversed(range(height)):
+        cells = [_cell(nbytes, top, row, height) for nbytes in columns]
+        if row == line:
+            cells = ["╌" if cell == " " else cell for cell in cells]
+        if cells[border] in " ╌":
+            cells[border] = "┊"
+        tail = f" budget {_mebibytes(budget_bytes)} MiB" if row == line and budget_bytes else ""
+        lines.append(f"{_scale(row, top, height):>8} ┤{''.join(cells)}{tail}".rstrip())
+    return [*lines, *_axis(border, width)]
+
+
+def _mebibytes(nbytes: int | None) -> str:
+    return f"{(nbytes or 0) / MEBIBYTE:,.1f}"
+
+
+def _row_of(nbytes: int, top: int, height: int) -> int:
+    """The row, counted from below, that a level falls into."""
+    return max(-(-nbytes * height // top) - 1, 0)
+
+
+def _cell(nbytes: int, top: int, row: int, height: int) -> str:
+    """One character of a bar; what is there at all shows at least an eighth."""
+    eighths = -(-nbytes * height * _EIGHTHS // top)  # up, so that the peak reaches its own line
+    return _FILLED[max(0, min(eighths - row * _EIGHTHS, _EIGHTHS))]
+
+
+def _scale(row: int, top: int, height: int) -> str:
+    """The upper edge in MiB, for the highest row and one in the middle; else nothing."""
+    return _mebibytes(top * (row + 1) // height) if row in (height - 1, height // 2 - 1) else ""
+
+
+def _peak_line(at_peak: int, peak: int, width: int) -> str:
+    words = f"peak {_mebibytes(peak)} MiB"
+    left = at_peak >= len(words) + 1
+    text = f"{words} ▼".rjust(at_peak + 1) if left else " " * at_peak + f"▼ {words}"
+    return " " * 10 + text
+
+
+def _axis(border: int, width: int) -> Iterator[str]:
+    line = ["─"] * width
+    line[border] = "┴"
+    yield f"{'MiB':>8} └{''.join(line)}"
+    room = [" "] * width
+    _write(room, "forward", border - len("forward") - 1, border)
+    _write(room, "backward", border + 1, width)
+    yield " " * 10 + "".join(room).rstrip()
+
+
+def _write(room: list[str], word: str, start: int, end: int) -> None:
+    """Put a word into a line, or not at all where it has no room."""
+    if start >= 0 and start + len(word) <= end:
+        room[start : start + len(word)] = word
