@@ -46,27 +46,125 @@ class PeakRow:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one way to stay within a peak costs.
+
+    Attributes:
+        peak_bytes: measured.
+        recompute_flops: counted on the ops that ran, above the step that recomputes nothing.
+        recompute_time_s: modelled, of the forward ops that the backward runs again.
+    """
+
+    peak_bytes: int
+    recompute_flops: int
+    recompute_time_s: float
+
+
+@dataclass(frozen=True)
 class BudgetRow:
-    """One point: torch's peak and flops, and ours with that peak as the budget."""
+    """One setting of torch's budget, and ours with torch's peak as the budget.
+
+    Attributes:
+        torch: ``None`` where torch itself raises, and ``failure`` says what.
+        ours: ``None`` where torch is, and where no plan of ours fits the peak.
+        on_front: no other setting of torch's has no higher peak and less modelled time.
+        step_flops, step_time_s: of the step that recomputes nothing.
+        lower_bound_s: no plan within the peak recomputes less; 0 where nothing is known.
+        gap: how much shorter the step of the fastest plan may be, as a share of our step.
+        solver: what found our plan, in words.
+    """
 
     model: str
+    dtype: str
     torch_budget: float
-    torch_peak_bytes: int
-    torch_flops: int
-    ours_peak_bytes: int
-    ours_flops: int
-    plain_flops: int
+    torch: Cost | None
+    ours: Cost | None
+    on_front: bool = False
+    step_flops: int = 0
+    step_time_s: float = 0.0
+    lower_bound_s: float = 0.0
+    gap: float = 0.0
+    solver: str = ""
+    failure: str = ""
 
     @property
-    def ratio(self) -> float:
-        """Recomputed flops, ours by torch's; 0 where ours recomputes none."""
-        theirs, ours = self.torch_flops - self.plain_flops, self.ours_flops - self.plain_flops
-        if ours == 0:
-            return 0.0
-        return ours / theirs if theirs else float("inf")
+    def label(self) -> str:
+        return self.model if self.dtype == "float32" else f"{self.model} {self.dtype}"
+
+    @property
+    def time_ratio(self) -> float:
+        """Modelled recompute time, ours by torch's."""
+        return _ratio(*(cost and cost.recompute_time_s for cost in (self.ours, self.torch)))
+
+    @property
+    def flops_ratio(self) -> float:
+        """Recomputed flops, ours by torch's."""
+        return _ratio(*(cost and cost.recompute_flops for cost in (self.ours, self.torch)))
+
+    @property
+    def over_bytes(self) -> float:
+        """Our measured peak above the budget; negative below it."""
+        assert self.torch is not None
+        return self.ours.peak_bytes - self.torch.peak_bytes if self.ours else float("inf")
 
 
-Row: TypeAlias = TimingRow | PeakRow | BudgetRow
+def _ratio(ours: float | None, theirs: float | None) -> float:
+    """0 where ours is 0, infinite where there is no plan of ours or torch's is 0."""
+    if ours is None:
+        return float("inf")
+    if ours == 0:
+        return 0.0
+    return ours / theirs if theirs else float("inf")
+
+
+@dataclass(frozen=True)
+class PlanningRow:
+    """How long planning one joint graph takes: medians of CPU seconds on one thread.
+
+    Attributes:
+        layers: of the chain.
+        nodes: ops of the joint graph.
+        capture_s: of the trace, once; no part of planning.
+        problem_s: of describing the graph to the planner.
+        solve_s: of finding the plan.
+        rounds: timings of either.
+    """
+
+    model: str
+    layers: int
+    nodes: int
+    capture_s: float
+    problem_s: float
+    solve_s: float
+    rounds: int
+
+    @property
+    def planning_s(self) -> float:
+        return self.problem_s + self.solve_s
+
+
+@dataclass(frozen=True)
+class DeepRow:
+    """The least peak of one way to run a deep chain; simulated, which is exact for ``aot_eager``.
+
+    Attributes:
+        peak_bytes: above the start of the step.
+        recompute_share: modelled recompute time by the step's time with nothing recomputed.
+        saved: values that are saved.
+        repeated: values that are computed more than once in the backward.
+        most_runs: how often the backward computes one value at the most.
+    """
+
+    model: str
+    way: str
+    peak_bytes: int
+    recompute_share: float
+    saved: int
+    repeated: int
+    most_runs: int
+
+
+Row: TypeAlias = TimingRow | PeakRow | BudgetRow | PlanningRow | DeepRow
 
 
 @dataclass(frozen=True)

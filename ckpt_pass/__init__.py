@@ -17,6 +17,8 @@ from ckpt_pass.compile.backend import ckpt_backend as ckpt_backend
 from ckpt_pass.compile.backend import make_backend as make_backend
 from ckpt_pass.compile.budgeting import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
+from ckpt_pass.compile.engine import PlanMismatchError as PlanMismatchError
+from ckpt_pass.compile.replan import InductorPeakWarning as InductorPeakWarning
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError
 from ckpt_pass.eager.region import BackwardTwiceError as BackwardTwiceError
@@ -33,6 +35,7 @@ from ckpt_pass.explain import saved_activations as saved_activations
 from ckpt_pass.fit import Fit as Fit
 from ckpt_pass.fit import UnknownDimensionError as UnknownDimensionError
 from ckpt_pass.fit import fit as fit
+from ckpt_pass.goal import UnknownCostError as UnknownCostError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.problem import SymbolicBytesError as SymbolicBytesError
@@ -49,6 +52,12 @@ from ckpt_pass.plan import Plan as Plan
 from ckpt_pass.plan import SavedActivation as SavedActivation
 from ckpt_pass.plan import SavedActivations as SavedActivations
 from ckpt_pass.planner.solution import InfeasibleBudgetError as InfeasibleBudgetError
+from ckpt_pass.planner.solution import Solution as Solution
+from ckpt_pass.planner.solution import evaluate as evaluate
+from ckpt_pass.planner.solvers import InvalidTimeLimitError as InvalidTimeLimitError
+from ckpt_pass.planner.solvers import UnknownSolverError as UnknownSolverError
+from ckpt_pass.planner.solvers import WrongSolutionError as WrongSolutionError
+from ckpt_pass.planner.solvers import solver_names as solver_names
 from ckpt_pass.policies import as_policy as as_policy
 from ckpt_pass.policies import policies as policies
 from ckpt_pass.policy import FirstMatch as FirstMatch

@@ -234,39 +234,10 @@ def compile_eager(
     return backend(module, inputs)
 
 
-def compile_inductor(
-    module: fx.GraphModule,
-    inputs: Sequence[Any],
-    partition: CustomPartitionerFn,
-    options: dict[str, Any],
-    mode: str | None,
-) -> CompiledFn:
-    """Compile with inductor; its joint-graph passes run first, then our partition function.
-
-    The configuration is patched for this compilation alone (``compile_fx``'s config_patches).
-    """
-    import torch._inductor as inductor
-    from torch._inductor.compile_fx import compile_fx
-
-    chosen = {**(inductor.list_mode_options(mode) if mode else {}), **options}
-    patches = {key.replace("-", "_"): value for key, value in chosen.items()}
-    patches["custom_partitioner_fn"] = partition
-    return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
-
-
 def stock_backend(inner: str, memory_budget: float) -> Callable[..., CompiledFn]:
     """Torch's own backend; ``activation_memory_budget`` is set only while it compiles."""
     patched = functorch_config.patch(activation_memory_budget=memory_budget)
     return cast(Callable[..., CompiledFn], patched(torch._dynamo.lookup_backend(inner)))
-
-
-def inductor_option_names() -> frozenset[str]:
-    """The names that ``torch.compile(options=...)`` accepts for inductor."""
-    import torch._inductor.config as config
-
-    return frozenset(name.replace("_", "-") for name in config.get_config_copy()) | frozenset(
-        config.get_config_copy()
-    )
 
 
 def placeholder_source(node: fx.Node) -> str:

@@ -239,6 +239,34 @@ def _progress_on_stderr() -> Iterator[Progress]:
         )
 
 
+def _fit_command() -> Callable[..., None]:
+    import typer
+
+    # Two options of its own: a budget is a must here, and a policy only binds.
+    budget_option = typer.Option(
+        ..., help="Peak to stay within: 6GiB, a number of bytes, or 'device'."
+    )
+    dim_option = typer.Option(FIT_DIMENSIONS[0], help=f"One of {', '.join(FIT_DIMENSIONS)}.")
+
+    def fit_command(
+        target: str = _target_argument(),
+        budget: str = budget_option,
+        dim: str = dim_option,
+        policy: str | None = _policy_option(),
+    ) -> None:
+        """Find the largest batch (or sequence) whose training step keeps to a budget.
+
+        The step is traced, not run.
+        """
+        with _errors_as_exit_codes():
+            amount = _checked(policy, budget)
+            assert amount is not None  # one is required
+            model, inputs = build(target)
+            typer.echo(fit(model, *inputs, budget=amount, dim=dim, policy=policy))
+
+    return fit_command
+
+
 def _policies() -> None:
     """List the named policies; the first rule that matches decides."""
     for name, policy in POLICIES.items():

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from ckpt_pass import _torch
-from ckpt_pass.budget import BudgetLike, check_budget
+from ckpt_pass.budget import BudgetLike
 from ckpt_pass.compile.backend import Backend
 from ckpt_pass.compile.engine import decide, policy_for
 from ckpt_pass.compile.record import record_plan
 from ckpt_pass.errors import CkptPassError
+from ckpt_pass.goal import as_goal
 from ckpt_pass.graph.capture import capture
 from ckpt_pass.plan import Plan, SavedActivations
+from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.policy import PolicyLike
 
 
@@ -28,20 +30,24 @@ def plan(
     *args: Any,
     policy: PolicyLike | None = None,
     budget: BudgetLike | None = None,
+    solver: SolverLike = DEFAULT_SOLVER,
+    time_limit_s: float | None = None,
+    cost: str = "roofline",
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     regions: tuple[str, ...] | None = None,
     dynamic: bool = False,
 ) -> Plan:
     """What a policy or a budget decides for a training step of ``model(*args)``, ahead of time.
 
-    The step is traced with fake tensors; nothing is computed. The decisions are those that
-    ``torch.compile(model, backend=make_backend(policy))`` acts on.
+    The step is traced with fake tensors. Nothing is computed, but that with a budget kernels that
+    may have a workspace of their own are run once, alone, on made-up data. The decisions are those
+    that ``torch.compile(model, backend=make_backend(policy))`` acts on.
 
     Args:
         model: the module; its own ``torch.utils.checkpoint`` regions are traced as plain code.
         args: its arguments.
         policy: as for :func:`ckpt_pass.make_backend`.
-        budget: likewise.
+        budget, solver, time_limit_s, cost: likewise.
         loss_fn: applied to the model's output, where the model does not return a loss.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         dynamic: leave sizes symbolic; bytes are expressions then.
@@ -50,11 +56,10 @@ def plan(
         NotTraceableError, NothingToDifferentiateError: see :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
     """
-    if budget is not None:
-        check_budget(budget)
+    goal = as_goal(budget, solver, time_limit_s, cost)
     chosen = policy_for(policy, budget)
     with capture(model, *args, loss_fn=loss_fn, regions=regions, dynamic=dynamic) as joint:
-        return record_plan(decide(joint, chosen, budget))
+        return record_plan(decide(joint, chosen, goal))
 
 
 def plans_of(compiled: Any) -> tuple[Plan, ...]:
@@ -98,8 +103,8 @@ def explain(model: Any, *args: Any, **options: Any) -> str:
             compiled model or a backend, of which every graph is shown.
     """
     if not _is_plain(model):
-        return "\n\n".join(str(plan) for plan in plans_of(model))
-    return str(_plan_for(model, args, options))
+        return "\n\n".join(plan.listing() for plan in plans_of(model))
+    return _plan_for(model, args, options).listing()
 
 
 def _is_plain(model: Any) -> bool:

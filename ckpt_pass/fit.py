@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from ckpt_pass import _torch
 from ckpt_pass.budget import BudgetLike, check_budget, resolve_budget
 from ckpt_pass.compile.engine import decide, policy_for
 from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
@@ -71,7 +72,7 @@ class Fit:
         return self.plan.budget_bytes
 
     def __str__(self) -> str:
-        room = f"{format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}"
+        room = f"{self.peak_bytes:,} of {self.budget_bytes:,} bytes"
         return "\n".join(
             [
                 f"fits         {self.dim} {self.size} ({', '.join(self.places)}): {room}",
@@ -129,46 +130,55 @@ def fit(
     return _confirmed(axis, planned, size)
 
 
-def _confirmed(axis: _Axis, planned: Callable[[int], Plan], size: int) -> Fit:
-    """Step to the size that a trace of its own says fits, while the one above does not.
+def _confirmed(axis: _Axis, planned: Callable[[int], Plan], guess: int) -> Fit:
+    """The size that a trace of its own says fits, while the one above does not.
 
     Raises:
         InfeasibleBudgetError, NotTraceableError: there is no such size.
     """
-    best: tuple[int, Plan] | None = None
-    above: InfeasibleBudgetError | NotTraceableError | None = None
-    while best is None or above is None:
-        try:
-            best = (size, planned(size))
-            size += 1
-        except (InfeasibleBudgetError, NotTraceableError) as error:
-            if size <= 1:
-                raise
-            above = error
-            size -= 1
-    next_peak = above.least_feasible_bytes if isinstance(above, InfeasibleBudgetError) else None
-    if next_peak is None:
-        limit = f"{axis.name} {best[0] + 1} cannot be traced: {above}"
+    found: dict[int, Plan | InfeasibleBudgetError | NotTraceableError] = {}
+
+    def fits(size: int) -> bool:
+        if size not in found:
+            try:
+                found[size] = planned(size)
+            except (InfeasibleBudgetError, NotTraceableError) as error:
+                found[size] = error
+        return isinstance(found[size], Plan)
+
+    size = _search(fits, guess)
+    fits(size)  # 1 may not have been asked for
+    best = found[size]
+    if not isinstance(best, Plan):
+        raise best
+    above = found[size + 1]
+    if isinstance(above, InfeasibleBudgetError):
+        next_peak: int | None = above.least_feasible_bytes
+        limit = f"{axis.name} {size + 1} needs {next_peak:,} bytes at least"
     else:
-        limit = f"{axis.name} {best[0] + 1} needs {format_bytes(next_peak)} at least"
-    return Fit(best[0], axis.name, axis.places, best[1], next_peak, limit)
+        next_peak, limit = None, f"{axis.name} {size + 1} cannot be traced: {above}"
+    return Fit(size, axis.name, axis.places, best, next_peak, limit)
 
 
 def _search(fits: Callable[[int], bool], guess: int) -> int:
-    """The largest size that fits, found from a guess by steps that double; 1 if none does."""
-    step, low, high = 1, 1, guess
+    """The largest size that fits, from a guess by steps that double, then by halving.
+
+    Where the guess is right, it and the size above are asked for, and nothing else. 1 if none fits.
+    """
+    low, high, step = 0, guess, 1
     while fits(high):
         low, high, step = high, high + step, step * 2
     step = 1
-    while low < high - 1 and high - step > low:
-        if fits(high - step):
-            low = high - step
+    while not low and high > 1:
+        below = max(high - step, 1)
+        if fits(below):
+            low = below
         else:
-            high, step = high - step, step * 2
+            high, step = below, step * 2
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return max(low, 1)
 
 
 @dataclass(frozen=True)
@@ -270,6 +280,19 @@ def _shapes(args: tuple[Any, ...]) -> str:
     )
 
 
+def _sizes_read_no_tensors(described: GraphProblem) -> GraphProblem:
+    """The same step where a size is known without the tensor that has it.
+
+    A trace asks tensors for their sizes; under ``torch.compile`` sizes are arguments, and a
+    backward that needs one does not hold a tensor for it.
+    """
+    ops = tuple(
+        replace(op, inputs=(), touches=()) if _torch.is_sym_node(node) else op
+        for node, op in zip(described.nodes, described.problem.ops, strict=True)
+    )
+    return replace(described, problem=replace(described.problem, ops=ops))
+
+
 @dataclass(frozen=True)
 class _Family:
     """The same step at any size of one dimension.
@@ -289,7 +312,7 @@ class _Family:
     @classmethod
     def of(cls, joint: JointGraph, policy: Policy, axis: _Axis) -> _Family:
         """Read a joint graph with symbolic sizes; a policy's MUST_* decisions are tagged on it."""
-        described = decide(joint, policy).described
+        described = _sizes_read_no_tensors(decide(joint, policy).described)
         ops = described.problem.ops
         borders = tuple(
             number

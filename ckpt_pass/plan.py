@@ -11,9 +11,11 @@ from pathlib import Path
 
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass.goal import Goal
 from ckpt_pass.plan_plot import plot_plan
 from ckpt_pass.plan_text import budget_lines, overview
 from ckpt_pass.plan_text import format_bytes as format_bytes
+from ckpt_pass.policy import Policy
 from ckpt_pass.shapes import Dimension, bytes_at, shape_lines, where_within
 from ckpt_pass.sites import Bytes, CallSite
 from ckpt_pass.timeline import Timeline
@@ -110,6 +112,21 @@ def _total(items: object) -> Bytes:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What a plan was asked for.
+
+    Attributes:
+        policy: the policy itself.
+        regions: FQN patterns of the layers; ``None`` where they were found.
+        goal: the budget and how it was to be met, if any.
+    """
+
+    policy: Policy
+    regions: tuple[str, ...] | None
+    goal: Goal | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """The decisions for one graph.
 
@@ -136,6 +153,12 @@ class Plan:
         peak_expression: the peak for all sizes that were left symbolic, under this same plan; the
             number itself where none was.
         dimensions: those sizes, and the inputs that have them.
+        sites: the call sites of the graph.
+        recipe: what the plan was asked for, so that it can be made again.
+        measured_workspaces: how many kernels run with a workspace that was measured, on this
+            machine; the peak relies on them.
+        inner_peak_bytes: peak of inductor's own schedule, where there is a budget and inductor.
+        replans: how often the plan was made again because of it.
     """
 
     policy: str
@@ -158,6 +181,11 @@ class Plan:
     plain_timeline: Timeline | None
     peak_expression: Bytes
     dimensions: tuple[Dimension, ...]
+    sites: frozenset[CallSite]
+    recipe: Recipe
+    measured_workspaces: int = 0
+    inner_peak_bytes: int | None = None
+    replans: int = 0
 
     @property
     def saved_bytes(self) -> Bytes:
@@ -253,8 +281,12 @@ class Plan:
         timelines = self.timeline, self.plain_timeline
         return plot_plan(title, *timelines, self.budget_bytes, Path(path))
 
+    def listing(self) -> str:
+        """The summary, and one line a decision; views that cost nothing are left out."""
+        return "\n".join([self.summary(), "", *_folded(self.decisions)])
+
     def __str__(self) -> str:
-        return "\n".join([self.overview(), "", *_folded(self.decisions)])
+        return self.overview()
 
 
 def _folded(decisions: Sequence[Decision]) -> list[str]:

@@ -48,7 +48,22 @@ def budget_lines(plan: Plan) -> list[str]:
     return [
         f"budget       {format_bytes(plan.budget_bytes)}, met by: {plan.solver}",
         f"bound        {_bound(plan)}",
+        *_inner(plan),
     ]
+
+
+def _inner(plan: Plan) -> list[str]:
+    lines = []
+    if plan.inner_peak_bytes is not None:
+        again = f", planned again {plan.replans} times" if plan.replans else ""
+        lines.append(
+            f"inductor     {format_bytes(plan.inner_peak_bytes)} by its own schedule{again}"
+        )
+    if plan.measured_workspaces:
+        lines.append(
+            f"workspaces   of {plan.measured_workspaces} kernels, measured on this machine"
+        )
+    return lines
 
 
 def _bound(plan: Plan) -> str:

@@ -103,6 +103,7 @@ def sweep(
     policy: PolicyLike | None = None,
     inner: str = "aot_eager",
     with_torch: bool = True,
+    torch_budgets: Sequence[float] = TORCH_BUDGETS,
     loss_fn: LossFn | None = None,
     rounds: int = ROUNDS,
     progress: Progress = lambda what, done, total: None,
@@ -121,8 +122,9 @@ def sweep(
         policy: as for :func:`ckpt_pass.make_backend`.
         inner: ``aot_eager`` or ``inductor``, for every point.
         with_torch: also measure torch's own settings and a checkpoint around every layer.
+        torch_budgets: torch's own settings, from 1 (recompute only what is nearly free) to 0.
         loss_fn: applied to the model's output.
-        rounds: timings of each point.
+        rounds: timings of each point; of CPU time on one thread, of the wall's time otherwise.
         progress: told about each part of the work.
 
     Raises:
@@ -142,7 +144,7 @@ def sweep(
     amounts = _budgets(step, policy, points, budgets)
     todo = [_ours(amount, policy, inner) for amount in amounts[:-1]]
     todo.append(_unbounded(amounts[-1], policy, inner))
-    todo += _torch_points(step, inner) if with_torch else []
+    todo += _torch_points(step, inner, torch_budgets) if with_torch else []
     tell = _Told(progress, len(todo) + rounds + 1)
     with gradients_restored(step.leaves), rng_restored(step.device):
         measured = [_measured(step, point, tell) for point in todo]
@@ -254,10 +256,10 @@ def _unbounded(plain: int, policy: PolicyLike | None, inner: str) -> _Point:
     return _Point(OURS, "no recomputation", backend, plain)
 
 
-def _torch_points(step: _Step, inner: str) -> list[_Point]:
+def _torch_points(step: _Step, inner: str, budgets: Sequence[float]) -> list[_Point]:
     points = [
         _Point(TORCH, f"budget {setting:g}", _torch.stock_backend(inner, setting))
-        for setting in TORCH_BUDGETS
+        for setting in budgets
     ]
     layers = _layers(step)
     if layers:
@@ -349,6 +351,12 @@ def _filled(row: SweepRow, point: _Point, found: Measurement) -> SweepRow:
     return replace(row, peak_bytes=found.peak_bytes, predicted_bytes=predicted, flops=found.flops)
 
 
+def _clock(step: _Step) -> Callable[[], float]:
+    """CPU time where one thread does everything, for it leaves out what the neighbours took."""
+    alone = step.device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
 def _timed(step: _Step, measured: list[_Measured], rounds: int, tell: _Told) -> list[SweepRow]:
     """The rows, those that ran with their times."""
 
@@ -362,7 +370,7 @@ def _timed(step: _Step, measured: list[_Measured], rounds: int, tell: _Told) -> 
         if made.run is not None
     ]
     times = interleave(
-        variants, rounds=rounds, warmup=1, clock=time.perf_counter, on_round=lambda: tell("timing")
+        variants, rounds=rounds, warmup=1, clock=_clock(step), on_round=lambda: tell("timing")
     )
     step.clear()
     medians = {int(row.variant): row.median_s for row in times}

@@ -24,6 +24,8 @@ BEST = "*"
 CAPTION = (
     f"{BEST}: no point has a lower peak at no more recomputation; x: time against no recomputation"
 )
+#: Half the size of a marker, in pixels of a figure that is not saved yet.
+_RADIUS = 4.0
 #: Points from a marker to its words, and how the words stand to that place, in order of choice.
 _PLACES = ((6, 5, "left"), (6, -13, "left"), (-6, 5, "right"), (-6, -13, "right"))
 
@@ -219,15 +221,26 @@ def _label(
     renderer: Any, axes: Axes, rows: Sequence[SweepRow], cost: Measure, factor: float
 ) -> None:
     """Write each point's setting beside it, where there is room; ours have the first choice."""
-    taken: list[Bbox] = []
+    taken = [_marker(axes, point) for row in rows for point in _points([row], cost, factor)]
     for row in rows:
         for x, y in _points([row], cost, factor):
             _write_beside(renderer, axes, row, (x, y), taken)
 
 
+def _marker(axes: Axes, point: tuple[float, float]) -> Bbox:
+    """The place on the picture that a point's marker takes."""
+    from matplotlib.transforms import Bbox
+
+    x, y = axes.transData.transform(point)
+    return Bbox.from_bounds(x - _RADIUS, y - _RADIUS, 2 * _RADIUS, 2 * _RADIUS)
+
+
 def _write_beside(
     renderer: Any, axes: Axes, row: SweepRow, at: tuple[float, float], taken: list[Bbox]
 ) -> None:
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2, foreground="white")]  # lines run behind the words
     for right, up, side in _PLACES:
         words = axes.annotate(
             row.setting.removeprefix("budget "),
@@ -238,6 +251,7 @@ def _write_beside(
             fontsize=7.5,
             color=LOOKS[row.family][0],
             in_layout=False,
+            path_effects=halo,
         )
         box = words.get_window_extent(renderer)
         if not any(box.overlaps(other) for other in taken):

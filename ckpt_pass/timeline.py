@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 MEBIBYTE = 1024.0**2
 #: A cell filled from below in eighths; the first one is empty.
@@ -70,15 +71,13 @@ class Timeline:
         which it stands, so that no peak falls between two parts.
         """
         found = [0] * width
-        begins = self.begins_s
+        whole = self.duration_s or 1.0
+        places = [moment / whole * width for moment in self.begins_s]
         for index, nbytes in enumerate(self.bytes_at):
-            first, last = self._column(begins[index], width), self._column(begins[index + 1], width)
-            for column in range(first, last + 1):
+            first = min(int(places[index]), width - 1)
+            for column in range(first, max(first + 1, min(ceil(places[index + 1]), width))):
                 found[column] = max(found[column], nbytes)
         return found
-
-    def _column(self, moment_s: float, width: int) -> int:
-        return min(int(moment_s / self.duration_s * width), width - 1) if self.duration_s else 0
 
 
 def text_plot(
@@ -92,8 +91,9 @@ def text_plot(
         width, height: of the plotted area, in characters.
 
     Returns:
-        ``height + 3`` lines: where the peak is, the area, and an axis that says where the forward
-        ends and the backward begins. Empty for a step without ops.
+        ``height + 3`` lines: where the peak is, the area with the upper edge of each row in MiB,
+        and an axis that says where the forward ends and the backward begins. Empty for a step
+        without ops.
     """
     if not timeline.peak_bytes or not timeline.duration_s:
         return []
@@ -112,7 +112,7 @@ def text_plot(
         if cells[border] in " ╌":
             cells[border] = "┊"
         tail = f" budget {_mebibytes(budget_bytes)} MiB" if row == line and budget_bytes else ""
-        lines.append(f"{_scale(row, top, height):>8} ┤{''.join(cells)}{tail}".rstrip())
+        lines.append(f"{_mebibytes(top * (row + 1) // height):8} ┤{''.join(cells)}{tail}".rstrip())
     return [*lines, *_axis(border, width)]
 
 
@@ -131,11 +131,6 @@ def _cell(nbytes: int, top: int, row: int, height: int) -> str:
     return _FILLED[max(0, min(eighths - row * _EIGHTHS, _EIGHTHS))]
 
 
-def _scale(row: int, top: int, height: int) -> str:
-    """The upper edge in MiB, for the highest row and one in the middle; else nothing."""
-    return _mebibytes(top * (row + 1) // height) if row in (height - 1, height // 2 - 1) else ""
-
-
 def _peak_line(at_peak: int, peak: int, width: int) -> str:
     words = f"peak {_mebibytes(peak)} MiB"
     left = at_peak >= len(words) + 1
@@ -146,7 +141,7 @@ def _peak_line(at_peak: int, peak: int, width: int) -> str:
 def _axis(border: int, width: int) -> Iterator[str]:
     line = ["─"] * width
     line[border] = "┴"
-    yield f"{'MiB':>8} └{''.join(line)}"
+    yield f"{'MiB':8} └{''.join(line)}"
     room = [" "] * width
     _write(room, "forward", border - len("forward") - 1, border)
     _write(room, "backward", border + 1, width)

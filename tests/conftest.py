@@ -15,11 +15,12 @@ SEED = 0
 
 @pytest.fixture(scope="session", autouse=True)
 def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Use two threads, and an Inductor cache of this session's own: no hits from other runs."""
+    """Use two threads, and caches of this session's own: no hits from other runs."""
     torch.set_num_threads(2)
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("inductor")
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        patch.setenv("CKPT_PASS_CACHE", str(tmp_path_factory.mktemp("kernels")))
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,14 @@ def tuple_of_inputs():
 def one_tensor():
     model, (x,) = tuple_of_inputs()
     return model, x
+
+class Loss(torch.nn.Module):
+    def forward(self, x):
+        return x.square().mean()
+
+def with_loss():
+    model, (x,) = tuple_of_inputs()
+    return torch.nn.Sequential(model, Loss()), x
 
 def raises():
     raise LookupError("no weights here")
@@ -136,6 +145,57 @@ def test_policies_are_all_listed() -> None:
     listed = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
     assert listed == list(policies())
     assert "op_class=matmul" in result.stdout
+
+
+# --- plan and sweep ------------------------------------------------------------------------------
+
+
+def test_plan_prints_the_overview_and_draws_it(folder: Path) -> None:
+    target, png = f"{folder / 'model.py'}:with_loss", folder / "plan.png"
+    result = run("plan", target, "--budget=1.0", f"--png={png}")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("policy       open to the solver")
+    assert "saved, most bytes first" in result.stdout and "▼" in result.stdout
+    assert f"wrote {png}" in result.stdout.replace("\n", "")
+    check_png(png)
+    short = run("plan", target, "--policy=save-nothing")
+    assert "policy       save-nothing" in short.stdout and "▼" not in short.stdout
+
+
+def test_sweep_shows_and_writes_every_point(folder: Path) -> None:
+    target, png, rows = f"{folder / 'model.py'}:with_loss", folder / "a.png", folder / "a.json"
+    options = ("--no-torch", "--rounds=1", "--budget=16", "--budget=1.0")
+    result = run("sweep", target, *options, f"--png={png}", f"--json={rows}")
+    assert result.exit_code == 0, result.stdout + result.stderr
+    assert "infeasible: at least" in result.stdout and "no recomputation" in result.stdout
+    check_png(png)
+    written = json.loads(rows.read_text())
+    assert written["rows"][0]["budget_bytes"] == 16
+    assert [row["peak_bytes"] is None for row in written["rows"]] == [True, False]
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "--budget=6 GigaBytes"), "Got budget='6 GigaBytes'"),
+        (("plan", "--budget=1"), "No plan fits a peak of 1 bytes"),
+        (("sweep", "--budget=lots"), "Got budget='lots'"),
+        (("sweep", "--inner=inducter"), "Did you mean 'inductor'?"),
+    ],
+)
+def test_wrong_plans_and_sweeps(folder: Path, arguments: tuple[str, str], message: str) -> None:
+    command, option = arguments
+    result = run(command, f"{folder / 'model.py'}:with_loss", option)
+    assert result.exit_code == 1
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_sweep_needs_a_loss(folder: Path) -> None:
+    options = ("--no-torch", "--points=2")
+    result = run("sweep", f"{folder / 'model.py'}:one_tensor", *options)
+    assert result.exit_code == 1
+    assert "expected one scalar tensor that requires grad" in result.stderr
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -41,14 +42,14 @@ class Step:
         *,
         holds: tuple[int, ...] | None = None,
         also: tuple[int, ...] = (),
-        **rest: object,
+        **rest: Any,
     ) -> int:
         held = makes if holds is None else holds
         single = len(inputs) == 1 and len(self.ops[inputs[0]].makes) > 1
         read = () if single else tuple(s for i in inputs for s in self.ops[i].holds)
         touches = tuple(dict.fromkeys((*held, *read, *also)))
         name = f"{kind}{len(self.ops)}"
-        self.ops.append(Op(name, inputs, makes, held, touches, **rest))  # type: ignore[arg-type]
+        self.ops.append(Op(name, inputs, makes, held, touches, **rest))
         return len(self.ops) - 1
 
 
@@ -94,16 +95,18 @@ def _forward_op(draw: st.DrawFn, step: Step) -> None:
         return
     sources, size = _sources(draw, step), st.integers(1, 9)
     tag = draw(st.sampled_from(["", "", "", "", "", "", "save", "recompute"]))
-    tags = {"must_save": tag == "save", "must_recompute": tag == "recompute"}
-    costs = {
+    tags: dict[str, Any] = {"must_save": tag == "save", "must_recompute": tag == "recompute"}
+    costs: dict[str, Any] = {
         "time_s": float(draw(st.integers(0, 6))),
         "workspace_bytes": draw(st.sampled_from([0, 0, 0, 3])),
         "random_state_bytes": draw(st.sampled_from([0, 0, 0, 2])),
     }
     if kind == "m":
-        makes = (step.storage(draw(size)), step.storage(draw(size)))
-        several = step.add("multi", sources, makes, forward=True, **costs, **tags)
-        for storage in makes:
+        outputs = (step.storage(draw(size)), step.storage(draw(size)))
+        several = step.add("multi", sources, outputs, forward=True, **costs, **tags)
+        for storage in outputs:
+            own = tag or draw(st.sampled_from(["", "", "save", "recompute"]))
+            tags = {"must_save": own == "save", "must_recompute": own == "recompute"}
             output = step.add(
                 "output", (several,), (), holds=(storage,), forward=True, savable=True, **tags
             )
@@ -232,3 +235,79 @@ def agrees_with_brute_force(problem: Problem) -> None:
     with pytest.raises(InfeasibleBudgetError) as caught:
         solve_exact(problem, least - 1)
     assert caught.value.least_feasible_bytes == least == least_peak(problem)
+
+
+QUIET = list(HealthCheck)
+
+
+@settings(max_examples=350, deadline=None, suppress_health_check=QUIET)
+@given(problem=steps())
+def test_equals_brute_force(problem: Problem) -> None:
+    agrees_with_brute_force(problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None, suppress_health_check=QUIET)
+@given(problem=steps())
+def test_equals_brute_force_on_many(problem: Problem) -> None:
+    agrees_with_brute_force(problem)
+
+
+def read_twice_far_apart() -> Problem:
+    """A large, cheap value, read by the first and by the last anchor, around a high moment."""
+    ops = (
+        Op("cheap", (), (0,), (0,), (0,), True, time_s=1.0, savable=True),
+        Op("loss", (0,), (1,), (1,), (0, 1), True),
+        Op("first", (0,), (2,), (2,), (0, 2, 5), False, late=True),
+        Op("high", (2,), (3,), (3,), (2, 3), False, late=True, workspace_bytes=10),
+        Op("last", (0, 3), (4,), (4,), (0, 3, 4), False, late=True),
+    )
+    return Problem(ops, (10, 1, 1, 1, 1, 1), (1,), (1,), (4,), (4,), given=(5,))
+
+
+def test_recomputes_twice_where_that_alone_fits() -> None:
+    problem = read_twice_far_apart()
+    found = solve_exact(problem, 14)
+    assert (found.saved, found.drops) == (frozenset(), frozenset({(2, 0)}))
+    assert (found.recompute_time_s, found.peak_bytes, found.status) == (2.0, 14, "optimal")
+    assert solve_exact(problem, 24).recompute_time_s == 0.0
+    with pytest.raises(InfeasibleBudgetError, match="the least that was found is 14 bytes"):
+        solve_exact(problem, 13)
+
+
+def test_nothing_runs_before_it_is_needed() -> None:
+    """Making the small value early would spare a second run of the large one; no plan can."""
+    ops = (
+        Op("large", (), (0,), (0,), (0,), True, time_s=5.0, savable=True),
+        Op("small", (0,), (1,), (1,), (0, 1), True, time_s=1.0),
+        Op("mixed", (1,), (2,), (2,), (1, 2), True, time_s=20.0, savable=True),
+        Op("loss", (2,), (3,), (3,), (2, 3), True),
+        Op("first", (0, 2), (4,), (4,), (0, 2, 4, 7), False, late=True),
+        Op("high", (4,), (5,), (5,), (4, 5), False, late=True, workspace_bytes=10),
+        Op("last", (1, 5), (6,), (6,), (1, 5, 6), False, late=True),
+    )
+    problem = Problem(ops, (10, 1, 1, 1, 1, 1, 1, 1), (3,), (3,), (6,), (6,), given=(7,))
+    plans = [evaluate(problem, saved, "any", drops) for saved, drops in every_plan(problem)]
+    for budget, time_s in ((24, 1.0), (23, 11.0)):
+        assert solve_exact(problem, budget).recompute_time_s == time_s
+        assert min(p.recompute_time_s for p in plans if p.peak_bytes <= budget) == time_s
+
+
+def test_a_limit_gives_the_best_so_far_and_a_bound() -> None:
+    problem = read_twice_far_apart()
+    known = evaluate(problem, (), "known", {(2, 0)})
+    found = solve_exact(problem, 14, time_limit_s=1e-9, known=known)
+    assert found.status == "time limit"
+    assert found.peak_bytes <= 14
+    assert 0.0 <= found.lower_bound_s <= found.recompute_time_s == 2.0
+
+
+def test_what_it_cannot_describe_is_named() -> None:
+    ops = (
+        Op("a", (), (0,), (0,), (0,), True, time_s=1.0, savable=True),
+        Op("b", (0,), (1,), (0, 1), (0, 1), True, time_s=1.0, savable=True),
+        Op("db", (1,), (2,), (2,), (0, 1, 2), False, late=True),
+    )
+    problem = Problem(ops, (1, 1, 1), (1,), (1,), (2,), (2,))
+    with pytest.raises(UnsupportedProblemError, match=r"Op 1 \(b\) holds storages that others"):
+        Contracted.of(problem)

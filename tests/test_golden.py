@@ -120,7 +120,7 @@ def test_golden_is_stable_from_run_to_run_and_under_the_backend() -> None:
 
 def test_plan_prints_policy_graph_and_one_line_a_decision() -> None:
     plan = plan_net()
-    lines = str(plan).splitlines()
+    lines = plan.listing().splitlines()
     assert lines[0].startswith("policy       save-matmul-attention: ")
     assert lines[2] == "decisions    4 saved, 8 recomputed, 4 not needed by the backward"
     (up,) = [line for line in lines if line.startswith("layers.0.up ")]

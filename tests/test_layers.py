@@ -12,10 +12,20 @@ PACKAGE = "ckpt_pass"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "_torch", "_torch_ops"}),
-    frozenset({"planner", "ops", "_op_tables", "flops"}),
+    frozenset({"errors", "_torch", "_torch_ops", "_torch_inductor"}),
+    frozenset({"planner", "ops", "_op_tables", "flops", "allocations"}),
     frozenset(
-        {"budget", "sites", "module_stack", "shapes", "policy", "opinion", "policies", "graph"}
+        {
+            "budget",
+            "goal",
+            "sites",
+            "module_stack",
+            "shapes",
+            "policy",
+            "opinion",
+            "policies",
+            "graph",
+        }
     ),
     frozenset({"plan", "plan_text", "plan_plot", "timeline", "drawing"}),
     frozenset({"compile", "eager"}),
@@ -26,7 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
-DOORS = frozenset({"_torch", "_torch_ops"})
+DOORS = frozenset({"_torch", "_torch_ops", "_torch_inductor"})
 # Modules whose use counts even without an import statement: `torch._dynamo.reset()`.
 PRIVATE = frozenset(
     {

@@ -9,16 +9,30 @@ from typing import Any
 
 from torch import fx
 
-from ckpt_pass import _torch
-from ckpt_pass.budget import BudgetLike, check_budget
+from ckpt_pass import _torch, _torch_inductor
+from ckpt_pass.budget import BudgetLike
 from ckpt_pass.compile.engine import Partitioner, policy_for
+from ckpt_pass.compile.replan import compile_within
 from ckpt_pass.compile.symbolic import watch_sizes
 from ckpt_pass.errors import CkptPassError, nearest
+from ckpt_pass.goal import as_goal
 from ckpt_pass.plan import Plan
+from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.policies import as_policy
 from ckpt_pass.policy import Policy, PolicyLike, describe
+from ckpt_pass.sites import CallSite
 
 INNER = ("inductor", "aot_eager")
+OPTIONS = (
+    "policy",
+    "inner",
+    "regions",
+    "inner_options",
+    "budget",
+    "solver",
+    "time_limit_s",
+    "cost",
+)
 #: Plans kept by a backend value: the newest ones, so that a backend shared by a whole process
 #: does not grow without bound. A model has one plan a graph and shape.
 PLANS_KEPT = 1024
@@ -40,6 +54,9 @@ class Backend:
         regions: FQN patterns of the layers; found from the module names where ``None``.
         inner_options: inductor's own options, as ``torch.compile(options=...)`` takes them.
         budget: the peak to stay within (:func:`make_backend`), if any.
+        solver, time_limit_s, cost: how it is to be met (:func:`make_backend`).
+        expected: call sites of the graph that a plan was made for, if any; another graph is an
+            error.
         plans: the plans made so far, one for each graph, oldest first (1,024 at most).
     """
 
@@ -48,6 +65,10 @@ class Backend:
     regions: tuple[str, ...] | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
     budget: BudgetLike | None = None
+    solver: SolverLike = DEFAULT_SOLVER
+    time_limit_s: float | None = None
+    cost: str = "roofline"
+    expected: frozenset[CallSite] | None = None
     plans: deque[Plan] = field(default_factory=lambda: deque(maxlen=PLANS_KEPT), repr=False)
 
     #: Read by torch.compile to name the compiler in its logs.
@@ -71,18 +92,9 @@ class Backend:
             _torch.placeholder_source(node) for node in gm.graph.find_nodes(op="placeholder")
         )
         made: list[Plan] = []
-
-        def on_plan(plan: Plan) -> None:
-            made.append(plan)
-            self.plans.append(plan)
-
-        partition = Partitioner(
-            policy_for(backend.policy, backend.budget),
-            backend.regions,
-            names,
-            backend.budget,
-            on_plan,
-        )
+        goal = as_goal(backend.budget, backend.solver, backend.time_limit_s, backend.cost)
+        policy = policy_for(backend.policy, backend.budget)
+        partition = Partitioner(policy, backend.regions, names, goal, made.append, backend.expected)
         if backend.inner == "aot_eager":
             if mode is not None:
                 raise UnknownOptionError(
@@ -90,34 +102,41 @@ class Backend:
                     "Leave mode out, or use inner='inductor'."
                 )
             compiled = _torch.compile_eager(gm, example_inputs, partition)
+        elif goal is not None:
+            options_of_inductor = dict(backend.inner_options)
+            compiled, plan = compile_within(
+                gm, example_inputs, partition, options_of_inductor, mode
+            )
+            made += [plan] if plan is not None else []
         else:
-            compiled = _torch.compile_inductor(
+            compiled = _torch_inductor.compile_inductor(
                 gm, example_inputs, partition, dict(backend.inner_options), mode
             )
+        self.plans.extend(made)
         return watch_sizes(compiled, made[-1], example_inputs) if made else compiled
 
     def with_options(self, options: Mapping[str, Any]) -> Backend:
         """This backend with some options changed; the list of plans stays shared.
 
         Args:
-            options: ``policy``, ``inner``, ``regions``, ``inner_options``, ``budget``.
+            options: ``policy``, ``inner``, ``regions``, ``inner_options``, ``budget``,
+                ``solver``, ``time_limit_s``, ``cost``.
 
         Raises:
             UnknownOptionError: an option is unknown or has a value that it does not take.
             UnknownPolicyError: no policy has that name.
         """
-        known = ("policy", "inner", "regions", "inner_options", "budget")
         for key in options:
-            if key not in known:
+            if key not in OPTIONS:
                 raise UnknownOptionError(
-                    f"The ckpt backend has no option {key!r}.{nearest(key, known)} Known options: "
-                    f"{', '.join(known)}. Inductor's own options go into 'inner_options'."
+                    f"The ckpt backend has no option {key!r}.{nearest(key, OPTIONS)} Known "
+                    f"options: {', '.join(OPTIONS)}. Inductor's own go into 'inner_options'."
                 )
         changed = dict(options)
         if changed.get("policy") is not None:
             changed["policy"] = as_policy(changed["policy"])
-        if changed.get("budget") is not None:
-            check_budget(changed["budget"])
+        how = ("solver", "time_limit_s", "cost")
+        as_goal(changed.get("budget"), *(changed.get(key, getattr(self, key)) for key in how))
         if "regions" in changed:
             changed["regions"] = _as_patterns(changed["regions"])
         _check_inner(changed.get("inner", self.inner), changed.get("inner_options", {}))
@@ -149,7 +168,7 @@ def _check_inner(inner: Any, inner_options: Mapping[str, Any]) -> None:
             f"Got inner_options={dict(inner_options)!r} with inner={inner!r}, which takes none. "
             "Leave them out, or use inner='inductor'."
         )
-    known = _torch.inductor_option_names() if inner_options else frozenset()
+    known = _torch_inductor.inductor_option_names() if inner_options else frozenset()
     for key in inner_options:
         if key not in known:
             raise UnknownOptionError(
@@ -162,6 +181,10 @@ def make_backend(
     policy: PolicyLike | None = None,
     *,
     budget: BudgetLike | None = None,
+    plan: Plan | None = None,
+    solver: SolverLike = DEFAULT_SOLVER,
+    time_limit_s: float | None = None,
+    cost: str = "roofline",
     inner: str = "inductor",
     regions: str | Sequence[str] | None = None,
     inner_options: Mapping[str, Any] | None = None,
@@ -175,18 +198,43 @@ def make_backend(
         budget: the peak of forward and backward, above what was allocated when the step began:
             ``"6GiB"``, a number of bytes, a fraction of the peak without recomputation, or
             ``"device"`` (what the accelerator has free). The plan's peak is exact for
-            ``inner="aot_eager"``; inductor fuses and reorders afterwards.
+            ``inner="aot_eager"``. Inductor fuses and reorders afterwards: its own schedule is
+            read, and the plan is made again for less while that is above the budget.
+        plan: a plan that :func:`ckpt_pass.plan` made ahead of time: its policy, budget, solver and
+            regions are used, and a graph with other call sites is an error.
+        solver: what looks for the plan: a name (``ckpt_pass.solver_names()``), a solver, or a
+            callable.
+        time_limit_s: seconds for the solver; the best so far is taken then.
+        cost: ``roofline`` for modelled times, ``measured`` to run and time each kernel once
+            (remembered on disk).
         inner: the compiler of forward and backward: ``inductor`` or ``aot_eager``.
         regions: module name patterns of the layers whose borders are saved under every policy;
             found from repeated module names where ``None``; ``[]`` for none.
         inner_options: options for inductor.
 
     Raises:
-        UnknownPolicyError, UnknownOptionError, InvalidBudgetError: an argument is not one of
-            these. ``InfeasibleBudgetError`` comes when a graph is compiled.
+        UnknownPolicyError, UnknownOptionError, InvalidBudgetError, UnknownCostError: an argument is
+            not one of these; so UnknownSolverError, InvalidTimeLimitError.
+        UnknownOptionError: ``plan`` is given together with what it already says.
+        InfeasibleBudgetError, PlanMismatchError: come when a graph is compiled.
     """
     options: dict[str, Any] = {"inner": inner, "inner_options": dict(inner_options or {})}
-    options |= {"policy": policy, "budget": budget}
+    how = {"policy": policy, "budget": budget, "time_limit_s": time_limit_s}
+    if plan is not None:
+        for key, value in (*how.items(), ("regions", regions)):
+            if value is not None:
+                raise UnknownOptionError(
+                    f"Got plan= and {key}={value!r}, expected one of the two: a plan brings its "
+                    f"own {key}. Leave {key} out, or make another plan with it."
+                )
+        recipe = plan.recipe
+        made = replace(Backend(regions=recipe.regions), expected=plan.sites)
+        options |= {"policy": recipe.policy, "budget": plan.budget_bytes}
+        if recipe.goal is not None:
+            goal = recipe.goal
+            options |= {"solver": goal.solver, "time_limit_s": goal.time_limit_s, "cost": goal.cost}
+        return made.with_options(options)
+    options |= {**how, "solver": solver, "cost": cost}
     return Backend(regions=_as_patterns(regions)).with_options(options)
 
 

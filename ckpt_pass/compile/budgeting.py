@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ckpt_pass.budget import BudgetLike, resolve_budget
+from ckpt_pass.budget import resolve_budget
+from ckpt_pass.goal import Goal
 from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.graph.kernel_cache import KernelFacts
+from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import build_problem
-from ckpt_pass.ops import OpClass, classify
 from ckpt_pass.planner.solution import Solution, without_recompute
-from ckpt_pass.planner.solve import solve
+from ckpt_pass.planner.solvers import run_solver
 
 
 class WorkspaceWarning(UserWarning):
@@ -28,37 +31,44 @@ class Met:
         solution: what the solver found.
         drops: its drops, as nodes: after the first has run, the second's values are not kept.
         budget_bytes: the budget.
+        facts: what was measured of the kernels.
     """
 
     solution: Solution
     drops: frozenset[tuple[fx.Node, fx.Node]]
     budget_bytes: int
+    facts: Mapping[fx.Node, KernelFacts]
 
 
-def meet_budget(joint: JointGraph, budget: BudgetLike) -> Met:
+def meet_budget(joint: JointGraph, goal: Goal) -> Met:
     """Choose what a tagged joint graph saves so that its peak is within the budget.
 
-    MUST_* tags bind; PREFER_* tags are open to the solver, which overwrites them.
+    MUST_* tags bind; PREFER_* tags are open to the solver, which overwrites them. Kernels that may
+    have a workspace of their own are run once on made-up data, unless that was done before
+    (:mod:`ckpt_pass.graph.kernels`).
 
     Raises:
         InfeasibleBudgetError: no plan fits.
         InvalidBudgetError: the budget is no amount of memory.
         SymbolicBytesError: a size depends on data.
     """
-    described = build_problem(joint)
+    kernels = Kernels()
+    what = WORKSPACE_AND_TIME if goal.cost == "measured" else WORKSPACE
+    facts = kernels.facts([n for n in joint.nodes if n.op == "call_function"], what)
+    described = build_problem(joint, facts)
     problem, index = described.problem, described.index
-    budget_bytes = resolve_budget(budget, without_recompute(problem).peak_bytes)
+    budget_bytes = resolve_budget(goal.budget, without_recompute(problem).peak_bytes)
     borders = [
         number
         for node, number in index.items()
         if problem.ops[number].savable and joint.crosses_border(node)
     ]
-    solution = solve(problem, budget_bytes, borders)
+    solution = run_solver(goal.solver, problem, budget_bytes, borders, goal.time_limit_s)
     _write(joint, index, solution)
-    _warn_of_workspaces(joint)
+    _warn_of_unmeasured(kernels)
     nodes = described.nodes
     drops = frozenset((nodes[anchor], nodes[maker]) for anchor, maker in solution.drops)
-    return Met(solution, drops, budget_bytes)
+    return Met(solution, drops, budget_bytes, facts)
 
 
 def _write(joint: JointGraph, index: dict[fx.Node, int], solution: Solution) -> None:
@@ -69,16 +79,15 @@ def _write(joint: JointGraph, index: dict[fx.Node, int], solution: Solution) -> 
         )
 
 
-def _warn_of_workspaces(joint: JointGraph) -> None:
-    convolves = any(
-        callable(node.target) and classify(node.target) is OpClass.CONVOLUTION
-        for node in joint.forward
+def _warn_of_unmeasured(kernels: Kernels) -> None:
+    if not kernels.unmeasured:
+        return
+    first = kernels.unmeasured[0]
+    more = f" and {len(kernels.unmeasured) - 1} more" if len(kernels.unmeasured) > 1 else ""
+    warnings.warn(
+        f"The plan's peak leaves out what the kernel of {first.name} ({first.op}){more} allocates "
+        f"besides its outputs: it could not be run alone ({first.reason}). The measured peak may "
+        "exceed the budget by as much. Give a budget with some room.",
+        WorkspaceWarning,
+        stacklevel=2,
     )
-    if convolves:
-        warnings.warn(
-            "The plan's peak leaves out the workspaces of convolutions, which their libraries "
-            "allocate besides their outputs: the measured peak may exceed the budget by as much. "
-            "Give a budget with some room.",
-            WorkspaceWarning,
-            stacklevel=2,
-        )

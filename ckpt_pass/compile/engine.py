@@ -21,9 +21,10 @@ from ckpt_pass.compile.partition import (
     protect_mutated_inputs,
     split,
 )
-from ckpt_pass.compile.record import Decided, record_plan
+from ckpt_pass.compile.record import Decided, record_plan, solver_rule
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.errors import CkptPassError
+from ckpt_pass.goal import Goal
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.opinion import Opinion
@@ -31,10 +32,15 @@ from ckpt_pass.plan import Plan
 from ckpt_pass.planner.solution import evaluate
 from ckpt_pass.policies import DEFAULT_POLICY, as_policy
 from ckpt_pass.policy import FirstMatch, Policy, PolicyLike, Rule, first_match, recompute
+from ckpt_pass.sites import CallSite
 
 
 class NotFunctionalError(CkptPassError):
     """The joint graph mutates an intermediate value, so nothing in it can be recomputed safely."""
+
+
+class PlanMismatchError(CkptPassError):
+    """A plan is used for a graph that it was not made for."""
 
 
 #: With a budget and no policy named, every safe recomputation is open to the solver.
@@ -52,13 +58,13 @@ def policy_for(policy: PolicyLike | None, budget: BudgetLike | None) -> Policy:
     return as_policy(DEFAULT_POLICY) if budget is None else OPEN
 
 
-def decide(joint: JointGraph, policy: Policy, budget: BudgetLike | None = None) -> Decided:
+def decide(joint: JointGraph, policy: Policy, goal: Goal | None = None) -> Decided:
     """Tag a joint graph and find what crosses from its forward to its backward.
 
     Args:
         joint: the graph; tags are written on it.
         policy: its MUST_* decisions bind; without a budget the others are carried out too.
-        budget: the peak to stay within.
+        goal: the peak to stay within, and how.
 
     Raises:
         InfeasibleBudgetError, InvalidBudgetError, SymbolicBytesError: see
@@ -73,23 +79,24 @@ def decide(joint: JointGraph, policy: Policy, budget: BudgetLike | None = None) 
             "graph; expected a functional graph. Compile without disabling functionalisation."
         )
     tags = tag(joint, policy)
+    sites = frozenset(found.context.site for found in tags.values())
     merge_equal(joint, tags)
-    saved = choose_saved(joint, save_borders=budget is None)
+    saved = choose_saved(joint, save_borders=goal is None)
     if protect_mutated_inputs(joint, saved):
-        saved = choose_saved(joint, save_borders=budget is None)
-    if budget is None:
-        return settled(joint, policy, tags, saved)
-    met = meet_budget(joint, budget)
+        saved = choose_saved(joint, save_borders=goal is None)
+    if goal is None:
+        return settled(joint, policy, tags, saved, sites)
+    met = meet_budget(joint, goal)
     for node, found in tags.items():
         decision = node.meta["recompute"]
         if decision is not found.opinion.decision:
-            rule = f"solver ({met.solution.solver})"
+            rule = solver_rule(met.solution)
             tags[node] = replace(found, opinion=Opinion(decision, rule))
     saved = choose_saved(joint, save_borders=False)
     # What a policy preferred to save, and the solver does not, may lead to more such inputs.
     if protect_mutated_inputs(joint, saved):
         saved = choose_saved(joint, save_borders=False)
-    return settled(joint, policy, tags, saved, met)
+    return settled(joint, policy, tags, saved, sites, met, goal)
 
 
 def settled(
@@ -97,10 +104,12 @@ def settled(
     policy: Policy,
     tags: dict[fx.Node, Tag],
     saved: SavedSet,
+    sites: frozenset[CallSite],
     met: Met | None = None,
+    goal: Goal | None = None,
 ) -> Decided:
     """What was decided, with the numbers that the simulator finds for the graph as it is now."""
-    described = build_problem(joint)
+    described = build_problem(joint, met.facts) if met else build_problem(joint)
     number = described.index
     held = [number[node] for node in saved.values]
     if met is None:
@@ -112,7 +121,8 @@ def settled(
             status=met.solution.status,
             lower_bound_s=met.solution.lower_bound_s,
         )
-    return Decided(joint, policy, tags, saved, described, found, met.budget_bytes if met else None)
+    budget_bytes = met.budget_bytes if met else None
+    return Decided(joint, policy, goal, sites, tags, saved, described, found, budget_bytes)
 
 
 @dataclass(frozen=True)
@@ -123,15 +133,17 @@ class Partitioner(_torch.CustomPartitionerFn):
         policy: what to save.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         input_names: what each placeholder of dynamo's graph is, in order.
-        budget: the peak to stay within, if any.
+        goal: the peak to stay within, if any.
         on_plan: told about each plan as it is made.
+        expected: the call sites that the graph must have, if any.
     """
 
     policy: Policy
     regions: tuple[str, ...] | None = None
     input_names: tuple[str, ...] = ()
-    budget: BudgetLike | None = None
+    goal: Goal | None = None
     on_plan: Callable[[Plan], None] | None = None
+    expected: frozenset[CallSite] | None = None
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -144,7 +156,9 @@ class Partitioner(_torch.CustomPartitionerFn):
         gm.graph.eliminate_dead_code()
         static = kwargs.get("static_lifetime_input_indices") or ()
         joint = read_joint(gm, kwargs["num_fwd_outputs"], static, self.regions, self.input_names)
-        decided = decide(joint, self.policy, self.budget)
+        if self.expected is not None:
+            _check_sites(joint, self.expected)
+        decided = decide(joint, self.policy, self.goal)
         if self.on_plan is not None:
             self.on_plan(record_plan(decided))
         return split(joint, decided.saved, decided.backward_order)
@@ -154,9 +168,23 @@ class Partitioner(_torch.CustomPartitionerFn):
 
         ``None`` (no caching) for a policy that is mere code, and for what a device has free now.
         """
-        if not is_plain_data(self.policy) or self.budget == "device":
+        if not is_plain_data(self.policy) or (self.goal and not self.goal.is_plain_data):
             return None
-        return f"ckpt_pass/{source_hash()}/{self.policy!r}/{self.regions!r}/{self.budget!r}"
+        return f"ckpt_pass/{source_hash()}/{self.policy!r}/{self.regions!r}/{self.goal!r}"
+
+
+def _check_sites(joint: JointGraph, expected: frozenset[CallSite]) -> None:
+    found = frozenset(context.site for _, context in joint.sites())
+    missing, new = expected - found, found - expected
+    if missing or new:
+        lacks = f"lacks {len(missing)} of its call sites (first: {min(missing)})" if missing else ""
+        has = f"has {len(new)} others (first: {min(new)})" if new else ""
+        what = " and ".join(filter(None, (lacks, has)))
+        raise PlanMismatchError(
+            f"The plan was made for another graph: this one {what}. Expected its {len(expected)} "
+            "call sites and no others. Make the plan for this very model, arguments and loss, or "
+            "give the backend the budget instead of the plan."
+        )
 
 
 def read_joint(

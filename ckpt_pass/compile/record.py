@@ -14,16 +14,17 @@ from ckpt_pass import _torch
 from ckpt_pass.compile.partition import SavedSet, random_recomputed
 from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
 from ckpt_pass.compile.tagging import Tag
+from ckpt_pass.goal import Goal
 from ckpt_pass.graph.cost import held_bytes, own_bytes
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
 from ckpt_pass.graph.problem import GraphProblem
 from ckpt_pass.ops import op_name
-from ckpt_pass.plan import Decision, Plan, SavedActivation, SavedActivations
+from ckpt_pass.plan import Decision, Plan, Recipe, SavedActivation, SavedActivations
 from ckpt_pass.planner.liveness import MemoryProfile
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import Solution, without_recompute
 from ckpt_pass.policy import Policy, describe
-from ckpt_pass.sites import Bytes, module_path
+from ckpt_pass.sites import Bytes, CallSite, module_path
 from ckpt_pass.timeline import Timeline
 
 RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
@@ -36,6 +37,8 @@ class Decided:
     Attributes:
         joint: the graph, tagged.
         policy: what tagged it.
+        goal: what was asked for, if there is a budget.
+        sites: the call sites of the graph, those of merged ops among them.
         tags: the decisions with their reasons.
         saved: what crosses from the forward to the backward.
         described: the graph as the planner sees it.
@@ -45,6 +48,8 @@ class Decided:
 
     joint: JointGraph
     policy: Policy
+    goal: Goal | None
+    sites: frozenset[CallSite]
     tags: dict[fx.Node, Tag]
     saved: SavedSet
     described: GraphProblem
@@ -57,6 +62,11 @@ class Decided:
         crosses = self.saved.symbols.keys() | self.saved.opaque.keys()  # had, not computed again
         order = (self.described.nodes[index] for index in self.solution.steps.backward)
         return [node for node in order if node not in crosses]
+
+
+def solver_rule(solution: Solution) -> str:
+    """What made the decisions of a solver, in words; why it was chosen stands in the summary."""
+    return f"solver ({solution.solver.partition(' (')[0]})"
 
 
 def record_plan(decided: Decided) -> Plan:
@@ -88,6 +98,9 @@ def record_plan(decided: Decided) -> Plan:
         plain_timeline=None if decided.budget_bytes is None else _plain_timeline(decided),
         peak_expression=symbolic_peak(decided.described, found, dimensions),
         dimensions=dimensions,
+        sites=decided.sites,
+        recipe=Recipe(decided.policy, joint.regions_pattern, decided.goal),
+        measured_workspaces=sum(1 for i in ran if ops[i].workspace_bytes),
     )
 
 
@@ -176,7 +189,7 @@ def _rule(decided: Decided, tag: Tag, fate: str) -> str:
     """The rule in words; of several outputs the solver saves one, whose op keeps its own tag."""
     of_solver = fate == "saved" and decided.budget_bytes is not None
     if of_solver and tag.opinion.decision in RECOMPUTE:
-        return f"solver ({decided.solution.solver})"
+        return solver_rule(decided.solution)
     return tag.opinion.rule
 
 

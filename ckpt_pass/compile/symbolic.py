@@ -51,6 +51,7 @@ def symbolic_peak(
         A number where no size is symbolic; else the maximum over the moments of the step, without
         those that others are never below. It holds for sizes from the least ones on.
     """
+    described = replace(described, workspace_sizes=open_workspaces(described))
     sizes = (*described.storage_sizes, *described.workspace_sizes)
     symbols = set().union(*(s.free_symbols for s in sizes if isinstance(s, sympy.Expr)))
     if not symbols:
@@ -79,6 +80,47 @@ def symbolic_peak(
     ]
     found = [sympy.expand(sympy.sympify(peak).xreplace(back)) for peak in peaks]
     return found[0] if len(found) == 1 else sympy.Max(*found, evaluate=False)
+
+
+#: A workspace is taken to grow in so many parts of the output: kernels' casts and masks have a
+#: half, a quarter or an eighth of its bytes, or one in itself.
+_PARTS = 64
+
+
+def open_workspaces(described: GraphProblem) -> tuple[Bytes, ...]:
+    """Workspaces at every size, from those that were measured at the traced shape.
+
+    What is no rule but a measured number is the traced shape's. If it is as large as a tensor that
+    the op touches, it grows as that one; if it is a multiple of a tensor of fixed size (sums for
+    each feature), it stays; else it grows with the largest output, and a rest stays.
+    """
+    problem, sizes = described.problem, described.storage_sizes
+    return tuple(
+        _open_workspace(
+            nbytes,
+            {s: (sizes[s], problem.storage_bytes[s]) for s in op.touches},
+            [s for s in op.makes if isinstance(sizes[s], sympy.Expr)],
+        )
+        if isinstance(nbytes, int) and nbytes
+        else nbytes
+        for nbytes, op in zip(described.workspace_sizes, problem.ops, strict=True)
+    )
+
+
+def _open_workspace(
+    nbytes: int, touched: Mapping[int, tuple[Bytes, int]], outputs: Sequence[int]
+) -> Bytes:
+    for size, traced in touched.values():
+        if isinstance(size, sympy.Expr) and traced == nbytes:
+            return size
+    fixed = [size for size, _ in touched.values() if isinstance(size, int) and size]
+    if not outputs or any(nbytes % size == 0 for size in fixed):
+        return nbytes
+    size, traced = max((touched[s] for s in outputs), key=lambda found: found[1])
+    if not traced:
+        return nbytes
+    share = sympy.Rational(_PARTS * nbytes // traced, _PARTS)
+    return share * size + (nbytes - share * traced)
 
 
 def _terms(size: Bytes, shifted: Mapping[sympy.Symbol, sympy.Expr]) -> Rationals:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,9 +22,13 @@ from ckpt_pass.graph.cost import (
     workspace_size,
 )
 from ckpt_pass.graph.joint import JointGraph, StorageKey, is_multi_output_access
+from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.ops import draws_random, never_recompute
 from ckpt_pass.planner.problem import Op, Problem
 from ckpt_pass.sites import Bytes, optimization_hint
+
+NOT_MEASURED = KernelFacts(None, None)
+EMPTY: Mapping[fx.Node, KernelFacts] = MappingProxyType({})
 
 
 class SymbolicBytesError(CkptPassError):
@@ -89,10 +95,17 @@ def at_traced_shape(size: int | torch.SymInt) -> int:
     return optimization_hint(size)
 
 
-def build_problem(joint: JointGraph) -> GraphProblem:
+def build_problem(
+    joint: JointGraph, kernels: Mapping[fx.Node, KernelFacts] = EMPTY
+) -> GraphProblem:
     """Describe a joint graph to the planner.
 
     Tags on the graph (``meta["recompute"]``) bind where they are MUST_*.
+
+    Args:
+        joint: the graph.
+        kernels: what was measured of its kernels; the rest is taken to need no workspace, and has
+            a modelled time.
 
     Raises:
         SymbolicBytesError: a size depends on data.
@@ -114,7 +127,8 @@ def build_problem(joint: JointGraph) -> GraphProblem:
     for node in joint.nodes:
         if node.op == "call_function":
             index[node] = len(ops)
-            ops.append(_op(joint, node, index, table, regions.of(node)))
+            facts = kernels.get(node, NOT_MEASURED)
+            ops.append(_op(joint, node, index, table, regions.of(node), facts))
     gradients = [node for node in joint.backward_outputs if node in index]
     returned = [node for node in joint.forward_outputs if node in index]
     problem = Problem(
@@ -126,8 +140,18 @@ def build_problem(joint: JointGraph) -> GraphProblem:
         output_storages=_union(table, gradients),
         given=tuple(given),
     )
-    workspaces = tuple(as_bytes(workspace_size(node)) for node in index)
+    workspaces = tuple(
+        as_bytes(_workspace(node, kernels.get(node, NOT_MEASURED))) for node in index
+    )
     return GraphProblem(problem, index, tuple(index), tuple(table.sizes), workspaces)
+
+
+def _workspace(node: fx.Node, facts: KernelFacts) -> int | torch.SymInt:
+    """What was measured is a number: of symbolic sizes the rule is better, where there is one."""
+    rule = workspace_size(node)
+    if facts.workspace_bytes is None or isinstance(rule, torch.SymInt):
+        return rule
+    return facts.workspace_bytes
 
 
 class _Regions:
@@ -163,7 +187,12 @@ def _union(table: _Storages, nodes: list[fx.Node]) -> tuple[int, ...]:
 
 
 def _op(
-    joint: JointGraph, node: fx.Node, index: dict[fx.Node, int], table: _Storages, region: int
+    joint: JointGraph,
+    node: fx.Node,
+    index: dict[fx.Node, int],
+    table: _Storages,
+    region: int,
+    facts: KernelFacts,
 ) -> Op:
     value, target = node.meta.get("val"), node.target
     assert callable(target)
@@ -178,7 +207,9 @@ def _op(
     random = draws_random(target, node.args, node.kwargs)
     flops = node_flops(node)
     roofline = ROOFLINES.get(device_type(node), ROOFLINES["cuda"])
-    moved = sum(_moved(node))
+    time_s = facts.time_s
+    if time_s is None:
+        time_s = roofline.time_s(flops, sum(_moved(node)))
     tag = node.meta.get("recompute")
     return Op(
         name=node.name,
@@ -188,9 +219,9 @@ def _op(
         touches=touches,
         forward=forward,
         late=node in joint.needs_tangents,
-        workspace_bytes=at_traced_shape(workspace_size(node)),
+        workspace_bytes=at_traced_shape(_workspace(node, facts)),
         random_state_bytes=_torch.random_state_bytes(node) if forward and random else 0,
-        time_s=roofline.time_s(flops, moved) if makes else 0.0,
+        time_s=time_s if makes else 0.0,
         flops=flops,
         savable=forward and isinstance(value, torch.Tensor) and joint.owner(node) is node,
         must_save=forward and tag is CheckpointPolicy.MUST_SAVE,

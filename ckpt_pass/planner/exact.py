@@ -8,15 +8,39 @@ solved by HiGHS (Huangfu and Hall, Mathematical Programming Computation 10, 2018
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.sparse import csr_array
 
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.planner.contract import Contracted
-from ckpt_pass.planner.milp import Answer, Program
+from ckpt_pass.planner.milp import Program
 from ckpt_pass.planner.problem import Problem
+from ckpt_pass.planner.schedule import Drop
 from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, evaluate
 from ckpt_pass.planner.solve import solve
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What HiGHS found.
+
+    Attributes:
+        status: ``optimal``, ``infeasible`` or ``limit``.
+        saved, drops: the plan; ``None`` where nothing was found.
+        bound_s: no plan within the budget recomputes less.
+    """
+
+    status: str
+    saved: frozenset[int] | None
+    drops: frozenset[Drop] | None
+    bound_s: float
 
 
 class ExactSolverError(CkptPassError):
@@ -40,7 +64,8 @@ def solve_exact(
             plan is what a limit falls back on.
         time_limit_s: seconds after which the best so far is returned.
         node_limit: the same in nodes of the search, the same on every machine.
-        known: a plan within the budget, where one is known already.
+        known: a plan within the budget, where one is known already; it must keep the rules
+            (:func:`broken_rule`).
 
     Returns:
         The plan; its status is ``optimal`` or ``time limit``.
@@ -50,25 +75,26 @@ def solve_exact(
         UnsupportedProblemError: an op cannot be described.
         ExactSolverError: what came out does not fit the budget (a bug).
     """
-    small = Contracted.of(problem)
-    known = known or _layered(problem, budget_bytes, borders)
     at_most_s = None if known is None else known.recompute_time_s
-    answer = Program(small, budget_bytes, at_most_s).solve(time_limit_s, node_limit)
+    answer = _ask(
+        Program(Contracted.of(problem), budget_bytes, at_most_s), time_limit_s, node_limit
+    )
     found = _checked(problem, budget_bytes, answer)
     if answer.status == "optimal" and found is not None:
         return replace(found, status="optimal", lower_bound_s=found.recompute_time_s)
+    if answer.status == "infeasible" and known is not None:
+        raise ExactSolverError(
+            f"The exact solver found no plan within {budget_bytes:,} bytes although one was known "
+            f"({known.peak_bytes:,} bytes). This is a bug of ckpt_pass: please report it, and use "
+            "solver='layers' meanwhile."
+        )
     if answer.status == "infeasible":
-        if known is not None:
-            raise ExactSolverError(
-                f"The exact solver found no plan within {budget_bytes:,} bytes although the "
-                f"layered one did ({known.peak_bytes:,} bytes). This is a bug of ckpt_pass: please "
-                "report it, and use solver='layers' meanwhile."
-            )
         raise InfeasibleBudgetError(budget_bytes, least_peak(problem, time_limit_s, node_limit))
+    known = known or _layered(problem, budget_bytes, borders)
     fitting = [plan for plan in (found, known) if plan is not None]
-    if not fitting:
+    best = min(fitting, key=lambda plan: plan.recompute_time_s, default=None)
+    if best is None:
         raise InfeasibleBudgetError(budget_bytes, least_peak(problem, time_limit_s, node_limit))
-    best = min(fitting, key=lambda plan: plan.recompute_time_s)
     return replace(best, status="time limit", lower_bound_s=answer.bound_s)
 
 
@@ -76,11 +102,11 @@ def least_peak(
     problem: Problem, time_limit_s: float | None = None, node_limit: int | None = None
 ) -> int:
     """The least peak that a plan has, or the least that was found within a limit."""
-    layered = _layered_least(problem)
-    answer = Program(Contracted.of(problem), None).solve(time_limit_s, node_limit)
-    if answer.saved is None or answer.drops is None:
-        return layered
-    return min(layered, evaluate(problem, answer.saved, "exact", answer.drops).peak_bytes)
+    answer = _ask(Program(Contracted.of(problem), None), time_limit_s, node_limit)
+    found = [] if answer.status == "optimal" else [_layered_least(problem)]
+    if answer.saved is not None and answer.drops is not None:
+        found.append(evaluate(problem, answer.saved, "exact", answer.drops).peak_bytes)
+    return min(found)
 
 
 def broken_rule(problem: Problem, plan: Solution) -> str | None:
@@ -131,3 +157,71 @@ def _checked(problem: Problem, budget_bytes: int, answer: Answer) -> Solution | 
             "solver='layers' meanwhile."
         )
     return found
+
+
+def _ask(program: Program, time_limit_s: float | None, node_limit: int | None) -> Answer:
+    """Ask HiGHS.
+
+    Args:
+        time_limit_s: seconds after which the best so far is the answer.
+        node_limit: the same in nodes of its search tree, which is the same on every machine.
+    """
+    options: dict[str, float] = {"mip_rel_gap": 0.0}
+    if time_limit_s is not None:
+        options["time_limit"] = time_limit_s
+    if node_limit is not None:
+        options["node_limit"] = node_limit
+    cost = np.zeros(len(program.upper))
+    for variable, factor in program.cost.items():
+        cost[variable] = factor
+    found = milp(
+        cost,
+        integrality=np.array(program.integer, dtype=np.int64),
+        bounds=Bounds(0.0, np.array(program.upper)),
+        constraints=_constraints(program),
+        options=options,
+    )
+    return _answer(program, found)
+
+
+def _constraints(program: Program) -> LinearConstraint:
+    heads = [k for k, (total, _) in enumerate(program.rows) for _ in total]
+    tails = [variable for total, _ in program.rows for variable in total]
+    factors = [factor for total, _ in program.rows for factor in total.values()]
+    shape = (len(program.rows), len(program.upper))
+    matrix = csr_array((factors, (heads, tails)), shape=shape)
+    return LinearConstraint(matrix, -np.inf, np.array([bound for _, bound in program.rows]))
+
+
+def _answer(program: Program, found: OptimizeResult) -> Answer:
+    status = {0: "optimal", 2: "infeasible"}.get(found.status, "limit")
+    bound = max(0.0, float(getattr(found, "mip_dual_bound", None) or 0.0)) / program.second
+    if found.x is None:
+        return Answer(status, None, None, bound)
+    chosen = found.x > 0.5
+    values = program.small.values
+    saved = {values[s].saver for s, variable in program.save.items() if chosen[variable]}
+    return Answer(
+        status, frozenset(i for i in saved if i is not None), _drops(program, chosen), bound
+    )
+
+
+def _drops(program: Program, chosen: NDArray[np.bool_]) -> frozenset[Drop]:
+    """What runs again is dropped after its last use before."""
+    stages, makers = program.small.stages, program.small.makers
+    places: dict[int, list[int]] = defaultdict(list)
+    touched: dict[int, set[int]] = defaultdict(set)  # maker -> stages that use what it made
+    for (place, index), variable in program.run.items():
+        if chosen[variable]:
+            places[index].append(place)
+            touched[index].add(place)
+            for storage in makers[index].reads:
+                touched[program.small.values[storage].maker].add(place)
+    for place, stage in enumerate(stages):
+        for storage in stage.reads if stage.late else ():
+            touched[program.small.values[storage].maker].add(place)
+    return frozenset(
+        (stages[max(p for p in touched[index] if first <= p < second)].anchor, index)
+        for index, runs in places.items()
+        for first, second in pairwise(sorted(runs))
+    )

@@ -17,16 +17,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
-
-import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
-from scipy.sparse import csr_array
 
 from ckpt_pass.planner.contract import Contracted
-from ckpt_pass.planner.schedule import Drop
 
 #: A sum: variable -> factor, and the constant part under -1.
 Sum = dict[int, float]
@@ -36,22 +28,6 @@ _CONSTANT = -1
 _LONGEST = 1000.0
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What HiGHS found.
-
-    Attributes:
-        status: ``optimal``, ``infeasible`` or ``limit``.
-        saved, drops: the plan; ``None`` where nothing was found.
-        bound_s: no plan within the budget recomputes less.
-    """
-
-    status: str
-    saved: frozenset[int] | None
-    drops: frozenset[Drop] | None
-    bound_s: float
-
-
 class Program:
     """The integer program of a contracted problem.
 
@@ -59,18 +35,24 @@ class Program:
         small: the problem.
         budget_bytes: the budget; ``None`` to look for the least peak instead.
         at_most_s: a recompute time that some plan within the budget is known to have.
+
+    Attributes:
+        upper, integer: of each variable; all are at least 0.
+        rows: (sum, bound): the sum is at most the bound.
+        cost: the sum to minimise: recompute time in units of 1 / ``second`` s, or the peak.
+        save, run: the variables that make the plan.
     """
 
     def __init__(
         self, small: Contracted, budget_bytes: int | None, at_most_s: float | None = None
     ) -> None:
-        self._small, self._problem = small, small.problem
+        self.small, self._problem = small, small.problem
         self._count = len(small.stages)
         self._sizes, self._unit = _scaled_bytes(small)
         self._budget = math.inf if budget_bytes is None else budget_bytes // self._unit
-        self._upper: list[float] = []
-        self._integer: list[bool] = []
-        self._rows: list[tuple[Sum, float]] = []  # sum <= bound
+        self.upper: list[float] = []
+        self.integer: list[bool] = []
+        self.rows: list[tuple[Sum, float]] = []
         self.save: dict[int, int] = {}
         self.run: dict[tuple[int, int], int] = {}
         self.live: dict[tuple[int, int], int] = {}
@@ -100,9 +82,9 @@ class Program:
     # -- variables and rows
 
     def _variable(self, upper: float = 1.0, *, integer: bool = False) -> int:
-        self._upper.append(upper)
-        self._integer.append(integer)
-        return len(self._upper) - 1
+        self.upper.append(upper)
+        self.integer.append(integer)
+        return len(self.upper) - 1
 
     def _at_most(self, terms: Iterable[tuple[int | None, float]], bound: float) -> None:
         """Sum of (variable, factor) <= bound; variables that do not exist are 0."""
@@ -112,7 +94,7 @@ class Program:
                 total[variable] += factor
         bound -= total.pop(_CONSTANT, 0.0)
         if total or bound < 0:
-            self._rows.append((total, bound))
+            self.rows.append((total, bound))
 
     def _implies(self, low: int | None, *high: int | None, slack: float = 0.0) -> None:
         """low <= sum of high + slack."""
@@ -124,14 +106,14 @@ class Program:
     def _last_reads(self) -> dict[int, int]:
         """The last stage in which each value may be read."""
         found: dict[int, int] = {}
-        for place, stage in enumerate(self._small.stages):
+        for place, stage in enumerate(self.small.stages):
             found.update(dict.fromkeys(stage.reads, place))
             for index in stage.makers:
-                found.update(dict.fromkeys(self._small.makers[index].reads, place))
+                found.update(dict.fromkeys(self.small.makers[index].reads, place))
         return found
 
     def _choices(self) -> None:
-        small = self._small
+        small = self.small
         for place, stage in enumerate(small.stages):
             for index in stage.makers:
                 self.run[place, index] = self._variable(integer=True)
@@ -147,7 +129,7 @@ class Program:
 
     def _flow(self) -> None:
         """What is there comes from before; who runs is needed now, and finds what it reads."""
-        small = self._small
+        small = self.small
         for (place, storage), variable in self.live.items():
             maker = small.values[storage].maker
             if place == 0:
@@ -175,10 +157,10 @@ class Program:
                 self._at_most([(v, 1.0) for v in runs], 1.0)
 
     def _shares(self, maker: int) -> bool:
-        return len(self._small.makers[maker].makes) > 1
+        return len(self.small.makers[maker].makes) > 1
 
     def _find(self, place: int, storage: int, reader: int) -> None:
-        value, there = self._small.values[storage], self.live.get((place, storage))
+        value, there = self.small.values[storage], self.live.get((place, storage))
         run = self.run.get((place, value.maker))
         # A constant reader is there in any case: -1 * constant moves to the bound.
         self._at_most([(reader, 1.0), (there, -1.0), (None if value.bound else run, -1.0)], 0.0)
@@ -186,7 +168,7 @@ class Program:
             self._at_most([(reader, 1.0), (there, -1.0), (self.save[storage], 1.0)], 1.0)
 
     def _just_in_time(self, place: int, index: int, readers: Mapping[int, list[int]]) -> None:
-        run, makes = self.run[place, index], self._small.makers[index].makes
+        run, makes = self.run[place, index], self.small.makers[index].makes
         wanted: list[int | None] = []
         for storage in makes:
             save, live = self.save.get(storage), self.live.get((place, storage))
@@ -207,7 +189,7 @@ class Program:
 
     def _kept(self, storage: int) -> None:
         """Outputs of the step stay: from their last making on, or all along."""
-        value = self._small.values[storage]
+        value = self.small.values[storage]
         runs = [self.run.get((place, value.maker)) for place in range(self._count)]
         if all(run is None for run in runs) and value.returned:
             return  # among the constant bytes
@@ -232,7 +214,7 @@ class Program:
     def _random_states(self) -> None:
         """The forward saves the state of what draws again; it stays to the last drawing."""
         for index in self._draw:
-            ran = _CONSTANT if index in self._small.forward_roots else self.forward.get(index)
+            ran = _CONSTANT if index in self.small.forward_roots else self.forward.get(index)
             later: int | None = None
             for place in reversed(range(self._count)):
                 run = self.run.get((place, index))
@@ -255,8 +237,8 @@ class Program:
             self._at_most([*terms, (self._peak, -1.0)], 0.0)
 
     def _bytes_of_backward(self) -> None:
-        constant = self._small.constant_bytes / self._unit
-        for place, stage in enumerate(self._small.stages):
+        constant = self.small.constant_bytes / self._unit
+        for place, stage in enumerate(self.small.stages):
             for nbytes, reads in stage.rows:
                 base = constant + nbytes / self._unit
                 there = stage.reads if reads else frozenset[int]()
@@ -270,7 +252,7 @@ class Program:
 
     def _is_used(self, place: int, index: int, after: dict[int, int | None]) -> None:
         """From a maker on back, what it reads is used by it or later."""
-        for storage in self._small.makers[index].reads:
+        for storage in self.small.makers[index].reads:
             if storage in self._sizes and after[storage] != _CONSTANT:
                 used = self._variable()
                 self._implies(self.run[place, index], used)
@@ -288,7 +270,7 @@ class Program:
     def _while_maker(
         self, place: int, index: int, after: Mapping[int, int | None]
     ) -> Iterator[tuple[int | None, float]]:
-        small, run = self._small, self.run[place, index]
+        small, run = self.small, self.run[place, index]
         yield run, self._problem.ops[index].workspace_bytes / self._unit
         for storage, size in self._sizes.items():
             maker = small.values[storage].maker
@@ -321,7 +303,7 @@ class Program:
 
     def _forward_choices(self) -> None:
         """What the forward runs only because it is saved, or something made of it is."""
-        small = self._small
+        small = self.small
         for index in reversed(small.makers):
             if not self._problem.ops[index].forward or index in small.forward_roots:
                 continue
@@ -332,7 +314,7 @@ class Program:
                     self._implies(self.forward.get(reader), ran)
 
     def _bytes_of_forward(self) -> None:
-        small, ops, sizes = self._small, self._problem.ops, self._problem.storage_bytes
+        small, ops, sizes = self.small, self._problem.ops, self._problem.storage_bytes
         always = sorted(small.forward_roots)
         last = {s: index for index in always for s in ops[index].touches}
         last.update(dict.fromkeys(self._problem.forward_outputs, len(ops)))
@@ -372,86 +354,22 @@ class Program:
     def _objective(self, at_most_s: float | None) -> None:
         ops = self._problem.ops
         longest = max((ops[index].time_s for _, index in self.run), default=0.0) or 1.0
-        self._second = _LONGEST / longest
+        self.second = _LONGEST / longest
         cost: Sum = defaultdict(float)
         runs: dict[int, list[int]] = defaultdict(list)
         for (_, index), run in self.run.items():
-            cost[run] += ops[index].time_s * self._second
+            cost[run] += ops[index].time_s * self.second
             runs[index].append(run)
         for index, variables in runs.items():
             if not ops[index].forward and ops[index].time_s:
                 once = self._variable()  # the first run of the backward's own op is free
                 self._implies(once, *variables)
-                cost[once] -= ops[index].time_s * self._second
+                cost[once] -= ops[index].time_s * self.second
         if at_most_s is not None and cost:
             # 1e-6 of the longest op: room for rounding, so that the known plan stays allowed.
-            limit = at_most_s * self._second + _LONGEST * 1e-6
+            limit = at_most_s * self.second + _LONGEST * 1e-6
             self._at_most(list(cost.items()), limit)
-        self._cost = cost if self._peak is None else {self._peak: 1.0}
-
-    def solve(self, time_limit_s: float | None = None, node_limit: int | None = None) -> Answer:
-        """Ask HiGHS.
-
-        Args:
-            time_limit_s: seconds after which the best so far is the answer.
-            node_limit: the same in nodes of its search tree, which is the same on every machine.
-        """
-        options: dict[str, float] = {"mip_rel_gap": 0.0}
-        if time_limit_s is not None:
-            options["time_limit"] = time_limit_s
-        if node_limit is not None:
-            options["node_limit"] = node_limit
-        cost = np.zeros(len(self._upper))
-        for variable, factor in self._cost.items():
-            cost[variable] = factor
-        found = milp(
-            cost,
-            integrality=np.array(self._integer, dtype=np.int64),
-            bounds=Bounds(0.0, np.array(self._upper)),
-            constraints=self._constraints(),
-            options=options,
-        )
-        return self._answer(found)
-
-    def _constraints(self) -> LinearConstraint:
-        heads = [k for k, (total, _) in enumerate(self._rows) for _ in total]
-        tails = [variable for total, _ in self._rows for variable in total]
-        factors = [factor for total, _ in self._rows for factor in total.values()]
-        shape = (len(self._rows), len(self._upper))
-        matrix = csr_array((factors, (heads, tails)), shape=shape)
-        return LinearConstraint(matrix, -np.inf, np.array([bound for _, bound in self._rows]))
-
-    def _answer(self, found: OptimizeResult) -> Answer:
-        status = {0: "optimal", 2: "infeasible"}.get(found.status, "limit")
-        bound = max(0.0, float(getattr(found, "mip_dual_bound", None) or 0.0)) / self._second
-        if found.x is None:
-            return Answer(status, None, None, bound)
-        chosen = found.x > 0.5
-        values = self._small.values
-        saved = {values[s].saver for s, variable in self.save.items() if chosen[variable]}
-        return Answer(
-            status, frozenset(i for i in saved if i is not None), self._drops(chosen), bound
-        )
-
-    def _drops(self, chosen: NDArray[np.bool_]) -> frozenset[Drop]:
-        """What runs again is dropped after its last use before."""
-        stages, makers = self._small.stages, self._small.makers
-        places: dict[int, list[int]] = defaultdict(list)
-        touched: dict[int, set[int]] = defaultdict(set)  # maker -> stages that use what it made
-        for (place, index), variable in self.run.items():
-            if chosen[variable]:
-                places[index].append(place)
-                touched[index].add(place)
-                for storage in makers[index].reads:
-                    touched[self._small.values[storage].maker].add(place)
-        for place, stage in enumerate(stages):
-            for storage in stage.reads if stage.late else ():
-                touched[self._small.values[storage].maker].add(place)
-        return frozenset(
-            (stages[max(p for p in touched[index] if first <= p < second)].anchor, index)
-            for index, runs in places.items()
-            for first, second in pairwise(sorted(runs))
-        )
+        self.cost = cost if self._peak is None else {self._peak: 1.0}
 
 
 def _scaled_bytes(small: Contracted) -> tuple[dict[int, float], int]:

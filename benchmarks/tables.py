@@ -1,0 +1,127 @@
+"""The tables of the benchmarks, one for each kind of row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.common import (
+    BudgetRow,
+    Cost,
+    DeepRow,
+    PeakRow,
+    PlanningRow,
+    Result,
+    TimingRow,
+)
+
+
+def table_of(result: Result) -> Table:
+    """The table of a result, all of whose rows are of one kind."""
+    rows: Any = result.rows
+    return _TABLES[type(rows[0])](result.title, rows)
+
+
+def _timings(title: str, rows: Sequence[TimingRow]) -> Table:
+    references = tuple(rows[0].ratios)
+    table = Table(title=f"{title}; {rows[0].rounds} rounds")
+    table.add_column("variant")
+    for column in ("median CPU ms", "quartiles", "least", *(f"/ {r}" for r in references)):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.variant,
+            f"{row.median_s * 1e3:.2f}",
+            f"{row.lower_quartile_s * 1e3:.2f} .. {row.upper_quartile_s * 1e3:.2f}",
+            f"{row.least_s * 1e3:.2f}",
+            *(f"{row.ratios[name]:.2f}" for name in references),
+        )
+    return table
+
+
+def _peaks(title: str, rows: Sequence[PeakRow]) -> Table:
+    table = Table(title=title)
+    table.add_column("model")
+    table.add_column("variant")
+    for column in ("peak bytes", "saved bytes", "Gflop"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        flops = f"{row.flops / 1e9:.2f}"
+        table.add_row(row.model, row.variant, f"{row.peak_bytes:,}", f"{row.saved_bytes:,}", flops)
+    return table
+
+
+def _budgets(title: str, rows: Sequence[BudgetRow]) -> Table:
+    table = Table(title=f"{title}; * on torch's front; recomputed time and flops in % of the step")
+    table.add_column("model")
+    for column in ("budget", "torch MB", "time", "flops"):
+        table.add_column(column, justify="right")
+    for column in ("our MB", "time", "flops", "time /", "flops /", "bound", "gap %"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        mark = "*" if row.on_front else " "
+        table.add_row(row.label, f"{row.torch_budget:g}{mark}", *_budget_cells(row))
+    return table
+
+
+def _budget_cells(row: BudgetRow) -> list[str]:
+    if row.torch is None:
+        return ["torch fails"]
+    if row.ours is None:
+        return [*_cost_cells(row, row.torch), row.failure]
+    return [
+        *_cost_cells(row, row.torch),
+        *_cost_cells(row, row.ours),
+        f"{row.time_ratio:.2f}",
+        f"{row.flops_ratio:.2f}",
+        f"{100 * row.lower_bound_s / row.step_time_s:.1f}",
+        f"{100 * row.gap:.1f}",
+    ]
+
+
+def _cost_cells(row: BudgetRow, cost: Cost) -> list[str]:
+    return [
+        f"{cost.peak_bytes / 1e6:.1f}" if cost.peak_bytes >= 1e7 else f"{cost.peak_bytes / 1e6:.3f}",
+        f"{100 * cost.recompute_time_s / row.step_time_s:.1f}",
+        f"{100 * cost.recompute_flops / row.step_flops:.1f}",
+    ]
+
+
+def _planning(title: str, rows: Sequence[PlanningRow]) -> Table:
+    table = Table(title=f"{title}; medians of {rows[0].rounds}, CPU seconds")
+    table.add_column("model")
+    for column in ("layers", "nodes", "describe s", "solve s", "both s", "(trace s)"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        seconds = (row.problem_s, row.solve_s, row.planning_s)
+        cells = (f"{row.layers}", f"{row.nodes:,}", *(f"{s:.2f}" for s in seconds))
+        table.add_row(row.model, *cells, f"({row.capture_s:.1f})")
+    return table
+
+
+def _depths(title: str, rows: Sequence[DeepRow]) -> Table:
+    table = Table(title=title)
+    table.add_column("what is recomputed")
+    for column in ("peak MB", "recompute", "saved", "repeated", "most runs"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.way,
+            f"{row.peak_bytes / 1e6:.2f}",
+            f"{100 * row.recompute_share:.1f} %",
+            f"{row.saved}",
+            f"{row.repeated}",
+            f"{row.most_runs}",
+        )
+    return table
+
+
+_TABLES: dict[type, Callable[[str, Any], Table]] = {
+    TimingRow: _timings,
+    PeakRow: _peaks,
+    BudgetRow: _budgets,
+    PlanningRow: _planning,
+    DeepRow: _depths,
+}

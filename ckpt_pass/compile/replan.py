@@ -1,0 +1,109 @@
+"""The closed loop: plan again while inductor's own schedule is above the budget.
+
+A plan is exact for the graph that inductor is given. Inductor then fuses and reorders, so that its
+peak is another. Its schedule tells that peak before anything runs; where it is above the budget,
+the next plan is made for as much less.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from ckpt_pass import _torch_inductor
+from ckpt_pass.compile.engine import Partitioner
+from ckpt_pass.plan import Plan, format_bytes
+from ckpt_pass.planner.solution import InfeasibleBudgetError
+
+#: Compilations of one graph at most; a third plan was never needed on the models of the test zoo.
+_ROUNDS = 3
+
+
+class InductorPeakWarning(UserWarning):
+    """Inductor's schedule needs more than the budget, whatever plan it was given."""
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One compilation; no plan where the graph has no backward."""
+
+    compiled: Callable[..., Any]
+    plan: Plan | None
+    peak_bytes: int
+
+
+def compile_within(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    partitioner: Partitioner,
+    inner_options: dict[str, Any],
+    mode: str | None,
+) -> tuple[Callable[..., Any], Plan | None]:
+    """Compile with inductor so that its own schedule keeps to the budget.
+
+    Returns:
+        The compiled graph, and the plan that it was given; ``None`` where there is no backward.
+
+    Raises:
+        InfeasibleBudgetError: no plan fits the budget even before inductor's changes.
+    """
+    assert partitioner.goal is not None
+    best = _round(gm, example_inputs, partitioner, inner_options, mode)
+    if best.plan is None or best.plan.budget_bytes is None:
+        return best.compiled, best.plan
+    budget_bytes = asked = best.plan.budget_bytes
+    found, rounds = best, 1
+    while best.peak_bytes > budget_bytes and rounds < _ROUNDS:
+        asked -= found.peak_bytes - budget_bytes
+        try:
+            goal = replace(partitioner.goal, budget=max(asked, 1))
+            found = _round(gm, example_inputs, replace(partitioner, goal=goal), inner_options, mode)
+        except InfeasibleBudgetError:
+            break
+        rounds += 1
+        best = min(best, found, key=lambda r: r.peak_bytes)
+    assert best.plan is not None
+    plan = replace(
+        best.plan,
+        budget_bytes=budget_bytes,
+        inner_peak_bytes=best.peak_bytes,
+        replans=rounds - 1,
+    )
+    if best.peak_bytes > budget_bytes:
+        warnings.warn(
+            f"Inductor's schedule peaks at {best.peak_bytes:,} bytes "
+            f"({format_bytes(best.peak_bytes)}), above the budget of {budget_bytes:,} bytes "
+            f"({format_bytes(budget_bytes)}), after {rounds} plans. Give a larger budget, or use "
+            "inner='aot_eager', whose peak is the plan's.",
+            InductorPeakWarning,
+            stacklevel=2,
+        )
+    return best.compiled, plan
+
+
+def _round(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    partitioner: Partitioner,
+    inner_options: dict[str, Any],
+    mode: str | None,
+) -> _Round:
+    peaks: list[int] = []
+    plans: list[Plan] = []
+    compiled = _torch_inductor.compile_inductor(
+        copy.deepcopy(gm),  # inductor changes the graph that it is given
+        example_inputs,
+        replace(partitioner, on_plan=plans.append),
+        inner_options,
+        mode,
+        peaks.append,
+    )
+    plan = plans[-1] if plans else None
+    # Besides what inductor counts, the caller holds the outputs and brings tangents like them.
+    held = plan.output_bytes if plan and isinstance(plan.output_bytes, int) else 0
+    return _Round(compiled, plan, max(peaks, default=0) + 2 * held)
