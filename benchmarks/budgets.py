@@ -9,9 +9,9 @@ found in the backward that its partitioner made.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch._functorch.config as functorch_config
@@ -29,13 +29,11 @@ from tests.zoo import Built, hf
 #: torch's knob, from "recompute only what is nearly free" to "recompute everything".
 TORCH_BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.0)
 SMALL = ("gpt2", "llama", "mixtral", "bert", "vit", "resnet")
-MODELS: dict[str, Callable[[], Built]] = {
-    "llama-16L": hf.llama_16l,
-    "gpt2-12L": hf.gpt2_12l,
-    **{case.name: case.make for case in hf.CASES if case.name in SMALL},
-}
+
+Models: TypeAlias = Mapping[str, Callable[[], Built]]
 #: The models of the default run.
-REFERENCES = ("llama-16L", "gpt2-12L")
+REFERENCES: Models = {"llama-16L": hf.llama_16l, "gpt2-12L": hf.gpt2_12l}
+MODELS: Models = {**REFERENCES, **{c.name: c.make for c in hf.CASES if c.name in SMALL}}
 #: More than any step here needs: nothing is recomputed.
 AMPLE = "1TB"
 
@@ -76,20 +74,20 @@ class WatchedPartition:
         return compiler
 
 
-def made(model: str, dtype: torch.dtype) -> Built:
-    """A model of the benchmark with its inputs, both in a dtype."""
-    module, inputs = MODELS[model]()
+def made(make: Callable[[], Built], dtype: torch.dtype) -> Built:
+    """A model with its inputs, both in a dtype."""
+    module, inputs = make()
     return module.to(dtype), tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
 def run(
-    models: Sequence[str] = REFERENCES,
+    models: Models = REFERENCES,
     budgets: Sequence[float] = TORCH_BUDGETS,
     dtype: torch.dtype = torch.float32,
 ) -> Result:
     """Measure every point, torch and ours in turn."""
     with torch_threads(1):
-        rows = tuple(row for model in models for row in _rows(model, budgets, dtype))
+        rows = tuple(row for name in models for row in _rows(name, models[name], budgets, dtype))
     return Result(
         name="budgets",
         title="the same peak: torch's activation_memory_budget and ours (aot_eager, CPU)",
@@ -117,15 +115,19 @@ def _bars(rows: Sequence[BudgetRow]) -> tuple[Bar, ...]:
     return tuple(bars)
 
 
-def _rows(model: str, budgets: Sequence[float], dtype: torch.dtype) -> list[BudgetRow]:
-    found = list(_Model(model, dtype).rows(budgets))
+def _rows(
+    name: str, make: Callable[[], Built], budgets: Sequence[float], dtype: torch.dtype
+) -> list[BudgetRow]:
+    found = list(_Model(name, make, dtype).rows(budgets))
     costs = [row.torch for row in found if row.torch is not None]
-    return [replace(row, on_front=_on_front(row.torch, costs)) for row in found]
+    return [
+        replace(row, on_front=row.torch is not None and on_front(row.torch, costs)) for row in found
+    ]
 
 
-def _on_front(cost: Cost | None, costs: Sequence[Cost]) -> bool:
-    """Whether no other point has a peak as low and less time."""
-    return cost is not None and not any(
+def on_front(cost: Cost, costs: Sequence[Cost]) -> bool:
+    """Whether no other point has a peak as low and less modelled time."""
+    return not any(
         other.peak_bytes <= cost.peak_bytes and other.recompute_time_s < cost.recompute_time_s
         for other in costs
     )
@@ -134,9 +136,9 @@ def _on_front(cost: Cost | None, costs: Sequence[Cost]) -> bool:
 class _Model:
     """The points of one model; ours are measured once for each peak."""
 
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, make: Callable[[], Built], dtype: torch.dtype) -> None:
         self._name, self._dtype = name, str(dtype).removeprefix("torch.")
-        self._module, self._inputs = made(name, dtype)
+        self._module, self._inputs = made(make, dtype)
         plain = ckpt_pass.make_backend(budget=AMPLE, inner="aot_eager")
         self._plain_flops = self._measured(plain).flops
         self._step_time_s = plain.plans[-1].step_time_s

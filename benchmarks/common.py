@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -94,12 +94,12 @@ class BudgetRow:
     @property
     def time_ratio(self) -> float:
         """Modelled recompute time, ours by torch's."""
-        return _ratio(*(cost and cost.recompute_time_s for cost in (self.ours, self.torch)))
+        return self._ratio(lambda cost: cost.recompute_time_s)
 
     @property
     def flops_ratio(self) -> float:
         """Recomputed flops, ours by torch's."""
-        return _ratio(*(cost and cost.recompute_flops for cost in (self.ours, self.torch)))
+        return self._ratio(lambda cost: cost.recompute_flops)
 
     @property
     def over_bytes(self) -> float:
@@ -107,14 +107,14 @@ class BudgetRow:
         assert self.torch is not None
         return self.ours.peak_bytes - self.torch.peak_bytes if self.ours else float("inf")
 
-
-def _ratio(ours: float | None, theirs: float | None) -> float:
-    """0 where ours is 0, infinite where there is no plan of ours or torch's is 0."""
-    if ours is None:
-        return float("inf")
-    if ours == 0:
-        return 0.0
-    return ours / theirs if theirs else float("inf")
+    def _ratio(self, amount: Callable[[Cost], float]) -> float:
+        """0 where ours is 0, infinite where there is no plan of ours or torch's is 0."""
+        if self.ours is None or self.torch is None:
+            return float("inf")
+        ours, theirs = amount(self.ours), amount(self.torch)
+        if ours == 0:
+            return 0.0
+        return ours / theirs if theirs else float("inf")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ def _budget_cells(row: BudgetRow) -> list[str]:
 
 def _cost_cells(row: BudgetRow, cost: Cost) -> list[str]:
     return [
-        f"{cost.peak_bytes / 1e6:.1f}" if cost.peak_bytes >= 1e7 else f"{cost.peak_bytes / 1e6:.3f}",
+        f"{cost.peak_bytes / 1e6:.1f}"
+        if cost.peak_bytes >= 1e7
+        else f"{cost.peak_bytes / 1e6:.3f}",
         f"{100 * cost.recompute_time_s / row.step_time_s:.1f}",
         f"{100 * cost.recompute_flops / row.step_flops:.1f}",
     ]

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ckpt_pass import _torch
 from ckpt_pass.budget import BudgetLike, check_budget, resolve_budget
 from ckpt_pass.compile.engine import decide, policy_for
 from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
@@ -280,19 +279,6 @@ def _shapes(args: tuple[Any, ...]) -> str:
     )
 
 
-def _sizes_read_no_tensors(described: GraphProblem) -> GraphProblem:
-    """The same step where a size is known without the tensor that has it.
-
-    A trace asks tensors for their sizes; under ``torch.compile`` sizes are arguments, and a
-    backward that needs one does not hold a tensor for it.
-    """
-    ops = tuple(
-        replace(op, inputs=(), touches=()) if _torch.is_sym_node(node) else op
-        for node, op in zip(described.nodes, described.problem.ops, strict=True)
-    )
-    return replace(described, problem=replace(described.problem, ops=ops))
-
-
 @dataclass(frozen=True)
 class _Family:
     """The same step at any size of one dimension.
@@ -312,7 +298,7 @@ class _Family:
     @classmethod
     def of(cls, joint: JointGraph, policy: Policy, axis: _Axis) -> _Family:
         """Read a joint graph with symbolic sizes; a policy's MUST_* decisions are tagged on it."""
-        described = _sizes_read_no_tensors(decide(joint, policy).described)
+        described = decide(joint, policy).described
         ops = described.problem.ops
         borders = tuple(
             number

@@ -196,6 +196,5 @@ def output_bytes(output: Any) -> int:
 def optimization_hint(size: int | torch.SymInt) -> int:
     """The value of a size at the traced shape; a plain number is itself."""
     if isinstance(size, torch.SymInt):
-        hint = size.node.hint
-        return int(hint) if hint is not None else int(size.node.shape_env.size_hint(size.node.expr))
+        return int(size.node.hint)
     return int(size)

@@ -11,8 +11,28 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import budgets, eager_cost, partition_cost, peaks, run
-from benchmarks.common import Bar, PeakRow, Result, TimingRow, Variant, interleave
+from benchmarks import (
+    budget_times,
+    budgets,
+    deep,
+    eager_cost,
+    partition_cost,
+    peaks,
+    planning,
+    run,
+)
+from benchmarks.common import (
+    Bar,
+    BudgetRow,
+    Cost,
+    DeepRow,
+    PeakRow,
+    PlanningRow,
+    Result,
+    TimingRow,
+    Variant,
+    interleave,
+)
 from ckpt_pass.flops import FlopCounter
 from tests.zoo import Built, children_of, seeded, stack
 
@@ -98,7 +118,8 @@ def test_results_are_shown_and_saved(tmp_path: Path) -> None:
     with (console := Console(width=run.PIPED_WIDTH)).capture() as shown:
         run.show(result, console)
     assert "missed  not met: 1.500 <= 1.00" in shown.get()
-    data = json.loads(run.save(result, tmp_path / "results").read_text(encoding="utf-8"))
+    (path,) = run.save(result, tmp_path / "results")
+    data = json.loads(path.read_text(encoding="utf-8"))
     assert data["rows"] == [
         {"model": "model", "variant": "ours", "peak_bytes": 3, "saved_bytes": 2, "flops": 1}
     ]
@@ -122,8 +143,109 @@ def test_peak_is_at_most_torchs(reference: peaks.Reference, ours: str, theirs: s
         assert reference.known_bytes is not None and got <= reference.known_bytes
 
 
+def budget_rows(result: Result) -> list[BudgetRow]:
+    return [row for row in result.rows if isinstance(row, BudgetRow)]
+
+
+def shown(result: Result) -> str:
+    with (console := Console(width=run.PIPED_WIDTH)).capture() as captured:
+        run.show(result, console)
+    return captured.get()
+
+
+def test_budgets_beside_torch_on_a_small_model() -> None:
+    result = budgets.run({"small": small}, budgets=(1.0, 0.0))
+    saving, recomputing = budget_rows(result)
+    for row in (saving, recomputing):
+        assert row.torch is not None and row.ours is not None and row.over_bytes <= 0
+    assert saving.torch is not None and recomputing.torch is not None
+    # A GELU's backward wants its input, so that at budget 1 no matmul runs again.
+    assert saving.torch.recompute_flops == 0 < recomputing.torch.recompute_flops
+    assert saving.torch.recompute_time_s < recomputing.torch.recompute_time_s
+    assert saving.on_front
+    assert "measured peak over the budget" in shown(result)
+
+
+def budget_row(ours: Cost | None, theirs: Cost) -> BudgetRow:
+    return BudgetRow("model", "float32", 0.5, theirs, ours, step_flops=10, step_time_s=1.0)
+
+
+def test_step_times_are_compared_at_points_of_torchs_front() -> None:
+    ample = Cost(10**9, 0, 0.0)
+    points = [
+        BudgetRow("small", "float32", 1.0, ample, ample, on_front=True),
+        budget_row(None, ample),
+    ]
+    result = budget_times.run(points, rounds=2, models={"small": small})
+    names = [f"small 1000.0 MB: {way}" for way in (budget_times.TORCH, budget_times.OURS)]
+    assert_timed(result, names, rounds=2)
+    (bar,) = result.bars
+    assert bar.value > 0 and "quartiles" in bar.what
+
+
+def test_ratios_of_budgets() -> None:
+    nothing, little, much = Cost(2, 0, 0.0), Cost(2, 1, 0.1), Cost(2, 4, 0.2)
+    assert (budget_row(little, much).time_ratio, budget_row(little, much).flops_ratio) == (
+        0.5,
+        0.25,
+    )
+    assert budget_row(nothing, nothing).time_ratio == 0.0
+    assert budget_row(little, nothing).time_ratio == float("inf")
+    missing = budget_row(None, much)
+    assert missing.over_bytes == missing.flops_ratio == float("inf")
+
+
+def test_torchs_front_is_what_no_other_setting_beats() -> None:
+    cheap, low, beaten = Cost(9, 0, 0.1), Cost(5, 0, 0.2), Cost(5, 0, 0.3)
+    points = [cheap, low, beaten]
+    assert [budgets.on_front(point, points) for point in points] == [True, True, False]
+
+
+@pytest.mark.slow
+def test_a_point_where_torch_raises_is_shown_and_left_out_of_the_bars() -> None:
+    result = budgets.run({"resnet": budgets.MODELS["resnet"]}, budgets=(0.5,))
+    (row,) = budget_rows(result)
+    assert row.torch is None and "inplace" in row.failure
+    assert not result.bars and "torch fails" in shown(result)
+
+
+def test_planning_times_a_chain_and_draws_it(tmp_path: Path) -> None:
+    result = planning.run(layers=(2,), rounds=1, reference=False)
+    (row,) = result.rows
+    assert isinstance(row, PlanningRow) and row.layers == 2
+    assert min(row.capture_s, row.problem_s, row.solve_s) > 0
+    assert f"{row.nodes:,}" in shown(result)
+    json_path, png = run.save(result, tmp_path)
+    assert json.loads(json_path.read_text(encoding="utf-8"))["rows"][0]["nodes"] == row.nodes
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_planning_has_bars_for_what_it_was_asked_to_time() -> None:
+    deepest = PlanningRow("narrow Llama", planning.DEEPEST, 1, 1.0, 1.0, 19.5, rounds=1)
+    reference = PlanningRow(planning.REFERENCE, 16, 1, 1.0, 0.5, 1.0, rounds=1)
+    assert [bar.met for bar in planning.bars([reference, deepest])] == [True, False]
+
+
+def test_deep_chain_goes_below_recomputing_once() -> None:
+    result = deep.run(layers=6, batch=2, length=32)
+    rows = {row.way: row for row in result.rows if isinstance(row, DeepRow)}
+    assert list(rows) == [deep.PLAIN, deep.BORDERS, deep.ONCE, deep.OFTEN]
+    plain, once, often = rows[deep.PLAIN], rows[deep.ONCE], rows[deep.OFTEN]
+    assert often.peak_bytes < once.peak_bytes < plain.peak_bytes
+    assert plain.recompute_share == 0 < once.recompute_share
+    assert once.most_runs == 1 < often.most_runs and often.repeated > 0
+    assert deep.ONCE in shown(result)
+
+
+def test_an_unknown_benchmark_is_refused() -> None:
+    with pytest.raises(SystemExit, match="planning"):
+        run.main(["plannig"])
+
+
 @pytest.mark.slow
 def test_budgets_are_met_with_less_recomputation_than_torchs() -> None:
-    result = budgets.run(models=("gpt2-12L",), budgets=(0.3, 0.1))
+    result = budgets.run({"gpt2-12L": budgets.MODELS["gpt2-12L"]}, budgets=(0.3, 0.1))
     assert len(result.rows) == 2
-    assert all(bar.met for bar in result.bars)
+    met = {bar.what: bar.met for bar in result.bars}
+    # Both settings are on torch's front, so that the bar for every setting's median is not theirs.
+    assert all(found for what, found in met.items() if not what.endswith("torch, median")), met

@@ -135,10 +135,40 @@ def test_a_budget_above_no_recomputation_recomputes_nothing_that_takes_time() ->
     assert "budget       1.0 GiB, met by: no recomputation" in str(plan)
 
 
-def test_convolutions_warn_of_their_workspaces() -> None:
-    module, inputs = CASES["batch-norm-conv"].make()
-    with pytest.warns(ckpt_pass.WorkspaceWarning, match="workspaces of convolutions"):
-        ckpt_pass.plan(module, *inputs, budget=1.0)
+def test_workspaces_of_convolutions_are_measured() -> None:
+    module, inputs = CASES["resnet"].make()
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
+        ckpt_pass.plan(module, *inputs, budget=1)
+    for budget in (caught.value.least_feasible_bytes, 1.0):
+        torch._dynamo.reset()
+        module, inputs = CASES["resnet"].make()
+        backend = ckpt_pass.make_backend(budget=budget, inner="aot_eager")
+        compiled = torch.compile(module, backend=backend, fullgraph=True)
+        measured = ckpt_pass.measure_step(lambda f=compiled, i=inputs: f(*i), repeats=1).peak_bytes
+        (plan,) = backend.plans
+        assert plan.measured_workspaces and "measured on this machine" in plan.summary()
+        assert measured <= plan.budget_bytes or budget == 1.0
+        assert abs(measured - plan.peak_bytes) <= 0.005 * measured
+
+
+def test_a_kernel_that_cannot_be_run_alone_is_said() -> None:
+    """A custom op that looks at its data fails on made-up data, and the plan says so."""
+
+    @torch.library.custom_op("ckpt_pass_tests::picky", mutates_args=())
+    def picky(x: torch.Tensor) -> torch.Tensor:
+        if not bool((x == 1.0).all()):
+            raise ValueError("not all ones")
+        return x.clone()
+
+    picky.register_fake(lambda x: torch.empty_like(x))
+    picky.register_autograd(lambda ctx, grad: grad)
+
+    class Picky(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return picky(super().forward(x)).square().sum()
+
+    with pytest.warns(ckpt_pass.WorkspaceWarning, match="could not be run alone"):
+        ckpt_pass.plan(Picky(4, 4), torch.ones(2, 4), budget=1.0)
 
 
 def test_only_sizes_that_depend_on_data_are_refused() -> None:

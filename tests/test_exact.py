@@ -17,7 +17,7 @@ from ckpt_pass.planner.problem import Op, Problem, needed_by
 from ckpt_pass.planner.schedule import Drop, anchor_order
 from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, evaluate
 
-# Plans tried for one problem; those with more are left out (about one in ten).
+# Plans tried for one problem; those with more are left out (under 1 %).
 _PLANS = 1500
 
 

@@ -91,6 +91,8 @@ class JointGraph:
                 assert isinstance(producer, fx.Node)
                 self.regions[node] = self.regions.get(producer)
         self._owners = _storage_owners(self.nodes)
+        #: What the caller holds from the end of the forward on: the bases of its outputs.
+        self.returned = frozenset(self.owner(node) for node in self.forward_outputs)
 
     def owner(self, node: fx.Node) -> fx.Node:
         """The first node that has this node's storage: itself, or the base of a view."""

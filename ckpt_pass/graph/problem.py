@@ -25,7 +25,7 @@ from ckpt_pass.graph.joint import JointGraph, StorageKey, is_multi_output_access
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.ops import draws_random, never_recompute
 from ckpt_pass.planner.problem import Op, Problem
-from ckpt_pass.sites import Bytes, optimization_hint
+from ckpt_pass.sites import Bytes, optimization_hint, output_tensors
 
 NOT_MEASURED = KernelFacts(None, None)
 EMPTY: Mapping[fx.Node, KernelFacts] = MappingProxyType({})
@@ -93,6 +93,18 @@ def at_traced_shape(size: int | torch.SymInt) -> int:
             "out of the compiled step, or wrap them in a custom op."
         )
     return optimization_hint(size)
+
+
+def check_sizes(joint: JointGraph) -> None:
+    """Look at every size of a graph.
+
+    Raises:
+        SymbolicBytesError: one depends on data.
+    """
+    for node in joint.nodes:
+        for tensor in output_tensors(node.meta.get("val")):
+            for size in tensor.shape:
+                at_traced_shape(size)
 
 
 def build_problem(
@@ -199,8 +211,10 @@ def _op(
     holds = table.of(value)
     makes = tuple(storage for storage in holds if storage not in table.made)
     table.made.update(makes)
-    # Taking one output out of several touches that one alone: it is taken at once.
-    sources = () if is_multi_output_access(node) else node.all_input_nodes
+    # Taking one output out of several touches that one alone: it is taken at once. A size is known
+    # without the tensor that has it: under torch.compile sizes are arguments.
+    is_size = _torch.is_sym_node(node)
+    sources = () if is_size or is_multi_output_access(node) else node.all_input_nodes
     reads = [s for source in sources for s in table.of(source.meta.get("val"))]
     touches = tuple(dict.fromkeys((*holds, *reads)))
     forward = node in joint.forward_set
@@ -211,9 +225,12 @@ def _op(
     if time_s is None:
         time_s = roofline.time_s(flops, sum(_moved(node)))
     tag = node.meta.get("recompute")
+    savable = forward and isinstance(value, torch.Tensor) and joint.owner(node) is node
+    # What the caller holds anyway is saved for nothing.
+    returned = savable and node in joint.returned and tag is not CheckpointPolicy.MUST_RECOMPUTE
     return Op(
         name=node.name,
-        inputs=tuple(index[source] for source in node.all_input_nodes if source in index),
+        inputs=tuple(index[s] for s in node.all_input_nodes if s in index and not is_size),
         makes=makes,
         holds=holds,
         touches=touches,
@@ -223,8 +240,8 @@ def _op(
         random_state_bytes=_torch.random_state_bytes(node) if forward and random else 0,
         time_s=time_s if makes else 0.0,
         flops=flops,
-        savable=forward and isinstance(value, torch.Tensor) and joint.owner(node) is node,
-        must_save=forward and tag is CheckpointPolicy.MUST_SAVE,
+        savable=savable,
+        must_save=forward and (tag is CheckpointPolicy.MUST_SAVE or returned),
         must_recompute=forward and tag is CheckpointPolicy.MUST_RECOMPUTE,
         region=region,
         ordered=not forward and (never_recompute(target, node.args, node.kwargs) or random),
