@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ckpt_pass.planner.liveness import MemoryProfile, simulate
 from ckpt_pass.planner.problem import InvalidProblemError, Op, Problem
 from ckpt_pass.planner.schedule import schedule
+from ckpt_pass.planner.solve import Pool
 
 MIB = 1 << 20
 
@@ -83,3 +86,25 @@ def test_an_impossible_order_is_refused() -> None:
         Problem((op("b", (1,), ()), op("a", (), ())), (), (), (), (), ())
     with pytest.raises(InvalidProblemError, match="negative bytes"):
         Problem((), (-1,), (), (), (), ())
+
+
+def test_a_value_that_may_be_drawn_once_is_never_dropped() -> None:
+    """A chain of three with a wide value idle over the peak: dropped, unless it may run once."""
+    wide = 8 * MIB
+
+    def problem(once: bool) -> Problem:
+        mask = replace(op("mask", (), (1,), (0,)), time_s=1.0, once=once)
+        ops = (
+            mask,
+            op("a", (0,), (2,), (1,)),
+            op("loss", (1,), (3,), (2,)),
+            op("da", (0, 1), (5,), (1, 2, 4), forward=False, late=True),
+            op("big", (3,), (6,), (5,), forward=False, late=True),
+            op("small", (4,), (7,), (6,), forward=False, late=True),
+            op("db", (0, 5), (8,), (1, 7), forward=False, late=True),
+        )
+        sizes = (0, wide, MIB, 4, 4, MIB, wide, MIB, MIB)
+        return Problem(ops, sizes, (3,), (2,), (6,), (8,), (4,))
+
+    assert any(plan.drops for plan in Pool(problem(False), ()).plans.values())
+    assert not any(plan.drops for plan in Pool(problem(True), ()).plans.values())

@@ -244,6 +244,7 @@ def _op(
         must_save=forward and (tag is CheckpointPolicy.MUST_SAVE or returned),
         must_recompute=forward and tag is CheckpointPolicy.MUST_RECOMPUTE,
         region=region,
+        once=random and not _torch.draws_from_a_saved_tensor(node),
         ordered=not forward and (never_recompute(target, node.args, node.kwargs) or random),
     )
 

@@ -179,4 +179,8 @@ class Chain:
         begin = order.index(ran[0])
         end = next(index for index in order[begin:] if index in anchors)
         kept = {s for index in borders for s in ops[index].holds}
-        return {(end, i) for i in ran if ops[i].makes and not kept.intersection(ops[i].makes)}
+        return {
+            (end, i)
+            for i in ran
+            if ops[i].makes and self._problem.may_repeat(i) and not kept.intersection(ops[i].makes)
+        }

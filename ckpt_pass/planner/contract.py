@@ -172,9 +172,9 @@ class _Reads:
     def maker(self, index: int) -> Maker:
         """An op that allocates."""
         problem, op = self._problem, self._problem.ops[index]
-        repeats = problem.may_repeat(index)
-        return Maker(index, op.makes, tuple(sorted(self.of(index))), repeats or not op.forward,
-                     not repeats)  # fmt: skip
+        reads = tuple(sorted(self.of(index)))
+        runs = not op.forward or not (op.ordered or op.must_save)
+        return Maker(index, op.makes, reads, runs, not problem.may_repeat(index))
 
     def _unsupported(self, index: int, why: str) -> UnsupportedProblemError:
         name = self._problem.ops[index].name

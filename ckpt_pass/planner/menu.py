@@ -117,11 +117,13 @@ class Menus:
         """What a region computed of other regions is not kept for the next one."""
         if not model.anchors:
             return frozenset()
-        ops, end = self._problem.ops, model.anchors[-1]
+        problem, end = self._problem, model.anchors[-1]
         return frozenset(
             (end, index)
             for index in way.order
-            if index not in model.place_of and ops[index].makes and not ops[index].late
+            if index not in model.place_of
+            and problem.ops[index].makes
+            and problem.may_repeat(index)
         )
 
     def _forward_time(self, model: Segment) -> float:

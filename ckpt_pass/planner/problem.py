@@ -42,6 +42,8 @@ class Op:
             not savable (one of several outputs is) must not be recomputed.
         region: the layer that it belongs to, or whose backward it is part of; -1 for none.
         ordered: whether it has an effect, so that it keeps its place in the backward.
+        once: whether the backward may run it once at most: each run of a random op moves on the
+            state that it draws from, where that lies in a generator.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Op:
     must_recompute: bool = False
     region: int = -1
     ordered: bool = False
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,9 @@ class Problem:
         return {storage: index for index, op in enumerate(self.ops) for storage in op.makes}
 
     def may_repeat(self, index: int) -> bool:
-        """Whether an op can be computed again in the backward: it is neither late nor bound."""
+        """Whether the backward may run an op more than once."""
         op = self.ops[index]
-        return not (op.late or op.ordered or op.must_save)
+        return not (op.late or op.ordered or op.once or op.must_save)
 
     def __post_init__(self) -> None:
         for index, op in enumerate(self.ops):

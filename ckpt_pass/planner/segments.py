@@ -145,7 +145,7 @@ def _signature(problem: Problem, op: Op, place: int, place_of: dict[int, int]) -
         sources,
         tuple(sizes[s] for s in op.makes),
         tuple(sizes[s] for s in op.touches),
-        (op.forward, op.late, op.savable, op.must_save, op.must_recompute, op.ordered),
+        (op.forward, op.late, op.savable, op.must_save, op.must_recompute, op.ordered, op.once),
         (op.time_s, op.flops, op.workspace_bytes, op.random_state_bytes),
     )
 
