@@ -39,7 +39,7 @@ def run(layers: Sequence[int] = LAYERS, rounds: int = ROUNDS, reference: bool = 
         rows = tuple(_rows(layers, rounds, reference))
     return Result(
         name="planning",
-        title=f"planning for {BUDGET:g} of the peak, one thread",
+        title=f"planning for a budget of {BUDGET:g}, one thread",
         rows=rows,
         bars=bars(rows),
     )
@@ -108,7 +108,8 @@ def plot(result: Result, path: Path) -> Path:
     for row in rows:
         if row.model == REFERENCE:
             axes.plot([row.nodes], [row.planning_s], "D", color=COLOURS[4], label=row.model)
-    axes.set_xticks(nodes, [f"{r.nodes:,}\n{r.layers} layers" for r in chains])
+    named = _apart(chains)
+    axes.set_xticks([r.nodes for r in named], [f"{r.nodes:,}\n{r.layers} layers" for r in named])
     low, high = axes.get_ylim()
     steps = [step * 10.0**power for power in range(-4, 4) for step in (1, 2, 5)]
     ticks = [step for step in steps if low <= step <= high]
@@ -121,3 +122,12 @@ def plot(result: Result, path: Path) -> Path:
     axes.legend(frameon=False)
     open_frame(axes)
     return write(figure, path)
+
+
+def _apart(rows: Sequence[PlanningRow]) -> list[PlanningRow]:
+    """Rows, the largest first, whose names below a logarithmic axis do not run into each other."""
+    named: list[PlanningRow] = []
+    for row in reversed(rows):
+        if not named or named[-1].nodes > 1.5 * row.nodes:
+            named.append(row)
+    return named

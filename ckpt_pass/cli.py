@@ -21,6 +21,8 @@ from ckpt_pass.explain import plan
 from ckpt_pass.factory import FactoryError, build
 from ckpt_pass.fit import NAMES as FIT_DIMENSIONS
 from ckpt_pass.fit import fit
+from ckpt_pass.goal import COSTS
+from ckpt_pass.planner.solvers import DEFAULT_SOLVER, solver_names
 from ckpt_pass.policies import DEFAULT_POLICY, POLICIES, as_policy
 from ckpt_pass.policy import Rule
 from ckpt_pass.report import missing_extra
@@ -127,7 +129,7 @@ def _explain_command() -> Callable[..., None]:
             amount = _checked(policy, budget)
             model, inputs = build(target)
             made = plan(model, *inputs, policy=policy, budget=amount)
-            typer.echo(made.summary() if summary else str(made))
+            typer.echo(made.summary() if summary else made.listing())
 
     return explain
 
@@ -136,12 +138,18 @@ def _plan_command() -> Callable[..., None]:
     import typer
 
     png_option = typer.Option(None, help="Also draw memory over the step here.")
+    solver_option = typer.Option(DEFAULT_SOLVER, help=f"One of {', '.join(solver_names())}.")
+    limit_option = typer.Option(None, "--time-limit", help="Seconds for the solver.")
+    cost_option = typer.Option(COSTS[0], help=f"Kernel times: {' or '.join(COSTS)}.")
 
     def plan_(
         target: str = _target_argument(),
         policy: str | None = _policy_option(),
         budget: str | None = _budget_option(),
         png: Path | None = png_option,
+        solver: str = solver_option,
+        time_limit: float | None = limit_option,
+        cost: str = cost_option,
     ) -> None:
         """Plan one training step: what is decided in which amounts, and memory over the step.
 
@@ -150,7 +158,15 @@ def _plan_command() -> Callable[..., None]:
         with _errors_as_exit_codes():
             amount = _checked(policy, budget)
             model, inputs = build(target)
-            made = plan(model, *inputs, policy=policy, budget=amount)
+            made = plan(
+                model,
+                *inputs,
+                policy=policy,
+                budget=amount,
+                solver=solver,
+                time_limit_s=time_limit,
+                cost=cost,
+            )
             typer.echo(made.overview())
             if png is not None:
                 typer.echo(f"\nwrote {made.plot(png)}")

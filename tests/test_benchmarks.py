@@ -201,11 +201,10 @@ def test_torchs_front_is_what_no_other_setting_beats() -> None:
     assert [budgets.on_front(point, points) for point in points] == [True, True, False]
 
 
-@pytest.mark.slow
 def test_a_point_where_torch_raises_is_shown_and_left_out_of_the_bars() -> None:
-    result = budgets.run({"resnet": budgets.MODELS["resnet"]}, budgets=(0.5,))
+    result = budgets.run({"small": small}, budgets=(2.0,))  # torch knows 0 to 1
     (row,) = budget_rows(result)
-    assert row.torch is None and "inplace" in row.failure
+    assert row.torch is None and row.failure
     assert not result.bars and "torch fails" in shown(result)
 
 

@@ -61,7 +61,7 @@ def test_met_exact_monotone_and_right(name: str) -> None:
     module, inputs = case.make()
     expected = run_step(module, inputs, torch.compile(module, backend="aot_eager", fullgraph=True))
     with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
-        ckpt_pass.plan(module, *inputs, budget=1)
+        ckpt_pass.plan(module, *inputs, budget=1, solver="layers")
     least = caught.value.least_feasible_bytes
     plain = ckpt_pass.plan(module, *inputs, budget=1.0)
     times = []
@@ -91,11 +91,12 @@ def test_gradients_of_every_program_at_the_least_budget(case: Case) -> None:
     reference = "aot_eager" if case.aot_eager_right else "eager"
     expected = run_step(module, inputs, torch.compile(module, backend=reference, fullgraph=True))
     with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
-        ckpt_pass.plan(module, *inputs, budget=1)
+        ckpt_pass.plan(module, *inputs, budget=1, solver="layers")
     torch._dynamo.reset()
     module, inputs = case.make()
     # Under compile a graph may order its inputs otherwise; the least peak is the same.
-    backend = ckpt_pass.make_backend(budget=caught.value.least_feasible_bytes, inner="aot_eager")
+    least = caught.value.least_feasible_bytes
+    backend = ckpt_pass.make_backend(budget=least, solver="layers", inner="aot_eager")
     ours = run_step(module, inputs, torch.compile(module, backend=backend, fullgraph=True))
     assert torch.equal(ours.loss, expected.loss)
     for name, gradient in expected.gradients.items():
@@ -138,7 +139,7 @@ def test_a_budget_above_no_recomputation_recomputes_nothing_that_takes_time() ->
 def test_workspaces_of_convolutions_are_measured() -> None:
     module, inputs = CASES["resnet"].make()
     with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
-        ckpt_pass.plan(module, *inputs, budget=1)
+        ckpt_pass.plan(module, *inputs, budget=1, solver="layers")
     for budget in (caught.value.least_feasible_bytes, 1.0):
         torch._dynamo.reset()
         module, inputs = CASES["resnet"].make()
