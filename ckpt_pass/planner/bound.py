@@ -31,8 +31,10 @@ from ckpt_pass.planner.solution import Solution
 # Moments with a price, spread over the backward at the local peaks of the plan; more changed the
 # bound of the reference models by less than 0.1 % of the step.
 _MOMENTS = 48
-# Subgradient steps; the bound of the reference models is flat after 60.
-_STEPS = 80
+# Subgradient steps of a run; the bound of the reference models is flat after them.
+_STEPS = 60
+# Polyak's steps overshoot now and then, and a run then stalls: two runs, the better one counts.
+_SCALES = (1.0, 0.4)
 # Polyak's step is halved after this many steps without gain.
 _PATIENCE = 6
 
@@ -65,26 +67,42 @@ def lower_bound(problem: Problem, budget_bytes: int, plan: Solution) -> Bound:
         return Bound(0.0)
     graph = CutGraph.of(problem)
     held = _held(problem, graph, _moments(problem, plan))
-    best, prices = 0.0, np.zeros(len(held.fixed))
     met: dict[frozenset[int], None] = {}
-    scale, stale = 1.0, 0
+    best = max(_ascended(held, budget_bytes, plan.recompute_time_s, s, met) for s in _SCALES)
+    return Bound(min(best, plan.recompute_time_s), tuple(met))
+
+
+def _ascended(
+    held: _Held, budget_bytes: int, above_s: float, scale: float, met: dict[frozenset[int], None]
+) -> float:
+    """The best bound of one run of Polyak's subgradient steps towards ``above_s``.
+
+    Args:
+        held: the optimistic lives.
+        budget_bytes: the peak to stay within.
+        above_s: no bound is higher.
+        scale: of the first steps.
+        met: what the cuts saved goes here, the newest last.
+    """
+    best, prices = 0.0, np.zeros(len(held.fixed))
+    at_best, stale = prices, 0
     for _ in range(_STEPS):
         value, excess, saved = held.dual(prices, budget_bytes)
         met.pop(saved, None)
         met[saved] = None
         if value > best * (1 + 1e-6):
-            best, stale = value, 0
+            best, at_best, stale = value, prices, 0
         else:
             stale += 1
-            if stale >= _PATIENCE:
-                scale, stale = scale / 2, 0
+        if stale >= _PATIENCE:  # from the best prices on, in smaller steps
+            scale, stale, prices = scale / 2, 0, at_best
+            value, excess, _ = held.dual(prices, budget_bytes)
         slack = np.where((prices <= 0) & (excess < 0), 0.0, excess)
         size = float(slack @ slack)
         if not size:
             break
-        step = scale * (plan.recompute_time_s - value) / size
-        prices = np.maximum(0.0, prices + step * slack)
-    return Bound(min(best, plan.recompute_time_s), tuple(met))
+        prices = np.maximum(0.0, prices + scale * (above_s - value) / size * slack)
+    return best
 
 
 @dataclass(frozen=True)

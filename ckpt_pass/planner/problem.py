@@ -119,6 +119,11 @@ class Problem:
         """For each storage that the step allocates, the op that does."""
         return {storage: index for index, op in enumerate(self.ops) for storage in op.makes}
 
+    @cached_property
+    def bound(self) -> frozenset[int]:
+        """What must be saved, if the backward reads it."""
+        return frozenset(i for i, op in enumerate(self.ops) if op.must_save and op.savable)
+
     def may_repeat(self, index: int) -> bool:
         """Whether the backward may run an op more than once."""
         op = self.ops[index]
