@@ -138,7 +138,8 @@ class Plan:
         output_bytes: bytes of the forward's outputs, which the caller holds.
         peak_bytes: predicted peak of forward and backward above what was allocated before, on
             the graph as it is (``inner="aot_eager"``). Exact where ops allocate nothing but
-            their outputs; convolutions need workspace besides. At the traced shape.
+            their outputs; what kernels need besides is measured where there is a budget, and left
+            out otherwise. At the traced shape.
         peak_at: the op that runs at the peak, in words.
         recompute_flops, recompute_time_s: of the forward ops that run again; time is modelled.
         step_flops, step_time_s: of the same step with nothing recomputed.

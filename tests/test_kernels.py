@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +33,6 @@ from ckpt_pass.graph.kernels import (
     may_have_workspace,
     measure_kernel,
 )
-from ckpt_pass.graph.problem import build_problem
 from tests.zoo import hf, loss_of
 
 CPU = torch.device("cpu")
@@ -439,33 +436,10 @@ def test_a_recording_of_real_allocations() -> None:
 # --- what it is for ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def with_workspaces(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every problem that is built has measured workspaces."""
-
-    def build(joint: Any) -> Any:
-        described = build_problem(joint)
-        ops = list(described.problem.ops)
-        for node, facts in kernels.facts(list(described.index)).items():
-            number = described.index[node]
-            assert facts.workspace_bytes is not None
-            ops[number] = dataclasses.replace(ops[number], workspace_bytes=facts.workspace_bytes)
-        problem = dataclasses.replace(described.problem, ops=tuple(ops))
-        return dataclasses.replace(described, problem=problem)
-
-    users = [m for name, m in list(sys.modules.items()) if name.startswith("ckpt_pass.")]
-    for module in users:
-        if getattr(module, "build_problem", None) is build_problem:
-            monkeypatch.setattr(module, "build_problem", build)
-
-
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ckpt_pass.WorkspaceWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["resnet", "vit"])
-def test_predicted_peaks_are_those_measured(
-    name: str, dtype: torch.dtype, with_workspaces: None
-) -> None:
+def test_predicted_peaks_are_those_measured(name: str, dtype: torch.dtype) -> None:
     """Without recomputation, at the least feasible budget, and half way between."""
     case = {case.name: case for case in hf.CASES}[name]
 
@@ -482,8 +456,7 @@ def test_predicted_peaks_are_those_measured(
         check_prediction(*make(), budget)
 
 
-@pytest.mark.filterwarnings("ignore::ckpt_pass.WorkspaceWarning")
-def test_the_predicted_peak_of_convolutions_is_the_one_measured(with_workspaces: None) -> None:
+def test_the_predicted_peak_of_convolutions_is_the_one_measured() -> None:
     check_prediction(Convolved(), (torch.randn(2, 3, 16, 16),), 1.0)
 
 
