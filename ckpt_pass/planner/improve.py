@@ -76,7 +76,7 @@ class _Search:
             return None
         self._left -= 1
         best = self.best
-        saved = (best.saved | move.save) - lose
+        saved = (best.saved | move.save | self._problem.bound) - lose
         found = evaluate(self._problem, saved, best.solver, best.drops - move.keep)
         fits = found.peak_bytes <= self._budget_bytes
         if fits and cheapest_first(found) < cheapest_first(best):

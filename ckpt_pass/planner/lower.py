@@ -33,7 +33,7 @@ def lowered(problem: Problem, plan: Solution, evaluations: int) -> list[Solution
             if evaluations <= 0:
                 break
             evaluations -= 1
-            tried = evaluate(problem, saved, "lowered peak", drops)
+            tried = evaluate(problem, saved | problem.bound, "lowered peak", drops)
             if _height(tried) >= _height(current):
                 continue
             freed = current.peak_bytes - tried.peak_bytes or 1

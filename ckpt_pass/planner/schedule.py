@@ -42,11 +42,10 @@ def schedule(problem: Problem, saved: Collection[int], drops: Collection[Drop] =
 
     Args:
         problem: the step.
-        saved: forward ops whose results the backward gets, besides those that must be saved; what
-            it does not read is left out.
+        saved: forward ops whose results the backward gets; what it does not read is left out.
         drops: what is not kept in the backward.
     """
-    ops, keep = problem.ops, problem.bound.union(saved)
+    ops, keep = problem.ops, frozenset(saved)
     anchors = (*anchor_order(problem), *problem.backward_outputs)  # some have no tangent
     order, transient = unroll(problem, anchors, keep, drops)
     read = {source for index in set(order) for source in ops[index].inputs}
