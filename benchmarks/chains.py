@@ -16,7 +16,7 @@ from ckpt_pass.compile.engine import OPEN
 from ckpt_pass.compile.tagging import tag
 from ckpt_pass.graph.capture import capture
 from ckpt_pass.graph.joint import JointGraph
-from ckpt_pass.graph.problem import build_problem
+from ckpt_pass.graph.problem import borders_of, build_problem
 from ckpt_pass.planner.problem import Problem
 from tests.zoo import Built, hf, seeded
 
@@ -49,13 +49,10 @@ class Traced:
     joint: JointGraph
     capture_s: float
 
-    def described(self) -> tuple[Problem, list[int]]:
+    def described(self) -> tuple[Problem, tuple[int, ...]]:
         """The graph as the planner sees it, and the ops whose results are borders."""
         found = build_problem(self.joint)
-        ops = found.problem.ops
-        crossing = self.joint.crosses_border
-        borders = [i for n, i in found.index.items() if ops[i].savable and crossing(n)]
-        return found.problem, borders
+        return found.problem, borders_of(self.joint, found)
 
 
 @contextlib.contextmanager

@@ -234,6 +234,83 @@ def compile_eager(
     return backend(module, inputs)
 
 
+def compile_inductor(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    partition: CustomPartitionerFn,
+    options: dict[str, Any],
+    mode: str | None,
+    on_peak: Callable[[int], None] | None = None,
+) -> CompiledFn:
+    """Compile with inductor; its joint-graph passes run first, then our partition function.
+
+    The configuration is patched for this compilation alone (``compile_fx``'s config_patches).
+
+    Args:
+        module, inputs: dynamo's graph and its example inputs.
+        partition: our partition function.
+        options, mode: inductor's, as ``torch.compile`` takes them.
+        on_peak: told the peak of inductor's own schedule of each half, in bytes, what the half
+            takes from the other included. With it no cache is used: a schedule that comes from
+            a cache tells nothing.
+    """
+    import torch._inductor as inductor
+    from torch._inductor.compile_fx import compile_fx
+
+    chosen = {**(inductor.list_mode_options(mode) if mode else {}), **options}
+    patches = {key.replace("-", "_"): value for key, value in chosen.items()}
+    patches["custom_partitioner_fn"] = partition
+    if on_peak is None:
+        return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
+    patches["_post_fusion_custom_pass"] = _peak_reporter(
+        on_peak, patches.get("_post_fusion_custom_pass")
+    )
+    patches["fx_graph_cache"] = False
+    # Otherwise the backward is lowered when it first runs, too late to plan again.
+    eager_lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
+    with functorch_config.patch(enable_autograd_cache=False), eager_lowering:
+        return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
+
+
+def _peak_reporter(
+    on_peak: Callable[[int], None], users: Callable[[Any], Any] | None
+) -> Callable[[list[Any]], list[Any]]:
+    """A pass over inductor's schedule that changes nothing and tells its peak.
+
+    The estimate is inductor's own (``torch/_inductor/memory.py``): what is freed goes after its
+    last use; parameters and inputs are not counted, saved activations are.
+    """
+
+    def report(nodes: list[Any]) -> list[Any]:
+        import torch._inductor.memory as memory
+        from torch._inductor.virtualized import V
+
+        scheduled = users(nodes) if users is not None else nodes
+        if scheduled:
+            scheduler, graph = scheduled[0].scheduler, V.graph
+            outputs = OrderedSet(graph.get_output_names())
+            _, freeable = memory.prepare_planning_info(
+                scheduled,
+                scheduler.name_to_buf,
+                {node.get_name(): node for node in scheduled} | scheduler.name_to_fused_node,
+                OrderedSet(graph.graph_inputs.keys()),
+                outputs,
+            )
+            on_peak(memory.estimate_peak_memory_allocfree(scheduled, freeable, outputs)[0])
+        return scheduled
+
+    return report
+
+
+def inductor_option_names() -> frozenset[str]:
+    """The names that ``torch.compile(options=...)`` accepts for inductor."""
+    import torch._inductor.config as config
+
+    return frozenset(name.replace("_", "-") for name in config.get_config_copy()) | frozenset(
+        config.get_config_copy()
+    )
+
+
 def stock_backend(inner: str, memory_budget: float) -> Callable[..., CompiledFn]:
     """Torch's own backend; ``activation_memory_budget`` is set only while it compiles."""
     patched = functorch_config.patch(activation_memory_budget=memory_budget)
@@ -322,50 +399,9 @@ def selective_ignored_ops() -> frozenset[Any]:
     return frozenset(torch.utils.checkpoint.SAC_IGNORED_OPS)
 
 
-def random_state_bytes(node: fx.Node) -> int:
-    """Bytes of the random state saved for a recomputed random op.
-
-    On the CPU the generator's state is a tensor (5,056 bytes in torch 2.13); a device with
-    graph-safe generators keeps its state in the generator, where nothing is allocated.
-    """
-    return torch.get_rng_state().nbytes if draws_from_a_saved_tensor(node) else 0
-
-
-def draws_from_a_saved_tensor(node: fx.Node) -> bool:
-    """Whether a recomputed random op gets its state as a tensor: then it may run again and again.
-
-    So it is on the CPU. A graph-safe generator moves on with each run, and must be run as often in
-    the backward as in the forward.
-    """
-    value = node.meta.get("val")
-    first = value[0] if isinstance(value, (tuple, list)) else value
-    return not (isinstance(first, torch.Tensor) and first.device.type != "cpu")
-
-
-def input_name(node: fx.Node, dynamo_names: Sequence[str]) -> str:
-    """What a primal is, in the user's words: ``parameter fc.weight`` or ``argument 0``."""
-    desc = node.meta.get("desc")
-    kind = {"ParamAOTInput": "parameter", "BufferAOTInput": "buffer"}.get(type(desc).__name__)
-    if kind is not None:
-        return f"{kind} {getattr(desc, 'target', '')}"
-    index = getattr(desc, "idx", None)
-    if index is None:
-        return node.name
-    name = dynamo_names[index] if index < len(dynamo_names) else ""
-    return name or f"argument {index}"
-
-
 def selective_key(op: Any, args: tuple[Any, ...]) -> Any:
     """What occurrences are counted by: the op; of inductor's compiled regions, the region."""
     if isinstance(op, torch._ops.OpOverload):
         return op
     probe = getattr(torch.utils.checkpoint, "_sac_storage_key", None)
     return probe(op, args) if probe is not None else op
-
-
-def free_device_bytes() -> int | None:
-    """Bytes that the current accelerator could still allocate, torch's cache included."""
-    if not torch.cuda.is_available():
-        return None
-    free, _total = torch.cuda.mem_get_info()
-    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TypeAlias
 
-from ckpt_pass import _torch
+import torch
+
 from ckpt_pass.errors import CkptPassError
 
 #: ``"6GiB"``, bytes, a fraction of the peak without recomputation, or ``"device"``.
@@ -39,6 +40,14 @@ def parse_budget(text: str) -> BudgetLike:
         return float(text) if "." in text else int(text)
     except ValueError:
         return text
+
+
+def free_device_bytes() -> int | None:
+    """Bytes that the current accelerator could still allocate, torch's cache included."""
+    if not torch.cuda.is_available():
+        return None
+    free, _total = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
 
 
 def check_budget(budget: BudgetLike) -> BudgetLike:
@@ -75,7 +84,7 @@ def resolve_budget(
 
 def _parse(text: str, look_at_device: bool) -> int:
     if text == "device":
-        free = _torch.free_device_bytes() if look_at_device else 1
+        free = free_device_bytes() if look_at_device else 1
         if free is None:
             raise InvalidBudgetError(text, "there is no accelerator here")
         return int(free * (1 - DEVICE_RESERVE))

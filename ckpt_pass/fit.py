@@ -16,7 +16,7 @@ from ckpt_pass.errors import CkptPassError, nearest
 from ckpt_pass.explain import plan
 from ckpt_pass.graph.capture import LossFn, NotTraceableError, capture
 from ckpt_pass.graph.joint import JointGraph
-from ckpt_pass.graph.problem import GraphProblem
+from ckpt_pass.graph.problem import GraphProblem, borders_of
 from ckpt_pass.plan import Plan, format_bytes
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import InfeasibleBudgetError, without_recompute
@@ -299,12 +299,7 @@ class _Family:
     def of(cls, joint: JointGraph, policy: Policy, axis: _Axis) -> _Family:
         """Read a joint graph with symbolic sizes; a policy's MUST_* decisions are tagged on it."""
         described = decide(joint, policy).described
-        ops = described.problem.ops
-        borders = tuple(
-            number
-            for node, number in described.index.items()
-            if ops[number].savable and joint.crosses_border(node)
-        )
+        borders = borders_of(joint, described)
         dimensions = dimensions_of(joint)
         for dimension in dimensions:
             if axis.places[0] in dimension.places:

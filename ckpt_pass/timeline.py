@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
+from ckpt_pass.planner.liveness import MemoryProfile, ScheduleBytes
+from ckpt_pass.planner.problem import Problem
+
 MEBIBYTE = 1024.0**2
 #: A cell filled from below in eighths; the first one is empty.
 _FILLED = " ▁▂▃▄▅▆▇█"
@@ -17,29 +20,15 @@ _EIGHTHS = len(_FILLED) - 1
 _FAR_ABOVE = 1.5
 
 
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """Bytes over a simulated step, above what was allocated when it began.
+@dataclass(frozen=True)
+class Timeline(ScheduleBytes):
+    """The curve of a step over its modelled time.
 
     Attributes:
-        bytes_at: bytes while each op of the schedule runs, forward then backward.
-        seconds_of: modelled seconds that each of them takes; 0 for views.
-        forward_length: how many of them belong to the forward.
+        seconds_of: modelled seconds that each op takes; 0 for views.
     """
 
-    bytes_at: tuple[int, ...]
     seconds_of: tuple[float, ...]
-    forward_length: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes at any moment."""
-        return max(self.bytes_at, default=0)
-
-    @property
-    def peak_index(self) -> int:
-        """The place in the schedule where the peak is first reached."""
-        return self.bytes_at.index(self.peak_bytes) if self.bytes_at else 0
 
     @property
     def begins_s(self) -> tuple[float, ...]:
@@ -78,6 +67,12 @@ class Timeline:
             for column in range(first, max(first + 1, min(ceil(places[index + 1]), width))):
                 found[column] = max(found[column], nbytes)
         return found
+
+
+def timeline_of(problem: Problem, profile: MemoryProfile) -> Timeline:
+    """A simulated step over its modelled time."""
+    seconds = tuple(problem.ops[index].time_s for index in profile.schedule)
+    return Timeline(profile.bytes_at, profile.forward_length, seconds)
 
 
 def text_plot(

@@ -156,7 +156,7 @@ def test_without_a_budget_the_overview_is_the_summary() -> None:
 
 MIB = 2**20
 #: Half a second up to 8 MiB, half a second down.
-HILL = Timeline((2 * MIB, 4 * MIB, 8 * MIB, 4 * MIB), (0.25, 0.25, 0.25, 0.25), 2)
+HILL = Timeline((2 * MIB, 4 * MIB, 8 * MIB, 4 * MIB), 2, (0.25, 0.25, 0.25, 0.25))
 
 
 def test_a_plot_of_characters() -> None:
@@ -172,7 +172,7 @@ def test_a_plot_of_characters() -> None:
 
 
 def test_a_peak_shorter_than_a_column_is_seen() -> None:
-    timeline = Timeline((MIB, 9 * MIB, MIB), (1.0, 0.0, 1.0), 1)
+    timeline = Timeline((MIB, 9 * MIB, MIB), 1, (1.0, 0.0, 1.0))
     assert max(timeline.columns(10)) == 9 * MIB
     assert timeline.columns(10)[0] == timeline.columns(10)[-1] == MIB
 
@@ -183,8 +183,8 @@ def test_a_budget_far_above_is_no_line() -> None:
 
 
 def test_a_step_without_time_or_bytes_has_no_plot() -> None:
-    assert text_plot(Timeline((), (), 0)) == []
-    assert text_plot(Timeline((0, 0), (1.0, 1.0), 1)) == []
+    assert text_plot(Timeline((), 0, ())) == []
+    assert text_plot(Timeline((0, 0), 1, (1.0, 1.0))) == []
 
 
 def test_every_line_keeps_to_the_width() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from ckpt_pass import _torch, _torch_inductor
+from ckpt_pass import _torch
 from ckpt_pass.budget import BudgetLike
 from ckpt_pass.compile.engine import Partitioner, policy_for
 from ckpt_pass.compile.replan import compile_within
@@ -109,7 +109,7 @@ class Backend:
             )
             made += [plan] if plan is not None else []
         else:
-            compiled = _torch_inductor.compile_inductor(
+            compiled = _torch.compile_inductor(
                 gm, example_inputs, partition, dict(backend.inner_options), mode
             )
         self.plans.extend(made)
@@ -168,7 +168,7 @@ def _check_inner(inner: Any, inner_options: Mapping[str, Any]) -> None:
             f"Got inner_options={dict(inner_options)!r} with inner={inner!r}, which takes none. "
             "Leave them out, or use inner='inductor'."
         )
-    known = _torch_inductor.inductor_option_names() if inner_options else frozenset()
+    known = _torch.inductor_option_names() if inner_options else frozenset()
     for key in inner_options:
         if key not in known:
             raise UnknownOptionError(

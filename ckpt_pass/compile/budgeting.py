@@ -14,12 +14,13 @@ from ckpt_pass.goal import Goal
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
-from ckpt_pass.graph.problem import build_problem, check_sizes
+from ckpt_pass.graph.problem import borders_of, build_problem, check_sizes
 from ckpt_pass.ops import OpClass, classify
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, without_recompute
 from ckpt_pass.planner.solvers import run_solver
 from ckpt_pass.sites import output_tensors
+from ckpt_pass.timeline import Timeline, timeline_of
 
 
 class WorkspaceWarning(UserWarning):
@@ -35,12 +36,14 @@ class Met:
         drops: its drops, as nodes: after the first has run, the second's values are not kept.
         budget_bytes: the budget.
         facts: what was measured of the kernels.
+        plain: memory of the step with nothing recomputed.
     """
 
     solution: Solution
     drops: frozenset[tuple[fx.Node, fx.Node]]
     budget_bytes: int
     facts: Mapping[fx.Node, KernelFacts]
+    plain: Timeline
 
 
 def meet_budget(joint: JointGraph, goal: Goal) -> Met:
@@ -61,18 +64,15 @@ def meet_budget(joint: JointGraph, goal: Goal) -> Met:
     facts = kernels.facts([n for n in joint.nodes if n.op == "call_function"], what)
     described = build_problem(joint, facts)
     problem, index = described.problem, described.index
-    budget_bytes = resolve_budget(goal.budget, without_recompute(problem).peak_bytes)
-    borders = [
-        number
-        for node, number in index.items()
-        if problem.ops[number].savable and joint.crosses_border(node)
-    ]
+    plain = without_recompute(problem)
+    budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
+    borders = borders_of(joint, described)
     solution = _solved(goal, problem, budget_bytes, borders, _is_inexact(joint))
     _write(joint, index, solution)
     _warn_of_unmeasured(kernels)
     nodes = described.nodes
     drops = frozenset((nodes[anchor], nodes[maker]) for anchor, maker in solution.drops)
-    return Met(solution, drops, budget_bytes, facts)
+    return Met(solution, drops, budget_bytes, facts, timeline_of(problem, plain.profile))
 
 
 def _solved(

@@ -25,7 +25,7 @@ from ckpt_pass.compile.record import Decided, record_plan, solver_rule
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.goal import Goal
-from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.graph.joint import JointGraph, input_name
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.opinion import Opinion
 from ckpt_pass.plan import Plan
@@ -121,8 +121,8 @@ def settled(
             status=met.solution.status,
             lower_bound_s=met.solution.lower_bound_s,
         )
-    budget_bytes = met.budget_bytes if met else None
-    return Decided(joint, policy, goal, sites, tags, saved, described, found, budget_bytes)
+    budget_bytes, plain = (met.budget_bytes, met.plain) if met else (None, None)
+    return Decided(joint, policy, goal, sites, tags, saved, described, found, budget_bytes, plain)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def read_joint(
 ) -> JointGraph:
     """Read a joint graph as AOTAutograd hands it over."""
     primals = [n for n in module.graph.find_nodes(op="placeholder") if _torch.is_primal(n)]
-    names = {node.name: _torch.input_name(node, input_names) for node in primals}
+    names = {node.name: input_name(node, input_names) for node in primals}
     static = tuple(primals[index] for index in static_indices if index < len(primals))
     return JointGraph(module, num_fwd_outputs, names, static, regions)
 

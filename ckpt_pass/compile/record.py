@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ckpt_pass import _torch
 from ckpt_pass.compile.partition import SavedSet, random_recomputed
 from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
 from ckpt_pass.compile.tagging import Tag
 from ckpt_pass.goal import Goal
-from ckpt_pass.graph.cost import held_bytes, own_bytes
+from ckpt_pass.graph.cost import held_bytes, own_bytes, random_state_bytes
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
 from ckpt_pass.graph.problem import GraphProblem
 from ckpt_pass.ops import op_name
 from ckpt_pass.plan import Decision, Plan, Recipe, SavedActivation, SavedActivations
-from ckpt_pass.planner.liveness import MemoryProfile
-from ckpt_pass.planner.problem import Problem
-from ckpt_pass.planner.solution import Solution, without_recompute
+from ckpt_pass.planner.solution import Solution
 from ckpt_pass.policy import Policy, describe
 from ckpt_pass.sites import Bytes, CallSite, module_path
-from ckpt_pass.timeline import Timeline
+from ckpt_pass.timeline import Timeline, timeline_of
 
 RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
@@ -44,6 +41,7 @@ class Decided:
         described: the graph as the planner sees it.
         solution: the same decisions as the simulator sees them.
         budget_bytes: the budget that they are for, if any.
+        plain: memory of the same step with nothing recomputed, if there is a budget.
     """
 
     joint: JointGraph
@@ -55,6 +53,7 @@ class Decided:
     described: GraphProblem
     solution: Solution
     budget_bytes: int | None = None
+    plain: Timeline | None = None
 
     @property
     def backward_order(self) -> list[fx.Node]:
@@ -94,32 +93,14 @@ def record_plan(decided: Decided) -> Plan:
         status=found.status,
         lower_bound_s=found.lower_bound_s,
         regions=tuple(dict.fromkeys(r for r in joint.regions.values() if r is not None)),
-        timeline=_timeline(decided.described.problem, found.profile),
-        plain_timeline=None if decided.budget_bytes is None else _plain_timeline(decided),
+        timeline=timeline_of(decided.described.problem, found.profile),
+        plain_timeline=decided.plain,
         peak_expression=symbolic_peak(decided.described, found, dimensions),
         dimensions=dimensions,
         sites=decided.sites,
         recipe=Recipe(decided.policy, joint.regions_pattern, decided.goal),
         measured_workspaces=sum(1 for i in ran if ops[i].workspace_bytes),
     )
-
-
-def _timeline(problem: Problem, profile: MemoryProfile) -> Timeline:
-    seconds = tuple(problem.ops[index].time_s for index in profile.schedule)
-    return Timeline(profile.bytes_at, seconds, profile.forward_length)
-
-
-def _plain_timeline(decided: Decided) -> Timeline:
-    """Memory of the same step with nothing recomputed that takes time.
-
-    What the solver saves is tagged to be saved by now, and would be held besides.
-    """
-    problem, chosen = decided.described.problem, decided.solution.saved
-    ops = [
-        replace(op, must_save=op.must_save and i not in chosen) for i, op in enumerate(problem.ops)
-    ]
-    free = replace(problem, ops=tuple(ops))
-    return _timeline(free, without_recompute(free).profile)
 
 
 def _place(decided: Decided) -> str:
@@ -240,7 +221,7 @@ def _saved_input(joint: JointGraph, node: fx.Node) -> SavedActivation:
 
 
 def _saved_random_state(node: fx.Node, tags: dict[fx.Node, Tag]) -> SavedActivation:
-    nbytes: Bytes = _torch.random_state_bytes(node)
+    nbytes: Bytes = random_state_bytes(node)
     return SavedActivation(
         kind="random state",
         site=tags[node].context.site,

@@ -18,7 +18,7 @@ from torch import nn
 
 from ckpt_pass import _torch
 from ckpt_pass.errors import CkptPassError
-from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.graph.joint import JointGraph, input_name
 from ckpt_pass.module_stack import ModuleStack
 
 LossFn = Callable[[Any], torch.Tensor]
@@ -90,7 +90,7 @@ def _read(
         )
     module.graph.eliminate_dead_code()
     primals = [node for node in placeholders if _torch.is_primal(node)]
-    names = {node.name: _torch.input_name(node, ()) for node in primals}
+    names = {node.name: input_name(node, ()) for node in primals}
     static = tuple(node for node in primals if not names[node.name].startswith("argument"))
     return JointGraph(module, num_fwd_outputs, names, static, regions)
 

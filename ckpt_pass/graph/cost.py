@@ -69,6 +69,26 @@ def workspace_size(node: fx.Node) -> int | torch.SymInt:
     return sum(storage_sizes(node.meta.get("val")).values())
 
 
+def random_state_bytes(node: fx.Node) -> int:
+    """Bytes of the random state saved for a recomputed random op.
+
+    On the CPU the generator's state is a tensor (5,056 bytes in torch 2.13); a device with
+    graph-safe generators keeps its state in the generator, where nothing is allocated.
+    """
+    return torch.get_rng_state().nbytes if draws_from_a_saved_tensor(node) else 0
+
+
+def draws_from_a_saved_tensor(node: fx.Node) -> bool:
+    """Whether a recomputed random op gets its state as a tensor: then it may run again and again.
+
+    So it is on the CPU. A graph-safe generator moves on with each run, and must be run as often in
+    the backward as in the forward.
+    """
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    return not (isinstance(first, torch.Tensor) and first.device.type != "cpu")
+
+
 def as_bytes(size: int | torch.SymInt) -> Bytes:
     """A size as a number, or as an expression when it is symbolic."""
     if isinstance(size, torch.SymInt):

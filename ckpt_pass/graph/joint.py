@@ -7,7 +7,7 @@ nothing; it answers what a policy and the partitioner ask.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,6 +172,19 @@ def _is_cheap(node: fx.Node) -> bool:
         or never_recompute(node.target, node.args, node.kwargs)
         or draws_random(node.target, node.args, node.kwargs)
     )
+
+
+def input_name(node: fx.Node, dynamo_names: Sequence[str]) -> str:
+    """What a primal is, in the user's words: ``parameter fc.weight`` or ``argument 0``."""
+    desc = node.meta.get("desc")
+    kind = {"ParamAOTInput": "parameter", "BufferAOTInput": "buffer"}.get(type(desc).__name__)
+    if kind is not None:
+        return f"{kind} {getattr(desc, 'target', '')}"
+    index = getattr(desc, "idx", None)
+    if index is None:
+        return node.name
+    name = dynamo_names[index] if index < len(dynamo_names) else ""
+    return name or f"argument {index}"
 
 
 def is_epilogue(node: fx.Node) -> bool:

@@ -17,7 +17,9 @@ from ckpt_pass.graph.cost import (
     ROOFLINES,
     as_bytes,
     device_type,
+    draws_from_a_saved_tensor,
     node_flops,
+    random_state_bytes,
     storage_sizes,
     workspace_size,
 )
@@ -78,6 +80,16 @@ class _Storages:
         """Note that a storage existed before the step."""
         self.sizes[storage] = self.nbytes[storage] = 0
         self.made.add(storage)
+
+
+def borders_of(joint: JointGraph, described: GraphProblem) -> tuple[int, ...]:
+    """The ops of a problem whose results cross from one layer to the next."""
+    ops = described.problem.ops
+    return tuple(
+        number
+        for node, number in described.index.items()
+        if ops[number].savable and joint.crosses_border(node)
+    )
 
 
 def at_traced_shape(size: int | torch.SymInt) -> int:
@@ -237,14 +249,14 @@ def _op(
         forward=forward,
         late=node in joint.needs_tangents,
         workspace_bytes=at_traced_shape(_workspace(node, facts)),
-        random_state_bytes=_torch.random_state_bytes(node) if forward and random else 0,
+        random_state_bytes=random_state_bytes(node) if forward and random else 0,
         time_s=time_s if makes else 0.0,
         flops=flops,
         savable=savable,
         must_save=forward and (tag is CheckpointPolicy.MUST_SAVE or returned),
         must_recompute=forward and tag is CheckpointPolicy.MUST_RECOMPUTE,
         region=region,
-        once=random and not _torch.draws_from_a_saved_tensor(node),
+        once=random and not draws_from_a_saved_tensor(node),
         ordered=not forward and (never_recompute(target, node.args, node.kwargs) or random),
     )
 

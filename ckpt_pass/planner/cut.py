@@ -32,6 +32,13 @@ def read_by_backward(problem: Problem) -> frozenset[int]:
     return frozenset(direct | (forward & set(problem.backward_outputs)))
 
 
+def mean_price(problem: Problem) -> float:
+    """Seconds of the forward for each byte that it makes: the scale of prices for a saved byte."""
+    forward = [op for op in problem.ops if op.forward]
+    made = sum(problem.storage_bytes[s] for op in forward for s in op.makes)
+    return sum(op.time_s for op in forward) / max(made, 1)
+
+
 @dataclass(frozen=True)
 class Cut:
     """A minimum cut.

@@ -9,7 +9,6 @@ solved by HiGHS (Huangfu and Hall, Mathematical Programming Computation 10, 2018
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -50,7 +49,6 @@ class ExactSolverError(CkptPassError):
 def solve_exact(
     problem: Problem,
     budget_bytes: int,
-    borders: Collection[int] = (),
     time_limit_s: float | None = None,
     node_limit: int | None = None,
     known: Solution | None = None,
@@ -60,12 +58,10 @@ def solve_exact(
     Args:
         problem: the step.
         budget_bytes: the most bytes above what was allocated when the step began.
-        borders: ops whose results cross from one layer to the next; for the layered solver, whose
-            plan is what a limit falls back on.
         time_limit_s: seconds after which the best so far is returned.
         node_limit: the same in nodes of the search, the same on every machine.
-        known: a plan within the budget, where one is known already; it must keep the rules
-            (:func:`broken_rule`).
+        known: a plan within the budget, where one is known already: what a limit falls back on.
+            It must keep the rules (:func:`broken_rule`).
 
     Returns:
         The plan; its status is ``optimal`` or ``time limit``.
@@ -90,7 +86,6 @@ def solve_exact(
         )
     if answer.status == "infeasible":
         raise InfeasibleBudgetError(budget_bytes, least_peak(problem, time_limit_s, node_limit))
-    known = known or _layered(problem, budget_bytes, borders)
     fitting = [plan for plan in (found, known) if plan is not None]
     best = min(fitting, key=lambda plan: plan.recompute_time_s, default=None)
     if best is None:
@@ -128,14 +123,6 @@ def broken_rule(problem: Problem, plan: Solution) -> str | None:
             return f"It runs op {index} ({op.name}) again, which must not be recomputed."
         ran.add(index)
     return None
-
-
-def _layered(problem: Problem, budget_bytes: int, borders: Collection[int]) -> Solution | None:
-    try:
-        found = solve(problem, budget_bytes, borders)
-    except InfeasibleBudgetError:
-        return None
-    return None if broken_rule(problem, found) else found
 
 
 def _layered_least(problem: Problem) -> int:

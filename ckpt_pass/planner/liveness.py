@@ -22,20 +22,16 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class MemoryProfile:
-    """Bytes over time of a simulated step, above what was allocated when it began.
+class ScheduleBytes:
+    """Bytes over a simulated step, above what was allocated when it began.
 
     Attributes:
-        bytes_at: bytes while each op of the schedule runs.
-        schedule: the ops in the order in which they run, forward then backward.
+        bytes_at: bytes while each op of the schedule runs, forward then backward.
         forward_length: how many of them belong to the forward.
-        saved_bytes: bytes between forward and backward, the forward's outputs included.
     """
 
     bytes_at: tuple[int, ...]
-    schedule: tuple[int, ...]
     forward_length: int
-    saved_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -53,6 +49,19 @@ class MemoryProfile:
         return self.peak_index >= self.forward_length
 
 
+@dataclass(frozen=True)
+class MemoryProfile(ScheduleBytes):
+    """The curve of a step, and the step.
+
+    Attributes:
+        schedule: the ops in the order in which they run, forward then backward.
+        saved_bytes: bytes between forward and backward, the forward's outputs included.
+    """
+
+    schedule: tuple[int, ...]
+    saved_bytes: int
+
+
 def simulate(problem: Problem, steps: Schedule) -> MemoryProfile:
     """Run a step in thought.
 
@@ -64,7 +73,7 @@ def simulate(problem: Problem, steps: Schedule) -> MemoryProfile:
         Exact bytes over time, under the rules above.
     """
     tables = Tables.of(problem)
-    held = {storage for index in steps.saved for storage in problem.ops[index].holds}
+    held = _held(problem, steps)
     outputs = set(problem.forward_outputs)
     states = _random_states(problem, steps)
     forward = lives(problem, steps.forward, (), held | outputs)
@@ -72,14 +81,7 @@ def simulate(problem: Problem, steps: Schedule) -> MemoryProfile:
     at_forward = forward.bytes_at.copy()
     for index, nbytes in states.items():
         at_forward[steps.forward.index(index) :] += nbytes
-    backward = lives(
-        problem,
-        steps.backward,
-        held | outputs | set(problem.given),
-        {*outputs, *problem.output_storages, *problem.given},
-        steps.transient,
-    )
-    at_backward = backward.bytes_at.copy()
+    at_backward = backward_lives(problem, steps).bytes_at.copy()
     for index, nbytes in states.items():
         runs = [place for place, other in enumerate(steps.backward) if other == index]
         at_backward[: runs[-1] + 1] += nbytes
@@ -91,6 +93,18 @@ def simulate(problem: Problem, steps: Schedule) -> MemoryProfile:
         forward_length=len(steps.forward),
         saved_bytes=saved_bytes,
     )
+
+
+def backward_lives(problem: Problem, steps: Schedule) -> Lives:
+    """What is alive when in the backward of a step; random states are not among it."""
+    outputs, given = set(problem.forward_outputs), set(problem.given)
+    there = _held(problem, steps) | outputs | given
+    kept = outputs | given | set(problem.output_storages)
+    return lives(problem, steps.backward, there, kept, steps.transient)
+
+
+def _held(problem: Problem, steps: Schedule) -> set[int]:
+    return {storage for index in steps.saved for storage in problem.ops[index].holds}
 
 
 def _random_states(problem: Problem, steps: Schedule) -> dict[int, int]:

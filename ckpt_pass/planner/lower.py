@@ -7,12 +7,13 @@ costs the least time for the bytes that it takes off the peak is made, until non
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
-from ckpt_pass.planner.liveness import lives
+from ckpt_pass.planner.liveness import backward_lives
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.schedule import Drop, anchor_order
 from ckpt_pass.planner.solution import Solution, evaluate
+from ckpt_pass.planner.squeeze import idle_drops
 
 _Plan = tuple[frozenset[int], frozenset[Drop]]
 
@@ -62,37 +63,18 @@ def _moves(problem: Problem, plan: Solution) -> Iterator[_Plan]:
             yield plan.saved - {index}, plan.drops
     if peak < length:
         return
-    for drop in _drops(problem, plan, peak - length):
+    anchors, order = set(anchor_order(problem)), plan.steps.backward
+    alive = backward_lives(problem, plan.steps)
+    for drop in idle_drops(problem, order, alive, peak - length, anchors):
         yield plan.saved, plan.drops | {drop}
-    for index in _made_around(problem, plan, peak - length):
+    for index in _made_around(problem, order, anchors, peak - length):
         yield plan.saved | {index}, plan.drops
 
 
-def _drops(problem: Problem, plan: Solution, peak: int) -> Iterator[Drop]:
-    """Drops of what was computed again before the peak and is read after it."""
-    order, outputs = plan.steps.backward, set(problem.forward_outputs)
-    held = {s for index in plan.saved for s in problem.ops[index].holds}
-    kept = {*outputs, *problem.output_storages, *problem.given}
-    there = held | outputs | set(problem.given)
-    alive = lives(problem, order, there, kept, plan.steps.transient)
-    anchors = set(anchor_order(problem))
-    for storage, first, last, made in zip(
-        alive.storage.tolist(), alive.first.tolist(), alive.last.tolist(), alive.made, strict=True
-    ):
-        maker = problem.makers.get(storage)
-        if not made or not first < peak < last or maker is None or not problem.may_repeat(maker):
-            continue
-        uses = [p for p in range(first, last + 1) if storage in problem.ops[order[p]].touches]
-        before = max(use for use in uses if use <= peak)
-        after = min(use for use in uses if use > peak)
-        place = next((p for p in range(before, after) if order[p] in anchors), None)
-        if before < peak and place is not None and problem.storage_bytes[storage]:
-            yield order[place], maker
-
-
-def _made_around(problem: Problem, plan: Solution, peak: int) -> list[int]:
+def _made_around(
+    problem: Problem, order: Sequence[int], anchors: Collection[int], peak: int
+) -> list[int]:
     """What is computed again in the same run of recomputation as the peak, and could be saved."""
-    order, anchors = plan.steps.backward, set(anchor_order(problem))
     begin = max((p for p in range(peak) if order[p] in anchors), default=-1) + 1
     end = next((p for p in range(peak, len(order)) if order[p] in anchors), len(order))
     ops = problem.ops

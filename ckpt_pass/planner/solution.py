@@ -34,9 +34,8 @@ class Solution:
     """What to save, and what that costs; the numbers come from the simulator.
 
     Attributes:
-        saved: indices of the ops whose results are saved.
         drops: what is not kept in the backward, so that it is computed again later.
-        steps: the order in which the step runs.
+        steps: the order in which the step runs, and what it saves.
         profile: bytes over time.
         recompute_time_s, recompute_flops: of all forward ops that run again.
         solver: what found it, in words.
@@ -46,7 +45,6 @@ class Solution:
             backward that all plans have here; 0 where nothing is known.
     """
 
-    saved: frozenset[int]
     drops: frozenset[Drop]
     steps: Schedule
     profile: MemoryProfile
@@ -57,20 +55,24 @@ class Solution:
     lower_bound_s: float = 0.0
 
     @property
+    def saved(self) -> frozenset[int]:
+        """Indices of the ops whose results are saved."""
+        return self.steps.saved
+
+    @property
     def peak_bytes(self) -> int:
         """The simulated peak."""
         return self.profile.peak_bytes
 
 
 def evaluate(
-    problem: Problem, saved: Iterable[int], solver: str = "given", drops: Collection[Drop] = ()
+    problem: Problem, saved: Collection[int], solver: str = "given", drops: Collection[Drop] = ()
 ) -> Solution:
     """Simulate what is saved and dropped; what the backward does not read is left out of it."""
     dropped = frozenset(drops)
-    steps = schedule(problem, frozenset(saved), dropped)
+    steps = schedule(problem, saved, dropped)
     again = repeated(problem, steps.backward)
     return Solution(
-        saved=steps.saved,
         drops=dropped,
         steps=steps,
         profile=simulate(problem, steps),
@@ -93,7 +95,10 @@ def repeated(problem: Problem, order: Iterable[int]) -> list[int]:
 
 def without_recompute(problem: Problem) -> Solution:
     """The step that recomputes nothing that takes time."""
-    return evaluate(problem, CutGraph(problem, ()).solve(0.0), "no recomputation")
+    return problem.derived(
+        "no recomputation",
+        lambda made: evaluate(made, CutGraph.of(made).solve(0.0), "no recomputation"),
+    )
 
 
 def cheapest_first(plan: Solution) -> tuple[float, int, int, list[int], list[Drop]]:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from ckpt_pass.planner.bound import lower_bound
 from ckpt_pass.planner.chain import Chain
-from ckpt_pass.planner.cut import CutGraph
+from ckpt_pass.planner.cut import CutGraph, mean_price
 from ckpt_pass.planner.improve import improved
 from ckpt_pass.planner.lower import lowered
 from ckpt_pass.planner.menu import Menus
@@ -94,7 +94,7 @@ class Pool:
         self.plans: dict[object, Solution] = {}
         plain = without_recompute(problem)
         self._add(plain)
-        price = _mean_price(problem)
+        price = mean_price(problem)
         pinned = [self._cut(borders, price * 2.0**e) for e in _PRICE_EXPONENTS]
         for exponent in _PRICE_EXPONENTS if borders else ():
             self._cut((), price * 2.0**exponent)
@@ -145,10 +145,3 @@ class Pool:
 
     def _add(self, plan: Solution) -> Solution:
         return self.plans.setdefault((plan.saved, plan.drops), plan)
-
-
-def _mean_price(problem: Problem) -> float:
-    """Seconds of the forward for each byte that it makes."""
-    forward = [op for op in problem.ops if op.forward]
-    made = sum(problem.storage_bytes[s] for op in forward for s in op.makes)
-    return sum(op.time_s for op in forward) / max(made, 1)

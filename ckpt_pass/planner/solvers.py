@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from ckpt_pass.errors import CkptPassError, nearest
 from ckpt_pass.planner.contract import Contracted, UnsupportedProblemError
-from ckpt_pass.planner.cut import CutGraph
+from ckpt_pass.planner.cut import CutGraph, mean_price
 from ckpt_pass.planner.exact import broken_rule, solve_exact
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, cheapest_first, evaluate
@@ -78,11 +78,16 @@ SolverLike: TypeAlias = "str | Solver | Callable[..., Solution]"
 
 
 @dataclass(frozen=True)
-class Layers:
-    """Cuts at many prices, mixed over the chain of layers, and improved. It is never long at it,
-    so that a time limit changes nothing."""
+class FunctionSolver:
+    """A function as a solver; it gets those arguments that it takes.
 
-    name: ClassVar[str] = "layers"
+    Attributes:
+        name: in kebab case.
+        function: called as a :class:`Solver` is.
+    """
+
+    name: str
+    function: Callable[..., Solution] = field(repr=False)
 
     def __call__(
         self,
@@ -92,59 +97,38 @@ class Layers:
         time_limit_s: float | None = None,
     ) -> Solution:
         """Solve (:class:`Solver`)."""
-        return solve(problem, budget_bytes, borders)
+        offered = {"borders": borders, "time_limit_s": time_limit_s}
+        taken = inspect.signature(self.function).parameters
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+            offered = {key: value for key, value in offered.items() if key in taken}
+        return self.function(problem, budget_bytes, **offered)
 
 
-@dataclass(frozen=True)
-class UniformCut:
+def _uniform_cut(problem: Problem, budget_bytes: int) -> Solution:
     """The best time-optimal cut at one price for a saved byte, the same everywhere."""
-
-    name: ClassVar[str] = "uniform-cut"
-
-    def __call__(
-        self,
-        problem: Problem,
-        budget_bytes: int,
-        borders: Collection[int] = (),
-        time_limit_s: float | None = None,
-    ) -> Solution:
-        """Solve (:class:`Solver`)."""
-        plans = problem.derived("uniform cuts", _uniform_cuts)
-        fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
-        if not fitting:
-            raise InfeasibleBudgetError(budget_bytes, min(plan.peak_bytes for plan in plans))
-        return min(fitting, key=cheapest_first)
+    plans = problem.derived("uniform cuts", _uniform_cuts)
+    fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
+    if not fitting:
+        raise InfeasibleBudgetError(budget_bytes, min(plan.peak_bytes for plan in plans))
+    return min(fitting, key=cheapest_first)
 
 
 def _uniform_cuts(problem: Problem) -> tuple[Solution, ...]:
-    forward = [op for op in problem.ops if op.forward]
-    made = sum(problem.storage_bytes[s] for op in forward for s in op.makes)
-    price = sum(op.time_s for op in forward) / max(made, 1)
-    graph = CutGraph.of(problem)
+    price, graph = mean_price(problem), CutGraph.of(problem)
     prices = (0.0, *(price * 2.0**exponent for exponent in _PRICE_EXPONENTS))
     cuts = dict.fromkeys(graph.solve(price) for price in prices)
     return tuple(evaluate(problem, saved, "uniform cut") for saved in cuts)
 
 
-@dataclass(frozen=True)
-class Exact:
-    """The plan of least recompute time (:mod:`ckpt_pass.planner.exact`), for small steps.
-
-    It starts from what the layered solver finds.
-    """
-
-    name: ClassVar[str] = "exact"
-
-    def __call__(
-        self,
-        problem: Problem,
-        budget_bytes: int,
-        borders: Collection[int] = (),
-        time_limit_s: float | None = None,
-    ) -> Solution:
-        """Solve (:class:`Solver`)."""
-        known, _ = _layered(problem, budget_bytes, borders)
-        return solve_exact(problem, budget_bytes, borders, time_limit_s, known=known)
+def _exact(
+    problem: Problem,
+    budget_bytes: int,
+    borders: Collection[int],
+    time_limit_s: float | None,
+) -> Solution:
+    """The plan of least recompute time, for small steps; begins with the layered solver's."""
+    known, _ = _layered(problem, budget_bytes, borders)
+    return solve_exact(problem, budget_bytes, time_limit_s, known=known)
 
 
 @dataclass(frozen=True)
@@ -201,7 +185,7 @@ class Auto:
         least_bytes: int,
     ) -> Solution:
         try:
-            found = solve_exact(problem, budget_bytes, borders, time_limit_s, self.nodes, known)
+            found = solve_exact(problem, budget_bytes, time_limit_s, self.nodes, known)
         except InfeasibleBudgetError as error:
             least_bytes = min(least_bytes, error.least_feasible_bytes)
             raise InfeasibleBudgetError(budget_bytes, least_bytes) from None
@@ -231,37 +215,13 @@ def _told(plan: Solution, why: str) -> Solution:
     return replace(plan, solver=f"{plan.solver} ({why})")
 
 
-@dataclass(frozen=True)
-class UserSolver:
-    """A callable of the user's as a solver; it gets those arguments that it takes.
-
-    Attributes:
-        function: called as a :class:`Solver` is.
-    """
-
-    function: Callable[..., Solution]
-
-    @property
-    def name(self) -> str:
-        """The function's own name."""
-        return str(getattr(self.function, "__name__", type(self.function).__name__))
-
-    def __call__(
-        self,
-        problem: Problem,
-        budget_bytes: int,
-        borders: Collection[int] = (),
-        time_limit_s: float | None = None,
-    ) -> Solution:
-        """Solve (:class:`Solver`)."""
-        offered = {"borders": borders, "time_limit_s": time_limit_s}
-        taken = inspect.signature(self.function).parameters
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
-            offered = {key: value for key, value in offered.items() if key in taken}
-        return self.function(problem, budget_bytes, **offered)
-
-
-_BUILT_IN: tuple[Solver, ...] = (Auto(), Layers(), Exact(), UniformCut())
+# The layered solver is never long at it, so that a time limit changes nothing.
+_BUILT_IN: tuple[Solver, ...] = (
+    Auto(),
+    FunctionSolver("layers", solve),
+    FunctionSolver("exact", _exact),
+    FunctionSolver("uniform-cut", _uniform_cut),
+)
 #: Every named solver. The names are the public interface.
 SOLVERS: Mapping[str, Solver] = MappingProxyType({solver.name: solver for solver in _BUILT_IN})
 DEFAULT_SOLVER = "auto"
@@ -295,7 +255,9 @@ def as_solver(solver: SolverLike) -> Solver:
             f"Got solver={solver!r}, expected the name of a solver ({known}), a solver, or a "
             "callable solver(problem, budget_bytes) that returns a Solution."
         )
-    return solver if isinstance(solver, Solver) else UserSolver(solver)
+    if isinstance(solver, Solver):
+        return solver
+    return FunctionSolver(getattr(solver, "__name__", type(solver).__name__), solver)
 
 
 def run_solver(

@@ -8,15 +8,16 @@ each step is a plan with a lower peak and more recomputation.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ckpt_pass.planner.liveness import Lives, Tables, lives
+from ckpt_pass.planner.liveness import Lives, lives
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.schedule import Drop, unroll
 from ckpt_pass.planner.segments import Segment
+from ckpt_pass.planner.solution import repeated
 
 # Candidates simulated for each step, the cheapest for their bytes first: more changed no plan of
 # the reference models by more than 0.1 % of the step.
@@ -67,19 +68,8 @@ def undo(
     order, transient = unroll(problem, segment.anchors, had, drops)
     own = {s for i in saved if i in segment.place_of for s in problem.ops[i].holds}
     found = lives(problem, order, own | segment.there, segment.kept, transient)
-    return Undone(drops, tuple(order), found, recompute_time(problem, order))
-
-
-def recompute_time(problem: Problem, order: Collection[int]) -> float:
-    """Seconds of the forward ops in a backward, and of whatever else runs again in it."""
-    ops = problem.ops
-    once: set[int] = set()
-    total = 0.0
-    for index in order:
-        if ops[index].forward or index in once:
-            total += ops[index].time_s
-        once.add(index)
-    return total
+    time_s = sum(problem.ops[index].time_s for index in repeated(problem, order))
+    return Undone(drops, tuple(order), found, time_s)
 
 
 def squeezed(
@@ -102,7 +92,8 @@ def _best_drop(
 ) -> Undone | None:
     peak = int(current.lives.bytes_at.argmax())
     best, best_price = None, float("inf")
-    for drop in _candidates(problem, segment, current, peak)[:_CANDIDATES]:
+    drops = idle_drops(problem, current.order, current.lives, peak, set(segment.anchors))
+    for drop in drops[:_CANDIDATES]:
         found = undo(problem, segment, saved, current.drops | {drop})
         if found.height >= current.height:
             continue
@@ -113,29 +104,34 @@ def _best_drop(
     return best
 
 
-def _candidates(problem: Problem, segment: Segment, current: Undone, peak: int) -> list[Drop]:
-    """Drops that could lower the peak, the cheapest for their bytes first."""
-    alive = current.lives
-    sizes, makers = Tables.of(problem).sizes, problem.makers
-    idle = np.flatnonzero((alive.first < peak) & (alive.last > peak) & alive.made)
-    anchors = set(segment.anchors)
+def idle_drops(
+    problem: Problem, order: Sequence[int], alive: Lives, peak: int, anchors: Collection[int]
+) -> list[Drop]:
+    """Drops of what was computed again before a moment, is read after it, and is idle there.
+
+    Args:
+        problem: the step.
+        order: a backward, or a part of it.
+        alive: what is alive along it.
+        peak: the moment, as a place in it.
+        anchors: those of its ops that are anchors.
+
+    Returns:
+        The cheapest for their bytes first.
+    """
     found: dict[Drop, tuple[float, Drop]] = {}
-    for instance in idle:
+    for instance in np.flatnonzero((alive.first < peak) & (alive.last > peak) & alive.made):
         storage = int(alive.storage[instance])
-        maker = makers.get(storage)
-        if maker is None or not sizes[storage] or not problem.may_repeat(maker):
+        maker, nbytes = problem.makers.get(storage), problem.storage_bytes[storage]
+        if maker is None or not nbytes or not problem.may_repeat(maker):
             continue
-        uses = [
-            place
-            for place in range(int(alive.first[instance]), int(alive.last[instance]) + 1)
-            if storage in problem.ops[current.order[place]].touches
-        ]
-        if peak in uses or not (uses[0] < peak < uses[-1]):
+        span = range(int(alive.first[instance]), int(alive.last[instance]) + 1)
+        uses = [place for place in span if storage in problem.ops[order[place]].touches]
+        if peak in uses:
             continue
         before, after = max(u for u in uses if u < peak), min(u for u in uses if u > peak)
-        place = next(p for p in range(before, len(current.order)) if current.order[p] in anchors)
-        if place < after:
-            drop = (current.order[place], maker)
-            price = problem.ops[maker].time_s / float(sizes[storage])
-            found[drop] = (price, drop)
+        place = next((p for p in range(before, after) if order[p] in anchors), None)
+        if place is not None:
+            drop = (order[place], maker)
+            found[drop] = (problem.ops[maker].time_s / nbytes, drop)
     return [drop for _, drop in sorted(found.values())]
