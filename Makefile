@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+# Test processes side by side; a file's tests stay together, so that they share what it prepares.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadscope
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 
@@ -26,7 +28,7 @@ demo: $(STAMP)
 	$(BIN)/ckpt-pass demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

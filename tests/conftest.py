@@ -1,7 +1,8 @@
-"""What every test starts from: two threads, a fixed seed, no compiled leftovers."""
+"""What every test starts from: known threads, a fixed seed, no compiled leftovers."""
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ SEED = 0
 @pytest.fixture(scope="session", autouse=True)
 def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Use two threads, and caches of this session's own: no hits from other runs."""
-    torch.set_num_threads(2)
+    # Test processes side by side share the cores: one thread each.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("inductor")
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
