@@ -21,6 +21,11 @@ from ckpt_pass.compile.engine import PlanMismatchError as PlanMismatchError
 from ckpt_pass.compile.replan import InductorPeakWarning as InductorPeakWarning
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError
+from ckpt_pass.eager.apply import AlreadyAppliedError as AlreadyAppliedError
+from ckpt_pass.eager.apply import NotAppliedError as NotAppliedError
+from ckpt_pass.eager.apply import UnknownRegionError as UnknownRegionError
+from ckpt_pass.eager.checkpoint import checkpoint as checkpoint
+from ckpt_pass.eager.frame import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.eager.region import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.eager.region import MutatedActivationError as MutatedActivationError
 from ckpt_pass.eager.region import RecomputeMismatchError as RecomputeMismatchError

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -82,11 +82,22 @@ def _ask(policy: Policy, site: SiteContext) -> Opinion | None:
     return Opinion(check_decision(decision, name, site.site), name)
 
 
+@runtime_checkable
+class OpList(Protocol):
+    """A policy that has opinions on some ops only, and tells which."""
+
+    def lists(self, op: Any) -> bool:
+        """Whether any execution of ``op`` may be saved."""
+        ...
+
+
 def settled(policy: Policy, site: SiteContext) -> Opinion | None:
     """The opinion that the op of ``site`` gets wherever it runs; ``None`` if that depends.
 
     Where a rule counts matches, every execution has to be counted, and nothing is settled.
     """
+    if isinstance(policy, OpList):
+        return None if policy.lists(site.op) else Opinion(DEFAULT, "not listed")
     parts = policy.policies if isinstance(policy, FirstMatch) else (policy,)
     rules = [part for part in parts if isinstance(part, Rule)]
     if len(rules) < len(parts) or any(rule.nth or rule.every for rule in rules):

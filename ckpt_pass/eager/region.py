@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointError
 
 from ckpt_pass import _torch
 from ckpt_pass.eager.draws import Draw
@@ -15,8 +16,8 @@ from ckpt_pass.ops import op_name
 from ckpt_pass.sites import output_tensors
 
 
-class RecomputeMismatchError(CkptPassError):
-    """The recomputation ran other ops than the forward."""
+class RecomputeMismatchError(CkptPassError, CheckpointError):
+    """The recomputation ran other ops than the forward; torch's ``CheckpointError`` too."""
 
 
 class BackwardTwiceError(CkptPassError):

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ckpt_pass import _torch
 from ckpt_pass._torch_ops import OpOverload
 from ckpt_pass.eager.draws import Draw, DrawWatch
+from ckpt_pass.eager.light_hooks import LightHooks
 from ckpt_pass.eager.region import RegionMemory, Saved
 from ckpt_pass.eager.watch import RegionRecord, new_record
 from ckpt_pass.module_stack import ModuleStack
@@ -53,17 +54,26 @@ def context_fn(policy: PolicyLike = DEFAULT_POLICY) -> Callable[[], Contexts]:
     # of ops as constants, but not a value that it saw being built.
     if torch.compiler.is_dynamo_compiling():
         return functools.partial(_contexts_for, policy)
-    return functools.partial(selective_contexts, as_policy(policy))
+    return functools.partial(_light_contexts, as_policy(policy))
 
 
 def _contexts_for(policy: PolicyLike) -> Contexts:
-    return selective_contexts(as_policy(policy))
+    return _light_contexts(as_policy(policy))
 
 
-def selective_contexts(policy: Policy) -> Contexts:
-    """The two modes for one run of a region: for its forward, and for its recomputation."""
+def _light_contexts(policy: Policy) -> Contexts:
+    return selective_contexts(policy, LightHooks())
+
+
+def selective_contexts(policy: Policy, hooks: LightHooks | None = None) -> Contexts:
+    """The two modes for one run of a region: for its forward, and for its recomputation.
+
+    Args:
+        policy: what the forward saves.
+        hooks: for a region of ``torch.utils.checkpoint``: hooks lighter than torch's.
+    """
     memory = RegionMemory()
-    return ForwardMode(policy, memory), RecomputeMode(memory)
+    return ForwardMode(policy, memory, hooks), RecomputeMode(memory, hooks)
 
 
 class _Action(Enum):
@@ -173,8 +183,11 @@ class ForwardMode(TorchDispatchMode):
         """Compiled regions inside are one op to this mode (read by torch)."""
         return True
 
-    def __init__(self, policy: Policy, memory: RegionMemory) -> None:
+    def __init__(
+        self, policy: Policy, memory: RegionMemory, hooks: LightHooks | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._hooks = hooks
         self._policy = policy
         self._memory = memory
         self._actions = _actions_for(policy)
@@ -194,6 +207,8 @@ class ForwardMode(TorchDispatchMode):
         self._by_op_alone = not self._tracing and self._record is None
         if not self._tracing and (self._actions.needs_scopes or self._record is not None):
             self._modules = self._cleanup.enter_context(ModuleStack().followed())
+        if self._hooks is not None and not self._tracing and self._hooks.enter_forward():
+            self._cleanup.callback(self._hooks.exit_forward)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -340,14 +355,22 @@ class RecomputeMode(TorchDispatchMode):
         """Compiled regions inside are one op to this mode (read by torch)."""
         return True
 
-    def __init__(self, memory: RegionMemory) -> None:
+    def __init__(self, memory: RegionMemory, hooks: LightHooks | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._memory = memory
+        self._hooks = hooks
+        self._collects = False
 
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
+        self._collects = self._hooks is not None and self._hooks.enter_recompute()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        if self._hooks is not None and self._collects:
+            self._hooks.exit_recompute(failed=exc[0] is not None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

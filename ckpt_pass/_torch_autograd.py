@@ -1,0 +1,56 @@
+"""Torch's autograd internals that eager regions need; with ``_torch`` the only door to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+PackHook = Callable[[torch.Tensor], Any]
+UnpackHook = Callable[[Any], torch.Tensor]
+
+#: Put a pair of hooks on the values that autograd saves from now on, on this thread. The context
+#: manager of ``torch.autograd.graph`` does no more, but takes a microsecond longer.
+push_saved_hooks: Callable[[PackHook, UnpackHook], None] = (
+    torch._C._autograd._push_saved_tensors_default_hooks
+)
+#: Take the newest pair away again.
+pop_saved_hooks: Callable[[], None] = torch._C._autograd._pop_saved_tensors_default_hooks
+#: ``torch.set_grad_enabled`` without its context manager.
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+#: Whether ``torch.func`` is transforming what runs now.
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def saved_hooks() -> tuple[PackHook, UnpackHook] | None:
+    """The hooks that autograd would call now for a value that it saves; ``None`` without any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def frame_of_checkpoint(pack: Any) -> Any:
+    """The frame of torch's checkpoint region whose forward uses this hook; ``None`` if none does.
+
+    It is what the hook closes over (``torch.utils.checkpoint._checkpoint_hook``).
+    """
+    code = getattr(pack, "__code__", None)
+    if code is None or not pack.__qualname__.startswith("_checkpoint_hook."):
+        return None
+    cells = dict(zip(code.co_freevars, pack.__closure__ or (), strict=True))
+    return cells["frame"].cell_contents if "frame" in cells else None
+
+
+def device_context() -> AbstractContextManager[Any] | None:
+    """The innermost ``with torch.device(...)`` around, or ``None``."""
+    if not torch._C._len_torch_function_stack():
+        return None
+    modes = (mode for mode in reversed(_get_current_function_mode_stack()))
+    return next((mode for mode in modes if isinstance(mode, DeviceContext)), None)
+
+
+def storage_holders(storage: torch.UntypedStorage) -> int:
+    """How many tensors (and others) share a storage, the Python object itself not counted."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
