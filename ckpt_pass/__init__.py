@@ -34,6 +34,7 @@ from ckpt_pass.eager.watch import RegionRecord as RegionRecord
 from ckpt_pass.eager.watch import watch_regions as watch_regions
 from ckpt_pass.errors import CkptPassError as CkptPassError
 from ckpt_pass.explain import NothingCompiledError as NothingCompiledError
+from ckpt_pass.explain import PlanModeError as PlanModeError
 from ckpt_pass.explain import explain as explain
 from ckpt_pass.explain import plan as plan
 from ckpt_pass.explain import saved_activations as saved_activations
@@ -43,7 +44,7 @@ from ckpt_pass.fit import fit as fit
 from ckpt_pass.goal import UnknownCostError as UnknownCostError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
-from ckpt_pass.graph.problem import SymbolicBytesError as SymbolicBytesError
+from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.measure import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.measure import Measurement as Measurement
 from ckpt_pass.measure import UnknownParametersError as UnknownParametersError

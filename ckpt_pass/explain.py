@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,19 @@ from ckpt_pass.budget import BudgetLike
 from ckpt_pass.compile.backend import Backend
 from ckpt_pass.compile.engine import decide, policy_for
 from ckpt_pass.compile.record import record_plan
-from ckpt_pass.errors import CkptPassError
-from ckpt_pass.goal import as_goal
+from ckpt_pass.eager_planning import plan_eager
+from ckpt_pass.errors import CkptPassError, nearest
+from ckpt_pass.goal import Goal, as_goal
 from ckpt_pass.graph.capture import capture
 from ckpt_pass.plan import Plan, SavedActivations
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.policy import PolicyLike
+
+MODES = ("compiled", "eager")
+
+
+class PlanModeError(CkptPassError):
+    """A mode of planning that there is not, or that does not go with an argument."""
 
 
 class NothingCompiledError(CkptPassError):
@@ -36,6 +43,7 @@ def plan(
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     regions: tuple[str, ...] | None = None,
     dynamic: bool = False,
+    mode: str = "compiled",
 ) -> Plan:
     """What a policy or a budget decides for a training step of ``model(*args)``, ahead of time.
 
@@ -51,15 +59,41 @@ def plan(
         loss_fn: applied to the model's output, where the model does not return a loss.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         dynamic: leave sizes symbolic; bytes are expressions then.
+        mode: ``compiled``, or ``eager`` for a step that is not compiled: the plan then chooses
+            modules as checkpoint regions, and what each keeps (``plan.apply(model)``). It needs a
+            budget; ``policy``, ``solver``, ``regions`` and ``dynamic`` are for compiled plans.
 
     Raises:
+        PlanModeError: an unknown mode, or arguments that it does not take.
         NotTraceableError, NothingToDifferentiateError: see :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
     """
     goal = as_goal(budget, solver, time_limit_s, cost)
     chosen = policy_for(policy, budget)
+    if mode != "compiled":
+        taken = {"policy": policy, "regions": regions, "dynamic": dynamic or None}
+        return plan_eager(model, args, chosen, _eager_goal(mode, goal, taken), loss_fn)
     with capture(model, *args, loss_fn=loss_fn, regions=regions, dynamic=dynamic) as joint:
         return record_plan(decide(joint, chosen, goal))
+
+
+def _eager_goal(mode: str, goal: Goal | None, taken: Mapping[str, object]) -> Goal:
+    if mode not in MODES:
+        raise PlanModeError(
+            f"Got mode={mode!r}, expected one of {', '.join(MODES)}.{nearest(mode, MODES)}"
+        )
+    for name, value in taken.items():
+        if value is not None:
+            raise PlanModeError(
+                f"Got mode='eager' and {name}={value!r}, which is for compiled plans. Leave "
+                f"{name} out: an eager plan finds its regions, and what they keep, by the budget."
+            )
+    if goal is None:
+        raise PlanModeError(
+            "Got mode='eager' without a budget, expected one: '6GiB', bytes, or a fraction. For "
+            "a policy without a budget use ckpt_pass.checkpoint(..., policy=...)."
+        )
+    return goal
 
 
 def plans_of(compiled: Any) -> tuple[Plan, ...]:

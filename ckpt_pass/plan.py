@@ -6,13 +6,17 @@ A plan holds no tensors and no graph, only call sites, bytes and words.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass.eager.apply import RegionSpec, applied_regions, apply_regions, remove_regions
 from ckpt_pass.goal import Goal
 from ckpt_pass.plan_plot import plot_plan
+from ckpt_pass.plan_regions import region_specs
 from ckpt_pass.plan_text import budget_lines, overview
 from ckpt_pass.plan_text import format_bytes as format_bytes
 from ckpt_pass.policy import Policy
@@ -158,6 +162,8 @@ class Plan:
         recipe: what the plan was asked for, so that it can be made again.
         measured_workspaces: how many kernels run with a workspace that was measured, on this
             machine; the peak relies on them.
+        mode: ``compiled``, or ``eager`` where regions are recomputed as a whole.
+        random_regions: the regions that draw random numbers; ``None`` where that is not known.
         inner_peak_bytes: peak of inductor's own schedule, where there is a budget and inductor.
         replans: how often the plan was made again because of it.
     """
@@ -187,6 +193,8 @@ class Plan:
     measured_workspaces: int = 0
     inner_peak_bytes: int | None = None
     replans: int = 0
+    mode: str = "compiled"
+    random_regions: frozenset[str] | None = None
 
     @property
     def saved_bytes(self) -> Bytes:
@@ -240,6 +248,35 @@ class Plan:
         if self.budget_bytes is None:
             return ""
         return where_within(self.peak_expression, self.dimensions, self.budget_bytes)
+
+    def apply(self, model: nn.Module) -> None:
+        """Make the plan's regions checkpoint regions of an eager model, until :meth:`remove`.
+
+        The model is not edited: each region's module gets a ``forward`` of its own. A plan that
+        was made for a compiled step is carried out as far as eager mode can: its layers are
+        regions, and keep what the plan saves in them; its peak does not hold then.
+
+        Raises:
+            UnknownRegionError: the model lacks a module of the plan.
+            AlreadyAppliedError: a module is a region already.
+        """
+        apply_regions(model, self._region_specs())
+
+    @staticmethod
+    def remove(model: nn.Module) -> None:
+        """Undo :meth:`apply`.
+
+        Raises:
+            NotAppliedError: the model has no regions.
+        """
+        remove_regions(model)
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """The same inside a ``with`` block only."""
+        return applied_regions(model, self._region_specs())
+
+    def _region_specs(self) -> dict[str, RegionSpec]:
+        return region_specs(self.regions, self.decisions, self.random_regions)
 
     def _peak(self) -> str:
         return f"{format_bytes(self.peak_bytes)} predicted, {self.peak_at}"

@@ -27,8 +27,9 @@ LAYERS: tuple[frozenset[str], ...] = (
             "graph",
         }
     ),
-    frozenset({"plan", "plan_text", "plan_plot", "timeline", "drawing"}),
-    frozenset({"compile", "eager"}),
+    frozenset({"eager"}),
+    frozenset({"plan", "plan_text", "plan_plot", "plan_regions", "timeline", "drawing"}),
+    frozenset({"compile", "eager_planning"}),
     frozenset({"modules", "measure", "compare", "timing"}),
     frozenset(
         {"explain", "testing", "factory", "report", "fit", "sweep", "sweep_report"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -39,10 +39,12 @@ class RegionSpec:
     Attributes:
         keeps: op executions to keep.
         policy: what to keep, where ``keeps`` is not given.
+        draws: whether it draws random numbers; ``None`` where that is not known.
     """
 
     keeps: Keeps | None = None
     policy: PolicyLike | None = None
+    draws: bool | None = None
 
 
 class RegionForward:
@@ -50,7 +52,8 @@ class RegionForward:
 
     def __init__(self, module: nn.Module, name: str, spec: RegionSpec) -> None:
         self.module = module
-        self.options = options_for(module, spec.policy, spec.keeps, name)
+        options = options_for(module, spec.policy, spec.keeps, name)
+        self.options = replace(options, draws=spec.draws)
         #: An instance attribute that was there before (other libraries wrap ``forward`` too).
         self.before = module.__dict__.get("forward")
 

@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 
+from ckpt_pass.errors import CkptPassError
 from ckpt_pass.flops import flop_formula
 from ckpt_pass.graph.joint import JointGraph, StorageKey
 from ckpt_pass.ops import op_name
@@ -19,6 +20,10 @@ from ckpt_pass.sites import Bytes, optimization_hint, output_tensors
 #: ``native_dropout_backward`` casts the mask to the gradient's dtype first (seen in allocation
 #: events, torch 2.13).
 _OUTPUT_SIZED_WORKSPACE = frozenset({"aten.native_dropout_backward.default"})
+
+
+class SymbolicBytesError(CkptPassError):
+    """Bytes depend on a size that only the data of a run tell."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,35 @@ def node_flops(node: fx.Node) -> int:
         return 0
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     return optimization_hint(formula(*args, **kwargs, out_val=node.meta.get("val")))
+
+
+def at_traced_shape(size: int | torch.SymInt) -> int:
+    """A size as a number.
+
+    Raises:
+        SymbolicBytesError: it depends on data, so that no shape was traced; the message names it.
+    """
+    if isinstance(size, torch.SymInt) and not size.node.has_hint():
+        raise SymbolicBytesError(
+            f"A size {size} depends on the values of tensors, expected one that follows from the "
+            "shapes of the inputs. Keep ops with data-dependent shapes (nonzero, unique, .item()) "
+            "out of the compiled step, or wrap them in a custom op."
+        )
+    return optimization_hint(size)
+
+
+def moved_bytes(node: fx.Node) -> int:
+    """Bytes of the storages that an op reads and writes, at the traced shape."""
+    found = dict(storage_sizes(node.meta.get("val")))
+    for source in node.all_input_nodes:
+        found |= storage_sizes(source.meta.get("val"))
+    return sum(at_traced_shape(size) for size in found.values())
+
+
+def modelled_time_s(node: fx.Node, flops: int) -> float:
+    """Seconds of one op by the roofline of its device."""
+    roofline = ROOFLINES.get(device_type(node), ROOFLINES["cuda"])
+    return roofline.time_s(flops, moved_bytes(node))
 
 
 def device_type(node: fx.Node) -> str:

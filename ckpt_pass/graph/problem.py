@@ -12,12 +12,11 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass import _torch
-from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.cost import (
-    ROOFLINES,
     as_bytes,
-    device_type,
+    at_traced_shape,
     draws_from_a_saved_tensor,
+    modelled_time_s,
     node_flops,
     random_state_bytes,
     storage_sizes,
@@ -27,14 +26,10 @@ from ckpt_pass.graph.joint import JointGraph, StorageKey, is_multi_output_access
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.ops import draws_random, never_recompute
 from ckpt_pass.planner.problem import Op, Problem
-from ckpt_pass.sites import Bytes, optimization_hint, output_tensors
+from ckpt_pass.sites import Bytes, output_tensors
 
 NOT_MEASURED = KernelFacts(None, None)
 EMPTY: Mapping[fx.Node, KernelFacts] = MappingProxyType({})
-
-
-class SymbolicBytesError(CkptPassError):
-    """Bytes depend on a size that only the data of a run tell."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +85,6 @@ def borders_of(joint: JointGraph, described: GraphProblem) -> tuple[int, ...]:
         for node, number in described.index.items()
         if ops[number].savable and joint.crosses_border(node)
     )
-
-
-def at_traced_shape(size: int | torch.SymInt) -> int:
-    """A size as a number.
-
-    Raises:
-        SymbolicBytesError: it depends on data, so that no shape was traced; the message names it.
-    """
-    if isinstance(size, torch.SymInt) and not size.node.has_hint():
-        raise SymbolicBytesError(
-            f"A size {size} depends on the values of tensors, expected one that follows from the "
-            "shapes of the inputs. Keep ops with data-dependent shapes (nonzero, unique, .item()) "
-            "out of the compiled step, or wrap them in a custom op."
-        )
-    return optimization_hint(size)
 
 
 def check_sizes(joint: JointGraph) -> None:
@@ -232,10 +212,9 @@ def _op(
     forward = node in joint.forward_set
     random = draws_random(target, node.args, node.kwargs)
     flops = node_flops(node)
-    roofline = ROOFLINES.get(device_type(node), ROOFLINES["cuda"])
     time_s = facts.time_s
     if time_s is None:
-        time_s = roofline.time_s(flops, sum(_moved(node)))
+        time_s = modelled_time_s(node, flops)
     tag = node.meta.get("recompute")
     savable = forward and isinstance(value, torch.Tensor) and joint.owner(node) is node
     # What the caller holds anyway is saved for nothing.
@@ -259,11 +238,3 @@ def _op(
         once=random and not draws_from_a_saved_tensor(node),
         ordered=not forward and (never_recompute(target, node.args, node.kwargs) or random),
     )
-
-
-def _moved(node: fx.Node) -> list[int]:
-    """Bytes of the storages that an op reads and writes."""
-    found = dict(storage_sizes(node.meta.get("val")))
-    for source in node.all_input_nodes:
-        found |= storage_sizes(source.meta.get("val"))
-    return [at_traced_shape(size) for size in found.values()]

@@ -1,0 +1,138 @@
+"""From a recorded eager step to the torch-free problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from ckpt_pass.eager.trace import CallRecord, EagerTrace, OpRecord
+from ckpt_pass.graph.cost import at_traced_shape, modelled_time_s, node_flops, workspace_size
+from ckpt_pass.graph.kernel_cache import KernelFacts
+from ckpt_pass.ops import OpClass, classify
+from ckpt_pass.planner.eager_problem import (
+    EagerOp,
+    EagerProblem,
+    EagerRegion,
+    EagerStorage,
+    SavedValue,
+)
+
+_NOT_MEASURED = KernelFacts(None, None)
+
+
+def eager_problem(trace: EagerTrace, kernels: Mapping[fx.Node, KernelFacts]) -> EagerProblem:
+    """Describe a recorded step.
+
+    Args:
+        trace: the record.
+        kernels: what was measured of the kernels of its calls.
+    """
+    costs = {op.call: _cost(op.call, kernels) for op in trace.ops}
+    overwritten = {storage for op in trace.ops for storage in op.changes}
+    ops = tuple(
+        _op(op, index < trace.forward_length, costs[op.call], overwritten)
+        for index, op in enumerate(trace.ops)
+    )
+    storages = tuple(EagerStorage(s.nbytes, s.born, s.dies) for s in trace.storages)
+    values = tuple(SavedValue(v.storage, v.released) for v in trace.saved)
+    return EagerProblem(ops, trace.forward_length, storages, values, tuple(_regions(trace)))
+
+
+def _cost(call: fx.Node, kernels: Mapping[fx.Node, KernelFacts]) -> tuple[float, int, int]:
+    """Time, flops and workspace of a call."""
+    facts = kernels.get(call, _NOT_MEASURED)
+    flops = node_flops(call)
+    time_s = facts.time_s if facts.time_s is not None else modelled_time_s(call, flops)
+    workspace = facts.workspace_bytes
+    if workspace is None:
+        workspace = at_traced_shape(workspace_size(call))
+    return time_s, flops, workspace
+
+
+def _op(
+    op: OpRecord, forward: bool, cost: tuple[float, int, int], overwritten: set[int]
+) -> EagerOp:
+    time_s, flops, workspace = cost
+    assert callable(op.call.target)
+    computes = bool(op.makes) or bool(op.changes)
+    keepable = (
+        forward
+        and bool(op.makes)
+        and not op.changes
+        and not op.draws
+        and overwritten.isdisjoint(op.makes)
+        and classify(op.call.target) not in (OpClass.VIEW, OpClass.METADATA)
+    )
+    return EagerOp(
+        name=str(op.site) if op.site is not None else str(op.call.target),
+        time_s=time_s if computes else 0.0,
+        flops=flops,
+        workspace_bytes=workspace,
+        makes=op.makes,
+        keepable=keepable,
+        must_keep=op.effects,
+    )
+
+
+def _regions(trace: EagerTrace) -> list[EagerRegion]:
+    """The module calls that can be regions: modules called once, that may run twice."""
+    calls = trace.calls
+    times: dict[str, int] = {}
+    for call in calls:
+        times[call.name] = times.get(call.name, 0) + 1
+    numbers: dict[int, int] = {}
+    found: list[EagerRegion] = []
+    for index, call in enumerate(calls):
+        if not call.name or times[call.name] > 1 or not _may_run_twice(trace, call):
+            continue
+        parent = call.parent
+        while parent >= 0 and parent not in numbers:
+            parent = calls[parent].parent
+        region = _region(trace, call, numbers.get(parent, -1))
+        if region is not None:
+            numbers[index] = len(found)
+            found.append(region)
+    return found
+
+
+def _may_run_twice(trace: EagerTrace, call: CallRecord) -> bool:
+    """Whether nothing inside has an effect or overwrites what came from outside."""
+    first = call.ops[0]
+    for op in trace.ops[slice(*call.ops)]:
+        if op.effects:
+            return False
+        for storage in op.changes:
+            if storage >= 0 and trace.storages[storage].born < first:
+                return False
+    return True
+
+
+def _region(trace: EagerTrace, call: CallRecord, parent: int) -> EagerRegion | None:
+    first, last = call.ops
+    inside = range(*call.values)
+    asked = [trace.asked[number] for number in inside if number in trace.asked]
+    if not asked:
+        return None
+    ops = trace.ops[first:last]
+    used = {storage for op in ops for storage in op.uses}
+    used |= {trace.saved[number].storage for number in inside}
+    outside = sorted(s for s in used if s >= 0 and trace.storages[s].born < first)
+    draws = any(op.draws for op in ops)
+    return EagerRegion(
+        name=call.name,
+        parent=parent,
+        ops=call.ops,
+        values=call.values,
+        needed=_needed(trace, call),
+        reruns=min(asked),
+        done=max(trace.saved[number].released for number in inside),
+        arguments=tuple(outside),
+        extra_bytes=torch.get_rng_state().nbytes if draws else 0,
+    )
+
+
+def _needed(trace: EagerTrace, call: CallRecord) -> int:
+    """How many ops have begun when the last of a call's values is saved."""
+    return trace.saved[call.values[1] - 1].saved_at - call.ops[0]

@@ -1,0 +1,395 @@
+"""Record an eager training step on fake tensors: what it runs, allocates, saves and lets go.
+
+The model's own Python runs, and torch's autograd engine, as in a real step; nothing is computed.
+Autograd's saved values are described and not kept, so that the record tells how long Python alone
+holds each storage; when autograd would have let go is recorded beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from ckpt_pass import _torch_autograd
+from ckpt_pass.module_stack import ModuleStack
+from ckpt_pass.ops import draws_random, never_recompute, op_name
+from ckpt_pass.sites import CallSite, ModulePath, SiteCounter, output_tensors
+
+#: The moment of what never happens.
+NEVER = 1 << 60
+
+
+#: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
+#: which neither hooks nor modes see. Counted as if held to the end.
+_SAVING_NUMBERS = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
+_NUMBER_BYTES = 8
+
+
+@dataclass
+class StorageRecord:
+    """A storage that an op of the step allocated."""
+
+    nbytes: int
+    born: int
+    dies: int = NEVER
+
+
+@dataclass
+class SavedRecord:
+    """A value that autograd saved at a moment; ``storage`` is -1 for what existed before."""
+
+    storage: int
+    saved_at: int
+    released: int = NEVER
+
+
+@dataclass
+class OpRecord:
+    """One op that ran.
+
+    Attributes:
+        site: its call site; of the backward ``None``.
+        call: one node that stands for all equal calls: op, arguments, results without data.
+        makes: the storages that it allocated.
+        uses: the storages of the step among its arguments.
+        changes: those of them that it overwrites; -1 for what existed before.
+        draws: whether it draws random numbers.
+        effects: whether it must not run twice.
+    """
+
+    site: CallSite | None
+    call: fx.Node
+    makes: tuple[int, ...]
+    uses: tuple[int, ...]
+    changes: tuple[int, ...]
+    draws: bool
+    effects: bool
+
+
+@dataclass
+class CallRecord:
+    """One call of a module: which ops and saved values fell inside."""
+
+    name: str
+    parent: int
+    ops: tuple[int, int]
+    values: tuple[int, int]
+
+
+@dataclass
+class EagerTrace:
+    """A recorded step; moments count the ops that had begun."""
+
+    ops: list[OpRecord] = field(default_factory=list)
+    storages: list[StorageRecord] = field(default_factory=list)
+    saved: list[SavedRecord] = field(default_factory=list)
+    asked: dict[int, int] = field(default_factory=dict)
+    calls: list[CallRecord] = field(default_factory=list)
+    forward_length: int = 0
+
+
+def trace_step(
+    model: nn.Module, args: tuple[Any, ...], loss_fn: Callable[[Any], torch.Tensor] | None
+) -> EagerTrace:
+    """Record forward and backward of ``loss_fn(model(*args))`` on fake tensors.
+
+    Parameters, gradients, buffers and the random state of the model stay as they are. Whole
+    numbers and masks that do not depend on parameters are real: models look at them (an attention
+    mask that masks nothing is left out), and would take another way if they were fake.
+    """
+    mode = _torch_autograd.fake_mode()
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        return _torch_autograd.as_fake(mode, tensor) if _is_number(tensor) else tensor
+
+    fakes = {name: fake(parameter) for name, parameter in model.named_parameters()}
+    buffers = {name: fake(b) if _is_number(b) else b.clone() for name, b in model.named_buffers()}
+    inputs = tree_map_only(torch.Tensor, fake, args)
+
+    def loss() -> torch.Tensor:
+        output = torch.func.functional_call(model, {**fakes, **buffers}, inputs)
+        return loss_fn(output) if loss_fn is not None else output
+
+    with torch.random.fork_rng(devices=[]):
+        return Recorder(model, mode).record(loss)
+
+
+def _is_number(tensor: torch.Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+class _Packed:
+    """What autograd holds instead of a value; tells when it lets go."""
+
+    __slots__ = ("number", "recorder", "spec")
+
+    def __init__(self, recorder: Recorder, number: int, value: torch.Tensor) -> None:
+        self.recorder = recorder
+        self.number = number
+        self.spec = (tuple(value.shape), value.stride(), value.dtype, value.device)
+
+    def __del__(self) -> None:
+        self.recorder.trace.saved[self.number].released = self.recorder.moment
+
+
+class Recorder(TorchDispatchMode):
+    """Records every op below autograd, and what becomes of the memory."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, fakes: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._fakes = fakes
+        self.trace = EagerTrace()
+        self._stack = ModuleStack(model)
+        self._sites = SiteCounter()
+        self._live: dict[int, int] = {}
+        self._refs: dict[int, weakref.ref[Any]] = {}
+        self._open: list[int] = []
+        self._nodes: dict[Any, fx.Node] = {}
+        self._graph = fx.Graph()
+        self._resting = False
+        self._backward = False
+
+    @property
+    def moment(self) -> int:
+        """How many ops have begun."""
+        return len(self.trace.ops)
+
+    def record(self, loss: Callable[[], torch.Tensor]) -> EagerTrace:
+        """Run the step and record it."""
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        with self._stack.followed(), self._calls(), self:
+            with hooks:
+                value = loss()
+            self.trace.forward_length = self.moment
+            self._backward = True
+            value.backward()
+        end = self.moment
+        for saved in self.trace.saved:
+            saved.released = min(saved.released, end)
+        for storage in self.trace.storages:
+            storage.dies = min(storage.dies, end)
+        self._refs.clear()
+        return self.trace
+
+    @contextlib.contextmanager
+    def _calls(self) -> Iterator[None]:
+        """Note where each module call begins and ends."""
+
+        def enter(_module: nn.Module, _args: Any) -> None:
+            trace, parent = self.trace, self._open[-1] if self._open else -1
+            path = self._stack.path
+            name = path[-1][0] if path else ""
+            here = (self.moment, self.moment), (len(trace.saved), len(trace.saved))
+            self._open.append(len(trace.calls))
+            trace.calls.append(CallRecord(name, parent, *here))
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            call = self.trace.calls[self._open.pop()]
+            call.ops = (call.ops[0], self.moment)
+            call.values = (call.values[0], len(self.trace.saved))
+
+        handles = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _pack(self, value: torch.Tensor) -> _Packed:
+        storage = self._live.get(value.untyped_storage()._cdata, -1)
+        self.trace.saved.append(SavedRecord(storage, self.moment))
+        return _Packed(self, len(self.trace.saved) - 1, value)
+
+    def _unpack(self, packed: _Packed) -> torch.Tensor:
+        self.trace.asked.setdefault(packed.number, self.moment)
+        shape, stride, dtype, device = packed.spec
+        self._resting = True  # the value is described again, not allocated
+        try:
+            with self._fakes:
+                return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        finally:
+            self._resting = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._resting or op_name(func).startswith("prim."):
+            return func(*args, **kwargs)
+        if self._backward and self._adds_up(func, args, kwargs):
+            func = torch.ops.aten.add_.Tensor
+        given = [t for t in output_tensors((*args, *kwargs.values()))]
+        known = {t.untyped_storage()._cdata for t in given}
+        uses = tuple(sorted({self._live[key] for key in known if key in self._live}))
+        changes = tuple(self._changed(func, args, kwargs))
+        site = self._site(func)
+        index = self.moment
+        draws = draws_random(func, args, kwargs)
+        self.trace.ops.append(OpRecord(site, self._graph_root, (), uses, changes, draws, False))
+        output = self._run(func, args, kwargs, given)
+        if not self._backward and func in _SAVING_NUMBERS:
+            numbers = sum(isinstance(value, (int, float)) for value in args)
+            self.trace.storages += [StorageRecord(_NUMBER_BYTES, index) for _ in range(numbers)]
+        record = self.trace.ops[index]
+        record.makes = tuple(self._born(output, known, index))
+        record.call = self._call(func, args, kwargs, output)
+        record.effects = self._has_effects(func, record)
+        return output
+
+    def _run(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]
+    ) -> Any:
+        """Run an op on fake tensors, and on real ones where it makes whole numbers of such."""
+        if any(_torch_autograd.is_fake(tensor) for tensor in given):
+            return _with_known_shape(func, args, kwargs)
+        if not given:
+            with self._fakes:
+                output = func(*args, **kwargs)
+            if any(_is_number(tensor) for tensor in output_tensors(output)):
+                return output
+        return func(*args, **kwargs)
+
+    @property
+    def _graph_root(self) -> fx.Node:
+        return self._graph._root
+
+    @staticmethod
+    def _adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the engine adds two gradients, the first of which it owns alone.
+
+        Of real tensors it does so in place (``input_buffer.cpp``, ``accumulate``), of fake ones,
+        as of every subclass, it does not.
+        """
+        if func is not torch.ops.aten.add.Tensor or len(args) != 2 or kwargs:
+            return False
+        first, second = args
+        if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+            return False
+        alike = first.shape == second.shape and first.dtype == second.dtype
+        alone = _torch_autograd.storage_holders(first.untyped_storage()) == 2
+        return alike and alone and _is_dense(first)
+
+    def _site(self, func: Any) -> CallSite | None:
+        if self._backward:
+            return None
+        path: ModulePath = self._stack.path
+        return self._sites.visit(func, path).site
+
+    def _changed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[int]:
+        """The storages that an op overwrites."""
+        schema = getattr(func, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            return
+        for index, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
+                for tensor in output_tensors(
+                    value if isinstance(value, (list, tuple)) else [value]
+                ):
+                    yield self._live.get(tensor.untyped_storage()._cdata, -1)
+
+    def _born(self, output: Any, known: set[int], index: int) -> Iterator[int]:
+        for tensor in output_tensors(output):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in known or key in self._live:
+                continue
+            number = len(self.trace.storages)
+            self.trace.storages.append(StorageRecord(storage.nbytes(), index))
+            self._live[key] = number
+            self._refs[number] = weakref.ref(storage, self._death(key, number))
+            yield number
+
+    def _death(self, key: int, number: int) -> Callable[[Any], None]:
+        def died(_: Any) -> None:
+            self._live.pop(key, None)
+            self.trace.storages[number].dies = self.moment
+
+        return died
+
+    def _has_effects(self, func: Any, record: OpRecord) -> bool:
+        """Whether an op must not run twice, random numbers and changes of new values apart."""
+        if record.draws or (record.changes and -1 not in record.changes):
+            return False
+        return never_recompute(func, record.call.args, record.call.kwargs)
+
+    def _call(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
+        """The node that stands for this call and all equal ones."""
+        flat, spec = tree_flatten((args, kwargs))
+        key = (func, spec, tuple(_described(value) for value in flat))
+        found = self._nodes.get(key)
+        if found is None:
+            self._resting = True
+            try:
+                with self._fakes:
+                    found = self._node(func, args, kwargs, output)
+            finally:
+                self._resting = False
+            self._nodes[key] = found
+        return found
+
+    def _node(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
+        def placeholder(value: torch.Tensor) -> fx.Node:
+            node = self._graph.placeholder(f"value_{len(self._graph.nodes)}")
+            node.meta["val"] = _copied(value)
+            return node
+
+        nodes = tree_map_only(torch.Tensor, placeholder, (args, kwargs))
+        call = self._graph.call_function(func, *nodes)
+        call.meta["val"] = tree_map_only(torch.Tensor, _copied, output)
+        return call
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements fill its memory without overlap."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op on fake tensors; grouped products in any dtype.
+
+    Their rule for shapes knows bf16 only, while the CPU's kernel takes fp32 too (torch 2.13).
+    """
+    if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:
+        return func(*args, **kwargs)
+    halves = [value.to(torch.bfloat16) for value in args[:2]]
+    return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
+
+
+def _described(value: Any) -> object:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.device
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return type(value), value
+
+
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same look with a storage of its own."""
+    return torch.empty_strided(
+        tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
+    )

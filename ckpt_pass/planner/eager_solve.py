@@ -1,0 +1,254 @@
+"""Choose the checkpoint regions of an eager step, and what they keep.
+
+The candidates nest like the modules do. For a price on held bytes and a limit on the memory that
+one region's backward may need, the best choice is found exactly, from the inside out, as if bytes
+added up; sweeping both gives uniform plans. Neighbouring ones are mixed layer by layer, and single
+ops are kept where there is room. Every plan on the way is simulated and remembered; a budget takes
+the fastest that fits. What is remembered does not depend on the budget, so that a larger budget
+never gives a slower plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem, EagerProfile
+from ckpt_pass.planner.solution import InfeasibleBudgetError
+
+#: Prices tried, in seconds a byte, relative to that of the dearest op: from keeping nearly
+#: everything to keeping nothing, a factor of two apart.
+_PRICE_STEPS = 16
+#: Limits on the bytes that one region may make again.
+_LIMIT_STEPS = 10
+#: Plans of the frontier to which single ops are added.
+_POLISHED = 24
+
+
+@dataclass(frozen=True)
+class EagerSolution:
+    """A plan with what it costs.
+
+    Attributes:
+        plan: the regions and what they keep.
+        profile: the simulated step.
+        tried: how many plans were simulated.
+    """
+
+    plan: EagerPlan
+    profile: EagerProfile
+    tried: int
+
+    @property
+    def status(self) -> str:
+        """``optimal`` where nothing is recomputed; otherwise nothing is proven."""
+        return "feasible" if self.plan.regions else "optimal"
+
+
+def solve_eager(problem: EagerProblem, budget_bytes: int) -> EagerSolution:
+    """The fastest known plan whose peak is within ``budget_bytes``.
+
+    Raises:
+        InfeasibleBudgetError: none is; it names the least peak that was found.
+    """
+    pool = EagerPool(problem)
+    fitting = [entry for entry in pool.frontier() if entry[1] <= budget_bytes]
+    if not fitting:
+        raise InfeasibleBudgetError(budget_bytes, pool.least_peak_bytes)
+    plan = fitting[0][2]
+    return EagerSolution(plan, problem.simulate(plan), len(pool.plans))
+
+
+Entry = tuple[float, int, EagerPlan]
+"""Recompute time in seconds, peak in bytes, and the plan."""
+
+
+class EagerPool:
+    """The plans that were simulated for a step."""
+
+    def __init__(self, problem: EagerProblem) -> None:
+        self._problem = problem
+        self._tree = _Tree(problem)
+        self.plans: dict[EagerPlan, tuple[float, int]] = {}
+        self._add(EagerPlan())
+        for limit in self._tree.limits():
+            for price in self._tree.prices():
+                self._add(self._tree.best(price, limit))
+        self._mix()
+        self._polish()
+        self._mix()
+
+    @property
+    def least_peak_bytes(self) -> int:
+        """The least peak of all plans."""
+        return min(peak for _, peak in self.plans.values())
+
+    def frontier(self) -> list[Entry]:
+        """The plans that no other beats in time and peak, fastest first."""
+        found: list[Entry] = []
+        least: int | None = None
+        for plan, (time_s, peak) in sorted(self.plans.items(), key=_order):
+            if least is None or peak < least:
+                found.append((time_s, peak, plan))
+                least = peak
+        return found
+
+    def _add(self, plan: EagerPlan) -> tuple[float, int]:
+        known = self.plans.get(plan)
+        if known is None:
+            profile = self._problem.simulate(plan)
+            known = self.plans[plan] = profile.recompute_time_s, profile.peak_bytes
+        return known
+
+    def _mix(self) -> None:
+        """Go from each plan of the frontier to the next slower one, slot by slot."""
+        frontier = [plan for _, _, plan in self.frontier()]
+        for fast, slow in pairwise(frontier):
+            slots = self._tree.slots(fast, slow)
+            for order in (slots, slots[::-1]):
+                plan = fast
+                for slot in order:
+                    plan = self._tree.swapped(plan, slow, slot)
+                    self._add(plan)
+
+    def _polish(self) -> None:
+        """Keep single ops, those that save most time for their bytes first, where peaks allow."""
+        frontier = self.frontier()
+        step = max(len(frontier) // _POLISHED, 1)
+        for index in range(step, len(frontier), step):
+            _, _, plan = frontier[index]
+            ceiling = frontier[index - step][1]
+            for op in self._tree.keepable(plan):
+                more = EagerPlan(plan.regions, plan.kept | {op})
+                if self._add(more)[1] <= ceiling:
+                    plan = more
+
+
+def _order(item: tuple[EagerPlan, tuple[float, int]]) -> tuple[float, int, list[int], list[int]]:
+    plan, (time_s, peak) = item
+    return time_s, peak, sorted(plan.regions), sorted(plan.kept)
+
+
+class _Tree:
+    """The candidates with what they cost, taken as if bytes added up."""
+
+    def __init__(self, problem: EagerProblem) -> None:
+        self._problem = problem
+        self._regions = problem.regions
+        self._children: list[list[int]] = [[] for _ in self._regions]
+        self._roots: list[int] = []
+        for index, region in enumerate(self._regions):
+            (self._children[region.parent] if region.parent >= 0 else self._roots).append(index)
+        self._saved = [self._saved_storages(index) for index in range(len(self._regions))]
+        nbytes = [storage.nbytes for storage in problem.storages]
+        self._saved_bytes = [sum(nbytes[s] for s in saved) for saved in self._saved]
+        self._argument_bytes = [
+            sum(nbytes[s] for s in region.arguments) + region.extra_bytes
+            for region in self._regions
+        ]
+        self._own_bytes = []
+        for index in range(len(self._regions)):
+            below: set[int] = set().union(*(self._saved[child] for child in self._children[index]))
+            self._own_bytes.append(sum(nbytes[s] for s in self._saved[index] - below))
+        self._made = [sum(nbytes[s] for s in op.makes) for op in problem.ops]
+
+    def _saved_storages(self, index: int) -> set[int]:
+        values = self._problem.values[slice(*self._regions[index].values)]
+        return {value.storage for value in values if value.storage >= 0}
+
+    def _keepable_in(self, index: int) -> Iterator[int]:
+        region = self._regions[index]
+        for op in range(region.ops[0], region.ops[0] + region.needed):
+            found = self._problem.ops[op]
+            if found.keepable and found.time_s > 0 and self._made[op]:
+                yield op
+
+    @cached_property
+    def _ratios(self) -> dict[int, float]:
+        """Seconds saved a byte kept, of each op that a region may keep."""
+        ops = {op for index in range(len(self._regions)) for op in self._keepable_in(index)}
+        return {op: self._problem.ops[op].time_s / self._made[op] for op in sorted(ops)}
+
+    def prices(self) -> list[float]:
+        """Prices of a held byte, from nearly nothing to more than any op is worth."""
+        if not self._ratios:
+            return [1.0]
+        dearest = max(self._ratios.values())
+        return [dearest * 1.001 * 2.0**-step for step in range(_PRICE_STEPS)]
+
+    def limits(self) -> list[int]:
+        """Limits on what one region makes again, among the regions' own sizes."""
+        sizes = sorted(set(self._saved_bytes))
+        step = max(len(sizes) // _LIMIT_STEPS, 1)
+        return sorted({*sizes[::step], *sizes[-1:]})
+
+    def best(self, price: float, limit: int) -> EagerPlan:
+        """The best choice at a price, among regions that make no more than ``limit`` again."""
+        regions: set[int] = set()
+        kept: set[int] = set()
+        costs: dict[int, tuple[float, bool, list[int]]] = {}
+        for index in reversed(range(len(self._regions))):
+            children = sum(costs[child][0] for child in self._children[index])
+            plain = price * self._own_bytes[index] + children
+            keeps = [op for op in self._keepable_in(index) if self._ratios[op] > price]
+            again = self._rerun_time(index, keeps)
+            held = sum(self._made[op] for op in keeps) + self._argument_bytes[index]
+            whole = again + price * held
+            chosen = self._saved_bytes[index] <= limit and whole < plain
+            costs[index] = (min(whole, plain) if chosen else plain, chosen, keeps)
+        todo = list(self._roots)
+        while todo:
+            index = todo.pop()
+            _, chosen, keeps = costs[index]
+            if chosen:
+                regions.add(index)
+                kept.update(keeps)
+            else:
+                todo += self._children[index]
+        return EagerPlan(frozenset(regions), frozenset(kept))
+
+    def _rerun_time(self, index: int, keeps: Iterable[int]) -> float:
+        region = self._regions[index]
+        ops = self._problem.ops[region.ops[0] : region.ops[0] + region.needed]
+        time_s = sum(op.time_s for op in ops)
+        found = list(keeps)
+        time_s -= sum(self._problem.ops[op].time_s for op in found)
+        return time_s + (len(ops) * self._problem.keeping_s if found else 0.0)
+
+    def keepable(self, plan: EagerPlan) -> list[int]:
+        """The ops that a plan's regions may still keep, the best first."""
+        ops = {op for index in plan.regions for op in self._keepable_in(index)} - plan.kept
+        return sorted(ops, key=lambda op: (-self._ratios[op], op))
+
+    def slots(self, one: EagerPlan, other: EagerPlan) -> list[int]:
+        """The largest regions of two plans in which they differ, in order."""
+        chosen = one.regions | other.regions
+        tops = [index for index in sorted(chosen) if not self._inside(index, chosen)]
+        return [top for top in tops if self._part(one, top) != self._part(other, top)]
+
+    def _inside(self, index: int, chosen: frozenset[int]) -> bool:
+        parent = self._regions[index].parent
+        while parent >= 0:
+            if parent in chosen:
+                return True
+            parent = self._regions[parent].parent
+        return False
+
+    def _part(self, plan: EagerPlan, top: int) -> EagerPlan:
+        """What a plan does inside a region."""
+        first, last = self._regions[top].ops
+        regions = {
+            index
+            for index in plan.regions
+            if first <= self._regions[index].ops[0] and self._regions[index].ops[1] <= last
+        }
+        return EagerPlan(frozenset(regions), frozenset(k for k in plan.kept if first <= k < last))
+
+    def swapped(self, plan: EagerPlan, other: EagerPlan, top: int) -> EagerPlan:
+        """A plan with what another does inside a region."""
+        mine, theirs = self._part(plan, top), self._part(other, top)
+        return EagerPlan(
+            (plan.regions - mine.regions) | theirs.regions, (plan.kept - mine.kept) | theirs.kept
+        )
