@@ -17,8 +17,8 @@ from ckpt_pass.compile.backend import ckpt_backend as ckpt_backend
 from ckpt_pass.compile.backend import make_backend as make_backend
 from ckpt_pass.compile.budgeting import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
-from ckpt_pass.compile.engine import PlanMismatchError as PlanMismatchError
 from ckpt_pass.compile.replan import InductorPeakWarning as InductorPeakWarning
+from ckpt_pass.compile.replay import PlanMismatchError as PlanMismatchError
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError
 from ckpt_pass.eager.apply import AlreadyAppliedError as AlreadyAppliedError
@@ -57,6 +57,9 @@ from ckpt_pass.plan import Decision as Decision
 from ckpt_pass.plan import Plan as Plan
 from ckpt_pass.plan import SavedActivation as SavedActivation
 from ckpt_pass.plan import SavedActivations as SavedActivations
+from ckpt_pass.plan import Signature as Signature
+from ckpt_pass.plan_diff import plan_differences as plan_differences
+from ckpt_pass.plan_schema import PlanFileError as PlanFileError
 from ckpt_pass.planner.solution import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.planner.solution import Solution as Solution
 from ckpt_pass.planner.solution import evaluate as evaluate
@@ -86,5 +89,4 @@ from ckpt_pass.sweep import SweepArgumentError as SweepArgumentError
 from ckpt_pass.sweep import sweep as sweep
 from ckpt_pass.sweep_report import SweepRow as SweepRow
 from ckpt_pass.timeline import Timeline as Timeline
-
-__version__ = "0.1.0"
+from ckpt_pass.version import __version__ as __version__

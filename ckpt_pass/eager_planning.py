@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ckpt_pass.budget import resolve_budget
 from ckpt_pass.eager.describe import eager_problem
 from ckpt_pass.eager.trace import EagerTrace, OpRecord, trace_step
+from ckpt_pass.errors import CkptPassError
 from ckpt_pass.goal import Goal
-from ckpt_pass.graph.capture import NothingToDifferentiateError, NotTraceableError
+from ckpt_pass.graph.capture import untraceable
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.ops import classify, op_name
 from ckpt_pass.plan import Decision, Plan, Recipe, SavedActivation, SavedActivations
@@ -25,6 +25,7 @@ from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.policy import Policy
 from ckpt_pass.sites import output_tensors
 from ckpt_pass.timeline import Timeline
+from ckpt_pass.version import __version__
 
 #: Kept free of the budget for what the record does not see: scalars that autograd makes while it
 #: runs, and kernels' workspaces where they could not be measured.
@@ -72,17 +73,10 @@ def _traced(
 ) -> EagerTrace:
     try:
         return trace_step(model, args, loss_fn)
-    except NothingToDifferentiateError:
+    except CkptPassError:
         raise
     except Exception as error:  # whatever the model's own code raises, with the place
-        own = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-        place = f" at {own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else ""
-        first = str(error).partition("\n")[0] or "no message"
-        raise NotTraceableError(
-            f"{type(model).__name__} cannot be recorded{place} ({type(error).__name__}: {first}). "
-            "Expected a model whose Python does not look at the values of activations; keep "
-            ".item() and data-dependent shapes out of the step, or wrap them in a custom op."
-        ) from error
+        raise untraceable(model, error) from error
 
 
 def reserve_bytes(budget_bytes: int) -> int:
@@ -119,7 +113,7 @@ class _Writer:
         names = [problem.regions[index].name for index in sorted(self._solution.plan.regions)]
         saved = SavedActivations(self._saved())
         described = "open to the solver"
-        graph = _fingerprint(self._trace)
+        graph = _fingerprint(self._trace, described, str(goal), __version__)
         return Plan(
             policy=described,
             fingerprint=graph,
@@ -230,9 +224,9 @@ class _Writer:
         )
 
 
-def _fingerprint(trace: EagerTrace) -> str:
-    """A hash of the step's ops, call sites, shapes and dtypes; the same every run."""
-    digest = hashlib.sha256(b"eager")
+def _fingerprint(trace: EagerTrace, *extra: str) -> str:
+    """A hash of the step's ops, call sites, shapes, dtypes, and of ``extra``; always the same."""
+    digest = hashlib.sha256("\0".join(("eager", *extra)).encode())
     described: dict[Any, str] = {}
     for op in trace.ops:
         text = described.get(op.call)

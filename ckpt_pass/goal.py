@@ -44,6 +44,10 @@ class Goal:
         named = any(self.solver is solver for solver in SOLVERS.values())
         return named and self.time_limit_s is None and self.budget != "device"
 
+    def __str__(self) -> str:
+        limit = "" if self.time_limit_s is None else f", {self.time_limit_s} s"
+        return f"budget {self.budget}, solver {self.solver.name}, cost {self.cost}{limit}"
+
 
 def as_goal(
     budget: BudgetLike | None,

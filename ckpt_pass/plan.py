@@ -11,123 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.eager.apply import RegionSpec, applied_regions, apply_regions, remove_regions
-from ckpt_pass.goal import Goal
+from ckpt_pass.plan_parts import Decision as Decision
+from ckpt_pass.plan_parts import Recipe as Recipe
+from ckpt_pass.plan_parts import Replay as Replay
+from ckpt_pass.plan_parts import SavedActivation as SavedActivation
+from ckpt_pass.plan_parts import SavedActivations as SavedActivations
+from ckpt_pass.plan_parts import Signature as Signature
 from ckpt_pass.plan_plot import plot_plan
+from ckpt_pass.plan_read import plan_from_json, read_plan_text
 from ckpt_pass.plan_regions import region_specs
 from ckpt_pass.plan_text import budget_lines, overview
 from ckpt_pass.plan_text import format_bytes as format_bytes
-from ckpt_pass.policy import Policy
+from ckpt_pass.plan_write import plan_to_json
 from ckpt_pass.shapes import Dimension, bytes_at, shape_lines, where_within
 from ckpt_pass.sites import Bytes, CallSite
 from ckpt_pass.timeline import Timeline
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What becomes of one op execution's output.
-
-    Attributes:
-        site: which execution.
-        op_class: its class in the taxonomy.
-        nbytes: bytes of its outputs' own storages; 0 for views.
-        decision: the tag that the partitioner acted on.
-        rule: the rule that made it, in words.
-        fate: ``saved`` (held from forward to backward), ``recomputed`` (runs again in the
-            backward), or ``unused`` (the backward needs neither).
-        region: the layer or checkpoint region, if any.
-        times: how often the backward runs it: more than once where its value was dropped again.
-        time_s: modelled seconds of running it once.
-    """
-
-    site: CallSite
-    op_class: str
-    nbytes: Bytes
-    decision: CheckpointPolicy
-    rule: str
-    fate: str
-    region: str | None
-    times: int = 0
-    time_s: float = 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.site!s:58} {self.op_class:14} {format_bytes(self.nbytes):>10} "
-            f"{self.fate:10} {self.decision.name:17} {self.rule}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SavedActivation:
-    """One value that the backward gets from the forward.
-
-    Attributes:
-        kind: ``activation`` (made by the forward and held for the backward), ``output`` (an
-            activation that the forward also returns), ``random state`` (kept so that a
-            recomputed random op draws the same numbers), ``input`` (an argument) or ``parameter``
-            (a parameter or buffer); the last two exist anyway.
-        site: where it was made; ``None`` for inputs.
-        shape, dtype: of the saved tensor.
-        nbytes: bytes of its storage that are held on top of what existed before the step.
-        provenance: where it comes from, in words.
-        reason: the rule that saved it, in words.
-    """
-
-    kind: str
-    site: CallSite | None
-    shape: tuple[object, ...]
-    dtype: str
-    nbytes: Bytes
-    provenance: str
-    reason: str
-
-    def __str__(self) -> str:
-        shape = "x".join(str(size) for size in self.shape) or "scalar"
-        return (
-            f"{self.kind:12} {format_bytes(self.nbytes):>10}  {self.dtype}[{shape}]  "
-            f"{self.provenance}" + (f"  ({self.reason})" if self.reason else "")
-        )
-
-
-class SavedActivations(tuple[SavedActivation, ...]):
-    """All values that the backward gets from the forward, in the order they are made."""
-
-    __slots__ = ()
-
-    @property
-    def saved_bytes(self) -> Bytes:
-        """Bytes held between forward and backward on top of inputs, parameters and outputs."""
-        return _total(item.nbytes for item in self if item.kind in ("activation", "random state"))
-
-    def of_kind(self, kind: str) -> SavedActivations:
-        """Only the values of one kind."""
-        return SavedActivations(item for item in self if item.kind == kind)
-
-    def __str__(self) -> str:
-        lines = [str(item) for item in self]
-        return "\n".join([*lines, f"saved: {format_bytes(self.saved_bytes)}"])
-
-
-def _total(items: object) -> Bytes:
-    total: Bytes = sum(items)  # type: ignore[call-overload]
-    return total
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a plan was asked for.
-
-    Attributes:
-        policy: the policy itself.
-        regions: FQN patterns of the layers; ``None`` where they were found.
-        goal: the budget and how it was to be met, if any.
-    """
-
-    policy: Policy
-    regions: tuple[str, ...] | None
-    goal: Goal | None
 
 
 @dataclass(frozen=True)
@@ -164,6 +64,8 @@ class Plan:
             machine; the peak relies on them.
         mode: ``compiled``, or ``eager`` where regions are recomputed as a whole.
         random_regions: the regions that draw random numbers; ``None`` where that is not known.
+        signature: what the step takes, so that a use for another one is noticed.
+        replay: what a compiled plan does, so that it can be done again without solving.
         inner_peak_bytes: peak of inductor's own schedule, where there is a budget and inductor.
         replans: how often the plan was made again because of it.
     """
@@ -195,6 +97,8 @@ class Plan:
     replans: int = 0
     mode: str = "compiled"
     random_regions: frozenset[str] | None = None
+    signature: Signature | None = None
+    replay: Replay | None = None
 
     @property
     def saved_bytes(self) -> Bytes:
@@ -248,6 +152,35 @@ class Plan:
         if self.budget_bytes is None:
             return ""
         return where_within(self.peak_expression, self.dimensions, self.budget_bytes)
+
+    def to_json(self) -> str:
+        """The plan as JSON: the same text for the same plan."""
+        return plan_to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that a JSON text describes; nothing in it is evaluated.
+
+        Raises:
+            PlanFileError: the text is no plan, or was changed after it was written.
+        """
+        return cls(**plan_from_json(text))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan to a file; return its path."""
+        path = Path(path)
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a file.
+
+        Raises:
+            PlanFileError: the file is no plan, or was changed after it was written.
+            OSError: the file cannot be read.
+        """
+        return cls.from_json(read_plan_text(Path(path)))
 
     def apply(self, model: nn.Module) -> None:
         """Make the plan's regions checkpoint regions of an eager model, until :meth:`remove`.

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from ckpt_pass.eager.apply import RegionSpec
 from ckpt_pass.eager.keeps import Keeps
-
-if TYPE_CHECKING:
-    from ckpt_pass.plan import Decision
+from ckpt_pass.plan_parts import Decision
 
 
 def region_specs(

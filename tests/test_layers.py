@@ -12,7 +12,7 @@ PACKAGE = "ckpt_pass"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "_torch", "_torch_autograd", "_torch_ops"}),
+    frozenset({"errors", "version", "_torch", "_torch_autograd", "_torch_ops"}),
     frozenset({"planner", "ops", "_op_tables", "flops", "allocations"}),
     frozenset(
         {
@@ -28,8 +28,11 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"eager"}),
-    frozenset({"plan", "plan_text", "plan_plot", "plan_regions", "timeline", "drawing"}),
-    frozenset({"compile", "eager_planning"}),
+    frozenset(
+        {"plan", "plan_text", "plan_plot", "plan_regions", "plan_parts", "plan_read", "plan_write"}
+        | {"plan_expressions", "plan_schema", "timeline", "drawing"}
+    ),
+    frozenset({"compile", "eager_planning", "plan_diff"}),
     frozenset({"modules", "measure", "compare", "timing"}),
     frozenset(
         {"explain", "testing", "factory", "report", "fit", "sweep", "sweep_report"}

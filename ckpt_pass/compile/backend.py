@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -20,7 +21,6 @@ from ckpt_pass.plan import Plan
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.policies import as_policy
 from ckpt_pass.policy import Policy, PolicyLike, describe
-from ckpt_pass.sites import CallSite
 
 INNER = ("inductor", "aot_eager")
 OPTIONS = (
@@ -55,8 +55,7 @@ class Backend:
         inner_options: inductor's own options, as ``torch.compile(options=...)`` takes them.
         budget: the peak to stay within (:func:`make_backend`), if any.
         solver, time_limit_s, cost: how it is to be met (:func:`make_backend`).
-        expected: call sites of the graph that a plan was made for, if any; another graph is an
-            error.
+        plan: a plan whose decisions are carried out, if any; another graph is an error.
         plans: the plans made so far, one for each graph, oldest first (1,024 at most).
     """
 
@@ -68,7 +67,7 @@ class Backend:
     solver: SolverLike = DEFAULT_SOLVER
     time_limit_s: float | None = None
     cost: str = "roofline"
-    expected: frozenset[CallSite] | None = None
+    plan: Plan | None = None
     plans: deque[Plan] = field(default_factory=lambda: deque(maxlen=PLANS_KEPT), repr=False)
 
     #: Read by torch.compile to name the compiler in its logs.
@@ -94,7 +93,7 @@ class Backend:
         made: list[Plan] = []
         goal = as_goal(backend.budget, backend.solver, backend.time_limit_s, backend.cost)
         policy = policy_for(backend.policy, backend.budget)
-        partition = Partitioner(policy, backend.regions, names, goal, made.append, backend.expected)
+        partition = Partitioner(policy, backend.regions, names, goal, made.append, backend.plan)
         if backend.inner == "aot_eager":
             if mode is not None:
                 raise UnknownOptionError(
@@ -102,7 +101,7 @@ class Backend:
                     "Leave mode out, or use inner='inductor'."
                 )
             compiled = _torch.compile_eager(gm, example_inputs, partition)
-        elif goal is not None:
+        elif goal is not None and backend.plan is None:
             options_of_inductor = dict(backend.inner_options)
             compiled, plan = compile_within(
                 gm, example_inputs, partition, options_of_inductor, mode
@@ -181,7 +180,7 @@ def make_backend(
     policy: PolicyLike | None = None,
     *,
     budget: BudgetLike | None = None,
-    plan: Plan | None = None,
+    plan: Plan | str | Path | None = None,
     solver: SolverLike = DEFAULT_SOLVER,
     time_limit_s: float | None = None,
     cost: str = "roofline",
@@ -200,8 +199,8 @@ def make_backend(
             ``"device"`` (what the accelerator has free). The plan's peak is exact for
             ``inner="aot_eager"``. Inductor fuses and reorders afterwards: its own schedule is
             read, and the plan is made again for less while that is above the budget.
-        plan: a plan that :func:`ckpt_pass.plan` made ahead of time: its policy, budget, solver and
-            regions are used, and a graph with other call sites is an error.
+        plan: a plan that :func:`ckpt_pass.plan` made ahead of time, or the path of its file: its
+            decisions are carried out, nothing is solved again, and another graph is an error.
         solver: what looks for the plan: a name (``ckpt_pass.solver_names()``), a solver, or a
             callable.
         time_limit_s: seconds for the solver; the best so far is taken then.
@@ -215,6 +214,7 @@ def make_backend(
     Raises:
         UnknownPolicyError, UnknownOptionError, InvalidBudgetError, UnknownCostError: an argument is
             not one of these; so UnknownSolverError, InvalidTimeLimitError.
+        PlanFileError: ``plan`` names a file that is none.
         UnknownOptionError: ``plan`` is given together with what it already says.
         InfeasibleBudgetError, PlanMismatchError: come when a graph is compiled.
     """
@@ -227,8 +227,10 @@ def make_backend(
                     f"Got plan= and {key}={value!r}, expected one of the two: a plan brings its "
                     f"own {key}. Leave {key} out, or make another plan with it."
                 )
+        if not isinstance(plan, Plan):
+            plan = Plan.load(plan)
         recipe = plan.recipe
-        made = replace(Backend(regions=recipe.regions), expected=plan.sites)
+        made = replace(Backend(regions=recipe.regions), plan=plan)
         options |= {"policy": recipe.policy, "budget": plan.budget_bytes}
         if recipe.goal is not None:
             goal = recipe.goal

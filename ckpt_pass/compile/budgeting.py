@@ -34,14 +34,14 @@ class Met:
     Attributes:
         solution: what the solver found.
         drops: its drops, as nodes: after the first has run, the second's values are not kept.
-        budget_bytes: the budget.
+        budget_bytes: the budget; ``None`` where a plan without one is carried out again.
         facts: what was measured of the kernels.
         plain: memory of the step with nothing recomputed.
     """
 
     solution: Solution
     drops: frozenset[tuple[fx.Node, fx.Node]]
-    budget_bytes: int
+    budget_bytes: int | None
     facts: Mapping[fx.Node, KernelFacts]
     plain: Timeline
 

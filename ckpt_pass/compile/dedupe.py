@@ -8,6 +8,7 @@ the program has them. Only forward ops with the same tag in the same kind of reg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -18,23 +19,43 @@ from ckpt_pass.graph.joint import JointGraph, is_multi_output_access, storage_ke
 from ckpt_pass.ops import draws_random, never_recompute
 
 
-def merge_equal(joint: JointGraph, tags: dict[fx.Node, Tag]) -> None:
-    """Merge equal forward ops in place; merged ones leave ``tags``."""
+def merge_equal(joint: JointGraph, tags: dict[fx.Node, Tag]) -> list[tuple[fx.Node, fx.Node]]:
+    """Merge equal forward ops in place; merged ones leave ``tags``.
+
+    Returns:
+        The merged ones, each with the one that stands for it.
+    """
     returned = {
         key
         for node in (*joint.forward_outputs, *joint.backward_outputs)
         for key in storage_keys(node.meta.get("val"))
     }
     first: dict[object, fx.Node] = {}
-    merged = []
+    merged: list[tuple[fx.Node, fx.Node]] = []
     for node in joint.forward:
         if not _may_merge(node) or returned.intersection(storage_keys(node.meta.get("val"))):
             continue
         other = first.setdefault(_key(node), node)
         if other is not node:
             node.replace_all_uses_with(other)
-            merged.append(node)
-    for node in reversed(merged):
+            merged.append((node, other))
+    _erase(joint, tags, merged)
+    return merged
+
+
+def merge_listed(
+    joint: JointGraph, tags: dict[fx.Node, Tag], merged: Sequence[tuple[fx.Node, fx.Node]]
+) -> None:
+    """Merge pairs that were found before."""
+    for node, other in merged:
+        node.replace_all_uses_with(other)
+    _erase(joint, tags, merged)
+
+
+def _erase(
+    joint: JointGraph, tags: dict[fx.Node, Tag], merged: Sequence[tuple[fx.Node, fx.Node]]
+) -> None:
+    for node, _ in reversed(merged):
         tags.pop(node, None)
         joint.module.graph.erase_node(node)
     if merged:

@@ -14,7 +14,7 @@ from torch import fx
 from ckpt_pass import _torch
 from ckpt_pass.budget import BudgetLike
 from ckpt_pass.compile.budgeting import Met, meet_budget
-from ckpt_pass.compile.dedupe import merge_equal
+from ckpt_pass.compile.dedupe import merge_equal, merge_listed
 from ckpt_pass.compile.partition import (
     SavedSet,
     choose_saved,
@@ -22,13 +22,15 @@ from ckpt_pass.compile.partition import (
     split,
 )
 from ckpt_pass.compile.record import Decided, record_plan, solver_rule
+from ckpt_pass.compile.replay import check_same_step, replay, signature_of
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.goal import Goal
 from ckpt_pass.graph.joint import JointGraph, input_name
+from ckpt_pass.graph.labels import node_labels
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.opinion import Opinion
-from ckpt_pass.plan import Plan
+from ckpt_pass.plan import Plan, Replay
 from ckpt_pass.planner.solution import evaluate
 from ckpt_pass.policies import DEFAULT_POLICY, as_policy
 from ckpt_pass.policy import FirstMatch, Policy, PolicyLike, Rule, first_match, recompute
@@ -37,10 +39,6 @@ from ckpt_pass.sites import CallSite
 
 class NotFunctionalError(CkptPassError):
     """The joint graph mutates an intermediate value, so nothing in it can be recomputed safely."""
-
-
-class PlanMismatchError(CkptPassError):
-    """A plan is used for a graph that it was not made for."""
 
 
 #: With a budget and no policy named, every safe recomputation is open to the solver.
@@ -58,19 +56,23 @@ def policy_for(policy: PolicyLike | None, budget: BudgetLike | None) -> Policy:
     return as_policy(DEFAULT_POLICY) if budget is None else OPEN
 
 
-def decide(joint: JointGraph, policy: Policy, goal: Goal | None = None) -> Decided:
+def decide(
+    joint: JointGraph, policy: Policy, goal: Goal | None = None, plan: Plan | None = None
+) -> Decided:
     """Tag a joint graph and find what crosses from its forward to its backward.
 
     Args:
         joint: the graph; tags are written on it.
         policy: its MUST_* decisions bind; without a budget the others are carried out too.
         goal: the peak to stay within, and how.
+        plan: decisions to carry out again; policy and goal are the plan's then.
 
     Raises:
         InfeasibleBudgetError, InvalidBudgetError, SymbolicBytesError: see
             :func:`ckpt_pass.compile.budgeting.meet_budget`.
         NotFunctionalError: the graph mutates an intermediate value.
         ContradictoryTagsError, PolicyReturnError: see :func:`ckpt_pass.compile.tagging.tag`.
+        PlanMismatchError: ``plan`` was made for another step.
     """
     culprit = _torch.non_functional_node(joint.module.graph)
     if culprit is not None:
@@ -78,25 +80,72 @@ def decide(joint: JointGraph, policy: Policy, goal: Goal | None = None) -> Decid
             f"Node {culprit.name} ({culprit.target}) mutates an intermediate value of the joint "
             "graph; expected a functional graph. Compile without disabling functionalisation."
         )
+    signature, labels = signature_of(joint), node_labels(joint)
+    if plan is not None:
+        decided = _again(joint, plan, labels)
+        script = plan.replay
+    else:
+        decided, merged = _anew(joint, policy, goal)
+        script = _script(decided, labels, merged)
+    return replace(decided, signature=signature, script=script)
+
+
+def _anew(
+    joint: JointGraph, policy: Policy, goal: Goal | None
+) -> tuple[Decided, list[tuple[fx.Node, fx.Node]]]:
     tags = tag(joint, policy)
     sites = frozenset(found.context.site for found in tags.values())
-    merge_equal(joint, tags)
+    merged = merge_equal(joint, tags)
     saved = choose_saved(joint, save_borders=goal is None)
     if protect_mutated_inputs(joint, saved):
         saved = choose_saved(joint, save_borders=goal is None)
     if goal is None:
-        return settled(joint, policy, tags, saved, sites)
+        return settled(joint, policy, tags, saved, sites), merged
     met = meet_budget(joint, goal)
     for node, found in tags.items():
         decision = node.meta["recompute"]
         if decision is not found.opinion.decision:
             rule = solver_rule(met.solution)
             tags[node] = replace(found, opinion=Opinion(decision, rule))
+    return settled(joint, policy, tags, _saved_as_tagged(joint), sites, met, goal), merged
+
+
+def _again(joint: JointGraph, plan: Plan, labels: dict[fx.Node, str]) -> Decided:
+    """Carry out a plan's decisions."""
+    tags = tag(joint, OPEN)
+    check_same_step(plan, joint, tags)
+    if plan.replay is not None:
+        named = {label: node for node, label in labels.items()}
+        pairs = [(named[one], named[other]) for one, other in plan.replay.merged]
+        merge_listed(joint, tags, pairs)
+    met = replay(joint, plan, tags, labels)
+    opinions = {d.site: Opinion(d.decision, d.rule) for d in plan.decisions}
+    for node, found in tags.items():
+        tags[node] = replace(found, opinion=opinions.get(found.context.site, found.opinion))
+    saved = _saved_as_tagged(joint)
+    recipe = plan.recipe
+    return settled(joint, recipe.policy, tags, saved, plan.sites, met, recipe.goal)
+
+
+def _saved_as_tagged(joint: JointGraph) -> SavedSet:
     saved = choose_saved(joint, save_borders=False)
     # What a policy preferred to save, and the solver does not, may lead to more such inputs.
     if protect_mutated_inputs(joint, saved):
         saved = choose_saved(joint, save_borders=False)
-    return settled(joint, policy, tags, saved, sites, met, goal)
+    return saved
+
+
+def _script(
+    decided: Decided, labels: dict[fx.Node, str], merged: list[tuple[fx.Node, fx.Node]]
+) -> Replay:
+    """How to decide the same again; copies of inputs that are overwritten come by themselves."""
+    nodes = decided.described.nodes
+    drops = sorted((nodes[a], nodes[m]) for a, m in decided.solution.drops)
+    return Replay(
+        tuple(labels[node] for node in decided.saved.values if node in labels),
+        tuple((labels[a], labels[m]) for a, m in drops if a in labels and m in labels),
+        tuple((labels[node], labels[other]) for node, other in merged),
+    )
 
 
 def settled(
@@ -135,7 +184,7 @@ class Partitioner(_torch.CustomPartitionerFn):
         input_names: what each placeholder of dynamo's graph is, in order.
         goal: the peak to stay within, if any.
         on_plan: told about each plan as it is made.
-        expected: the call sites that the graph must have, if any.
+        plan: a plan to carry out again, if any.
     """
 
     policy: Policy
@@ -143,7 +192,7 @@ class Partitioner(_torch.CustomPartitionerFn):
     input_names: tuple[str, ...] = ()
     goal: Goal | None = None
     on_plan: Callable[[Plan], None] | None = None
-    expected: frozenset[CallSite] | None = None
+    plan: Plan | None = None
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -156,9 +205,7 @@ class Partitioner(_torch.CustomPartitionerFn):
         gm.graph.eliminate_dead_code()
         static = kwargs.get("static_lifetime_input_indices") or ()
         joint = read_joint(gm, kwargs["num_fwd_outputs"], static, self.regions, self.input_names)
-        if self.expected is not None:
-            _check_sites(joint, self.expected)
-        decided = decide(joint, self.policy, self.goal)
+        decided = decide(joint, self.policy, self.goal, self.plan)
         if self.on_plan is not None:
             self.on_plan(record_plan(decided))
         return split(joint, decided.saved, decided.backward_order)
@@ -170,21 +217,8 @@ class Partitioner(_torch.CustomPartitionerFn):
         """
         if not is_plain_data(self.policy) or (self.goal and not self.goal.is_plain_data):
             return None
-        return f"ckpt_pass/{source_hash()}/{self.policy!r}/{self.regions!r}/{self.goal!r}"
-
-
-def _check_sites(joint: JointGraph, expected: frozenset[CallSite]) -> None:
-    found = frozenset(context.site for _, context in joint.sites())
-    missing, new = expected - found, found - expected
-    if missing or new:
-        lacks = f"lacks {len(missing)} of its call sites (first: {min(missing)})" if missing else ""
-        has = f"has {len(new)} others (first: {min(new)})" if new else ""
-        what = " and ".join(filter(None, (lacks, has)))
-        raise PlanMismatchError(
-            f"The plan was made for another graph: this one {what}. Expected its {len(expected)} "
-            "call sites and no others. Make the plan for this very model, arguments and loss, or "
-            "give the backend the budget instead of the plan."
-        )
+        made = self.plan.fingerprint if self.plan is not None else None
+        return f"ckpt_pass/{source_hash()}/{self.policy!r}/{self.regions!r}/{self.goal!r}/{made}"
 
 
 def read_joint(

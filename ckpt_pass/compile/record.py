@@ -18,11 +18,20 @@ from ckpt_pass.graph.cost import held_bytes, own_bytes, random_state_bytes
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
 from ckpt_pass.graph.problem import GraphProblem
 from ckpt_pass.ops import op_name
-from ckpt_pass.plan import Decision, Plan, Recipe, SavedActivation, SavedActivations
+from ckpt_pass.plan import (
+    Decision,
+    Plan,
+    Recipe,
+    Replay,
+    SavedActivation,
+    SavedActivations,
+    Signature,
+)
 from ckpt_pass.planner.solution import Solution
 from ckpt_pass.policy import Policy, describe
 from ckpt_pass.sites import Bytes, CallSite, module_path
 from ckpt_pass.timeline import Timeline, timeline_of
+from ckpt_pass.version import __version__
 
 RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
@@ -42,6 +51,8 @@ class Decided:
         solution: the same decisions as the simulator sees them.
         budget_bytes: the budget that they are for, if any.
         plain: memory of the same step with nothing recomputed, if there is a budget.
+        signature: what the step takes.
+        script: how to decide the same again.
     """
 
     joint: JointGraph
@@ -54,6 +65,8 @@ class Decided:
     solution: Solution
     budget_bytes: int | None = None
     plain: Timeline | None = None
+    signature: Signature | None = None
+    script: Replay | None = None
 
     @property
     def backward_order(self) -> list[fx.Node]:
@@ -78,7 +91,7 @@ def record_plan(decided: Decided) -> Plan:
     ops = decided.described.problem.ops
     return Plan(
         policy=policy,
-        fingerprint=fingerprint(joint, policy),
+        fingerprint=fingerprint(joint, policy, str(decided.goal), __version__),
         decisions=_decisions(decided),
         saved=SavedActivations(_saved_activations(joint, decided.tags, decided.saved, outputs)),
         output_bytes=held_bytes(outputs, joint.primals),
@@ -100,6 +113,8 @@ def record_plan(decided: Decided) -> Plan:
         sites=decided.sites,
         recipe=Recipe(decided.policy, joint.regions_pattern, decided.goal),
         measured_workspaces=sum(1 for i in ran if ops[i].workspace_bytes),
+        signature=decided.signature,
+        replay=decided.script,
     )
 
 

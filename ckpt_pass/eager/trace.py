@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ckpt_pass import _torch_autograd
+from ckpt_pass.graph.capture import no_gradient
 from ckpt_pass.module_stack import ModuleStack
 from ckpt_pass.ops import draws_random, never_recompute, op_name
 from ckpt_pass.sites import CallSite, ModulePath, SiteCounter, output_tensors
@@ -105,6 +106,9 @@ def trace_step(
 ) -> EagerTrace:
     """Record forward and backward of ``loss_fn(model(*args))`` on fake tensors.
 
+    Raises:
+        NothingToDifferentiateError: there is no backward.
+
     Parameters, gradients, buffers and the random state of the model stay as they are. Whole
     numbers and masks that do not depend on parameters are real: models look at them (an attention
     mask that masks nothing is left out), and would take another way if they were fake.
@@ -118,12 +122,12 @@ def trace_step(
     buffers = {name: fake(b) if _is_number(b) else b.clone() for name, b in model.named_buffers()}
     inputs = tree_map_only(torch.Tensor, fake, args)
 
-    def loss() -> torch.Tensor:
+    def step() -> Any:
         output = torch.func.functional_call(model, {**fakes, **buffers}, inputs)
         return loss_fn(output) if loss_fn is not None else output
 
     with torch.random.fork_rng(devices=[]):
-        return Recorder(model, mode).record(loss)
+        return Recorder(model, mode).record(step)
 
 
 def _is_number(tensor: torch.Tensor) -> bool:
@@ -152,6 +156,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, fakes: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fakes = fakes
+        self._model = model
         self.trace = EagerTrace()
         self._stack = ModuleStack(model)
         self._sites = SiteCounter()
@@ -168,15 +173,22 @@ class Recorder(TorchDispatchMode):
         """How many ops have begun."""
         return len(self.trace.ops)
 
-    def record(self, loss: Callable[[], torch.Tensor]) -> EagerTrace:
-        """Run the step and record it."""
+    def record(self, step: Callable[[], Any]) -> EagerTrace:
+        """Run the step and record it.
+
+        A scalar is a loss. Of anything else every output gets a gradient of its own size, as from
+        a loss that is computed elsewhere.
+
+        Raises:
+            NothingToDifferentiateError: nothing that it returns requires a gradient.
+        """
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with self._stack.followed(), self._calls(), self:
             with hooks:
-                value = loss()
+                value = step()
             self.trace.forward_length = self.moment
             self._backward = True
-            value.backward()
+            self._differentiate(value)
         end = self.moment
         for saved in self.trace.saved:
             saved.released = min(saved.released, end)
@@ -184,6 +196,16 @@ class Recorder(TorchDispatchMode):
             storage.dies = min(storage.dies, end)
         self._refs.clear()
         return self.trace
+
+    def _differentiate(self, value: Any) -> None:
+        flat, _ = tree_flatten(value)
+        outputs = [v for v in flat if isinstance(v, torch.Tensor) and v.requires_grad]
+        if not outputs:
+            raise no_gradient(self._model)
+        if len(outputs) == 1 and outputs[0].numel() == 1:
+            outputs[0].backward()
+        else:
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
     @contextlib.contextmanager
     def _calls(self) -> Iterator[None]:

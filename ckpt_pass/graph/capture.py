@@ -75,8 +75,16 @@ def capture(
             except CkptPassError:
                 raise
             except Exception as error:  # re-raised with the place in the user's code
-                raise NotTraceableError(_where(model, error)) from error
+                raise untraceable(model, error) from error
         yield _read(model, module, num_fwd_outputs, regions)
+
+
+def no_gradient(model: nn.Module) -> NothingToDifferentiateError:
+    """The error for a model of which nothing requires a gradient."""
+    return NothingToDifferentiateError(
+        f"No output of {type(model).__name__} requires a gradient, so there is no backward. "
+        "Expected a model with parameters (or inputs) that require gradients, in grad mode."
+    )
 
 
 def _read(
@@ -84,10 +92,7 @@ def _read(
 ) -> JointGraph:
     placeholders = module.graph.find_nodes(op="placeholder")
     if not any(_torch.is_backward_input(node) for node in placeholders):
-        raise NothingToDifferentiateError(
-            f"No output of {type(model).__name__} requires a gradient, so there is no backward. "
-            "Expected a model with parameters (or inputs) that require gradients, in grad mode."
-        )
+        raise no_gradient(model)
     module.graph.eliminate_dead_code()
     primals = [node for node in placeholders if _torch.is_primal(node)]
     names = {node.name: input_name(node, ()) for node in primals}
@@ -95,10 +100,11 @@ def _read(
     return JointGraph(module, num_fwd_outputs, names, static, regions)
 
 
-def _where(model: nn.Module, error: BaseException) -> str:
+def untraceable(model: nn.Module, error: BaseException) -> NotTraceableError:
+    """The error for a model whose trace failed, with the place in the user's code."""
     frame = _user_frame(error.__traceback__)
     place = f" at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" if frame else ""
-    return (
+    return NotTraceableError(
         f"{type(model).__name__} cannot be traced{place} ({type(error).__name__}: "
         f"{str(error).splitlines()[0] if str(error) else 'no message'}). Expected a model whose "
         "Python does not look at tensor values; keep .item(), data-dependent shapes and calls "

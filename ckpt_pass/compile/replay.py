@@ -1,0 +1,144 @@
+"""Carry out a plan on a joint graph: the decisions as they were made, nothing solved again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ckpt_pass.compile.budgeting import Met
+from ckpt_pass.compile.tagging import Tag
+from ckpt_pass.errors import CkptPassError
+from ckpt_pass.graph.cost import own_bytes
+from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
+from ckpt_pass.graph.problem import build_problem
+from ckpt_pass.plan import Decision, Plan, Replay, Signature
+from ckpt_pass.planner.solution import evaluate, without_recompute
+from ckpt_pass.sites import CallSite
+from ckpt_pass.timeline import timeline_of
+
+
+class PlanMismatchError(CkptPassError):
+    """A plan is used for a graph that it was not made for."""
+
+
+def signature_of(joint: JointGraph) -> Signature:
+    """What goes into a joint graph: the looks of its arguments, and of its parameters."""
+    static = set(joint.static_inputs)
+    values = [(node, node.meta.get("val")) for node in joint.primals]
+    tensors = [(node, value) for node, value in values if isinstance(value, torch.Tensor)]
+    return Signature(
+        torch_version=str(torch.__version__),
+        arguments=tuple(sorted(_looks(value) for node, value in tensors if node not in static)),
+        parameters=tuple(sorted(_looks(value) for node, value in tensors if node in static)),
+    )
+
+
+def _looks(value: torch.Tensor) -> str:
+    sizes = ", ".join(str(size) for size in value.shape)
+    return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+
+
+def check_same_step(plan: Plan, joint: JointGraph, tags: Mapping[fx.Node, Tag]) -> None:
+    """Raise unless a plan was made for this very step.
+
+    Raises:
+        PlanMismatchError: it says what differs: call sites, arguments, parameters, or bytes.
+    """
+    found = {found.context.site: node for node, found in tags.items()}
+    missing, new = plan.sites - found.keys(), found.keys() - plan.sites
+    reasons = list(_inputs_differ(plan.signature, signature_of(joint)))
+    if missing or new:
+        lacks = f"lacks {len(missing)} of its call sites (first: {min(missing)})" if missing else ""
+        has = f"has {len(new)} others (first: {min(new)})" if new else ""
+        reasons.insert(0, "this one " + " and ".join(filter(None, (lacks, has))))
+    else:
+        reasons += _bytes_differ(plan.decisions, found, joint)
+    if missing or new or any("argument" in reason or "bytes" in reason for reason in reasons):
+        raise PlanMismatchError(
+            f"The plan was made for another graph: {'; '.join(reasons)}. Expected its "
+            f"{len(plan.sites)} call sites and no others, with the same shapes. Make the plan for "
+            "this very model, arguments and loss (inductor takes ops apart before it asks for a "
+            "plan: use inner='aot_eager'), or give the backend the budget instead."
+        )
+
+
+def _inputs_differ(planned: Signature | None, here: Signature) -> list[str]:
+    if planned is None:
+        return []
+    found = []
+    if planned.torch_version != here.torch_version:
+        found.append(f"torch {here.torch_version} here, {planned.torch_version} there")
+    for name in ("arguments", "parameters"):
+        mine, theirs = Counter(getattr(here, name)), Counter(getattr(planned, name))
+        if set(mine) != set(theirs):  # tied parameters count once or twice, depending on the trace
+            more, less = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
+            here_only, planned_only = ", ".join(more[:3]), ", ".join(less[:3])
+            found.append(f"{name} {here_only or 'fewer'} here, {planned_only or 'fewer'} there")
+    return found
+
+
+def _bytes_differ(
+    decisions: tuple[Decision, ...], found: Mapping[CallSite, fx.Node], joint: JointGraph
+) -> list[str]:
+    for decision in decisions:
+        node = found.get(decision.site)
+        # Merging equal values moves memory between views, never between ops that compute.
+        is_view = decision.op_class in ("view", "metadata")
+        if node is None or is_view or not isinstance(decision.nbytes, int):
+            continue
+        nbytes = own_bytes(joint, node)
+        if isinstance(nbytes, int) and nbytes != decision.nbytes:
+            return [f"{decision.site} makes {nbytes} bytes here, {decision.nbytes} in the plan"]
+    return []
+
+
+def replay(
+    joint: JointGraph,
+    plan: Plan,
+    tags: dict[fx.Node, Tag],
+    labels: Mapping[fx.Node, str],
+) -> Met:
+    """Tag a graph as a plan says; return what the planner would have.
+
+    Args:
+        joint: the graph; equal values are merged already.
+        plan: what to carry out.
+        tags: the call sites; the tags on the graph are overwritten.
+        labels: the graph's node labels.
+    """
+    kernels = Kernels()
+    goal = plan.recipe.goal
+    what = WORKSPACE_AND_TIME if goal is not None and goal.cost == "measured" else WORKSPACE
+    nodes = [node for node in joint.nodes if node.op == "call_function"]
+    facts = kernels.facts(nodes, what) if plan.budget_bytes is not None else {}
+    described = build_problem(joint, facts)
+    named = {label: node for node, label in labels.items() if node in described.index}
+    script = plan.replay if plan.replay is not None else _script(plan, tags, labels)
+    saved = [named[label] for label in script.saved if label in named]
+    drops = frozenset(
+        (named[anchor], named[maker])
+        for anchor, maker in script.drops
+        if anchor in named and maker in named
+    )
+    for node in joint.forward:
+        kept = CheckpointPolicy.MUST_SAVE if node in saved else CheckpointPolicy.PREFER_RECOMPUTE
+        node.meta["recompute"] = kept
+    index = described.index
+    pairs = [(index[anchor], index[maker]) for anchor, maker in drops]
+    words = plan.solver or "replayed"
+    solution = evaluate(described.problem, [index[node] for node in saved], words, pairs)
+    plain = without_recompute(described.problem)
+    timeline = timeline_of(described.problem, plain.profile)
+    return Met(solution, drops, plan.budget_bytes, facts, timeline)
+
+
+def _script(plan: Plan, tags: dict[fx.Node, Tag], labels: Mapping[fx.Node, str]) -> Replay:
+    """The saved values by call site, of a plan that was not made for a joint graph."""
+    kept = plan.saved_sites
+    saved = [labels[node] for node, found in tags.items() if found.context.site in kept]
+    return Replay(tuple(saved), (), ())

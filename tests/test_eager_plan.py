@@ -1,0 +1,189 @@
+"""Eager plans: the measured peak keeps to the budget, the prediction holds, gradients are equal."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+import ckpt_pass
+from ckpt_pass.planner.eager_problem import EagerPlan
+from ckpt_pass.planner.eager_solve import EagerPool
+from tests.zoo import hf
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "gpt2": hf.gpt2,
+    "llama": hf.llama,
+    "mixtral": hf.mixtral,
+    "bert": hf.bert,
+    "vit": hf.vit,
+    "resnet": hf.resnet,
+}
+LARGE: dict[str, Callable[[], Any]] = {"gpt2-12L": hf.gpt2_12l, "llama-16L": hf.llama_16l}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def eager(model: nn.Module, args: tuple[Any, ...], budget: Any) -> ckpt_pass.Plan:
+    return ckpt_pass.plan(model, *args, budget=budget, mode="eager")
+
+
+def least_of(model: nn.Module, args: tuple[Any, ...]) -> int:
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
+        eager(model, args, 1)
+    return caught.value.least_feasible_bytes
+
+
+def check_budgets(make: Callable[[], Any], count: int) -> None:
+    """Measured peaks at ``count`` budgets, from the least feasible to no recomputation."""
+    model, args = make()
+    least = least_of(model, args)
+    plain = eager(model, args, 1.0)
+    assert plain.recompute_time_s == 0 and not plain.regions
+    times = []
+    for step in range(count):
+        budget = least + (plain.peak_bytes - least) * step // (count - 1)
+        plan = eager(model, args, budget)
+        with plan.applied(model):
+            measured = ckpt_pass.measure_step(lambda: model(*args), repeats=1)
+        assert measured.peak_bytes <= budget, step
+        assert abs(measured.peak_bytes - plan.peak_bytes) <= 0.013 * measured.peak_bytes, step
+        assert measured.flops == plan.step_flops + plan.recompute_flops
+        times.append(plan.recompute_time_s)
+    assert times == sorted(times, reverse=True)
+
+
+@every_model
+def test_budgets_are_met(name: str) -> None:
+    check_budgets(MODELS[name], 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MODELS, *LARGE])
+def test_ten_budgets_are_met(name: str) -> None:
+    check_budgets((MODELS | LARGE)[name], 10)
+
+
+@every_model
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_gradients_are_bitwise_equal(name: str, fraction: float) -> None:
+    model, args = MODELS[name]()
+    least = least_of(model, args)
+    budget = int(least + fraction * (eager(model, args, 1.0).peak_bytes - least))
+    plan = eager(model, args, budget)
+    assert plan.regions
+
+    def planned() -> Tensor:
+        with plan.applied(model):
+            loss: Tensor = model(*args)
+        return loss
+
+    # The module itself is given, so that its buffers are compared, too.
+    ckpt_pass.compare_gradients(lambda: model(*args), planned, model).raise_if_different()
+
+
+def test_least_peak_is_not_above_a_checkpoint_for_each_block() -> None:
+    model, args = hf.gpt2()
+    least = eager(model, args, least_of(model, args))
+    with least.applied(model):
+        ours = ckpt_pass.measure_step(lambda: model(*args), repeats=1)
+    for block in model.model.transformer.h:
+        block.forward = _checkpointed(block.forward)
+    torchs = ckpt_pass.measure_step(lambda: model(*args), repeats=1)
+    assert ours.peak_bytes <= torchs.peak_bytes
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: torch_checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def test_a_plan_is_the_same_every_time() -> None:
+    model, args = hf.llama()
+    assert eager(model, args, 0.6) == eager(model, args, 0.6)
+
+
+def test_applying_changes_no_state() -> None:
+    model, args = hf.gpt2()
+    keys = list(model.state_dict())
+    plan = eager(model, args, 0.6)
+    with plan.applied(model):
+        assert list(model.state_dict()) == keys
+        with pytest.raises(ckpt_pass.AlreadyAppliedError, match="already"):
+            plan.apply(model)
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(*args), model(*args)) or model.training
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    with pytest.raises(ckpt_pass.NotAppliedError, match="nothing to remove"):
+        plan.remove(model)
+
+
+def test_a_plan_for_another_model_is_refused_whole() -> None:
+    model, args = hf.gpt2()
+    other, _ = hf.llama()
+    plan = eager(model, args, 0.6)
+    with pytest.raises(ckpt_pass.UnknownRegionError, match="has no module"):
+        plan.apply(other)
+    assert all("forward" not in module.__dict__ for module in other.modules())
+
+
+def test_what_an_eager_plan_does_not_take() -> None:
+    model, args = hf.gpt2()
+    with pytest.raises(ckpt_pass.PlanModeError, match="without a budget"):
+        ckpt_pass.plan(model, *args, mode="eager")
+    with pytest.raises(ckpt_pass.PlanModeError, match="policy"):
+        ckpt_pass.plan(model, *args, mode="eager", budget=0.5, policy="save-matmul")
+    with pytest.raises(ckpt_pass.PlanModeError, match="expected one of"):
+        ckpt_pass.plan(model, *args, mode="egaer", budget=0.5)
+    with pytest.raises(ckpt_pass.InvalidBudgetError):
+        ckpt_pass.plan(model, *args, mode="eager", budget="6 giraffes")
+
+
+class _LooksAtValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).sum()
+        return y if y.item() > 0 else -y
+
+
+def test_a_model_that_looks_at_activations() -> None:
+    with pytest.raises(ckpt_pass.NotTraceableError, match=r"test_eager_plan\.py:\d+ in forward"):
+        eager(_LooksAtValues(), (torch.randn(2, 4),), 0.5)
+
+
+def test_nothing_to_differentiate() -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ckpt_pass.NothingToDifferentiateError):
+        ckpt_pass.plan(
+            model, torch.randn(2, 2), budget=0.5, mode="eager", loss_fn=lambda out: out.sum()
+        )
+
+
+def test_planning_leaves_everything_as_it_was() -> None:
+    model, args = hf.resnet()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    eager(model, args, 0.99)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_frontier_holds_the_best_of_all_simulated_plans() -> None:
+    from ckpt_pass.eager.describe import eager_problem
+    from ckpt_pass.eager.trace import trace_step
+
+    model, args = hf.gpt2()
+    problem = eager_problem(trace_step(model, args, None), {})
+    pool = EagerPool(problem)
+    frontier = pool.frontier()
+    assert frontier[0][2] == EagerPlan()
+    for time_s, peak in pool.plans.values():
+        assert any(other <= time_s and bytes_ <= peak for other, bytes_, _ in frontier)
