@@ -89,4 +89,9 @@ from ckpt_pass.sweep import SweepArgumentError as SweepArgumentError
 from ckpt_pass.sweep import sweep as sweep
 from ckpt_pass.sweep_report import SweepRow as SweepRow
 from ckpt_pass.timeline import Timeline as Timeline
+from ckpt_pass.verify import Check as Check
+from ckpt_pass.verify import NoRegionsError as NoRegionsError
+from ckpt_pass.verify import Verdict as Verdict
+from ckpt_pass.verify import VerificationError as VerificationError
+from ckpt_pass.verify import verify as verify
 from ckpt_pass.version import __version__ as __version__

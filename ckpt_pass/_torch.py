@@ -405,3 +405,8 @@ def selective_key(op: Any, args: tuple[Any, ...]) -> Any:
         return op
     probe = getattr(torch.utils.checkpoint, "_sac_storage_key", None)
     return probe(op, args) if probe is not None else op
+
+
+def default_store() -> Any:
+    """The store that the default process group was made with."""
+    return torch.distributed.distributed_c10d._get_default_store()

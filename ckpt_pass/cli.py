@@ -22,12 +22,14 @@ from ckpt_pass.factory import FactoryError, build
 from ckpt_pass.fit import NAMES as FIT_DIMENSIONS
 from ckpt_pass.fit import fit
 from ckpt_pass.goal import COSTS
+from ckpt_pass.plan import Plan
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, solver_names
 from ckpt_pass.policies import DEFAULT_POLICY, POLICIES, as_policy
 from ckpt_pass.policy import Rule
 from ckpt_pass.report import missing_extra
 from ckpt_pass.sweep import ROUNDS, Progress, Sweep, sweep
 from ckpt_pass.sweep_report import sweep_table
+from ckpt_pass.verify import verify
 
 if TYPE_CHECKING:
     import typer
@@ -59,6 +61,7 @@ def make_app() -> typer.Typer:
     )
     app.command("explain")(_explain_command())
     app.command("plan")(_plan_command())
+    app.command("verify")(_verify_command())
     app.command("sweep")(_sweep_command())
     app.command("fit")(_fit_command())
     app.command("policies")(_policies)
@@ -141,6 +144,8 @@ def _plan_command() -> Callable[..., None]:
     solver_option = typer.Option(DEFAULT_SOLVER, help=f"One of {', '.join(solver_names())}.")
     limit_option = typer.Option(None, "--time-limit", help="Seconds for the solver.")
     cost_option = typer.Option(COSTS[0], help=f"Kernel times: {' or '.join(COSTS)}.")
+    eager_option = typer.Option(False, "--eager", help="For a step without torch.compile.")
+    save_option = typer.Option(None, help="Write the plan here, as JSON.")
 
     def plan_(
         target: str = _target_argument(),
@@ -150,6 +155,8 @@ def _plan_command() -> Callable[..., None]:
         solver: str = solver_option,
         time_limit: float | None = limit_option,
         cost: str = cost_option,
+        eager: bool = eager_option,
+        save: Path | None = save_option,
     ) -> None:
         """Plan one training step: what is decided in which amounts, and memory over the step.
 
@@ -166,12 +173,51 @@ def _plan_command() -> Callable[..., None]:
                 solver=solver,
                 time_limit_s=time_limit,
                 cost=cost,
+                mode="eager" if eager else "compiled",
             )
             typer.echo(made.overview())
+            if save is not None:
+                typer.echo(f"\nwrote {made.save(save)}")
             if png is not None:
                 typer.echo(f"\nwrote {made.plot(png)}")
 
     return plan_
+
+
+def _verify_command() -> Callable[..., None]:
+    import typer
+
+    plan_option = typer.Option(None, "--plan", help="A plan file, as Plan.save writes it.")
+    eager_option = typer.Option(False, "--eager", help="Without torch.compile.")
+
+    def verify_(
+        target: str = _target_argument(),
+        plan_file: Path | None = plan_option,
+        policy: str | None = _policy_option(),
+        budget: str | None = _budget_option(),
+        eager: bool = eager_option,
+    ) -> None:
+        """Run a training step plain and planned, and compare: loss, gradients, peak, flops.
+
+        The exit code is 1 where anything that the plan promises does not hold.
+        """
+        with _errors_as_exit_codes():
+            amount = _checked(policy, budget)
+            made = None if plan_file is None else Plan.load(plan_file)
+            model, inputs = build(target)
+            found = verify(
+                model,
+                *inputs,
+                plan=made,
+                policy=policy,
+                budget=amount,
+                mode="eager" if eager else "compiled",
+            )
+            typer.echo(found)
+            if not found.ok:
+                sys.exit(1)
+
+    return verify_
 
 
 def _sweep_command() -> Callable[..., None]:

@@ -1,0 +1,191 @@
+"""Several processes: plans are compared, and regions train as they do on one."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+import ckpt_pass
+from ckpt_pass.distributed import (
+    NoProcessGroupError,
+    PlansDivergeError,
+    RankMissingError,
+    agree,
+)
+
+pytestmark = pytest.mark.distributed
+RANKS = 2
+STEPS = 3
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return hidden
+
+
+class Blocks(nn.Module):
+    def __init__(self, around: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(16) for _ in range(3))
+        self.around = around
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.around is None else self.around(layer, x)
+        return x.square().mean()
+
+
+def made(around: Callable[..., Tensor] | None = None) -> Blocks:
+    torch.manual_seed(0)
+    return Blocks(around)
+
+
+def batch(rank: int, step: int, rows: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(17 * step + rank)
+    return torch.randn(rows, 16, generator=generator)
+
+
+def region(layer: nn.Module, x: Tensor) -> Tensor:
+    return ckpt_pass.checkpoint(layer, x)  # type: ignore[no-any-return]
+
+
+def selective(layer: nn.Module, x: Tensor) -> Tensor:
+    context_fn = ckpt_pass.context_fn("save-matmul")
+    return torch_checkpoint(layer, x, use_reentrant=False, context_fn=context_fn)  # type: ignore[no-any-return]
+
+
+# --- what runs on each rank -----------------------------------------------------------------
+
+
+def on_every_rank(rank: int, job: Callable[[int], object], folder: str, results: Any) -> None:
+    """Run ``job`` in a process group of its own; report what it returns or raises."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=RANKS
+    )
+    try:
+        results[rank] = job(rank)
+    except ckpt_pass.CkptPassError as error:
+        results[rank] = (type(error).__name__, str(error))
+    finally:
+        dist.destroy_process_group()
+
+
+def on_ranks(job: Callable[[int], object], folder: Path) -> list[Any]:
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(on_every_rank, (job, str(folder), results), nprocs=RANKS)
+        return [results[rank] for rank in range(RANKS)]
+
+
+def same_plan(rank: int) -> str:
+    plan = ckpt_pass.plan(made(), batch(0, 0), budget=0.8, mode="eager")
+    agree(plan)
+    agree(plan, name="again")
+    return plan.fingerprint
+
+
+def other_shape(rank: int) -> float:
+    plan = ckpt_pass.plan(made(), batch(0, 0, 32 + 32 * rank), budget=0.8, mode="eager")
+    start = time.monotonic()
+    try:
+        agree(plan)
+    except PlansDivergeError as error:
+        assert plan.fingerprint in str(error)
+        assert "aten." in str(error) or "peak_bytes" in str(error)
+        return time.monotonic() - start
+    raise AssertionError("the plans differ")
+
+
+def absent(rank: int) -> str:
+    if rank == 1:
+        return "did not come"
+    plan = ckpt_pass.plan(made(), batch(0, 0), budget=0.8, mode="eager")
+    with pytest.raises(RankMissingError, match="Rank 1 did not bring its plan within 1 s"):
+        agree(plan, timeout_s=1.0)
+    return "noticed"
+
+
+def train(rank: int, model: nn.Module, wrapped: Callable[[nn.Module], nn.Module]) -> list[float]:
+    """Losses of a few steps of SGD."""
+    parallel = wrapped(model)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    losses = []
+    for step in range(STEPS):
+        loss = parallel(batch(rank, step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    for layer in model.layers:  # type: ignore[union-attr]
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def ways_to_train(rank: int) -> dict[str, list[float]]:
+    """Losses with each kind of region, beside those without."""
+    found = {}
+    for name, wrapped in (("ddp", DistributedDataParallel), ("fsdp", sharded)):
+        for kind, around in (("plain", None), ("region", region), ("context_fn", selective)):
+            found[f"{name} {kind}"] = train(rank, made(around), wrapped)
+        planned = made()
+        plan = ckpt_pass.plan(planned, batch(rank, 0), budget=0.8, mode="eager")
+        agree(plan, name=name)
+        plan.apply(planned)
+        found[f"{name} plan"] = train(rank, planned, wrapped)
+    backend = ckpt_pass.make_backend(budget=0.9, inner="aot_eager")
+    compiled = torch.compile(made(), backend=backend)
+    found["ddp compiled"] = train(rank, compiled, DistributedDataParallel)
+    return found
+
+
+# --- tests ----------------------------------------------------------------------------------
+
+
+def test_ranks_agree(tmp_path: Path) -> None:
+    one, other = on_ranks(same_plan, tmp_path)
+    assert one == other and len(one) == 64
+
+
+def test_another_shape_on_one_rank(tmp_path: Path) -> None:
+    assert all(seconds < 5 for seconds in on_ranks(other_shape, tmp_path))
+
+
+def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
+    assert on_ranks(absent, tmp_path) == ["noticed", "did not come"]
+
+
+def test_data_parallel_and_sharded_training(tmp_path: Path) -> None:
+    for found in on_ranks(ways_to_train, tmp_path):
+        for name, losses in found.items():
+            assert losses == found[f"{name.partition(' ')[0]} plain"], name
+
+
+def test_without_a_process_group() -> None:
+    plan = ckpt_pass.plan(copy.deepcopy(made()), batch(0, 0), budget=0.8, mode="eager")
+    with pytest.raises(NoProcessGroupError, match="not initialised"):
+        agree(plan)

@@ -1,0 +1,157 @@
+"""``verify`` passes what holds, and catches what does not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_pass
+from ckpt_pass.cli import make_app
+from tests.zoo import hf
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "gpt2": hf.gpt2,
+    "llama": hf.llama,
+    "mixtral": hf.mixtral,
+    "bert": hf.bert,
+    "vit": hf.vit,
+    "resnet": hf.resnet,
+}
+
+
+def least_budget(model: nn.Module, args: Any, mode: str) -> int:
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
+        ckpt_pass.plan(model, *args, budget=1, mode=mode)
+    return caught.value.least_feasible_bytes
+
+
+@pytest.mark.parametrize("mode", ["compiled", "eager"])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("gpt2", "resnet") else pytest.param(name, marks=pytest.mark.slow)
+     for name in MODELS],
+)  # fmt: skip
+def test_plans_hold(name: str, mode: str) -> None:
+    model, args = MODELS[name]()
+    budget = least_budget(model, args, mode)
+    found = ckpt_pass.verify(model, *args, budget=budget, mode=mode)
+    assert found.ok, str(found)
+    assert {check.what for check in found.checks} == {
+        "loss",
+        "gradients and buffers",
+        "peak, predicted",
+        "peak, budget",
+        "recomputed flops",
+    }
+
+
+def test_an_eager_policy_holds() -> None:
+    model, args = hf.gpt2()
+    ckpt_pass.verify(model, *args, policy="save-matmul", mode="eager").raise_if_failed()
+
+
+def test_a_policy_holds_compiled() -> None:
+    model, args = hf.gpt2()
+    ckpt_pass.verify(model, *args, policy="save-matmul").raise_if_failed()
+
+
+class Dropping(nn.Module):
+    """A region with dropout; ``around`` makes it one."""
+
+    def __init__(self, around: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Dropout()) for _ in "1234")
+        self.around = around
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.around(lambda v, layer=layer: layer(v).exp(), x)
+        return x.sum()
+
+
+def verdict_of(around: Callable[..., Tensor], plain: Callable[..., Tensor]) -> ckpt_pass.Verdict:
+    """Verify a model whose planned side (regions applied) calls ``around``."""
+    model = Dropping(plain)
+    args = (torch.randn(256, 64),)
+
+    class Sabotaged(Dropping):
+        def forward(self, x: Tensor) -> Tensor:
+            applied = any("forward" in module.__dict__ for module in self.modules())
+            self.around = around if applied else plain
+            return super().forward(x)
+
+    model.__class__ = Sabotaged
+    return ckpt_pass.verify(model, *args, policy="save-nothing", mode="eager")
+
+
+def plainly(fn: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return fn(x)
+
+
+def test_a_recomputed_dropout_without_its_random_state_is_caught() -> None:
+    forgetful = functools.partial(ckpt_pass.checkpoint, preserve_rng_state=False)
+    found = verdict_of(forgetful, plainly)
+    assert not found.ok
+    (failed, *_) = [check for check in found.checks if not check.ok]
+    assert failed.what == "gradients and buffers"
+    with pytest.raises(ckpt_pass.VerificationError, match="random numbers drawn anew"):
+        found.raise_if_failed()
+
+
+def test_a_region_that_does_something_else_is_caught() -> None:
+    found = verdict_of(lambda fn, x: fn(x) * 1.5, plainly)
+    assert not found.ok
+    assert "FAILED" in str(found)
+
+
+def test_no_layers_to_wrap() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ckpt_pass.NoRegionsError, match="No repeated layers"):
+        ckpt_pass.verify(
+            model, torch.randn(2, 2), policy="save-matmul", mode="eager", loss_fn=torch.sum
+        )
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+
+class Loss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+def factory():
+    torch.manual_seed(0)
+    return Loss(), (torch.randn(64, 8),)
+"""
+
+
+def test_the_command(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    (tmp_path / "model.py").write_text(FACTORY)
+    target, file = f"{tmp_path / 'model.py'}:factory", str(tmp_path / "plan.json")
+    run = functools.partial(CliRunner().invoke, make_app())
+    made = run(["plan", target, "--budget", "0.9", "--eager", "--save", file])
+    assert made.exit_code == 0, made.output
+    found = run(["verify", target, "--plan", file])
+    assert found.exit_code == 0, found.output
+    assert "gradients and buffers" in found.output and "FAILED" not in found.output
+    assert run(["verify", target, "--policy", "save-matmul"]).exit_code == 0
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    assert run(["verify", target, "--plan", str(broken)]).exit_code == 1
