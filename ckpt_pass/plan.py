@@ -193,7 +193,7 @@ class Plan:
             UnknownRegionError: the model lacks a module of the plan.
             AlreadyAppliedError: a module is a region already.
         """
-        apply_regions(model, self._region_specs())
+        apply_regions(model, self.region_specs())
 
     @staticmethod
     def remove(model: nn.Module) -> None:
@@ -206,9 +206,9 @@ class Plan:
 
     def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """The same inside a ``with`` block only."""
-        return applied_regions(model, self._region_specs())
+        return applied_regions(model, self.region_specs())
 
-    def _region_specs(self) -> dict[str, RegionSpec]:
+    def region_specs(self) -> dict[str, RegionSpec]:
         return region_specs(self.regions, self.decisions, self.random_regions)
 
     def _peak(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ckpt_pass.budget import BudgetLike
 from ckpt_pass.compare import NoLossError, compare_gradients
 from ckpt_pass.compile.backend import make_backend
-from ckpt_pass.eager.apply import RegionSpec, applied_regions
+from ckpt_pass.eager.apply import (
+    RegionSpec,
+    applied_regions,
+    apply_regions,
+    regions_of,
+    remove_regions,
+)
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.explain import plan as make_plan
 from ckpt_pass.graph.regions import RegionFinder
@@ -130,15 +136,10 @@ def verify(
         words = "none" if policy is None else describe(as_policy(policy))
         title = f"eager regions, policy {words}"
         specs = {name: RegionSpec(policy=policy) for name in layers_of(model, step)}
+        plain = measure_step(step, repeats=1)
+        same = _same(step, _applied(model, specs, step), model, rtol, atol)
         with applied_regions(model, specs):
             measured = measure_step(step, repeats=1)
-
-        def planned() -> Tensor:
-            with applied_regions(model, specs):
-                return step()
-
-        plain = measure_step(step, repeats=1)
-        same = _same(step, planned, model, rtol, atol)
         return Verdict(title, (*same, _not_above(plain, measured)))
     if plan is None:
         how: dict[str, Any] = {"policy": policy, "budget": budget, "loss_fn": loss_fn}
@@ -195,11 +196,7 @@ def _on_enter(note: Callable[[], None]) -> Iterator[None]:
 def _verify_eager(
     plan: Plan, model: nn.Module, step: Callable[[], Tensor], rtol: float, atol: float
 ) -> Verdict:
-    def planned() -> Tensor:
-        with plan.applied(model):
-            return step()
-
-    same = _same(step, planned, model, rtol, atol)
+    same = _same(step, _applied(model, plan.region_specs(), step), model, rtol, atol)
     with plan.applied(model):
         measured = measure_step(step, repeats=1)
     return Verdict(f"eager plan {plan.fingerprint[:12]}", (*same, *_promises(plan, measured)))
@@ -237,6 +234,18 @@ class _WithLoss(nn.Module):
         return self.loss_fn(self.model(*args))
 
 
+def _applied(
+    model: nn.Module, specs: Mapping[str, RegionSpec], step: Callable[[], Tensor]
+) -> Callable[[], Tensor]:
+    """The step with regions, which stay until its backward is over."""
+
+    def planned() -> Tensor:
+        apply_regions(model, specs)
+        return step()
+
+    return planned
+
+
 def _same(
     plain: Callable[[], Tensor],
     planned: Callable[[], Tensor],
@@ -244,7 +253,12 @@ def _same(
     rtol: float,
     atol: float,
 ) -> tuple[Check, Check]:
-    found = compare_gradients(plain, planned, model, rtol=rtol, atol=atol)
+    before = set(regions_of(model))
+    try:
+        found = compare_gradients(plain, planned, model, rtol=rtol, atol=atol)
+    finally:
+        if set(regions_of(model)) != before:
+            remove_regions(model)
     wanted = "bitwise equal" if not (rtol or atol) else f"within rtol {rtol:g}, atol {atol:g}"
     rest = [name for name in found.different if name != "loss"]
     got = f"{found.compared} equal"

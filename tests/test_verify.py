@@ -71,7 +71,7 @@ class Dropping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = self.around(lambda v, layer=layer: layer(v).exp(), x)
+            x = self.around(lambda v, layer=layer: layer(v).sigmoid(), x)
         return x.sum()
 
 
