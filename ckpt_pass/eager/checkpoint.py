@@ -94,18 +94,18 @@ def options_for(
     if policy is not None or chosen is not None:
         asked: Policy = as_policy(policy) if policy is not None else cast(Policy, chosen)
         traced = context_fn(asked)
-        eager = functools.partial(selective_contexts, asked)
-    elif _holds_statistics(fn):
-        eager = rerun_context
+        eager = functools.partial(selective_contexts, asked, owner=_owner_of_buffers(fn))
+    elif (owner := _owner_of_buffers(fn)) is not None:
+        eager = functools.partial(rerun_context, owner)
     draws = None if preserve_rng_state else False
     shown = name or str(getattr(fn, "__qualname__", type(fn).__name__))
     return RegionOptions(shown, eager, traced, draws)
 
 
-def _holds_statistics(fn: Callable[..., Any]) -> bool:
-    """Whether a module (or method of one) holds running statistics, to be moved only once."""
+def _owner_of_buffers(fn: Callable[..., Any]) -> nn.Module | None:
+    """The module that a region is (or is a method of), if it updates running statistics."""
     owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
     if not isinstance(owner, nn.Module):
-        return False
+        return None
     norms = (module for module in owner.modules() if isinstance(module, _NormBase))
-    return any(norm.track_running_stats for norm in norms)
+    return owner if any(norm.track_running_stats for norm in norms) else None

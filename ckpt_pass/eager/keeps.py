@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.eager.frame import Contexts
@@ -45,6 +46,6 @@ class Keeps:
         return CheckpointPolicy.MUST_SAVE if site.scopes[0].op_index in kept else None
 
 
-def rerun_context() -> Contexts:
-    """For a region that keeps nothing, but must not move running statistics twice."""
-    return None, RecomputeMode(RegionMemory())
+def rerun_context(owner: nn.Module) -> Contexts:
+    """For a region that keeps nothing, but must not change its module's buffers twice."""
+    return None, RecomputeMode(RegionMemory(), owner=owner)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.fx.traceback as fx_traceback
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -65,15 +66,18 @@ def _light_contexts(policy: Policy) -> Contexts:
     return selective_contexts(policy, LightHooks())
 
 
-def selective_contexts(policy: Policy, hooks: LightHooks | None = None) -> Contexts:
+def selective_contexts(
+    policy: Policy, hooks: LightHooks | None = None, owner: nn.Module | None = None
+) -> Contexts:
     """The two modes for one run of a region: for its forward, and for its recomputation.
 
     Args:
         policy: what the forward saves.
         hooks: for a region of ``torch.utils.checkpoint``: hooks lighter than torch's.
+        owner: the module that the region is, where its buffers are to change only once.
     """
     memory = RegionMemory()
-    return ForwardMode(policy, memory, hooks), RecomputeMode(memory, hooks)
+    return ForwardMode(policy, memory, hooks), RecomputeMode(memory, hooks, owner)
 
 
 class _Action(Enum):
@@ -355,14 +359,24 @@ class RecomputeMode(TorchDispatchMode):
         """Compiled regions inside are one op to this mode (read by torch)."""
         return True
 
-    def __init__(self, memory: RegionMemory, hooks: LightHooks | None = None) -> None:
+    def __init__(
+        self,
+        memory: RegionMemory,
+        hooks: LightHooks | None = None,
+        owner: nn.Module | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._owner = owner
+        self._buffers: frozenset[int] = frozenset()
         self._memory = memory
         self._hooks = hooks
         self._collects = False
 
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
+        if self._owner is not None:
+            buffers = self._owner.buffers()
+            self._buffers = frozenset(b.untyped_storage()._cdata for b in buffers)
         self._collects = self._hooks is not None and self._hooks.enter_recompute()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -378,6 +392,8 @@ class RecomputeMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in IGNORED:
             return func(*args, **kwargs)
+        if self._buffers and _is_mutable(func):
+            args = self._with_copies(func, args, kwargs)
         key = func if isinstance(func, OpOverload) else _torch.selective_key(func, args)
         if not self._memory.counts(key) or _is_cached_cast(func, args):
             return _run_again(func, args, kwargs)
@@ -390,3 +406,14 @@ class RecomputeMode(TorchDispatchMode):
                 args[0].copy_(value)
             return args[0]
         return value
+
+    def _with_copies(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """The arguments of an op, but copies of the buffers that it would change once more."""
+        changed = {
+            id(tensor)
+            for tensor in _changed(func, args, kwargs)
+            if tensor.untyped_storage()._cdata in self._buffers
+        }
+        return tuple(value.clone() if id(value) in changed else value for value in args)
