@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ckpt_pass.budget import BudgetLike
 from ckpt_pass.compare import NoLossError, compare_gradients
@@ -23,9 +21,8 @@ from ckpt_pass.eager.apply import (
 )
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.explain import plan as make_plan
-from ckpt_pass.graph.regions import RegionFinder
+from ckpt_pass.graph.regions import repeated_modules
 from ckpt_pass.measure import Measurement, measure_step
-from ckpt_pass.module_stack import ModuleStack
 from ckpt_pass.plan import Plan, format_bytes
 from ckpt_pass.policies import as_policy
 from ckpt_pass.policy import PolicyLike, describe
@@ -135,7 +132,7 @@ def verify(
     if plan is None and mode == "eager" and budget is None:
         words = "none" if policy is None else describe(as_policy(policy))
         title = f"eager regions, policy {words}"
-        specs = {name: RegionSpec(policy=policy) for name in layers_of(model, step)}
+        specs = {name: RegionSpec(policy=policy) for name in layers_of(model)}
         plain = measure_step(step, repeats=1)
         same = _same(step, _applied(model, specs, step), model, rtol, atol)
         with applied_regions(model, specs):
@@ -160,37 +157,20 @@ def _step(model: nn.Module, args: tuple[Any, ...], loss_fn: LossFn | None) -> Ca
     return step
 
 
-def layers_of(model: nn.Module, step: Callable[[], object]) -> tuple[str, ...]:
-    """The repeated layers of a model, as one run of it tells.
+def layers_of(model: nn.Module) -> tuple[str, ...]:
+    """The repeated layers of a model.
 
     Raises:
         NoRegionsError: it has none.
     """
-    paths = []
-    with contextlib.ExitStack() as around:
-        around.enter_context(torch.no_grad())
-        around.enter_context(torch.random.fork_rng(devices=[]))
-        stack = around.enter_context(ModuleStack(model).followed())
-        around.enter_context(_on_enter(lambda: paths.append(stack.path)))
-        step()
-    found = sorted(RegionFinder.over(paths).layers)
+    found = repeated_modules(model)
     if not found:
         raise NoRegionsError(
             f"No repeated layers were found in {type(model).__name__}: looked for modules with an "
             "index as their name (layers.0, layers.1) that have submodules. Expected some; make "
             "regions by hand with ckpt_pass.checkpoint, or give a budget."
         )
-    return tuple(found)
-
-
-@contextlib.contextmanager
-def _on_enter(note: Callable[[], None]) -> Iterator[None]:
-    """Call ``note`` whenever a module's forward begins."""
-    handle = register_module_forward_pre_hook(lambda *_: note())
-    try:
-        yield
-    finally:
-        handle.remove()
+    return found
 
 
 def _verify_eager(

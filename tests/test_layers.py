@@ -36,7 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"modules", "measure", "compare", "timing"}),
     frozenset(
         {"explain", "testing", "factory", "report", "fit", "sweep", "sweep_report"}
-        | {"verify", "distributed", "_demo_model", "demo", "cli", "__main__"}
+        | {"verify", "distributed", "lightning", "_demo_model", "demo", "cli", "__main__"}
     ),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
