@@ -87,8 +87,9 @@ def test_gradients_are_bitwise_equal(name: str, fraction: float) -> None:
     ckpt_pass.compare_gradients(lambda: model(*args), planned, model).raise_if_different()
 
 
-def test_least_peak_is_not_above_a_checkpoint_for_each_block() -> None:
-    model, args = hf.gpt2()
+@pytest.mark.parametrize("make", [hf.gpt2, hf.gpt2_12l])
+def test_least_peak_is_not_above_a_checkpoint_for_each_block(make: Callable[[], Any]) -> None:
+    model, args = make()
     least = eager(model, args, least_of(model, args))
     with least.applied(model):
         ours = ckpt_pass.measure_step(lambda: model(*args), repeats=1)
