@@ -62,6 +62,18 @@ def packet_of(namespace: str, base: str) -> OpOverloadPacket | None:
     return packet if isinstance(packet, OpOverloadPacket) else None
 
 
+def op_overload(namespace: str, base: str, overload: str) -> OpOverload | None:
+    """Return one overload, or None where this torch has no such op."""
+    op = getattr(packet_of(namespace, base), overload, None)
+    return op if isinstance(op, OpOverload) else None
+
+
+def has_own_kernel(op: OpOverload, device_type: str) -> bool:
+    """Whether a device has a kernel for an op, not one made of others that allocate."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
+
+
 def overloads_of(packet: OpOverloadPacket) -> Iterator[OpOverload]:
     """Yield the packet's overloads, TorchScript's own ones for numbers and lists included."""
     for name in packet.overloads():

@@ -86,6 +86,18 @@ def _sources(draw: st.DrawFn, step: Step, most: int = 2) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def _made(
+    draw: st.DrawFn, step: Step, sources: tuple[int, ...], size: st.SearchStrategy[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A new storage, and those among what is read whose memory it may take."""
+    read = [s for i in sources for s in step.ops[i].holds]
+    if not read or draw(st.booleans()):
+        return (step.storage(draw(size)),), ()
+    like = step.sizes[draw(st.sampled_from(read))]
+    over = tuple(dict.fromkeys(s for s in read if step.sizes[s] == like))
+    return (step.storage(like),), over
+
+
 def _forward_op(draw: st.DrawFn, step: Step) -> None:
     kind = draw(st.sampled_from("ooooomv"))
     if kind == "v" and step.readable:
@@ -113,7 +125,8 @@ def _forward_op(draw: st.DrawFn, step: Step) -> None:
             step.readable.append(output)
         return
     savable = tag == "save" or draw(st.integers(0, 7)) > 0
-    makes = (step.storage(draw(size)),)
+    makes, over = _made(draw, step, sources, size)
+    tags["overwrites"] = over
     step.readable.append(
         step.add("op", sources, makes, forward=True, savable=savable, **costs, **tags)
     )
@@ -133,11 +146,14 @@ def _backward_op(draw: st.DrawFn, step: Step, tangent: int) -> None:
             )
         )
     previous = (step.late[-1],) if step.late else ()
+    sources = (*_sources(draw, step), *previous)
+    makes, over = _made(draw, step, sources, size)
     step.late.append(
         step.add(
             "late",
-            (*_sources(draw, step), *previous),
-            (step.storage(draw(size)),),
+            sources,
+            makes,
+            overwrites=over,
             also=() if previous else (tangent,),
             forward=False,
             late=True,

@@ -93,7 +93,10 @@ class Backend:
         made: list[Plan] = []
         goal = as_goal(backend.budget, backend.solver, backend.time_limit_s, backend.cost)
         policy = policy_for(backend.policy, backend.budget)
-        partition = Partitioner(policy, backend.regions, names, goal, made.append, backend.plan)
+        in_place = backend.inner == "aot_eager"
+        partition = Partitioner(
+            policy, backend.regions, names, goal, made.append, backend.plan, in_place
+        )
         if backend.inner == "aot_eager":
             if mode is not None:
                 raise UnknownOptionError(

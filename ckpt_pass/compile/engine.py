@@ -185,6 +185,7 @@ class Partitioner(_torch.CustomPartitionerFn):
         goal: the peak to stay within, if any.
         on_plan: told about each plan as it is made.
         plan: a plan to carry out again, if any.
+        in_place: whether what runs the backward takes ops that write over their inputs.
     """
 
     policy: Policy
@@ -193,6 +194,7 @@ class Partitioner(_torch.CustomPartitionerFn):
     goal: Goal | None = None
     on_plan: Callable[[Plan], None] | None = None
     plan: Plan | None = None
+    in_place: bool = False
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -205,6 +207,7 @@ class Partitioner(_torch.CustomPartitionerFn):
         gm.graph.eliminate_dead_code()
         static = kwargs.get("static_lifetime_input_indices") or ()
         joint = read_joint(gm, kwargs["num_fwd_outputs"], static, self.regions, self.input_names)
+        joint.in_place = self.in_place
         decided = decide(joint, self.policy, self.goal, self.plan)
         if self.on_plan is not None:
             self.on_plan(record_plan(decided))

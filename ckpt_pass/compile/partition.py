@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass import _torch
+from ckpt_pass.compile.reinplace import overwrite_in_place
 from ckpt_pass.compile.schedule import reorder
 from ckpt_pass.graph.joint import JointGraph, is_epilogue
 from ckpt_pass.ops import draws_random
@@ -227,7 +228,10 @@ def split(
         for node, decision in tags.items():
             node.meta["recompute"] = decision
     reorder(backward.graph, [copies[node.name] for node in order if node.name in copies])
-    return _torch.finish_partition(forward, backward)
+    forward, backward = _torch.finish_partition(forward, backward)
+    if joint.in_place:
+        overwrite_in_place(backward)
+    return forward, backward
 
 
 def _replaced(before: list[fx.Node], after: list[fx.Node]) -> dict[str, fx.Node]:

@@ -52,6 +52,8 @@ class JointGraph:
         num_fwd_outputs: how many of its outputs belong to the forward.
         input_names: what each primal is, in the user's words (``parameter fc.weight``).
         static_inputs: primals that live on between steps: parameters and buffers.
+        in_place: whether the backward may write over values of its own
+            (:mod:`ckpt_pass.graph.reinplace`). Inductor wants functional graphs, and does so itself.
     """
 
     module: fx.GraphModule
@@ -59,6 +61,7 @@ class JointGraph:
     input_names: dict[str, str] = field(default_factory=dict)
     static_inputs: tuple[fx.Node, ...] = ()
     regions_pattern: tuple[str, ...] | None = None
+    in_place: bool = True
 
     def __post_init__(self) -> None:
         self.refresh()

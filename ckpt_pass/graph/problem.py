@@ -24,6 +24,7 @@ from ckpt_pass.graph.cost import (
 )
 from ckpt_pass.graph.joint import JointGraph, StorageKey, is_multi_output_access
 from ckpt_pass.graph.kernel_cache import KernelFacts
+from ckpt_pass.graph.reinplace import makes_anew, overwritable_inputs
 from ckpt_pass.ops import draws_random, never_recompute
 from ckpt_pass.planner.problem import Op, Problem
 from ckpt_pass.sites import Bytes, output_tensors
@@ -185,6 +186,11 @@ class _Regions:
         return self._last
 
 
+def _overwrites(joint: JointGraph, node: fx.Node, table: _Storages) -> tuple[int, ...]:
+    inputs = [n for n in overwritable_inputs(node) if makes_anew(joint.owner(n))]
+    return tuple(s for n in inputs for s in table.of(n.meta["val"]))
+
+
 def _union(table: _Storages, nodes: list[fx.Node]) -> tuple[int, ...]:
     found = [storage for node in nodes for storage in table.of(node.meta.get("val"))]
     return tuple(dict.fromkeys(found))
@@ -236,5 +242,6 @@ def _op(
         must_recompute=forward and tag is CheckpointPolicy.MUST_RECOMPUTE,
         region=region,
         once=random and not draws_from_a_saved_tensor(node),
+        overwrites=_overwrites(joint, node, table) if joint.in_place else (),
         ordered=not forward and (never_recompute(target, node.args, node.kwargs) or random),
     )

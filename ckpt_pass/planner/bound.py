@@ -164,12 +164,17 @@ def _held(problem: Problem, graph: CutGraph, moments: Sequence[int]) -> _Held:
     direct, first = _direct_uses(problem, anchors)
     through = np.zeros((len(graph.members), len(at)), dtype=bool)
     gaps: list[tuple[int, NDArray[np.int64]]] = []
-    fixed = _fixed(problem, anchors)[at].astype(np.float64)
+    fixed, taken = (_fixed(problem, anchors, overwrite=o)[at] for o in (False, True))
+    taken = fixed - taken
+    fixed = fixed.astype(np.float64)
     free, sizes = set(problem.forward_outputs), problem.storage_bytes
     read = {s for index in graph.members for s in problem.ops[index].makes}
     for place, moment in enumerate(moments):
-        touched = set(problem.ops[anchors[moment]].touches) & read - free
+        op = problem.ops[anchors[moment]]
+        touched = set(op.touches) & read - free
         fixed[place] += sum(sizes[s] for s in touched)
+        # Where it may write over what was made again, it is taken to do so.
+        fixed[place] -= max(taken[place], *(sizes[s] for s in op.overwrites if s in touched), 0)
     for member, index in enumerate(graph.members):
         if not graph.savable[member]:
             continue
@@ -183,13 +188,14 @@ def _held(problem: Problem, graph: CutGraph, moments: Sequence[int]) -> _Held:
     return _Held(graph, graph.save_bytes, fixed, through, tuple(gaps))
 
 
-def _fixed(problem: Problem, anchors: Sequence[int]) -> NDArray[np.int64]:
+def _fixed(problem: Problem, anchors: Sequence[int], *, overwrite: bool) -> NDArray[np.int64]:
     """Bytes of the backward's own values while each anchor runs."""
     ops = problem.ops
     own = {*problem.given, *(s for index in anchors for s in ops[index].makes)}
     outputs = set(problem.forward_outputs)
     kept = {*outputs, *problem.given, *(own & set(problem.output_storages))}
-    return lives(problem, anchors, {*problem.given, *outputs}, kept).bytes_at
+    there = {*problem.given, *outputs}
+    return lives(problem, anchors, there, kept, overwrite=overwrite).bytes_at
 
 
 def _direct_uses(

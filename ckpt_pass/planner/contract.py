@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.planner.problem import Op, Problem, needed_by
@@ -28,6 +28,7 @@ class Maker:
     Attributes:
         index: of the op.
         makes, reads: values; what it reads through views is among the latter.
+        overwrites: values among ``reads`` whose memory its result may take.
         runs: whether the backward may run it.
         once: whether it may run there only once.
     """
@@ -35,6 +36,7 @@ class Maker:
     index: int
     makes: tuple[int, ...]
     reads: tuple[int, ...]
+    overwrites: tuple[int, ...]
     runs: bool
     once: bool
 
@@ -67,6 +69,7 @@ class Stage:
         late: whether it runs in any case; the last stages only ask for gradients that are ready.
         reads: values that must be there.
         makers: what may have to run before the anchor, in order.
+        overwrites: values among ``reads`` whose memory the anchor's result may take.
         before_bytes: bytes of the backward's own that are there before the anchor runs.
         rows: (bytes of the backward's own, whether ``reads`` are there) while anchors run.
     """
@@ -75,6 +78,7 @@ class Stage:
     late: bool
     reads: frozenset[int]
     makers: tuple[int, ...]
+    overwrites: tuple[int, ...]
     before_bytes: int
     rows: tuple[tuple[int, bool], ...]
 
@@ -174,7 +178,8 @@ class _Reads:
         problem, op = self._problem, self._problem.ops[index]
         reads = tuple(sorted(self.of(index)))
         runs = not op.forward or not (op.ordered or op.must_save)
-        return Maker(index, op.makes, reads, runs, not problem.may_repeat(index))
+        over = tuple(s for s in op.overwrites if s in reads)
+        return Maker(index, op.makes, reads, over, runs, not problem.may_repeat(index))
 
     def _unsupported(self, index: int, why: str) -> UnsupportedProblemError:
         name = self._problem.ops[index].name
@@ -225,7 +230,7 @@ def _stages(
     values: dict[int, Value],
     anchors: tuple[int, ...],
 ) -> tuple[Stage, ...]:
-    before, during = _own_bytes(problem, anchors)
+    before, during, taken = _own_bytes(problem, anchors)
     above: dict[int, frozenset[int]] = {}
     for index, maker in makers.items():
         sources = {values[s].maker for s in maker.reads}
@@ -240,7 +245,9 @@ def _stages(
             sources = {values[s].maker for s in reads}
             candidates = frozenset[int]().union(*(above[i] for i in sources))
             runs = tuple(sorted(i for i in candidates if makers[i].runs))
-            found.append(Stage(anchor, late, reads, runs, before[place], ()))
+            over = () if place in taken else problem.ops[anchor].overwrites
+            over = tuple(s for s in over if late and s in reads)
+            found.append(Stage(anchor, late, reads, runs, over, before[place], ()))
         if late:
             rows.append((during[place] + problem.ops[anchor].workspace_bytes, bool(reads)))
         found[-1] = _with_rows(found[-1], rows)
@@ -253,12 +260,13 @@ def _with_rows(stage: Stage, rows: list[tuple[int, bool]]) -> Stage:
     kept = tuple(row for row in highest if row is not None)
     if len(kept) == 2 and kept[1][0] <= kept[0][0]:
         kept = kept[:1]
-    return Stage(stage.anchor, stage.late, stage.reads, stage.makers, stage.before_bytes, kept)
+    return replace(stage, rows=kept)
 
 
 def _own_bytes(problem: Problem, anchors: tuple[int, ...]) -> tuple[list[int], list[int]]:
     """Bytes of what late ops made, before and while each anchor runs."""
     ops, last = problem.ops, len(anchors) - 1
+    stay = set(problem.output_storages)
     first: dict[int, int] = {}
     final: dict[int, int] = defaultdict(int)
     for place, index in enumerate(anchors):
@@ -273,4 +281,10 @@ def _own_bytes(problem: Problem, anchors: tuple[int, ...]) -> tuple[list[int], l
         for place in range(begin, final[storage] + 1):
             during[place] += nbytes
             before[place] += nbytes if place > begin else 0
-    return before, during
+    taken = set()
+    for place, index in enumerate(anchors):
+        op = ops[index]
+        if op.late and any(final.get(s) == place and s not in stay for s in op.overwrites):
+            taken.add(place)
+            during[place] -= problem.storage_bytes[op.makes[0]]
+    return before, during, taken

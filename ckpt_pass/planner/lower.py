@@ -65,8 +65,8 @@ def _moves(problem: Problem, plan: Solution) -> Iterator[_Plan]:
         return
     anchors, order = set(anchor_order(problem)), plan.steps.backward
     alive = backward_lives(problem, plan.steps)
-    for drop in idle_drops(problem, order, alive, peak - length, anchors):
-        yield plan.saved, plan.drops | {drop}
+    for drops in idle_drops(problem, order, alive, peak - length, anchors):
+        yield plan.saved, plan.drops | drops
     for index in _made_around(problem, order, anchors, peak - length):
         yield plan.saved | {index}, plan.drops
 

@@ -242,13 +242,43 @@ class Program:
             for nbytes, reads in stage.rows:
                 base = constant + nbytes / self._unit
                 there = stage.reads if reads else frozenset[int]()
-                self._fits([(_CONSTANT, base), *self._while_anchor(place, there)])
+                terms = [(_CONSTANT, base), *self._while_anchor(place, there)]
+                if reads:
+                    ends = {s: self._at_start(place + 1, s) for s in stage.overwrites}
+                    terms += self._overwritten(None, ends)
+                self._fits(terms)
             base = constant + stage.before_bytes / self._unit
             after: dict[int, int | None] = {s: self._at_start(place + 1, s) for s in self._sizes}
             after.update(dict.fromkeys(stage.reads, _CONSTANT))
             for index in reversed(stage.makers):
+                ends = {s: after.get(s) for s in self.small.makers[index].overwrites}
+                saved = self._overwritten(self.run[place, index], ends)
                 self._is_used(place, index, after)
-                self._fits([(_CONSTANT, base), *self._while_maker(place, index, after)])
+                self._fits([(_CONSTANT, base), *self._while_maker(place, index, after), *saved])
+
+    def _overwritten(
+        self, run: int | None, after: Mapping[int, int | None]
+    ) -> list[tuple[int | None, float]]:
+        """What is not allocated since the result takes the memory of an input.
+
+        Args:
+            run: whether the op runs; ``None`` for always.
+            after: for each input whose memory it may take, whether it is there afterwards.
+        """
+        taken: list[int] = []
+        for storage, later in after.items():
+            value = self.small.values[storage]
+            if later == _CONSTANT or value.returned or value.gradient or storage not in self._sizes:
+                continue
+            taken.append(take := self._variable())
+            self._at_most([(take, 1.0), (later, 1.0)], 1.0)
+            self._at_most([(take, 1.0), (self.save.get(storage), 1.0)], 1.0)
+        if not taken:
+            return []
+        once = self._variable()  # of several inputs one is taken
+        self._implies(once, *taken)
+        self._implies(once if run is not None else None, run)
+        return [(once, -self._sizes[next(s for s in after if s in self._sizes)])]
 
     def _is_used(self, place: int, index: int, after: dict[int, int | None]) -> None:
         """From a maker on back, what it reads is used by it or later."""

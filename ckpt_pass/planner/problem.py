@@ -42,6 +42,9 @@ class Op:
             not savable (one of several outputs is) must not be recomputed.
         region: the layer that it belongs to, or whose backward it is part of; -1 for none.
         ordered: whether it has an effect, so that it keeps its place in the backward.
+        overwrites: storages that it reads and whose memory its result takes, where the backward
+            has made them and needs them no more: then nothing is allocated. Each is as large as
+            the one storage that it makes.
         once: whether the backward may run it once at most: each run of a random op moves on the
             state that it draws from, where that lies in a generator.
     """
@@ -63,6 +66,7 @@ class Op:
     region: int = -1
     ordered: bool = False
     once: bool = False
+    overwrites: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,19 @@ class Problem:
                     f"Op {index} ({op.name}) takes the result of ops {op.inputs}, expected "
                     f"indices below {index}: list the ops in an order in which they can run."
                 )
+            unlike = [s for s in op.overwrites if not self._may_overwrite(op, s)]
+            if unlike:
+                raise InvalidProblemError(
+                    f"Op {index} ({op.name}) overwrites storage {unlike[0]}, expected one that it "
+                    "reads and that is as large as the one storage that it makes."
+                )
         if any(nbytes < 0 for nbytes in self.storage_bytes):
             raise InvalidProblemError("A storage has negative bytes; expected 0 or more.")
+
+    def _may_overwrite(self, op: Op, storage: int) -> bool:
+        sizes = self.storage_bytes
+        read = storage in op.touches and storage not in op.makes
+        return read and len(op.makes) == 1 and sizes[storage] == sizes[op.makes[0]]
 
 
 def needed_by(ops: Sequence[Op], roots: Iterable[int], stop: Set[int]) -> set[int]:

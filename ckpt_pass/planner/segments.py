@@ -20,6 +20,7 @@ class Segment:
         anchors: its stretch of the backward's anchors.
         earlier: anchors that ran before.
         there: storages of the backward's own that are there when it begins.
+        made_before: those of ``there`` that the backward has made.
         kept: storages of the backward's own that are still there when it ends.
         kind: equal for regions that are alike op by op: they are solved once.
     """
@@ -30,6 +31,7 @@ class Segment:
     anchors: tuple[int, ...]
     earlier: frozenset[int]
     there: frozenset[int]
+    made_before: frozenset[int]
     kept: frozenset[int]
     kind: int
 
@@ -63,6 +65,7 @@ def _segments(problem: Problem) -> tuple[Segment, ...]:
         members.setdefault(region, []).append(index)
     kinds: dict[object, int] = {}
     found, edges = [], _edges(problem, stretch)
+    always = {*problem.given, *problem.forward_outputs}
     for region in order:
         inside = members[region]
         place_of = {index: place for place, index in enumerate(inside)}
@@ -76,6 +79,7 @@ def _segments(problem: Problem) -> tuple[Segment, ...]:
                 anchors=tuple(stretch[region]),
                 earlier=earlier,
                 there=there,
+                made_before=there - always,
                 kept=kept,
                 kind=kinds.setdefault(key, len(kinds)),
             )
@@ -147,6 +151,7 @@ def _signature(problem: Problem, op: Op, place: int, place_of: dict[int, int]) -
         tuple(sizes[s] for s in op.touches),
         (op.forward, op.late, op.savable, op.must_save, op.must_recompute, op.ordered, op.once),
         (op.time_s, op.flops, op.workspace_bytes, op.random_state_bytes),
+        tuple(s in op.overwrites for s in op.touches),
     )
 
 

@@ -34,6 +34,8 @@ _PRICE_EXPONENTS = range(-10, 11)
 # Peaks for which a mix of layers is sought, from below the least peak of a uniform cut to the peak
 # without recomputation; 32 steps are 3 % to 5 % apart in the reference models.
 _GRID = 32
+# Between the last peak without a mix and the first with one: to 0.1 % of the peak.
+_HALVINGS = 6
 # Recomputing again and again reached 0.86 of the least uniform cut in the reference models; a
 # region alone never went below half.
 _BELOW = 0.5
@@ -101,10 +103,24 @@ class Pool:
         unique = {plan.saved: plan for plan in (plain, *pinned)}
         self._chain = Chain(problem, Menus(problem, list(unique.values()), borders))
         low, high = _BELOW * self.least_bytes, plain.peak_bytes
-        for step in range(_GRID + 1 if low else 0):
-            self._mix(int(low * (high / low) ** (step / _GRID)))
+        grid = [
+            int(low * (high / low) ** (step / _GRID)) for step in range(_GRID + 1 if low else 0)
+        ]
+        mixed = [self._mix(peak_bytes) is not None for peak_bytes in grid]
+        first = mixed.index(True) if True in mixed else 0
+        if first:
+            self._lowest_mix(grid[first - 1], grid[first])
         if len(problem.ops) <= _LOWER_OPS:
             self._descend()
+
+    def _lowest_mix(self, without: int, within: int) -> None:
+        """Look for the least peak of a mix between one for which there is none and the next."""
+        for _ in range(_HALVINGS):
+            middle = (without + within) // 2
+            if self._mix(middle) is None:
+                without = middle
+            else:
+                within = middle
 
     def _descend(self) -> None:
         lowest = sorted(self.plans.values(), key=lambda p: (p.peak_bytes, *cheapest_first(p)))

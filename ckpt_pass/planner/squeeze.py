@@ -67,7 +67,8 @@ def undo(
     had = {*saved, *segment.earlier}
     order, transient = unroll(problem, segment.anchors, had, drops)
     own = {s for i in saved if i in segment.place_of for s in problem.ops[i].holds}
-    found = lives(problem, order, own | segment.there, segment.kept, transient)
+    there, kept = own | segment.there, segment.kept
+    found = lives(problem, order, there, kept, transient, earlier=segment.made_before)
     time_s = sum(problem.ops[index].time_s for index in repeated(problem, order))
     return Undone(drops, tuple(order), found, time_s)
 
@@ -93,8 +94,8 @@ def _best_drop(
     peak = int(current.lives.bytes_at.argmax())
     best, best_price = None, float("inf")
     drops = idle_drops(problem, current.order, current.lives, peak, set(segment.anchors))
-    for drop in drops[:_CANDIDATES]:
-        found = undo(problem, segment, saved, current.drops | {drop})
+    for more in [*drops[:_CANDIDATES], *drops[_CANDIDATES:][-1:]]:
+        found = undo(problem, segment, saved, current.drops | more)
         if found.height >= current.height:
             continue
         freed = current.peak_bytes - found.peak_bytes or 1
@@ -106,8 +107,11 @@ def _best_drop(
 
 def idle_drops(
     problem: Problem, order: Sequence[int], alive: Lives, peak: int, anchors: Collection[int]
-) -> list[Drop]:
+) -> list[frozenset[Drop]]:
     """Drops of what was computed again before a moment, is read after it, and is idle there.
+
+    With a value goes what it is made from, unless that is there at the moment in any case: else its
+    sources would be kept in its place.
 
     Args:
         problem: the step.
@@ -117,9 +121,11 @@ def idle_drops(
         anchors: those of its ops that are anchors.
 
     Returns:
-        The cheapest for their bytes first.
+        The cheapest for their bytes first, and then all of them at once.
     """
-    found: dict[Drop, tuple[float, Drop]] = {}
+    found: dict[frozenset[Drop], tuple[float, list[Drop]]] = {}
+    crossing = set(alive.storage[(alive.first <= peak) & (alive.last >= peak)].tolist())
+    ran = set(order[:peak])
     for instance in np.flatnonzero((alive.first < peak) & (alive.last > peak) & alive.made):
         storage = int(alive.storage[instance])
         maker, nbytes = problem.makers.get(storage), problem.storage_bytes[storage]
@@ -131,7 +137,30 @@ def idle_drops(
             continue
         before, after = max(u for u in uses if u < peak), min(u for u in uses if u > peak)
         place = next((p for p in range(before, after) if order[p] in anchors), None)
-        if place is not None:
-            drop = (order[place], maker)
-            found[drop] = (problem.ops[maker].time_s / nbytes, drop)
-    return [drop for _, drop in sorted(found.values())]
+        if place is None:
+            continue
+        makers = _made_for(problem, maker, ran, crossing)
+        drops = frozenset((order[place], index) for index in makers)
+        price = sum(problem.ops[index].time_s for index in makers) / nbytes
+        found[drops] = (price, sorted(drops))
+    cheapest = sorted(found, key=found.__getitem__)
+    return cheapest if len(cheapest) < 2 else [*cheapest, frozenset().union(*cheapest)]
+
+
+def _made_for(
+    problem: Problem, maker: int, ran: Collection[int], there: Collection[int]
+) -> set[int]:
+    """An op, and those before it that must run again for it where only ``there`` is there."""
+    ops, found, stack = problem.ops, {maker}, list(problem.ops[maker].inputs)
+    seen = set(stack)
+    while stack:
+        index = stack.pop()
+        op = ops[index]
+        if op.makes:
+            if index not in ran or not problem.may_repeat(index) or set(op.makes) & set(there):
+                continue
+            found.add(index)
+        new = [source for source in op.inputs if source not in seen]
+        seen.update(new)
+        stack += new
+    return found

@@ -1,0 +1,75 @@
+"""Let ops of a backward graph write over values that nothing reads afterwards.
+
+The planner counts on it (:attr:`ckpt_pass.planner.problem.Op.overwrites`), but what is safe is found
+here anew, on the graph that runs: which values are views of which, and where each is read last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ckpt_pass.graph.joint import storage_keys
+from ckpt_pass.graph.reinplace import makes_anew, overwritable_inputs, overwriting_variant
+
+
+def overwrite_in_place(module: fx.GraphModule) -> int:
+    """Rewrite a backward graph, in place; returns how many ops now write over an input.
+
+    Args:
+        module: the backward, in its final order. Its inputs (saved activations, parameters,
+            tangents) and outputs are left alone.
+    """
+    memory = _Memory.of(module.graph)
+    count = 0
+    for place, node in enumerate(list(module.graph.nodes)):
+        target = overwriting_variant(node) if node.op == "call_function" else None
+        if target is None:
+            continue
+        for source in overwritable_inputs(node):
+            base = memory.base[source]
+            if base in memory.own and memory.last[base] == place:
+                _write_over(node, target, source)
+                count += 1
+                break
+    if count:
+        module.recompile()
+    return count
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Who has allocated what each node holds, and where that is read last.
+
+    Attributes:
+        base: for each node, the one whose memory it is, itself or another one.
+        last: for each base, the place of the last node that reads it, through views too.
+        own: bases that certainly are memory of their own.
+    """
+
+    base: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    last: dict[fx.Node, int] = field(default_factory=dict)
+    own: set[fx.Node] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> _Memory:
+        """Read a graph. A node that stands in it twice holds other memory each time."""
+        found = cls()
+        for place, node in enumerate(graph.nodes):
+            keys = set(storage_keys(node.meta.get("val")))
+            shared = [
+                n for n in node.all_input_nodes if keys & set(storage_keys(n.meta.get("val")))
+            ]
+            found.base[node] = found.base[shared[0]] if shared and len(keys) == 1 else node
+            if found.base[node] is node and makes_anew(node):
+                found.own.add(node)
+            for source in (node, *node.all_input_nodes):
+                found.last[found.base[source]] = place
+        return found
+
+
+def _write_over(node: fx.Node, target: object, source: fx.Node) -> None:
+    out = next(a.name for a in target._schema.arguments if a.is_out)  # type: ignore[attr-defined]
+    node.target = target  # type: ignore[assignment]
+    node.kwargs = {**node.kwargs, out: source}
