@@ -1,4 +1,4 @@
-"""Results that take the memory of an input: the same bits, one buffer less, and never one in use."""
+"""Results that take the memory of an input: the same bits, a buffer less, never one in use."""
 
 from __future__ import annotations
 

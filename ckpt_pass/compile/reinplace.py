@@ -1,7 +1,8 @@
 """Let ops of a backward graph write over values that nothing reads afterwards.
 
-The planner counts on it (:attr:`ckpt_pass.planner.problem.Op.overwrites`), but what is safe is found
-here anew, on the graph that runs: which values are views of which, and where each is read last.
+The planner counts on it (:attr:`ckpt_pass.planner.problem.Op.overwrites`), but what is safe is
+found here anew, on the graph that runs: which values are views of which, and where each is read
+last.
 """
 
 from __future__ import annotations

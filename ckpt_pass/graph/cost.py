@@ -36,22 +36,28 @@ class Roofline:
         flops_per_s: arithmetic rate of matrix products.
         bytes_per_s: memory bandwidth.
         launch_s: fixed cost of an op.
+        product_launch_s: the same of one that has flops.
     """
 
     flops_per_s: float
     bytes_per_s: float
     launch_s: float
+    product_launch_s: float
 
     def time_s(self, flops: int, moved_bytes: int) -> float:
         """Seconds for one op."""
-        return max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s) + self.launch_s
+        launch_s = self.product_launch_s if flops else self.launch_s
+        return max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s) + launch_s
 
 
-#: One server core in fp32: products of llama-16L's sizes ran at 97 Gflop/s, and elementwise ops on
-#: what was just made at 90 GB/s (AMD EPYC, torch 2.13). A launch counts little, since Inductor, which
-#: compiles both halves by default, fuses elementwise recomputation into what reads it. The second
-#: one is an A100-like accelerator in bf16.
-ROOFLINES = {"cpu": Roofline(1e11, 1e11, 1e-7), "cuda": Roofline(2e14, 1.5e12, 3e-6)}
+#: One server core in fp32: products of llama-16L's sizes ran at 97 Gflop/s, elementwise ops on what
+#: was just made at 90 GB/s, and a small product took 3 to 5 microseconds more than its arithmetic
+#: (AMD EPYC, torch 2.13). An elementwise op's launch counts little: Inductor, which compiles both
+#: halves by default, fuses it into what reads it. And an A100-like accelerator in bf16.
+ROOFLINES = {
+    "cpu": Roofline(1e11, 1e11, 1e-7, 5e-6),
+    "cuda": Roofline(2e14, 1.5e12, 3e-6, 3e-6),
+}
 
 
 def node_flops(node: fx.Node) -> int:

@@ -53,7 +53,7 @@ class JointGraph:
         input_names: what each primal is, in the user's words (``parameter fc.weight``).
         static_inputs: primals that live on between steps: parameters and buffers.
         in_place: whether the backward may write over values of its own
-            (:mod:`ckpt_pass.graph.reinplace`). Inductor wants functional graphs, and does so itself.
+            (:mod:`ckpt_pass.graph.reinplace`). Inductor wants functional graphs; it does so itself.
     """
 
     module: fx.GraphModule

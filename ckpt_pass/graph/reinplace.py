@@ -1,12 +1,13 @@
 """Which ops may write their result over one of their inputs.
 
-An elementwise op reads each element once, before it writes the one in its place, so that its result
-may take the memory of an input that nothing reads afterwards: the same kernel, the same bits, one
-buffer less. Torch has such a pass for Inductor (``torch/_inductor/fx_passes/reinplace.py``), where it
-undoes functionalisation; graphs that run op by op (``aot_eager``) have none.
+An elementwise op reads each element once, before it writes the one in its place, so that its
+result may take the memory of an input that nothing reads afterwards: the same kernel, the same
+bits, one buffer less. Torch has such a pass for Inductor
+(``torch/_inductor/fx_passes/reinplace.py``), where it undoes functionalisation; graphs that run op
+by op (``aot_eager``) have none.
 
-Only what the backward itself has made may be overwritten: saved activations, parameters and tangents
-belong to others too (a second backward through a retained graph reads them again).
+Only what the backward itself has made may be overwritten: saved activations, parameters and
+tangents belong to others too (a second backward through a retained graph reads them again).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _MAKES_ANEW = """
 
 
 def overwriting_variant(node: fx.Node) -> OpOverload | None:
-    """The op that writes this node's result into a tensor that it is given; ``None`` if none does."""
+    """The op that writes a node's result into a tensor that it is given; ``None`` if none does."""
     if not isinstance(node.target, OpOverload) or not isinstance(
         node.meta.get("val"), torch.Tensor
     ):
@@ -98,7 +99,7 @@ def makes_anew(node: fx.Node) -> bool:
 
 
 def _would_be_cast(argument: torch.Tensor, result: torch.Tensor) -> bool:
-    """Whether a kernel would have to cast an argument first; numbers and masks it takes as they are."""
+    """Whether a kernel would cast an argument first; numbers and masks it takes as they are."""
     return argument.dim() > 0 and argument.dtype not in (result.dtype, torch.bool)
 
 

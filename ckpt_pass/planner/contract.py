@@ -263,8 +263,8 @@ def _with_rows(stage: Stage, rows: list[tuple[int, bool]]) -> Stage:
     return replace(stage, rows=kept)
 
 
-def _own_bytes(problem: Problem, anchors: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """Bytes of what late ops made, before and while each anchor runs."""
+def _own_bytes(problem: Problem, anchors: tuple[int, ...]) -> tuple[list[int], list[int], set[int]]:
+    """Bytes of what late ops made, before and while each anchor runs, and who overwrites such."""
     ops, last = problem.ops, len(anchors) - 1
     stay = set(problem.output_storages)
     first: dict[int, int] = {}

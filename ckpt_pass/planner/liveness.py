@@ -3,9 +3,9 @@
 The rules are those of the graphs that really run (``docs/design.md``): the order is that of
 :mod:`ckpt_pass.planner.schedule`; a storage is freed after its last use, or after its last use
 before it is made again; saved storages live from the forward on, gradients and the forward's
-outputs to the end; in the backward an elementwise op writes over what it reads for the last time, if
-the backward has made it. It is a difference array over instances of storages, summed once, so that a
-step of 3,500 ops takes a millisecond.
+outputs to the end; in the backward an elementwise op writes over what it reads for the last time,
+if the backward has made it. It is a difference array over instances of storages, summed once, so
+that a step of 3,500 ops takes a millisecond.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class Tables:
         )
 
     def events(self, order: Ints) -> tuple[Ints, Ints, NDArray[np.bool_], NDArray[np.bool_]]:
-        """For each use along a schedule: place, storage, whether it is made or overwritten there."""
+        """For each use along a schedule: place, storage, whether it is made, or overwritten."""
         start, stop = self.offsets[order], self.offsets[order + 1]
         counts = stop - start
         place = np.repeat(np.arange(len(order)), counts)
