@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 import ckpt_pass
+from tests.zoo import hf, loss_of
+
+SIX = ("gpt2", "llama", "mixtral", "bert", "vit", "resnet")
 
 
 class Net(nn.Module):
@@ -56,3 +59,30 @@ def test_a_graph_without_a_backward_has_no_plan() -> None:
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(net, backend=backend)(x), net(x))
     assert not backend.plans
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("name", SIX)
+def test_the_models_keep_to_their_budgets(name: str, part: float) -> None:
+    """Part of the way from the least feasible peak to that of no recomputation."""
+    model, inputs = getattr(hf, name)()
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught_least:
+        ckpt_pass.plan(model, *inputs, budget=1)
+    least = caught_least.value.least_feasible_bytes
+    most = ckpt_pass.plan(model, *inputs, budget=1.0).peak_bytes
+    assert isinstance(most, int)
+    budget = int(least + part * (most - least))
+    torch._dynamo.reset()
+    backend = ckpt_pass.make_backend(budget=budget, inner="inductor")
+    compiled = torch.compile(model, backend=backend)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step = ckpt_pass.measure_step(lambda: loss_of(compiled(*inputs)), repeats=1)
+    (plan,) = backend.plans
+    said = [w for w in caught if w.category is ckpt_pass.InductorPeakWarning]
+    print(
+        f"inductor {name} {part}: budget {budget:,}, its own schedule {plan.inner_peak_bytes:,}, "
+        f"measured {step.peak_bytes:,}, planned again {plan.replans} times, warned {bool(said)}"
+    )
+    assert said or step.peak_bytes <= budget

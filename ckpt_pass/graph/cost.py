@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,28 +36,34 @@ class Roofline:
         flops_per_s: arithmetic rate of matrix products.
         bytes_per_s: memory bandwidth.
         launch_s: fixed cost of an op.
-        product_launch_s: the same of one that has flops.
     """
 
     flops_per_s: float
     bytes_per_s: float
     launch_s: float
-    product_launch_s: float
 
     def time_s(self, flops: int, moved_bytes: int) -> float:
         """Seconds for one op."""
-        launch_s = self.product_launch_s if flops else self.launch_s
-        return max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s) + launch_s
+        return max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s) + self.launch_s
 
 
-#: One server core in fp32: products of llama-16L's sizes ran at 97 Gflop/s, elementwise ops on what
-#: was just made at 90 GB/s, and a small product took 3 to 5 microseconds more than its arithmetic
-#: (AMD EPYC, torch 2.13). An elementwise op's launch counts little: Inductor, which compiles both
-#: halves by default, fuses it into what reads it. And an A100-like accelerator in bf16.
-ROOFLINES = {
-    "cpu": Roofline(1e11, 1e11, 1e-7, 5e-6),
-    "cuda": Roofline(2e14, 1.5e12, 3e-6, 3e-6),
-}
+#: A few server cores: some 50 Gflop/s in fp32 and 10 GB/s; an A100-like accelerator in bf16.
+ROOFLINES = {"cpu": Roofline(5e10, 1e10, 1e-6), "cuda": Roofline(2e14, 1.5e12, 3e-6)}
+#: So much of a step's modelled time is shared out among its ops by their flops, the rest by the
+#: roofline. On a CPU elementwise ops on what was just made run far above the bandwidth of memory: a
+#: product of llama-16L took 39 times as long as an elementwise op on its result (3,797 and 97
+#: microseconds, AMD EPYC, one thread, torch 2.13); the roofline says 9, this mean 43. And in small
+#: steps, where launches are most of the time, flops keep their weight: fused steps launch less.
+FLOPS_SHARES = {"cpu": 0.8, "cuda": 0.0}
+
+
+def shared_by_flops(times_s: Sequence[float], flops: Sequence[int], share: float) -> list[float]:
+    """Times of all ops of a step, a share of their sum dealt out anew by flops."""
+    total_s, total_flops = sum(times_s), sum(flops)
+    if not share or not total_flops:
+        return list(times_s)
+    second = share * total_s / total_flops
+    return [(1 - share) * t + second * f for t, f in zip(times_s, flops, strict=True)]
 
 
 def node_flops(node: fx.Node) -> int:

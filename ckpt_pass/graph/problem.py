@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,12 +13,15 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass import _torch
 from ckpt_pass.graph.cost import (
+    FLOPS_SHARES,
     as_bytes,
     at_traced_shape,
+    device_type,
     draws_from_a_saved_tensor,
     modelled_time_s,
     node_flops,
     random_state_bytes,
+    shared_by_flops,
     storage_sizes,
     workspace_size,
 )
@@ -137,7 +140,7 @@ def build_problem(
     gradients = [node for node in joint.backward_outputs if node in index]
     returned = [node for node in joint.forward_outputs if node in index]
     problem = Problem(
-        ops=tuple(ops),
+        ops=_with_shared_times(ops, list(index), kernels),
         storage_bytes=tuple(table.nbytes),
         forward_outputs=_union(table, returned),
         forward_roots=tuple(index[node] for node in returned),
@@ -149,6 +152,17 @@ def build_problem(
         as_bytes(_workspace(node, kernels.get(node, NOT_MEASURED))) for node in index
     )
     return GraphProblem(problem, index, tuple(index), tuple(table.sizes), workspaces)
+
+
+def _with_shared_times(
+    ops: list[Op], nodes: list[fx.Node], kernels: Mapping[fx.Node, KernelFacts]
+) -> tuple[Op, ...]:
+    """Ops with their modelled times, part of them by flops; measured times are left alone."""
+    if not nodes or any(kernels.get(n, NOT_MEASURED).time_s is not None for n in nodes):
+        return tuple(ops)
+    share = FLOPS_SHARES.get(device_type(nodes[-1]), 0.0)
+    times = shared_by_flops([op.time_s for op in ops], [op.flops for op in ops], share)
+    return tuple(replace(op, time_s=time_s) for op, time_s in zip(ops, times, strict=True))
 
 
 def _workspace(node: fx.Node, facts: KernelFacts) -> int | torch.SymInt:
