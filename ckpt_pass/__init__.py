@@ -24,6 +24,9 @@ from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTag
 from ckpt_pass.eager.apply import AlreadyAppliedError as AlreadyAppliedError
 from ckpt_pass.eager.apply import NotAppliedError as NotAppliedError
 from ckpt_pass.eager.apply import UnknownRegionError as UnknownRegionError
+from ckpt_pass.eager.checkpoint import ContradictoryRegionError as ContradictoryRegionError
+from ckpt_pass.eager.checkpoint import DeterminismCheckError as DeterminismCheckError
+from ckpt_pass.eager.checkpoint import ReentrantRegionError as ReentrantRegionError
 from ckpt_pass.eager.checkpoint import checkpoint as checkpoint
 from ckpt_pass.eager.frame import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.eager.region import BackwardTwiceError as BackwardTwiceError

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -42,6 +43,31 @@ def frame_of_checkpoint(pack: Any) -> Any:
         return None
     cells = dict(zip(code.co_freevars, pack.__closure__ or (), strict=True))
     return cells["frame"].cell_contents if "frame" in cells else None
+
+
+def recompute_anew(frame: Any) -> None:
+    """Let torch's checkpoint region recompute once more in the backward that runs now.
+
+    It does so once a backward and hands each value out once (``_CheckpointFrame``). A value may be
+    asked for again, though: by a backward inside this one, or by a function that looks at its saved
+    tensors twice.
+    """
+    group = torch._C._get_graph_exec_group()
+    task = torch._C._current_graph_task_id() if group is None else group
+    for known in (frame.is_recomputed, frame.recomp_counter, frame.recomputed):
+        known.pop(task, None)
+
+
+def stops_early(wanted: bool) -> bool:
+    """Whether a region stops early: what ``set_checkpoint_early_stop`` says, else as wanted."""
+    enabled = torch.utils.checkpoint._enable_checkpoint_early_stop
+    return wanted if enabled is None else enabled
+
+
+def debugs(wanted: bool) -> bool:
+    """Whether regions log their ops: what ``set_checkpoint_debug_enabled`` says, else as wanted."""
+    enabled = torch.utils.checkpoint._checkpoint_debug_enabled
+    return wanted if enabled is None else enabled
 
 
 def device_context() -> AbstractContextManager[Any] | None:

@@ -8,11 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
 
-from ckpt_pass.eager.apply import RegionSpec, applied_regions, apply_regions, remove_regions
+from ckpt_pass.eager.apply import (
+    RegionSpec,
+    UnknownRegionError,
+    applied_regions,
+    apply_regions,
+    remove_regions,
+)
+from ckpt_pass.errors import nearest
 from ckpt_pass.plan_parts import Decision as Decision
 from ckpt_pass.plan_parts import Recipe as Recipe
 from ckpt_pass.plan_parts import Replay as Replay
@@ -208,8 +216,33 @@ class Plan:
         """The same inside a ``with`` block only."""
         return applied_regions(model, self.region_specs())
 
-    def region_specs(self) -> dict[str, RegionSpec]:
+    def region_specs(self) -> Mapping[str, RegionSpec]:
+        """What becomes of each region in eager mode, by FQN."""
+        return self._region_specs
+
+    @cached_property
+    def _region_specs(self) -> Mapping[str, RegionSpec]:
         return region_specs(self.regions, self.decisions, self.random_regions)
+
+    def region_spec(self, name: str) -> RegionSpec | None:
+        """What becomes of the module ``name`` in eager mode; ``None`` where it is no region.
+
+        Raises:
+            UnknownRegionError: no op of the plan's step ran in a module of that name.
+        """
+        found = self.region_specs().get(name)
+        if found is None and name not in self._modules:
+            raise UnknownRegionError(
+                f"The plan knows no module {name!r}.{nearest(name, self._modules)} Expected the "
+                "FQN of a module that ran in its step, relative to the model that was planned."
+            )
+        return found
+
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        """The modules that ops ran in, and those around them."""
+        parts = [site.fqn.split(".") for site in self.sites if site.fqn]
+        return frozenset(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))
 
     def _peak(self) -> str:
         return f"{format_bytes(self.peak_bytes)} predicted, {self.peak_at}"
