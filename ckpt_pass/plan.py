@@ -21,6 +21,7 @@ from ckpt_pass.eager.apply import (
     remove_regions,
 )
 from ckpt_pass.errors import nearest
+from ckpt_pass.plan_audit import findings, warning_lines
 from ckpt_pass.plan_parts import Decision as Decision
 from ckpt_pass.plan_parts import Recipe as Recipe
 from ckpt_pass.plan_parts import Replay as Replay
@@ -76,6 +77,7 @@ class Plan:
         replay: what a compiled plan does, so that it can be done again without solving.
         inner_peak_bytes: peak of inductor's own schedule, where there is a budget and inductor.
         replans: how often the plan was made again because of it.
+        graph_break: where dynamo cut the model after this graph, and why; empty where it did not.
     """
 
     policy: str
@@ -107,6 +109,7 @@ class Plan:
     random_regions: frozenset[str] | None = None
     signature: Signature | None = None
     replay: Replay | None = None
+    graph_break: str = ""
 
     @property
     def saved_bytes(self) -> Bytes:
@@ -268,8 +271,14 @@ class Plan:
                 f"recompute    {self._share(self.recompute_flops, self.step_flops)} of the flops, "
                 f"{self._share(self.recompute_time_s, self.step_time_s)} of the modelled time",
                 *budget_lines(self),
+                *warning_lines(self),
             ]
         )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What in it a reader would not expect (:func:`ckpt_pass.plan_audit.findings`)."""
+        return findings(self)
 
     def overview(self) -> str:
         """The summary; with a budget also amounts, the dearest decisions, and memory over time."""

@@ -39,6 +39,11 @@ class Decision:
     times: int = 0
     time_s: float = 0.0
 
+    @property
+    def is_view(self) -> bool:
+        """Whether the op only looks at memory that another one made."""
+        return self.op_class in ("view", "metadata")
+
     def __str__(self) -> str:
         return (
             f"{self.site!s:58} {self.op_class:14} {format_bytes(self.nbytes):>10} "

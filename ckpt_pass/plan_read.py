@@ -111,6 +111,7 @@ def _plan(reader: Reader) -> dict[str, Any]:
         measured_workspaces=reader["measured_workspaces"].whole(),
         inner_peak_bytes=reader["inner_peak_bytes"].maybe(Reader.whole),
         replans=reader["replans"].whole(),
+        graph_break=reader["graph_break"].text(),
         mode=reader["mode"].one_of(_MODES),
         random_regions=random_regions,
         signature=reader["signature"].maybe(_signature),

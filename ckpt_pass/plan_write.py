@@ -107,6 +107,7 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
         "measured_workspaces": plan.measured_workspaces,
         "inner_peak_bytes": plan.inner_peak_bytes,
         "replans": plan.replans,
+        "graph_break": plan.graph_break,
         "recipe": _recipe_data(plan.recipe),
         "signature": None
         if plan.signature is None
