@@ -41,8 +41,25 @@ def frame_of_checkpoint(pack: Any) -> Any:
     code = getattr(pack, "__code__", None)
     if code is None or not pack.__qualname__.startswith("_checkpoint_hook."):
         return None
-    cells = dict(zip(code.co_freevars, pack.__closure__ or (), strict=True))
-    return cells["frame"].cell_contents if "frame" in cells else None
+    return _closed_over(pack, "frame")
+
+
+def _closed_over(fn: Any, name: str) -> Any:
+    cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+    return cells[name].cell_contents if name in cells else None
+
+
+def name_of_checkpoint(frame: Any) -> str:
+    """The name of what a region of torch's checkpoint runs: a module's class, a function's name.
+
+    Torch's frame keeps a closure over the function (``_checkpoint_without_reentrant_generator``).
+    """
+    fn = _closed_over(frame.recompute_fn, "fn")
+    fn = getattr(fn, "func", fn)  # of a partial
+    owner = getattr(fn, "__self__", fn)
+    if isinstance(owner, torch.nn.Module):
+        return type(owner).__name__
+    return str(getattr(fn, "__qualname__", ""))
 
 
 def recompute_anew(frame: Any) -> None:

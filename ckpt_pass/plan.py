@@ -18,6 +18,7 @@ from ckpt_pass.eager.apply import (
     UnknownRegionError,
     applied_regions,
     apply_regions,
+    check_regions,
     remove_regions,
 )
 from ckpt_pass.errors import nearest
@@ -31,6 +32,7 @@ from ckpt_pass.plan_parts import Signature as Signature
 from ckpt_pass.plan_plot import plot_plan
 from ckpt_pass.plan_read import plan_from_json, read_plan_text
 from ckpt_pass.plan_regions import region_specs
+from ckpt_pass.plan_signature import check_eager_step
 from ckpt_pass.plan_text import budget_lines, overview
 from ckpt_pass.plan_text import format_bytes as format_bytes
 from ckpt_pass.plan_write import plan_to_json
@@ -202,9 +204,16 @@ class Plan:
 
         Raises:
             UnknownRegionError: the model lacks a module of the plan.
+            PlanMismatchError: its parameters are not those that an eager plan was made for.
             AlreadyAppliedError: a module is a region already.
         """
+        self._check(model)
         apply_regions(model, self.region_specs())
+
+    def _check(self, model: nn.Module) -> None:
+        check_regions(model, self.region_specs())
+        if self.mode == "eager":
+            check_eager_step(self.signature, model)
 
     @staticmethod
     def remove(model: nn.Module) -> None:
@@ -217,6 +226,7 @@ class Plan:
 
     def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """The same inside a ``with`` block only."""
+        self._check(model)
         return applied_regions(model, self.region_specs())
 
     def region_specs(self) -> Mapping[str, RegionSpec]:

@@ -128,12 +128,15 @@ class Signature:
 
     Attributes:
         torch_version: the torch that the plan was made with.
-        arguments, parameters: dtypes and shapes, in alphabetical order.
+        arguments, parameters: dtypes and shapes, in alphabetical order; of an eager step
+            parameters with their names.
+        library_version: the version of this library that made it.
     """
 
     torch_version: str
     arguments: tuple[str, ...]
     parameters: tuple[str, ...]
+    library_version: str = ""
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
             "torch": plan.signature.torch_version,
             "arguments": list(plan.signature.arguments),
             "parameters": list(plan.signature.parameters),
+            "ckpt_pass": plan.signature.library_version,
         },
         "peak_expression": expression_to_data(plan.peak_expression),
         "dimensions": [

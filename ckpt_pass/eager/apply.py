@@ -74,6 +74,20 @@ def apply_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
         UnknownRegionError: the model has no module of that name.
         AlreadyAppliedError: a module is a region already.
     """
+    check_regions(model, regions)
+    modules = dict(model.named_modules())
+    for name, spec in regions.items():
+        module = modules[name]
+        module.forward = RegionForward(module, name, spec)
+
+
+def check_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
+    """Raise as :func:`apply_regions` would; change nothing.
+
+    Raises:
+        UnknownRegionError: the model has no module of that name.
+        AlreadyAppliedError: a module is a region already.
+    """
     modules = dict(model.named_modules())
     for name in regions:
         if name not in modules:
@@ -87,9 +101,6 @@ def apply_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
             f"Module {taken[0]!r} is a checkpoint region already (and {len(taken) - 1} others). "
             "Expected a model without regions. Remove the applied plan first."
         )
-    for name, spec in regions.items():
-        module = modules[name]
-        module.forward = RegionForward(module, name, spec)
 
 
 def _region_forward(module: nn.Module) -> RegionForward | None:

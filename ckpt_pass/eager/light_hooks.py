@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.profiler import record_function
 
-from ckpt_pass import _torch_autograd
+from ckpt_pass import _torch, _torch_autograd
 from ckpt_pass.eager.saved_values import Recomputation, SavedLooks
 
-_NAME = "a checkpoint region"
 #: The value that torch sees; any does. Made once, so that no mode around a region sees it made.
 _VALUE = torch.empty(0)
 
@@ -28,13 +28,26 @@ class LightHooks:
     refers to that frame: what autograd saves does, and the frame goes with it.
     """
 
-    __slots__ = ("_checked", "_complete", "_in_use", "_rerun", "_saved", "_stops_early", "_store")
+    __slots__ = (
+        "_checked",
+        "_complete",
+        "_in_use",
+        "_range",
+        "_rerun",
+        "_saved",
+        "_stops_early",
+        "_store",
+        "name",
+    )
 
     def __init__(self) -> None:
         self._saved = SavedLooks()
         self._store: list[torch.Tensor | None] = []
         self._rerun: Recomputation | None = None
         self._in_use = False
+        #: For messages and profilers; known when its recomputation begins.
+        self.name = "a checkpoint region"
+        self._range: record_function | None = None
         self._complete = False
         self._checked = True
         self._stops_early = True
@@ -69,8 +82,13 @@ class LightHooks:
         hooks = _torch_autograd.saved_hooks()
         if not self._in_use or hooks is None:
             return False
+        if _torch.profiler_is_running():
+            self._range = record_function(f"recompute {self.name}")
+            self._range.__enter__()
         pack = hooks[0]
-        self._rerun = Recomputation(_NAME, self._saved.looks, lambda: pack(_VALUE), self._checked)
+        self._rerun = Recomputation(
+            self.name, self._saved.looks, lambda: pack(_VALUE), self._checked
+        )
         _torch_autograd.push_saved_hooks(self._rerun.pack, self._rerun.unpack)
         return True
 
@@ -81,6 +99,9 @@ class LightHooks:
             RecomputeMismatchError: less was saved than in the forward, or more in a run to the end.
         """
         _torch_autograd.pop_saved_hooks()
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
         assert self._rerun is not None
         self._store, rerun, self._rerun = self._rerun.store, self._rerun, None
         if not failed:
@@ -101,6 +122,7 @@ class _Unpack:
     def __call__(self, number: int) -> torch.Tensor:
         value = self._hooks.take(number)
         if value is None:  # not yet recomputed, or used by a backward before this one
+            self._hooks.name = _torch_autograd.name_of_checkpoint(self._frame) or self._hooks.name
             _torch_autograd.recompute_anew(self._frame)
             self._unpack_of_torch(self._holder)
             value = self._hooks.take(number)
