@@ -113,7 +113,7 @@ def test_tensors_are_not_kept_alive_but_arguments_are(ours: Region) -> None:
 
 @every
 def test_a_function_that_differs_in_its_second_run(ours: Region) -> None:
-    """Torch warns of errors or wrong gradients; another shape, dtype, device is an error."""
+    """Torch warns of errors or wrong gradients; another shape or dtype is an error."""
 
     def changes(change: Callable[[Tensor], Tensor]) -> Counted:
         counted = Counted(lambda v: (v if counted.runs == 1 else change(v)).sin().exp())
@@ -126,7 +126,7 @@ def test_a_function_that_differs_in_its_second_run(ours: Region) -> None:
 
 @every
 def test_determinism_check(ours: Region) -> None:
-    """ "default" compares shapes, dtypes and devices; "none" nothing; others are refused."""
+    """ "default" compares shapes and dtypes; "none" nothing; others are refused."""
     fn = Counted(lambda v: (v if fn.runs == 1 else v.double()).sin().exp())
     out = ours(fn, leaf(4), determinism_check="none")
     with contextlib.suppress(RuntimeError):  # autograd itself refuses a gradient of another dtype

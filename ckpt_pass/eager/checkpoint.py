@@ -90,7 +90,7 @@ def checkpoint(
         name: for messages and profilers; the class or function's name by default.
         use_reentrant: ``False``; there is no other way.
         context_fn: makes the contexts around forward and recomputation, instead of a policy.
-        determinism_check: ``default`` compares shapes, dtypes and devices, ``none`` nothing.
+        determinism_check: ``default`` compares shapes and dtypes, ``none`` nothing.
         debug: log the ops of both runs, for an error that says where they part. The region is
             then torch's own.
         early_stop: end the recomputation with the last value that the backward needs.

@@ -8,17 +8,17 @@ import torch
 
 from ckpt_pass.eager.region import RecomputeMismatchError
 
-Looks = tuple[torch.Size, torch.dtype, torch.device]
+Looks = tuple[torch.Size, torch.dtype]
 
 
 def _looks(value: torch.Tensor) -> Looks:
-    return value.shape, value.dtype, value.device
+    return value.shape, value.dtype
 
 
 class SavedLooks:
     """Describes the values that autograd saves in a region's forward, and keeps none.
 
-    By shape, dtype and device, as ``torch.utils.checkpoint`` does by default.
+    By shape and dtype; an op whose arguments are on another device than before fails by itself.
     """
 
     __slots__ = ("looks",)
@@ -29,7 +29,7 @@ class SavedLooks:
     def pack(self, value: torch.Tensor) -> int:
         """Number a value; a hook for autograd."""
         looks = self.looks
-        looks.append((value.shape, value.dtype, value.device))
+        looks.append((value.shape, value.dtype))
         return len(looks) - 1
 
 
@@ -65,7 +65,7 @@ class Recomputation:
         The value keeps its own history: no cycle arises, since autograd gets a number for it.
 
         Raises:
-            RecomputeMismatchError: the forward saved another shape, dtype or device here.
+            RecomputeMismatchError: the forward saved another shape or dtype here.
         """
         store = self.store
         number = len(store)
@@ -111,5 +111,5 @@ class Recomputation:
 
 
 def _words(looks: Looks) -> str:
-    shape, dtype, device = looks
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
+    shape, dtype = looks
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
