@@ -175,7 +175,10 @@ def _saved(reader: Reader) -> list[SavedActivation]:
 
 def _signature(reader: Reader) -> Signature:
     return Signature(
-        reader["torch"].text(), reader["arguments"].texts(), reader["parameters"].texts()
+        torch_version=reader["torch"].text(),
+        arguments=reader["arguments"].texts(),
+        parameters=reader["parameters"].texts(),
+        library_version=reader["ckpt_pass"].text(),
     )
 
 
