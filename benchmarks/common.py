@@ -164,7 +164,30 @@ class DeepRow:
     most_runs: int
 
 
-Row: TypeAlias = TimingRow | PeakRow | BudgetRow | PlanningRow | DeepRow
+@dataclass(frozen=True)
+class EagerRow:
+    """One way to run a model's eager step.
+
+    Attributes:
+        peak_bytes: measured.
+        predicted_bytes: by the plan, where there is one.
+        flops_share, time_share: recomputed, by the step's with nothing recomputed; time is
+            modelled.
+    """
+
+    model: str
+    way: str
+    peak_bytes: int
+    predicted_bytes: int | None
+    flops_share: float
+    time_share: float
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        return self.peak_bytes, self.flops_share, self.time_share
+
+
+Row: TypeAlias = TimingRow | PeakRow | BudgetRow | PlanningRow | DeepRow | EagerRow
 
 
 @dataclass(frozen=True)

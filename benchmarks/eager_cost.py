@@ -7,7 +7,7 @@ block is a region of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,10 +30,12 @@ from benchmarks.common import (
     torch_threads,
 )
 from ckpt_pass import CkptPassError
+from ckpt_pass.eager.apply import regions_of
 
 BLOCKS = 16
 WIDTH = 32  # features: 4 kflop a matmul row, so that a kernel takes a few microseconds
 TOKENS = 8
+LARGER_TOKENS = 64  # activations outweigh gradients: a plan for torch SAC's peak must recompute
 ROUNDS = 100
 WARMUP = 5  # rounds: first calls fill torch's dispatch caches and ours
 
@@ -49,6 +51,7 @@ OURS_FN = "ours, torch's policy_fn"
 OURS_REGION = "ours, checkpoint()"
 OURS_REGION_POLICY = "ours, checkpoint(), save-matmul"
 OURS_PLAN = "ours, a plan for torch SAC's peak"
+OURS_LEAST = "ours, the plan of least peak"
 
 _SAVED = frozenset(MATMUL_OPS)
 
@@ -130,6 +133,7 @@ def ways() -> dict[str, Around]:
         OURS_REGION: _fast_region,
         OURS_REGION_POLICY: partial(_fast_region, policy="save-matmul"),
         OURS_PLAN: _plain,
+        OURS_LEAST: _plain,
     }
 
 
@@ -169,6 +173,7 @@ def steps(blocks: int = BLOCKS, width: int = WIDTH, tokens: int = TOKENS) -> dic
         x = torch.randn(tokens, width, generator=generator, requires_grad=True)
         found[name] = Step(model, x)
     _apply_plan(found[OURS_PLAN], _peak(found[TORCH_LIST]))
+    _apply_plan(found[OURS_LEAST], _least_peak(found[OURS_LEAST]))
     return found
 
 
@@ -177,6 +182,14 @@ def _peak(step: Step) -> int:
     measured = ckpt_pass.measure_step(lambda: step.model(step.x), params=leaves)
     step.clear()
     return measured.peak_bytes
+
+
+def _least_peak(step: Step) -> int:
+    try:
+        ckpt_pass.plan(step.model, step.x, budget=1, mode="eager")
+    except ckpt_pass.InfeasibleBudgetError as error:
+        return error.least_feasible_bytes
+    raise AssertionError("a step needs more than one byte")
 
 
 def _apply_plan(step: Step, budget_bytes: int) -> None:
@@ -197,14 +210,16 @@ def check_gradients(found: dict[str, Step]) -> None:
                 )
 
 
-def run(rounds: int = ROUNDS, warmup: int = WARMUP, blocks: int = BLOCKS) -> Result:
+def run(
+    rounds: int = ROUNDS, warmup: int = WARMUP, blocks: int = BLOCKS, tokens: int = TOKENS
+) -> Result:
     """Time one step of each variant on one thread.
 
     Raises:
         GradientsDifferError: a variant computes something else.
     """
     with torch_threads(1):
-        found = steps(blocks)
+        found = steps(blocks, tokens=tokens)
         check_gradients(found)
         rows = interleave(
             [Variant(name, step, step.clear) for name, step in found.items()],
@@ -212,14 +227,32 @@ def run(rounds: int = ROUNDS, warmup: int = WARMUP, blocks: int = BLOCKS) -> Res
             warmup=warmup,
             references=(PLAIN, REENTRANT, TORCH_LIST, TORCH_FN),
         )
-    title = f"Eager: {blocks} tiny blocks [{TOKENS}, {WIDTH}], each a region, one thread"
-    return Result("eager", title, rows, _bars({row.variant: row for row in rows}))
+    title = f"Eager: {blocks} tiny blocks [{tokens}, {WIDTH}], each a region, one thread"
+    return Result("eager", title, rows, _bars({row.variant: row for row in rows}), _facts(found))
+
+
+def run_larger(rounds: int = ROUNDS, warmup: int = WARMUP, blocks: int = BLOCKS) -> Result:
+    """The same with larger activations, where plans have something to recompute."""
+    found = run(rounds, warmup, blocks, LARGER_TOKENS)
+    plans = tuple(bar for bar in found.bars if bar.what.startswith((OURS_PLAN, OURS_LEAST)))
+    return replace(found, name="eager-larger", bars=plans)
+
+
+def _facts(found: dict[str, Step]) -> dict[str, object]:
+    """What the plans are: how many blocks' modules are regions, and the peaks."""
+    names = (TORCH_LIST, OURS_PLAN, OURS_LEAST)
+    peaks = {f"peak bytes, {name}": _peak(found[name]) for name in names}
+    plans = (OURS_PLAN, OURS_LEAST)
+    return peaks | {f"regions, {name}": len(regions_of(found[name].model)) for name in plans}
 
 
 def _bars(rows: dict[str, TimingRow]) -> tuple[Bar, ...]:
     return (
         Bar(f"{OURS} / {TORCH_LIST}", rows[OURS].ratios[TORCH_LIST], 0.85),
         Bar(f"{OURS_PLAN} / {TORCH_LIST}", rows[OURS_PLAN].ratios[TORCH_LIST], 0.6),
+        Bar(f"{OURS_LEAST} / {TORCH_LIST}", rows[OURS_LEAST].ratios[TORCH_LIST], 0.6),
+        Bar(f"{OURS_PLAN} / {REENTRANT}", rows[OURS_PLAN].ratios[REENTRANT], 1.0),
+        Bar(f"{OURS_LEAST} / {REENTRANT}", rows[OURS_LEAST].ratios[REENTRANT], 1.0),
         Bar(f"{OURS_REGION} / {TORCH_LIST}", rows[OURS_REGION].ratios[TORCH_LIST], 0.6),
         Bar(f"{OURS_REGION} / {REENTRANT}", rows[OURS_REGION].ratios[REENTRANT], 1.0),
         Bar(f"{OURS_FN} / {TORCH_FN}", rows[OURS_FN].ratios[TORCH_FN], 1.0),

@@ -27,6 +27,7 @@ from benchmarks import (  # noqa: E402
     budget_times,
     budgets,
     deep,
+    eager_budgets,
     eager_cost,
     partition_cost,
     peaks,
@@ -37,7 +38,7 @@ from benchmarks.tables import table_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PIPED_WIDTH = 150  # characters: the widest table, that of the eager costs, fits
-NAMES = ("eager", "partition", "peaks", "budgets", "planning", "deep")
+NAMES = ("eager", "eager-budgets", "partition", "peaks", "budgets", "planning", "deep")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,6 +78,10 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
     rounds: int | None = options.rounds
     if name == "eager":
         yield eager_cost.run(rounds or eager_cost.ROUNDS)
+        yield eager_cost.run_larger(rounds or eager_cost.ROUNDS)
+    elif name == "eager-budgets":
+        large = () if not options.all else eager_budgets.LARGE
+        yield eager_budgets.run((*eager_budgets.SMALL, *large))
     elif name == "partition":
         yield partition_cost.run(rounds or partition_cost.ROUNDS)
     elif name == "peaks":

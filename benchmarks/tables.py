@@ -11,6 +11,7 @@ from benchmarks.common import (
     BudgetRow,
     Cost,
     DeepRow,
+    EagerRow,
     PeakRow,
     PlanningRow,
     Result,
@@ -120,10 +121,24 @@ def _depths(title: str, rows: Sequence[DeepRow]) -> Table:
     return table
 
 
+def _eager(title: str, rows: Sequence[EagerRow]) -> Table:
+    table = Table(title=f"{title}; recomputed in % of the step")
+    table.add_column("model")
+    table.add_column("way")
+    for column in ("peak bytes", "predicted", "flops", "time"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        predicted = "" if row.predicted_bytes is None else f"{row.predicted_bytes:,}"
+        shares = (f"{100 * share:.1f}" for share in (row.flops_share, row.time_share))
+        table.add_row(row.model, row.way, f"{row.peak_bytes:,}", predicted, *shares)
+    return table
+
+
 _TABLES: dict[type, Callable[[str, Any], Table]] = {
     TimingRow: _timings,
     PeakRow: _peaks,
     BudgetRow: _budgets,
     PlanningRow: _planning,
     DeepRow: _depths,
+    EagerRow: _eager,
 }

@@ -18,12 +18,14 @@ from ckpt_pass.compile.backend import make_backend as make_backend
 from ckpt_pass.compile.budgeting import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
 from ckpt_pass.compile.replan import InductorPeakWarning as InductorPeakWarning
-from ckpt_pass.compile.replay import PlanMismatchError as PlanMismatchError
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError
 from ckpt_pass.eager.apply import AlreadyAppliedError as AlreadyAppliedError
 from ckpt_pass.eager.apply import NotAppliedError as NotAppliedError
 from ckpt_pass.eager.apply import UnknownRegionError as UnknownRegionError
+from ckpt_pass.eager.checkpoint import ContradictoryRegionError as ContradictoryRegionError
+from ckpt_pass.eager.checkpoint import DeterminismCheckError as DeterminismCheckError
+from ckpt_pass.eager.checkpoint import ReentrantRegionError as ReentrantRegionError
 from ckpt_pass.eager.checkpoint import checkpoint as checkpoint
 from ckpt_pass.eager.frame import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.eager.region import BackwardTwiceError as BackwardTwiceError
@@ -60,6 +62,7 @@ from ckpt_pass.plan import SavedActivations as SavedActivations
 from ckpt_pass.plan import Signature as Signature
 from ckpt_pass.plan_diff import plan_differences as plan_differences
 from ckpt_pass.plan_schema import PlanFileError as PlanFileError
+from ckpt_pass.plan_signature import PlanMismatchError as PlanMismatchError
 from ckpt_pass.planner.solution import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.planner.solution import Solution as Solution
 from ckpt_pass.planner.solution import evaluate as evaluate

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -40,8 +41,50 @@ def frame_of_checkpoint(pack: Any) -> Any:
     code = getattr(pack, "__code__", None)
     if code is None or not pack.__qualname__.startswith("_checkpoint_hook."):
         return None
-    cells = dict(zip(code.co_freevars, pack.__closure__ or (), strict=True))
-    return cells["frame"].cell_contents if "frame" in cells else None
+    return _closed_over(pack, "frame")
+
+
+def _closed_over(fn: Any, name: str) -> Any:
+    cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+    return cells[name].cell_contents if name in cells else None
+
+
+def name_of_checkpoint(frame: Any) -> str:
+    """The name of what a region of torch's checkpoint runs: a module's class, a function's name.
+
+    Torch's frame keeps a closure over the function (``_checkpoint_without_reentrant_generator``).
+    """
+    fn = _closed_over(frame.recompute_fn, "fn")
+    fn = getattr(fn, "func", fn)  # of a partial
+    owner = getattr(fn, "__self__", fn)
+    if isinstance(owner, torch.nn.Module):
+        return type(owner).__name__
+    return str(getattr(fn, "__qualname__", ""))
+
+
+def recompute_anew(frame: Any) -> None:
+    """Let torch's checkpoint region recompute once more in the backward that runs now.
+
+    It does so once a backward and hands each value out once (``_CheckpointFrame``). A value may be
+    asked for again, though: by a backward inside this one, or by a function that looks at its saved
+    tensors twice.
+    """
+    group = torch._C._get_graph_exec_group()
+    task = torch._C._current_graph_task_id() if group is None else group
+    for known in (frame.is_recomputed, frame.recomp_counter, frame.recomputed):
+        known.pop(task, None)
+
+
+def stops_early(wanted: bool) -> bool:
+    """Whether a region stops early: what ``set_checkpoint_early_stop`` says, else as wanted."""
+    enabled = torch.utils.checkpoint._enable_checkpoint_early_stop
+    return wanted if enabled is None else enabled
+
+
+def debugs(wanted: bool) -> bool:
+    """Whether regions log their ops: what ``set_checkpoint_debug_enabled`` says, else as wanted."""
+    enabled = torch.utils.checkpoint._checkpoint_debug_enabled
+    return wanted if enabled is None else enabled
 
 
 def device_context() -> AbstractContextManager[Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ckpt_pass.graph.capture import untraceable
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.ops import OpClass, classify, op_name
 from ckpt_pass.plan import Decision, Plan, Recipe, SavedActivation, SavedActivations
+from ckpt_pass.plan_signature import eager_signature
 from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem, EagerProfile
 from ckpt_pass.planner.eager_solve import EagerSolution, solve_eager
 from ckpt_pass.planner.solution import InfeasibleBudgetError
@@ -67,7 +69,8 @@ def plan_eager(
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     solution = _solved(problem, plain.peak_bytes, budget_bytes, _reserve_share(trace))
-    return _Writer(trace, problem, solution).plan(policy, goal, budget_bytes, plain)
+    made = _Writer(trace, problem, solution).plan(policy, goal, budget_bytes, plain)
+    return replace(made, signature=eager_signature(model, args))
 
 
 def _traced(

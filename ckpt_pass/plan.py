@@ -8,11 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
 
-from ckpt_pass.eager.apply import RegionSpec, applied_regions, apply_regions, remove_regions
+from ckpt_pass.eager.apply import (
+    RegionSpec,
+    UnknownRegionError,
+    applied_regions,
+    apply_regions,
+    check_regions,
+    remove_regions,
+)
+from ckpt_pass.errors import nearest
+from ckpt_pass.plan_audit import findings, warning_lines
 from ckpt_pass.plan_parts import Decision as Decision
 from ckpt_pass.plan_parts import Recipe as Recipe
 from ckpt_pass.plan_parts import Replay as Replay
@@ -22,6 +32,7 @@ from ckpt_pass.plan_parts import Signature as Signature
 from ckpt_pass.plan_plot import plot_plan
 from ckpt_pass.plan_read import plan_from_json, read_plan_text
 from ckpt_pass.plan_regions import region_specs
+from ckpt_pass.plan_signature import check_eager_step
 from ckpt_pass.plan_text import budget_lines, overview
 from ckpt_pass.plan_text import format_bytes as format_bytes
 from ckpt_pass.plan_write import plan_to_json
@@ -68,6 +79,7 @@ class Plan:
         replay: what a compiled plan does, so that it can be done again without solving.
         inner_peak_bytes: peak of inductor's own schedule, where there is a budget and inductor.
         replans: how often the plan was made again because of it.
+        graph_break: where dynamo cut the model after this graph, and why; empty where it did not.
     """
 
     policy: str
@@ -99,6 +111,7 @@ class Plan:
     random_regions: frozenset[str] | None = None
     signature: Signature | None = None
     replay: Replay | None = None
+    graph_break: str = ""
 
     @property
     def saved_bytes(self) -> Bytes:
@@ -191,9 +204,16 @@ class Plan:
 
         Raises:
             UnknownRegionError: the model lacks a module of the plan.
+            PlanMismatchError: its parameters are not those that an eager plan was made for.
             AlreadyAppliedError: a module is a region already.
         """
+        self._check(model)
         apply_regions(model, self.region_specs())
+
+    def _check(self, model: nn.Module) -> None:
+        check_regions(model, self.region_specs())
+        if self.mode == "eager":
+            check_eager_step(self.signature, model)
 
     @staticmethod
     def remove(model: nn.Module) -> None:
@@ -206,10 +226,36 @@ class Plan:
 
     def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """The same inside a ``with`` block only."""
+        self._check(model)
         return applied_regions(model, self.region_specs())
 
-    def region_specs(self) -> dict[str, RegionSpec]:
+    def region_specs(self) -> Mapping[str, RegionSpec]:
+        """What becomes of each region in eager mode, by FQN."""
+        return self._region_specs
+
+    @cached_property
+    def _region_specs(self) -> Mapping[str, RegionSpec]:
         return region_specs(self.regions, self.decisions, self.random_regions)
+
+    def region_spec(self, name: str) -> RegionSpec | None:
+        """What becomes of the module ``name`` in eager mode; ``None`` where it is no region.
+
+        Raises:
+            UnknownRegionError: no op of the plan's step ran in a module of that name.
+        """
+        found = self.region_specs().get(name)
+        if found is None and name not in self._modules:
+            raise UnknownRegionError(
+                f"The plan knows no module {name!r}.{nearest(name, self._modules)} Expected the "
+                "FQN of a module that ran in its step, relative to the model that was planned."
+            )
+        return found
+
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        """The modules that ops ran in, and those around them."""
+        parts = [site.fqn.split(".") for site in self.sites if site.fqn]
+        return frozenset(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))
 
     def _peak(self) -> str:
         return f"{format_bytes(self.peak_bytes)} predicted, {self.peak_at}"
@@ -235,8 +281,14 @@ class Plan:
                 f"recompute    {self._share(self.recompute_flops, self.step_flops)} of the flops, "
                 f"{self._share(self.recompute_time_s, self.step_time_s)} of the modelled time",
                 *budget_lines(self),
+                *warning_lines(self),
             ]
         )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What in it a reader would not expect (:func:`ckpt_pass.plan_audit.findings`)."""
+        return findings(self)
 
     def overview(self) -> str:
         """The summary; with a budget also amounts, the dearest decisions, and memory over time."""

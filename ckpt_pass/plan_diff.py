@@ -42,7 +42,7 @@ def _short(value: object) -> str:
 def _steps(one: Plan, other: Plan) -> list[str]:
     found = []
     if one.signature is not None and other.signature is not None:
-        for name in ("torch_version", "arguments", "parameters"):
+        for name in ("torch_version", "library_version", "arguments", "parameters"):
             mine, theirs = getattr(one.signature, name), getattr(other.signature, name)
             if mine != theirs:
                 found.append(f"{name}: {_short(mine)} in one, {_short(theirs)} in the other")

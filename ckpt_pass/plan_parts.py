@@ -39,6 +39,11 @@ class Decision:
     times: int = 0
     time_s: float = 0.0
 
+    @property
+    def is_view(self) -> bool:
+        """Whether the op only looks at memory that another one made."""
+        return self.op_class in ("view", "metadata")
+
     def __str__(self) -> str:
         return (
             f"{self.site!s:58} {self.op_class:14} {format_bytes(self.nbytes):>10} "
@@ -123,12 +128,15 @@ class Signature:
 
     Attributes:
         torch_version: the torch that the plan was made with.
-        arguments, parameters: dtypes and shapes, in alphabetical order.
+        arguments, parameters: dtypes and shapes, in alphabetical order; of an eager step
+            parameters with their names.
+        library_version: the version of this library that made it.
     """
 
     torch_version: str
     arguments: tuple[str, ...]
     parameters: tuple[str, ...]
+    library_version: str = ""
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ def _plan(reader: Reader) -> dict[str, Any]:
         measured_workspaces=reader["measured_workspaces"].whole(),
         inner_peak_bytes=reader["inner_peak_bytes"].maybe(Reader.whole),
         replans=reader["replans"].whole(),
+        graph_break=reader["graph_break"].text(),
         mode=reader["mode"].one_of(_MODES),
         random_regions=random_regions,
         signature=reader["signature"].maybe(_signature),
@@ -174,7 +175,10 @@ def _saved(reader: Reader) -> list[SavedActivation]:
 
 def _signature(reader: Reader) -> Signature:
     return Signature(
-        reader["torch"].text(), reader["arguments"].texts(), reader["parameters"].texts()
+        torch_version=reader["torch"].text(),
+        arguments=reader["arguments"].texts(),
+        parameters=reader["parameters"].texts(),
+        library_version=reader["ckpt_pass"].text(),
     )
 
 

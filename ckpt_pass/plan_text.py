@@ -123,14 +123,10 @@ def _amounts(plan: Plan) -> Iterator[str]:
     yield f"{'':16} {'ops':>5} {'views':>6} {'bytes':>11}  why"
     for name, decisions in groups.items():
         if decisions:
-            views = sum(_is_view(decision) for decision in decisions)
+            views = sum(decision.is_view for decision in decisions)
             amount = format_bytes(_total(decision.nbytes for decision in decisions))
             why = "the backward does not read it" if name == "not needed" else _why(decisions)
             yield f"{name:16} {len(decisions) - views:>5} {views:>6} {amount:>11}  {why}"
-
-
-def _is_view(decision: Decision) -> bool:
-    return decision.op_class in ("view", "metadata")
 
 
 def _total(items: Iterable[Bytes]) -> Bytes:
@@ -140,7 +136,7 @@ def _total(items: Iterable[Bytes]) -> Bytes:
 
 def _why(decisions: Iterable[Decision]) -> str:
     """The commonest rules; views follow what they are views of and have no say."""
-    rules = Counter(decision.rule for decision in decisions if not _is_view(decision))
+    rules = Counter(decision.rule for decision in decisions if not decision.is_view)
     if len(rules) == 1:
         return next(iter(rules))
     named = [f"{rule} ({count})" for rule, count in rules.most_common(_REASONS)]

@@ -107,6 +107,7 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
         "measured_workspaces": plan.measured_workspaces,
         "inner_peak_bytes": plan.inner_peak_bytes,
         "replans": plan.replans,
+        "graph_break": plan.graph_break,
         "recipe": _recipe_data(plan.recipe),
         "signature": None
         if plan.signature is None
@@ -114,6 +115,7 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
             "torch": plan.signature.torch_version,
             "arguments": list(plan.signature.arguments),
             "parameters": list(plan.signature.parameters),
+            "ckpt_pass": plan.signature.library_version,
         },
         "peak_expression": expression_to_data(plan.peak_expression),
         "dimensions": [

@@ -57,7 +57,7 @@ class Policy(Protocol):
 
 
 @functools.lru_cache(maxsize=4096)
-def _name_matches(pattern: str, name: str) -> bool:
+def name_matches(pattern: str, name: str) -> bool:
     """``aten.mm`` matches every overload; otherwise shell wildcards."""
     return name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
 
@@ -110,7 +110,7 @@ class Rule:
 
     def matches_op(self, site: SiteContext) -> bool:
         """Whether the op is one of those that the rule is about, wherever it runs."""
-        if self.op and not any(_name_matches(pattern, site.site.op) for pattern in self.op):
+        if self.op and not any(name_matches(pattern, site.site.op) for pattern in self.op):
             return False
         return not self.op_class or site.op_class in self.op_class
 

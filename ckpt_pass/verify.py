@@ -24,6 +24,7 @@ from ckpt_pass.explain import plan as make_plan
 from ckpt_pass.graph.regions import repeated_modules
 from ckpt_pass.measure import Measurement, measure_step
 from ckpt_pass.plan import Plan, format_bytes
+from ckpt_pass.plan_signature import check_eager_step
 from ckpt_pass.policies import as_policy
 from ckpt_pass.policy import PolicyLike, describe
 
@@ -142,7 +143,7 @@ def verify(
         how: dict[str, Any] = {"policy": policy, "budget": budget, "loss_fn": loss_fn}
         plan = make_plan(model, *args, mode=mode, **how)
     if plan.mode == "eager":
-        return _verify_eager(plan, model, step, rtol, atol)
+        return _verify_eager(plan, model, args, step, rtol, atol)
     return _verify_compiled(plan, model, args, loss_fn, rtol, atol)
 
 
@@ -174,8 +175,14 @@ def layers_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def _verify_eager(
-    plan: Plan, model: nn.Module, step: Callable[[], Tensor], rtol: float, atol: float
+    plan: Plan,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    step: Callable[[], Tensor],
+    rtol: float,
+    atol: float,
 ) -> Verdict:
+    check_eager_step(plan.signature, model, args)
     same = _same(step, _applied(model, plan.region_specs(), step), model, rtol, atol)
     with plan.applied(model):
         measured = measure_step(step, repeats=1)

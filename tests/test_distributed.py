@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -163,6 +170,25 @@ def ways_to_train(rank: int) -> dict[str, list[float]]:
     return found
 
 
+def tensor_parallel(rank: int) -> bool:
+    """Gradients of weights that are DTensors, with collectives inside the regions."""
+    found = []
+    for around in (None, region, selective):
+        model = made(around)
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for layer in model.layers:
+            how = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+            parallelize_module(layer, mesh, how)
+        model(batch(0, 0)).backward()
+        found.append([_local(parameter.grad) for parameter in model.parameters()])
+    plain, *others = found
+    return all(all(map(torch.equal, plain, other)) for other in others)
+
+
+def _local(gradient: Any) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
 # --- tests ----------------------------------------------------------------------------------
 
 
@@ -183,6 +209,10 @@ def test_data_parallel_and_sharded_training(tmp_path: Path) -> None:
     for found in on_ranks(ways_to_train, tmp_path):
         for name, losses in found.items():
             assert losses == found[f"{name.partition(' ')[0]} plain"], name
+
+
+def test_tensor_parallel_regions(tmp_path: Path) -> None:
+    assert on_ranks(tensor_parallel, tmp_path) == [True, True]
 
 
 def test_without_a_process_group() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +54,7 @@ def check_budgets(make: Callable[[], Any], count: int) -> None:
         with plan.applied(model):
             measured = ckpt_pass.measure_step(lambda: model(*args), repeats=1)
         assert measured.peak_bytes <= budget, step
-        assert abs(measured.peak_bytes - plan.peak_bytes) <= 0.013 * measured.peak_bytes, step
+        assert abs(measured.peak_bytes - plan.peak_bytes) <= 0.01 * measured.peak_bytes, step
         assert measured.flops == plan.step_flops + plan.recompute_flops
         times.append(plan.recompute_time_s)
     assert times == sorted(times, reverse=True)
@@ -188,3 +190,87 @@ def test_the_frontier_holds_the_best_of_all_simulated_plans() -> None:
     assert frontier[0][2] == EagerPlan()
     for time_s, peak in pool.plans.values():
         assert any(other <= time_s and bytes_ <= peak for other, bytes_, _ in frontier)
+
+
+def test_a_plan_for_another_shape_or_dtype_says_what_differs() -> None:
+    model, args = hf.gpt2()
+    plan = eager(model, args, 0.6)
+    (name, _), *_ = model.named_parameters()
+    wider = copy.deepcopy(model)
+    wider.get_parameter(name).data = torch.zeros(7, 48)
+    for use in (plan.apply, plan.applied):
+        with pytest.raises(ckpt_pass.PlanMismatchError) as caught:
+            use(wider)
+        assert f"parameters {name} float32[7, 48] here, {name} float32[128, 48] in the plan" in str(
+            caught.value
+        )
+    with pytest.raises(ckpt_pass.PlanMismatchError, match=r"bfloat16\[.* and 37 more here"):
+        plan.apply(copy.deepcopy(model).bfloat16())
+    with pytest.raises(ckpt_pass.PlanMismatchError, match=r"arguments int64\[2, 32\] here"):
+        ckpt_pass.verify(model, args[0][:2], plan=plan)
+    assert all("forward" not in module.__dict__ for module in wider.modules())
+
+
+def test_another_version_is_named_along_with_what_differs() -> None:
+    model, args = hf.gpt2()
+    plan = eager(model, args, 0.6)
+    assert plan.signature is not None
+    old = dataclasses.replace(plan.signature, torch_version="2.0.0", library_version="0.0.1")
+    dated = dataclasses.replace(plan, signature=old)
+    with dated.applied(model):  # by itself no reason to refuse
+        pass
+    found = ckpt_pass.plan_differences(plan, dated)
+    assert [line.partition(":")[0] for line in found] == ["torch_version", "library_version"]
+    with pytest.raises(
+        ckpt_pass.PlanMismatchError, match=r"2\.0\.0 in the plan; ckpt_pass .* 0\.0\.1"
+    ):
+        dated.apply(copy.deepcopy(model).bfloat16())
+
+
+def test_checkpoint_by_a_plan() -> None:
+    """``checkpoint(plan=...)`` is a region where the plan has one, and a plain call elsewhere."""
+    model, args = hf.gpt2()
+    plan = eager(model, args, least_of(model, args))
+    found = []
+    for name, module in model.named_modules():
+        if "forward" not in module.__dict__ and name in (*plan.regions, "model.lm_head"):
+            own = module.forward
+            module.forward = functools.partial(_by_plan, own, plan, name)
+            found.append(module)
+    measured = ckpt_pass.measure_step(lambda: model(*args), repeats=1)
+    assert abs(measured.peak_bytes - plan.peak_bytes) <= 512
+    with pytest.raises(ckpt_pass.UnknownRegionError, match=r"Did you mean 'model\.lm_head'"):
+        ckpt_pass.checkpoint(torch.sin, torch.ones(2), plan=plan, name="model.lmhead")
+
+
+def _by_plan(forward: Any, plan: ckpt_pass.Plan, name: str, *args: Any, **kwargs: Any) -> Any:
+    return ckpt_pass.checkpoint(forward, *args, plan=plan, name=name, **kwargs)
+
+
+class _Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Dropout(0.5), nn.Linear(64, 16))
+            for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def test_dropout_that_is_switched_on_after_planning() -> None:
+    """The plan saw a region that draws nothing; the random state is kept nevertheless."""
+    model, x = _Dropping().eval(), torch.randn(256, 16)
+    plan = eager(model, (x,), least_of(model, (x,)))
+    assert plan.regions and not plan.random_regions
+    model.train()
+
+    def planned() -> Tensor:
+        with plan.applied(model):
+            loss: Tensor = model(x)
+        return loss
+
+    ckpt_pass.compare_gradients(lambda: model(x), planned, model).raise_if_different()

@@ -29,7 +29,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"eager"}),
     frozenset(
-        {"plan", "plan_text", "plan_plot", "plan_regions", "plan_parts", "plan_read", "plan_write"}
+        {"plan", "plan_text", "plan_audit", "plan_plot", "plan_regions", "plan_parts"}
+        | {"plan_read", "plan_write", "plan_signature"}
         | {"plan_expressions", "plan_schema", "timeline", "drawing"}
     ),
     frozenset({"compile", "eager_planning", "plan_diff"}),

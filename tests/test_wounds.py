@@ -190,6 +190,10 @@ def test_routing_that_drifts(drifting: Any) -> None:
     assert same(step(region(chosen)), wanted)
     with pytest.raises(ckpt_pass.RecomputeMismatchError, match="save what decides it"):
         step(region(None))
+    # Torch's usual list saves products, not the choice: the experts see other tokens.
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    with pytest.raises(RuntimeError, match=r"must match|different metadata"):
+        step(torchs(products))
 
 
 # --- side effects ----------------------------------------------------------------------------
@@ -224,3 +228,45 @@ def test_a_side_effect_runs_once_where_it_is_saved(inputs: tuple[Tensor, Tensor]
         assert runs(region(None)) == 2
         assert runs(ours(saved)) == 1
         assert runs(region(saved)) == 1
+
+
+# --- profilers -------------------------------------------------------------------------------
+
+
+def seen_in_profile(around: Around) -> set[str]:
+    """The names that a profile of a step shows."""
+    block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        around(block, x).sum().backward()
+    return {event.key for event in profile.key_averages()}
+
+
+def test_recomputation_has_a_name_in_profiles() -> None:
+    """torch's own region has none; ours is named by its module, under torch's checkpoint, too."""
+    assert "recompute Sequential" in seen_in_profile(region(None))
+    assert "recompute Sequential" in seen_in_profile(ours("save-matmul"))
+    named = partial(ckpt_pass.checkpoint, name="layers.3")
+    assert "recompute layers.3" in seen_in_profile(named)
+    plain = seen_in_profile(torchs([torch.ops.aten.mm.default]))
+    assert not any("recompute" in name for name in plain)
+
+
+@pytest.mark.skipif(not torch.profiler.itt.is_available(), reason="built without ITT")
+def test_ranges_for_other_tools() -> None:
+    """``emit_itt``, and ``emit_nvtx`` alike, make a range of every ``record_function``."""
+    seen: list[str] = []
+
+    class Sees(torch.autograd.profiler.record_function):
+        def __enter__(self) -> Any:
+            seen.append(self.name)
+            return super().__enter__()
+
+    block, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ckpt_pass.eager.frame.record_function", Sees)
+        ckpt_pass.checkpoint(block, x, name="quiet").sigmoid().sum().backward()
+        assert not seen  # nothing is recorded where nobody looks
+        with torch.autograd.profiler.emit_itt():
+            ckpt_pass.checkpoint(block, x, name="layers.3").sigmoid().sum().backward()
+    assert seen == ["recompute layers.3"]

@@ -12,6 +12,7 @@ from torch import fx
 
 from ckpt_pass import _torch
 from ckpt_pass.budget import BudgetLike
+from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner, policy_for
 from ckpt_pass.compile.replan import compile_within
 from ckpt_pass.compile.symbolic import watch_sizes
@@ -114,6 +115,9 @@ class Backend:
             compiled = _torch.compile_inductor(
                 gm, example_inputs, partition, dict(backend.inner_options), mode
             )
+        cut = graph_break(gm)
+        if cut:
+            made = [replace(plan, graph_break=cut) for plan in made]
         self.plans.extend(made)
         return watch_sizes(compiled, made[-1], example_inputs) if made else compiled
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -11,19 +10,20 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.compile.budgeting import Met
 from ckpt_pass.compile.tagging import Tag
-from ckpt_pass.errors import CkptPassError
 from ckpt_pass.graph.cost import own_bytes
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.plan import Decision, Plan, Replay, Signature
+from ckpt_pass.plan_signature import (
+    PlanMismatchError,
+    looks,
+    signature,
+    signature_differences,
+)
 from ckpt_pass.planner.solution import evaluate, without_recompute
 from ckpt_pass.sites import CallSite
 from ckpt_pass.timeline import timeline_of
-
-
-class PlanMismatchError(CkptPassError):
-    """A plan is used for a graph that it was not made for."""
 
 
 def signature_of(joint: JointGraph) -> Signature:
@@ -31,16 +31,10 @@ def signature_of(joint: JointGraph) -> Signature:
     static = set(joint.static_inputs)
     values = [(node, node.meta.get("val")) for node in joint.primals]
     tensors = [(node, value) for node, value in values if isinstance(value, torch.Tensor)]
-    return Signature(
-        torch_version=str(torch.__version__),
-        arguments=tuple(sorted(_looks(value) for node, value in tensors if node not in static)),
-        parameters=tuple(sorted(_looks(value) for node, value in tensors if node in static)),
+    return signature(
+        (looks(value) for node, value in tensors if node not in static),
+        (looks(value) for node, value in tensors if node in static),
     )
-
-
-def _looks(value: torch.Tensor) -> str:
-    sizes = ", ".join(str(size) for size in value.shape)
-    return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
 
 
 def check_same_step(plan: Plan, joint: JointGraph, tags: Mapping[fx.Node, Tag]) -> None:
@@ -51,7 +45,7 @@ def check_same_step(plan: Plan, joint: JointGraph, tags: Mapping[fx.Node, Tag]) 
     """
     found = {found.context.site: node for node, found in tags.items()}
     missing, new = plan.sites - found.keys(), found.keys() - plan.sites
-    reasons = list(_inputs_differ(plan.signature, signature_of(joint)))
+    reasons = _inputs_differ(plan.signature, signature_of(joint))
     if missing or new:
         lacks = f"lacks {len(missing)} of its call sites (first: {min(missing)})" if missing else ""
         has = f"has {len(new)} others (first: {min(new)})" if new else ""
@@ -68,18 +62,7 @@ def check_same_step(plan: Plan, joint: JointGraph, tags: Mapping[fx.Node, Tag]) 
 
 
 def _inputs_differ(planned: Signature | None, here: Signature) -> list[str]:
-    if planned is None:
-        return []
-    found = []
-    if planned.torch_version != here.torch_version:
-        found.append(f"torch {here.torch_version} here, {planned.torch_version} there")
-    for name in ("arguments", "parameters"):
-        mine, theirs = Counter(getattr(here, name)), Counter(getattr(planned, name))
-        if set(mine) != set(theirs):  # tied parameters count once or twice, depending on the trace
-            more, less = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
-            here_only, planned_only = ", ".join(more[:3]), ", ".join(less[:3])
-            found.append(f"{name} {here_only or 'fewer'} here, {planned_only or 'fewer'} there")
-    return found
+    return [] if planned is None else signature_differences(planned, here)
 
 
 def _bytes_differ(

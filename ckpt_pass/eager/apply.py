@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from ckpt_pass.eager.checkpoint import RegionSpec as RegionSpec
 from ckpt_pass.eager.checkpoint import options_for, run_region
-from ckpt_pass.eager.keeps import Keeps
 from ckpt_pass.errors import CkptPassError, nearest
-from ckpt_pass.policy import PolicyLike
 
 
 class UnknownRegionError(CkptPassError):
@@ -32,28 +31,15 @@ class NotAppliedError(CkptPassError):
     """There is nothing to remove."""
 
 
-@dataclass(frozen=True)
-class RegionSpec:
-    """What becomes of one region.
-
-    Attributes:
-        keeps: op executions to keep.
-        policy: what to keep, where ``keeps`` is not given.
-        draws: whether it draws random numbers; ``None`` where that is not known.
-    """
-
-    keeps: Keeps | None = None
-    policy: PolicyLike | None = None
-    draws: bool | None = None
-
-
 class RegionForward:
     """The ``forward`` of a module that is a region; pickled and deep-copied with its module."""
 
     def __init__(self, module: nn.Module, name: str, spec: RegionSpec) -> None:
         self.module = module
         options = options_for(module, spec.policy, spec.keeps, name)
-        self.options = replace(options, draws=spec.draws)
+        # That a step drew nothing when it was planned does not mean that it never does: dropout
+        # may be switched on since. So a region that is not known to draw finds out by itself.
+        self.options = replace(options, draws=spec.draws or None)
         #: An instance attribute that was there before (other libraries wrap ``forward`` too).
         self.before = module.__dict__.get("forward")
 
@@ -88,6 +74,20 @@ def apply_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
         UnknownRegionError: the model has no module of that name.
         AlreadyAppliedError: a module is a region already.
     """
+    check_regions(model, regions)
+    modules = dict(model.named_modules())
+    for name, spec in regions.items():
+        module = modules[name]
+        module.forward = RegionForward(module, name, spec)
+
+
+def check_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
+    """Raise as :func:`apply_regions` would; change nothing.
+
+    Raises:
+        UnknownRegionError: the model has no module of that name.
+        AlreadyAppliedError: a module is a region already.
+    """
     modules = dict(model.named_modules())
     for name in regions:
         if name not in modules:
@@ -101,9 +101,6 @@ def apply_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
             f"Module {taken[0]!r} is a checkpoint region already (and {len(taken) - 1} others). "
             "Expected a model without regions. Remove the applied plan first."
         )
-    for name, spec in regions.items():
-        module = modules[name]
-        module.forward = RegionForward(module, name, spec)
 
 
 def _region_forward(module: nn.Module) -> RegionForward | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
 
 import torch
 import torch.utils.checkpoint
@@ -14,25 +15,69 @@ from torch.nn.modules.batchnorm import _NormBase
 from ckpt_pass import _torch, _torch_autograd
 from ckpt_pass.eager.frame import Contexts, Frame, RegionOptions
 from ckpt_pass.eager.keeps import Keeps, rerun_context
-from ckpt_pass.eager.sac import context_fn, selective_contexts
+from ckpt_pass.eager.sac import context_fn as make_context_fn
+from ckpt_pass.eager.sac import selective_contexts
+from ckpt_pass.errors import CkptPassError, nearest
 from ckpt_pass.policies import as_policy
 from ckpt_pass.policy import Policy, PolicyLike
+
+DETERMINISM_CHECKS = ("default", "none")
+
+
+@dataclass(frozen=True)
+class RegionSpec:
+    """What becomes of one region.
+
+    Attributes:
+        keeps: op executions to keep.
+        policy: what to keep, where ``keeps`` is not given.
+        draws: whether it drew random numbers when it was planned; ``None`` where not known.
+    """
+
+    keeps: Keeps | None = None
+    policy: PolicyLike | None = None
+    draws: bool | None = None
+
+
+class ContradictoryRegionError(CkptPassError, ValueError):
+    """More than one thing says what a region keeps."""
+
+
+class ReentrantRegionError(CkptPassError, ValueError):
+    """A region with reentrant autograd was asked for, which there is not."""
+
+
+class DeterminismCheckError(CkptPassError, ValueError):
+    """A way to check recomputed values that there is not."""
+
+
+class RegionPlan(Protocol):
+    """What tells the region of a module by its name: a :class:`ckpt_pass.Plan`."""
+
+    def region_spec(self, name: str) -> RegionSpec | None:
+        """What becomes of a module; ``None`` where it is no region."""
+        ...
 
 
 def checkpoint(
     fn: Callable[..., Any],
     *args: Any,
     policy: PolicyLike | None = None,
-    keeps: Keeps | None = None,
+    plan: RegionPlan | None = None,
     name: str | None = None,
+    use_reentrant: bool | None = False,
+    context_fn: Callable[[], Any] | None = None,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
     preserve_rng_state: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Run ``fn(*args, **kwargs)``; make what its backward needs again when the backward comes.
 
-    As ``torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False)``, at about half of its
-    cost on small regions: hooks on saved values, without a stash of the random state where nothing
-    random was drawn, and with shapes alone compared. Regions nest, with torch's too. Under
+    As ``torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False)``, whose keywords it
+    takes, at about half of its cost on small regions: hooks on saved values, and no stash of the
+    random state where nothing random was drawn. Regions nest, with torch's too. Under
     ``torch.compile`` this is torch's ``checkpoint`` with our ``context_fn``; under ``torch.func``
     transforms, which allow no hooks, ``fn`` simply runs.
 
@@ -41,20 +86,84 @@ def checkpoint(
         args, kwargs: its arguments.
         policy: what to keep nevertheless, as for :func:`ckpt_pass.context_fn`; nothing where
             ``None``.
-        keeps: which executions of which ops to keep, instead of a policy (a plan says so).
+        plan: an eager plan, which says whether the module ``name`` is a region and what it keeps.
         name: for messages and profilers; the class or function's name by default.
+        use_reentrant: ``False``; there is no other way.
+        context_fn: makes the contexts around forward and recomputation, instead of a policy.
+        determinism_check: ``default`` compares shapes and dtypes, ``none`` nothing.
+        debug: log the ops of both runs, for an error that says where they part. The region is
+            then torch's own.
+        early_stop: end the recomputation with the last value that the backward needs.
         preserve_rng_state: draw the same random numbers in both runs.
 
     Returns:
         What ``fn`` returns.
 
     Raises:
-        UnknownPolicyError: ``policy`` is none.
+        ReentrantRegionError, DeterminismCheckError, UnknownPolicyError: an argument is none.
+        ContradictoryRegionError: ``policy``, ``plan`` and ``context_fn`` exclude each other.
+        UnknownRegionError: ``plan`` knows no module of that ``name``.
         RecomputeMismatchError, MutatedArgumentError, MutatedActivationError, BackwardTwiceError:
             come in the backward.
     """
-    options = options_for(fn, policy, keeps, name, preserve_rng_state)
+    if use_reentrant:
+        raise ReentrantRegionError(
+            "Got use_reentrant=True, expected False: regions of this library have no reentrant "
+            "variant. Leave it out, or call torch.utils.checkpoint.checkpoint."
+        )
+    if determinism_check not in DETERMINISM_CHECKS:
+        raise DeterminismCheckError(
+            f"Got determinism_check={determinism_check!r}, expected one of "
+            f"{', '.join(DETERMINISM_CHECKS)}.{nearest(determinism_check, DETERMINISM_CHECKS)}"
+        )
+    _check_one_of({"policy": policy, "plan": plan, "context_fn": context_fn})
+    if _torch_autograd.debugs(debug):
+        return _logged(fn, args, kwargs, policy, context_fn, preserve_rng_state)
+    if plan is not None:
+        spec = plan.region_spec(name or "")
+        if spec is None:
+            return fn(*args, **kwargs)
+        options = options_for(fn, spec.policy, spec.keeps, name, preserve_rng_state)
+    elif context_fn is not None:
+        draws = None if preserve_rng_state else False
+        options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws)
+    else:
+        options = options_for(fn, policy, None, name, preserve_rng_state)
+    if not early_stop or determinism_check == "none":
+        checked = determinism_check != "none"
+        options = replace(options, stops_early=early_stop, checked=checked)
     return run_region(fn, args, kwargs, options)
+
+
+def _check_one_of(given: dict[str, object]) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ContradictoryRegionError(
+            f"Got {' and '.join(names)}, expected one of them: each says what a region keeps. "
+            f"Leave {names[1]} out."
+        )
+
+
+def _logged(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    policy: PolicyLike | None,
+    contexts: Callable[[], Any] | None,
+    preserve_rng_state: bool,
+) -> Any:
+    """A region of torch's own, which logs its ops; it takes no context_fn then."""
+    chosen = make_context_fn(policy) if policy is not None else contexts
+    extra: dict[str, Any] = {} if chosen is None else {"context_fn": chosen}
+    return torch.utils.checkpoint.checkpoint(
+        fn,
+        *args,
+        use_reentrant=False,
+        debug=True,
+        preserve_rng_state=preserve_rng_state,
+        **extra,
+        **kwargs,
+    )
 
 
 def run_region(
@@ -93,13 +202,16 @@ def options_for(
     chosen = keeps if keeps is not None and keeps.counts else None
     if policy is not None or chosen is not None:
         asked: Policy = as_policy(policy) if policy is not None else cast(Policy, chosen)
-        traced = context_fn(asked)
+        traced = make_context_fn(asked)
         eager = functools.partial(selective_contexts, asked, owner=_owner_of_buffers(fn))
     elif (owner := _owner_of_buffers(fn)) is not None:
         eager = functools.partial(rerun_context, owner)
     draws = None if preserve_rng_state else False
-    shown = name or str(getattr(fn, "__qualname__", type(fn).__name__))
-    return RegionOptions(shown, eager, traced, draws)
+    return RegionOptions(_shown(fn, name), eager, traced, draws)
+
+
+def _shown(fn: Callable[..., Any], name: str | None) -> str:
+    return name or str(getattr(fn, "__qualname__", type(fn).__name__))
 
 
 def _owner_of_buffers(fn: Callable[..., Any]) -> nn.Module | None:

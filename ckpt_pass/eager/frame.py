@@ -5,13 +5,13 @@ as in ``torch.utils.checkpoint`` without reentrance: the forward keeps a number 
 one that the backward asks for makes the region run again, which fills them all in. What torch does
 besides and a region rarely needs is left out or made cheap: the random state is kept only where
 random numbers were drawn, arguments are kept by reference unless hooks are active around the
-region, a saved value is described by its shape.
+region, a saved value is described by its looks.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ckpt_pass import _torch, _torch_autograd
 from ckpt_pass.eager.ambient import Ambient, RandomState, accelerators, drawing_from
-from ckpt_pass.eager.saved_values import Recomputation, SavedShapes
+from ckpt_pass.eager.saved_values import Recomputation, SavedLooks
 from ckpt_pass.errors import CkptPassError
 
 Contexts = tuple[
@@ -29,8 +29,8 @@ Contexts = tuple[
 ]
 
 
-class MutatedArgumentError(CkptPassError):
-    """An argument of a region was changed in place before its recomputation."""
+class MutatedArgumentError(CkptPassError, RuntimeError):
+    """An argument was changed in place before its recomputation; autograd: ``RuntimeError``."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,16 @@ class RegionOptions:
             ``None``.
         traced: makes them where the region is traced under ``torch.compile``.
         draws: whether it draws random numbers; ``None`` to find out, run by run.
+        stops_early: whether its recomputation ends with the last value that the backward needs.
+        checked: whether recomputed values must look like those of the forward.
     """
 
     name: str = "region"
     contexts: Callable[[], Contexts] | None = None
     traced: Callable[[], Any] | None = None
     draws: bool | None = None
+    stops_early: bool = True
+    checked: bool = True
 
 
 class _Complete(BaseException):
@@ -70,13 +74,15 @@ class Frame:
         "_options",
         "_random",
         "_saved",
+        "_stops_early",
         "_store",
     )
 
     def __init__(self, fn: Callable[..., Any], options: RegionOptions) -> None:
         self._fn = fn
         self._options = options
-        self._saved = SavedShapes()
+        self._saved = SavedLooks()
+        self._stops_early = _torch_autograd.stops_early(options.stops_early)
         self._store: list[torch.Tensor | None] = []
         self._complete = False
         self._random: RandomState | None = None
@@ -120,8 +126,10 @@ class Frame:
         """Run the region again; return the values that autograd saves, in order."""
         args, kwargs = self._arguments.again()
         # A backward inside the region's own forward: how much there will be is not known.
-        complete = _stop if self._complete else _go_on
-        rerun = Recomputation(self._options.name, self._saved.shapes, complete)
+        complete = _stop if self._complete and self._stops_early else _go_on
+        rerun = Recomputation(
+            self._options.name, self._saved.looks, complete, self._options.checked
+        )
         was_enabled = torch.is_grad_enabled()
         with contextlib.ExitStack() as stack:
             if _torch.profiler_is_running():
@@ -140,7 +148,7 @@ class Frame:
             finally:
                 _torch_autograd.pop_saved_hooks()
                 _torch_autograd.set_grad_enabled(was_enabled)
-        rerun.check_count()
+        rerun.check_count(exactly=self._complete and not self._stops_early)
         return rerun.store
 
 
@@ -150,6 +158,17 @@ def _stop() -> None:
 
 def _go_on() -> None:
     pass
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among values and in the lists, tuples and dicts among them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
+        elif isinstance(value, dict):
+            yield from _tensors_in(value.values())
 
 
 class Arguments:
@@ -165,7 +184,7 @@ class Arguments:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
         self._name = name
         self._unpack: _torch_autograd.UnpackHook | None = None
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        tensors = list(_tensors_in((*args, *kwargs.values())))
         self.devices = accelerators(tensors)
         self._args, self._kwargs = args, kwargs
         self._versions: list[tuple[torch.Tensor, int]] | None = None

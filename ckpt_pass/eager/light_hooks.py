@@ -12,27 +12,45 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.profiler import record_function
 
-from ckpt_pass import _torch_autograd
-from ckpt_pass.eager.saved_values import Recomputation, SavedShapes
+from ckpt_pass import _torch, _torch_autograd
+from ckpt_pass.eager.saved_values import Recomputation, SavedLooks
 
-_NAME = "a checkpoint region"
 #: The value that torch sees; any does. Made once, so that no mode around a region sees it made.
 _VALUE = torch.empty(0)
 
 
 class LightHooks:
-    """What the forward of one region and its recomputations share."""
+    """What the forward of one region and its recomputations share.
 
-    __slots__ = ("_checked", "_holder", "_rerun", "_saved", "_store", "_unpack_of_torch")
+    Torch's frame of the region holds the recomputation's mode, which holds this. So nothing here
+    refers to that frame: what autograd saves does, and the frame goes with it.
+    """
+
+    __slots__ = (
+        "_checked",
+        "_complete",
+        "_in_use",
+        "_range",
+        "_rerun",
+        "_saved",
+        "_stops_early",
+        "_store",
+        "name",
+    )
 
     def __init__(self) -> None:
-        self._saved = SavedShapes()
+        self._saved = SavedLooks()
         self._store: list[torch.Tensor | None] = []
         self._rerun: Recomputation | None = None
-        self._unpack_of_torch: Any = None
-        self._holder: Any = None
+        self._in_use = False
+        #: For messages and profilers; known when its recomputation begins.
+        self.name = "a checkpoint region"
+        self._range: record_function | None = None
+        self._complete = False
         self._checked = True
+        self._stops_early = True
 
     def enter_forward(self) -> bool:
         """Push hooks, if those below are torch's for a region; return whether they were."""
@@ -41,31 +59,36 @@ class LightHooks:
         if hooks is None or frame is None:
             return False
         self._checked = frame.metadata_fn is None or frame.metadata_fn(_VALUE) is not None
-        self._holder = hooks[0](_VALUE)
-        self._unpack_of_torch = hooks[1]
-        _torch_autograd.push_saved_hooks(self._saved.pack, self._unpack)
+        self._stops_early = bool(frame.early_stop)
+        self._in_use = True
+        unpack = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
+        _torch_autograd.push_saved_hooks(self._saved.pack, unpack)
         return True
 
     def exit_forward(self) -> None:
         """Pop them."""
+        self._complete = True
         _torch_autograd.pop_saved_hooks()
 
-    def _unpack(self, number: int) -> torch.Tensor:
-        value = self._store[number] if number < len(self._store) else None
-        if value is None:  # not yet recomputed, or used by a backward before this one
-            self._unpack_of_torch(self._holder)
-            value = self._store[number]
-            assert value is not None
-        self._store[number] = None
+    def take(self, number: int) -> torch.Tensor | None:
+        """A recomputed value, once; ``None`` where it was not recomputed, or taken before."""
+        if number >= len(self._store):
+            return None
+        value, self._store[number] = self._store[number], None
         return value
 
     def enter_recompute(self) -> bool:
         """Push hooks that collect the values; return whether torch recomputes for them."""
         hooks = _torch_autograd.saved_hooks()
-        if self._holder is None or hooks is None:
+        if not self._in_use or hooks is None:
             return False
+        if _torch.profiler_is_running():
+            self._range = record_function(f"recompute {self.name}")
+            self._range.__enter__()
         pack = hooks[0]
-        self._rerun = Recomputation(_NAME, self._saved.shapes, lambda: pack(_VALUE), self._checked)
+        self._rerun = Recomputation(
+            self.name, self._saved.looks, lambda: pack(_VALUE), self._checked
+        )
         _torch_autograd.push_saved_hooks(self._rerun.pack, self._rerun.unpack)
         return True
 
@@ -73,10 +96,35 @@ class LightHooks:
         """Pop them; what was collected is there for the backward.
 
         Raises:
-            RecomputeMismatchError: less was saved than in the forward.
+            RecomputeMismatchError: less was saved than in the forward, or more in a run to the end.
         """
         _torch_autograd.pop_saved_hooks()
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
         assert self._rerun is not None
         self._store, rerun, self._rerun = self._rerun.store, self._rerun, None
         if not failed:
-            rerun.check_count()
+            rerun.check_count(exactly=self._complete and not self._stops_early)
+
+
+class _Unpack:
+    """The hook that autograd calls for a saved value: it starts torch's recomputation."""
+
+    __slots__ = ("_frame", "_holder", "_hooks", "_unpack_of_torch")
+
+    def __init__(self, hooks: LightHooks, frame: Any, unpack_of_torch: Any, holder: Any) -> None:
+        self._hooks = hooks
+        self._frame = frame
+        self._unpack_of_torch = unpack_of_torch
+        self._holder = holder
+
+    def __call__(self, number: int) -> torch.Tensor:
+        value = self._hooks.take(number)
+        if value is None:  # not yet recomputed, or used by a backward before this one
+            self._hooks.name = _torch_autograd.name_of_checkpoint(self._frame) or self._hooks.name
+            _torch_autograd.recompute_anew(self._frame)
+            self._unpack_of_torch(self._holder)
+            value = self._hooks.take(number)
+            assert value is not None
+        return value

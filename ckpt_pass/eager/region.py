@@ -20,12 +20,12 @@ class RecomputeMismatchError(CkptPassError, CheckpointError):
     """The recomputation ran other ops than the forward; torch's ``CheckpointError`` too."""
 
 
-class BackwardTwiceError(CkptPassError):
-    """A second backward needs values that the first one has used up."""
+class BackwardTwiceError(CkptPassError, RuntimeError):
+    """A second backward needs values that the first one has used up; torch: ``RuntimeError``."""
 
 
-class MutatedActivationError(CkptPassError):
-    """A saved value was changed in place after its region had ended."""
+class MutatedActivationError(CkptPassError, RuntimeError):
+    """A saved value was changed in place after its region had ended; torch: ``RuntimeError``."""
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:

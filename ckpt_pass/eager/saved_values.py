@@ -8,24 +8,29 @@ import torch
 
 from ckpt_pass.eager.region import RecomputeMismatchError
 
+Looks = tuple[torch.Size, torch.dtype]
 
-class SavedShapes:
+
+def _looks(value: torch.Tensor) -> Looks:
+    return value.shape, value.dtype
+
+
+class SavedLooks:
     """Describes the values that autograd saves in a region's forward, and keeps none.
 
-    A shape tells real mismatches at a fifth of what a full description costs; dtype and device
-    follow from the region's arguments and from autocast, which are restored.
+    By shape and dtype; an op whose arguments are on another device than before fails by itself.
     """
 
-    __slots__ = ("shapes",)
+    __slots__ = ("looks",)
 
     def __init__(self) -> None:
-        self.shapes: list[torch.Size] = []
+        self.looks: list[Looks] = []
 
     def pack(self, value: torch.Tensor) -> int:
         """Number a value; a hook for autograd."""
-        shapes = self.shapes
-        shapes.append(value.shape)
-        return len(shapes) - 1
+        looks = self.looks
+        looks.append((value.shape, value.dtype))
+        return len(looks) - 1
 
 
 class Recomputation:
@@ -33,9 +38,9 @@ class Recomputation:
 
     Args:
         name: of the region.
-        expected: the shapes that the forward saved.
+        expected: what the forward saved looked like.
         complete: called when all of them are there; may end the run by raising.
-        checked: whether shapes are compared.
+        checked: whether looks are compared.
     """
 
     __slots__ = ("_checked", "_complete", "_count", "_expected", "_name", "store")
@@ -43,7 +48,7 @@ class Recomputation:
     def __init__(
         self,
         name: str,
-        expected: list[torch.Size],
+        expected: list[Looks],
         complete: Callable[[], None],
         checked: bool = True,
     ) -> None:
@@ -60,11 +65,11 @@ class Recomputation:
         The value keeps its own history: no cycle arises, since autograd gets a number for it.
 
         Raises:
-            RecomputeMismatchError: the forward saved another shape here.
+            RecomputeMismatchError: the forward saved another shape or dtype here.
         """
         store = self.store
         number = len(store)
-        if self._checked and number < self._count and value.shape != self._expected[number]:
+        if self._checked and number < self._count and _looks(value) != self._expected[number]:
             raise self._mismatch(number, value)
         store.append(value)
         if number + 1 == self._count:
@@ -77,13 +82,16 @@ class Recomputation:
         assert value is not None
         return value
 
-    def check_count(self) -> None:
+    def check_count(self, exactly: bool = False) -> None:
         """Raise unless all is there.
 
+        Args:
+            exactly: whether more than in the forward is wrong, too: in a run to the end it is.
+
         Raises:
-            RecomputeMismatchError: the recomputation saved less than the forward.
+            RecomputeMismatchError: the recomputation saved less than the forward, or more.
         """
-        if len(self.store) < self._count:
+        if len(self.store) < self._count or (exactly and len(self.store) > self._count):
             raise RecomputeMismatchError(
                 f"The recomputation of {self._name} saved a different number of tensors "
                 f"({len(self.store)}) than its forward ({self._count}). Expected the same ops in "
@@ -95,8 +103,13 @@ class Recomputation:
         made_by = f", made by {got.grad_fn.name()}" if got.grad_fn is not None else ""
         return RecomputeMismatchError(
             f"The recomputation of {self._name} saved a tensor with different metadata: value "
-            f"{number} has shape {list(got.shape)}{made_by}, but in the forward it had "
-            f"{list(self._expected[number])}. Expected the same in both: look for routing or code "
-            "that depends on global state, or save what decides it (topk, argmax, counts) with a "
-            "policy."
+            f"{number} is {_words(_looks(got))}{made_by}, but in the forward it was "
+            f"{_words(self._expected[number])}. Expected the same in both: look for routing or "
+            "code that depends on global state, or save what decides it (topk, argmax, counts) "
+            "with a policy."
         )
+
+
+def _words(looks: Looks) -> str:
+    shape, dtype = looks
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
