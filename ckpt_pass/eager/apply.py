@@ -40,11 +40,16 @@ class RegionSpec:
         keeps: op executions to keep.
         policy: what to keep, where ``keeps`` is not given.
         draws: whether it draws random numbers; ``None`` where that is not known.
+        follows: the FQN of the region whose output it takes, where both belong to one segment: that
+            output is then made again, not kept.
+        nested: how a segment is made again, see :class:`ckpt_pass.eager.chain.Link`.
     """
 
     keeps: Keeps | None = None
     policy: PolicyLike | None = None
     draws: bool | None = None
+    follows: str | None = None
+    nested: bool = False
 
 
 class RegionForward:
