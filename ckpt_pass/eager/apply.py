@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ckpt_pass.eager.chain import Link
 from ckpt_pass.eager.checkpoint import options_for, run_region
 from ckpt_pass.eager.keeps import Keeps
 from ckpt_pass.errors import CkptPassError, nearest
@@ -30,6 +31,10 @@ class AlreadyAppliedError(CkptPassError):
 
 class NotAppliedError(CkptPassError):
     """There is nothing to remove."""
+
+
+class SegmentError(CkptPassError):
+    """Regions that cannot be recomputed together as asked."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class RegionForward:
         self.module = module
         options = options_for(module, spec.policy, spec.keeps, name)
         self.options = replace(options, draws=spec.draws)
+        #: Its place in a segment of regions that are recomputed together, if it has one.
+        self.link: Link | None = None
         #: An instance attribute that was there before (other libraries wrap ``forward`` too).
         self.before = module.__dict__.get("forward")
 
@@ -69,7 +76,7 @@ class RegionForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return run_region(self.run, args, kwargs, self.options)
+        return run_region(self.run, args, kwargs, self.options, self.link)
 
 
 def regions_of(model: nn.Module) -> dict[str, RegionForward]:
@@ -92,6 +99,7 @@ def apply_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
     Raises:
         UnknownRegionError: the model has no module of that name.
         AlreadyAppliedError: a module is a region already.
+        SegmentError: regions of a segment out of order, or nested with a policy.
     """
     modules = dict(model.named_modules())
     for name in regions:
@@ -106,9 +114,31 @@ def apply_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
             f"Module {taken[0]!r} is a checkpoint region already (and {len(taken) - 1} others). "
             "Expected a model without regions. Remove the applied plan first."
         )
-    for name, spec in regions.items():
-        module = modules[name]
-        module.forward = RegionForward(module, name, spec)
+    forwards = {name: RegionForward(modules[name], name, spec) for name, spec in regions.items()}
+    _link(forwards, regions)
+    for name, forward in forwards.items():
+        modules[name].forward = forward
+
+
+def _link(forwards: Mapping[str, RegionForward], regions: Mapping[str, RegionSpec]) -> None:
+    """Join regions to segments."""
+    followed = {spec.follows for spec in regions.values()} - {None}
+    for name, spec in regions.items():  # in the order of execution
+        if spec.follows is None and name not in followed:
+            continue
+        before = None if spec.follows is None else forwards.get(spec.follows)
+        if spec.follows is not None and (before is None or before.link is None):
+            raise SegmentError(
+                f"Region {name!r} follows {spec.follows!r}, which is no region before it. Expected "
+                "the regions of a segment in the order of execution."
+            )
+        if spec.nested and (spec.policy is not None or spec.keeps is not None):
+            raise SegmentError(
+                f"Region {name!r} belongs to a segment that is recomputed twice (nested) and has a "
+                "policy. Expected one of the two: what a policy keeps is handed out once. Leave "
+                "the policy out, or recompute the segment once (nested=False)."
+            )
+        forwards[name].link = Link(None if before is None else before.link, spec.nested)
 
 
 def _region_forward(module: nn.Module) -> RegionForward | None:

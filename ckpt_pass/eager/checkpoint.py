@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ckpt_pass import _torch, _torch_autograd
+from ckpt_pass.eager.chain import Link
 from ckpt_pass.eager.frame import Contexts, Frame, RegionOptions
 from ckpt_pass.eager.keeps import Keeps, rerun_context
 from ckpt_pass.eager.sac import context_fn, selective_contexts
@@ -58,9 +59,13 @@ def checkpoint(
 
 
 def run_region(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: RegionOptions
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: RegionOptions,
+    link: Link | None = None,
 ) -> Any:
-    """The same, with options that were made before."""
+    """The same, with options that were made before; ``link`` is its place in a segment."""
     if not torch.is_grad_enabled() or _torch_autograd.transforms_active():
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling() or _torch.proxy_graph() is not None:
@@ -73,7 +78,8 @@ def run_region(
             **traced,
             **kwargs,
         )
-    return Frame(fn, options).forward(args, kwargs)
+    frame = Frame(fn, options) if link is None else link.frame(fn, options)
+    return frame.forward(args, kwargs)
 
 
 def options_for(

@@ -15,6 +15,7 @@ from ckpt_pass.modules.by_module import Auto, ByName, Custom, HeavyOps
 from ckpt_pass.modules.choice import Choice as Choice
 from ckpt_pass.modules.choice import Placement as Placement
 from ckpt_pass.modules.choice import PlacementError
+from ckpt_pass.modules.segments import Segments, SqrtSegments
 
 #: What users may pass: a name, a placement, or a function ``module -> bool``.
 PlacementLike: TypeAlias = "str | Placement | Callable[[nn.Module], bool]"
@@ -34,6 +35,8 @@ _CLASSES: tuple[type[Any], ...] = (
     Custom,
     HeavyOps,
     Auto,
+    SqrtSegments,
+    Segments,
 )
 
 #: Every placement by name.
@@ -43,6 +46,7 @@ PLACEMENTS: Mapping[str, type[Any]] = MappingProxyType({found.name: found for fo
 _FORMS: tuple[tuple[str, Callable[[str], Placement]], ...] = (
     (r"every-(\d+)", lambda text: EveryN(int(text))),
     (r"layers-(-?\d+(?:,-?\d+)*)", lambda text: ChosenLayers(tuple(map(int, text.split(","))))),
+    (r"segments-(\d+)", lambda text: Segments(int(text))),
     (r"auto-(\d+)", lambda text: Auto(int(text))),
 )
 
@@ -56,9 +60,9 @@ def as_placement(placement: PlacementLike) -> Placement:
     """Turn what a user passed into a placement.
 
     Args:
-        placement: a name (:func:`placements` lists them; ``every-3``, ``layers-0,2`` and
-            ``auto-100000`` have their parameter in it), a placement, or a function
-            ``module -> bool``.
+        placement: a name (:func:`placements` lists them; ``every-3``, ``segments-4``,
+            ``layers-0,2`` and ``auto-100000`` have their parameter in it), a placement, or a
+            function ``module -> bool``.
 
     Raises:
         UnknownPlacementError: no placement has that name, it needs more than a name, or the object
@@ -69,7 +73,7 @@ def as_placement(placement: PlacementLike) -> Placement:
     if isinstance(placement, Placement) and not isinstance(placement, type):
         return placement
     if callable(placement) and not isinstance(placement, type):
-        return Custom(cast("Callable[[nn.Module], bool]", placement))
+        return Custom(placement)
     raise UnknownPlacementError(
         f"Got {placement!r} of type {type(placement).__name__} as a placement. Give a name "
         f"({', '.join(PLACEMENTS)}), a placement, or a function from a module to a bool."
@@ -83,7 +87,8 @@ def _named(name: str) -> Placement:
     if name not in PLACEMENTS:
         raise UnknownPlacementError(
             f"There is no placement {name!r}.{nearest(name, PLACEMENTS)} Expected one of "
-            f"{', '.join(PLACEMENTS)}; every-3, layers-0,2 and auto-100000 take a parameter."
+            f"{', '.join(PLACEMENTS)}; every-3, segments-4, layers-0,2 and auto-100000 have their "
+            "parameter in the name."
         )
     chosen = PLACEMENTS[name]
     try:
