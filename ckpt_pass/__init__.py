@@ -49,6 +49,12 @@ from ckpt_pass.measure import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.measure import Measurement as Measurement
 from ckpt_pass.measure import UnknownParametersError as UnknownParametersError
 from ckpt_pass.measure import measure_step as measure_step
+from ckpt_pass.memory_profiler import MemoryProfiler as MemoryProfiler
+from ckpt_pass.memory_profiler import MemoryRecord as MemoryRecord
+from ckpt_pass.memory_profiler import NothingRecordedError as NothingRecordedError
+from ckpt_pass.memory_profiler import Phase as Phase
+from ckpt_pass.memory_profiler import ProfilerInUseError as ProfilerInUseError
+from ckpt_pass.memory_profiler import SnapshotError as SnapshotError
 from ckpt_pass.modules.apply import InactiveRegionsWarning as InactiveRegionsWarning
 from ckpt_pass.modules.apply import SharedModuleError as SharedModuleError
 from ckpt_pass.modules.apply import SharedModuleWarning as SharedModuleWarning
@@ -77,6 +83,9 @@ from ckpt_pass.modules.layer_profile import LayerProfile as LayerProfile
 from ckpt_pass.modules.placement import UnknownPlacementError as UnknownPlacementError
 from ckpt_pass.modules.placement import as_placement as as_placement
 from ckpt_pass.modules.placement import placements as placements
+from ckpt_pass.modules.training import AccumulationError as AccumulationError
+from ckpt_pass.modules.training import accumulate_gradients as accumulate_gradients
+from ckpt_pass.modules.training import accumulation_windows as accumulation_windows
 from ckpt_pass.opinion import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.ops import OpClass as OpClass
 from ckpt_pass.ops import classify as classify

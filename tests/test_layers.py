@@ -37,6 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {"explain", "testing", "factory", "report", "fit", "sweep", "sweep_report"}
         | {"verify", "distributed", "lightning", "_demo_model", "demo", "cli", "__main__"}
+        | {"memory_profiler"}
     ),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
