@@ -14,7 +14,7 @@ from ckpt_pass.modules.layer_profile import LayerProfile
 # Kept bytes are exact up to this many states: tensors of one step are multiples of large numbers.
 # Above, they are rounded up to a state each, so that what fits by count fits in fact.
 _STATES = 8192
-# Rows whose minima are taken together: 1,000 layers were fastest with 16 (8: 1.2, 32: 1.3 times).
+# Rows whose minima are taken together; 8 and 32 take the same time within 20 % at 1,000 layers.
 _BLOCK = 16
 
 Floats = NDArray[np.float64]
@@ -93,19 +93,15 @@ class RangeMinimum:
         self._to_block_end = np.full((rows, columns), np.inf)
         #: At block b: the least of the complete blocks from b on.
         self._from_block = np.full((rows // _BLOCK + 2, columns), np.inf)
-        self._values = np.empty((_BLOCK, columns))
         self._rows = 0
 
     def append(self, row: Floats) -> None:
         """Add a row."""
-        place = self._rows % _BLOCK
-        self._values[place] = row
-        begin = self._rows - place
-        block = self._values[: place + 1]
+        begin = self._rows - self._rows % _BLOCK
         ends = self._to_block_end[begin : self._rows + 1]
-        np.minimum.accumulate(block[::-1], axis=0, out=ends[::-1])
+        np.minimum(ends, row, out=ends)
         self._rows += 1
-        if place == _BLOCK - 1:
+        if self._rows % _BLOCK == 0:
             blocks = self._from_block[: begin // _BLOCK + 1]
             np.minimum(blocks, ends[0], out=blocks)
 
