@@ -76,6 +76,10 @@ from ckpt_pass.modules.choice import ModuleChoice as ModuleChoice
 from ckpt_pass.modules.choice import NothingChosenError as NothingChosenError
 from ckpt_pass.modules.choice import Placement as Placement
 from ckpt_pass.modules.choice import PlacementError as PlacementError
+from ckpt_pass.modules.estimate import Estimate as Estimate
+from ckpt_pass.modules.estimate import EstimateArgumentError as EstimateArgumentError
+from ckpt_pass.modules.estimate import EstimateRow as EstimateRow
+from ckpt_pass.modules.estimate import estimate_savings as estimate_savings
 from ckpt_pass.modules.find import Layers as Layers
 from ckpt_pass.modules.find import NoLayersError as NoLayersError
 from ckpt_pass.modules.find import find_layers as find_layers
@@ -83,6 +87,8 @@ from ckpt_pass.modules.layer_profile import LayerProfile as LayerProfile
 from ckpt_pass.modules.placement import UnknownPlacementError as UnknownPlacementError
 from ckpt_pass.modules.placement import as_placement as as_placement
 from ckpt_pass.modules.placement import placements as placements
+from ckpt_pass.modules.profile import ProfileError as ProfileError
+from ckpt_pass.modules.profile import profile_layers as profile_layers
 from ckpt_pass.modules.training import AccumulationError as AccumulationError
 from ckpt_pass.modules.training import accumulate_gradients as accumulate_gradients
 from ckpt_pass.modules.training import accumulation_windows as accumulation_windows

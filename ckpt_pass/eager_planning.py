@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def plan_eager(
         InfeasibleBudgetError: no plan fits the budget.
         InvalidBudgetError: the budget is no amount of memory.
     """
-    trace = _traced(model, args, loss_fn)
+    trace = traced(model, args, loss_fn)
     kernels = Kernels()
     what = WORKSPACE_AND_TIME if goal.cost == "measured" else WORKSPACE
     facts = kernels.facts(list(dict.fromkeys(op.call for op in trace.ops)), what)
@@ -70,11 +70,20 @@ def plan_eager(
     return _Writer(trace, problem, solution).plan(policy, goal, budget_bytes, plain)
 
 
-def _traced(
-    model: nn.Module, args: tuple[Any, ...], loss_fn: Callable[[Any], torch.Tensor] | None
+def traced(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> EagerTrace:
+    """The record of a step (:func:`ckpt_pass.eager.trace.trace_step`).
+
+    Raises:
+        NotTraceableError: the model's forward or backward fails on fake tensors.
+        NothingToDifferentiateError: there is no backward.
+    """
     try:
-        return trace_step(model, args, loss_fn)
+        return trace_step(model, args, loss_fn, kwargs)
     except CkptPassError:
         raise
     except Exception as error:  # whatever the model's own code raises, with the place

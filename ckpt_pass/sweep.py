@@ -7,7 +7,6 @@ them torch's ``activation_memory_budget`` and a checkpoint around every layer.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +29,7 @@ from ckpt_pass.plan import Plan
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.policy import PolicyLike
 from ckpt_pass.sweep_report import BLOCKS, OURS, TORCH, SweepRow, plot_sweep, sweep_text
-from ckpt_pass.timing import Variant, interleave
+from ckpt_pass.timing import Variant, clock_for, interleave
 
 #: torch's knob, from "recompute only what is nearly free" to "recompute everything".
 TORCH_BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -351,12 +350,6 @@ def _filled(row: SweepRow, point: _Point, found: Measurement) -> SweepRow:
     return replace(row, peak_bytes=found.peak_bytes, predicted_bytes=predicted, flops=found.flops)
 
 
-def _clock(step: _Step) -> Callable[[], float]:
-    """CPU time where one thread does everything, for it leaves out what the neighbours took."""
-    alone = step.device.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time if alone else time.perf_counter
-
-
 def _timed(step: _Step, measured: list[_Measured], rounds: int, tell: _Told) -> list[SweepRow]:
     """The rows, those that ran with their times."""
 
@@ -370,7 +363,11 @@ def _timed(step: _Step, measured: list[_Measured], rounds: int, tell: _Told) -> 
         if made.run is not None
     ]
     times = interleave(
-        variants, rounds=rounds, warmup=1, clock=_clock(step), on_round=lambda: tell("timing")
+        variants,
+        rounds=rounds,
+        warmup=1,
+        clock=clock_for(step.device),
+        on_round=lambda: tell("timing"),
     )
     step.clear()
     medians = {int(row.variant): row.median_s for row in times}
