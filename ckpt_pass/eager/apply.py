@@ -45,15 +45,15 @@ class RegionSpec:
         keeps: op executions to keep.
         policy: what to keep, where ``keeps`` is not given.
         draws: whether it draws random numbers; ``None`` where that is not known.
-        follows: the FQN of the region whose output it takes, where both belong to one segment: that
-            output is then made again, not kept.
+        follows: the FQNs of regions whose output it may take; if it does, that is made again,
+            not kept.
         nested: how a segment is made again, see :class:`ckpt_pass.eager.chain.Link`.
     """
 
     keeps: Keeps | None = None
     policy: PolicyLike | None = None
     draws: bool | None = None
-    follows: str | None = None
+    follows: tuple[str, ...] = ()
     nested: bool = False
 
 
@@ -122,15 +122,16 @@ def apply_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
 
 def _link(forwards: Mapping[str, RegionForward], regions: Mapping[str, RegionSpec]) -> None:
     """Join regions to segments."""
-    followed = {spec.follows for spec in regions.values()} - {None}
+    followed = {name for spec in regions.values() for name in spec.follows}
     for name, spec in regions.items():  # in the order of execution
-        if spec.follows is None and name not in followed:
+        if not spec.follows and name not in followed:
             continue
-        before = None if spec.follows is None else forwards.get(spec.follows)
-        if spec.follows is not None and (before is None or before.link is None):
+        before = [forwards[other].link for other in spec.follows if other in forwards]
+        links = tuple(link for link in before if link is not None)
+        if len(links) < len(spec.follows):
             raise SegmentError(
-                f"Region {name!r} follows {spec.follows!r}, which is no region before it. Expected "
-                "the regions of a segment in the order of execution."
+                f"Region {name!r} follows {', '.join(spec.follows)}, expected regions that stand "
+                "before it: those of a segment in the order of execution."
             )
         if spec.nested and (spec.policy is not None or spec.keeps is not None):
             raise SegmentError(
@@ -138,7 +139,7 @@ def _link(forwards: Mapping[str, RegionForward], regions: Mapping[str, RegionSpe
                 "policy. Expected one of the two: what a policy keeps is handed out once. Leave "
                 "the policy out, or recompute the segment once (nested=False)."
             )
-        forwards[name].link = Link(None if before is None else before.link, spec.nested)
+        forwards[name].link = Link(links, spec.nested)
 
 
 def _region_forward(module: nn.Module) -> RegionForward | None:

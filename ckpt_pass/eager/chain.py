@@ -33,6 +33,11 @@ class _Made:
     requires_grad: bool
 
 
+def _linked(value: Any, made: dict[int, int]) -> Any:
+    number = made.get(id(value)) if isinstance(value, torch.Tensor) else None
+    return value if number is None else _Made(number, value.requires_grad)
+
+
 def _tensors(output: Any) -> list[torch.Tensor]:
     if isinstance(output, torch.Tensor):  # nearly always
         return [output]
@@ -42,17 +47,18 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 class ChainedFrame(Frame):
     """One run of a region in a segment."""
 
-    __slots__ = ("_before", "_nested", "_outputs", "_ready")
+    __slots__ = ("_before", "_candidates", "_nested", "_outputs", "_ready")
 
     def __init__(
         self,
         fn: Callable[..., Any],
         options: RegionOptions,
-        before: ChainedFrame | None,
+        candidates: tuple[ChainedFrame, ...],
         nested: bool,
     ) -> None:
         super().__init__(fn, options)
-        self._before = before
+        self._candidates = candidates
+        self._before: ChainedFrame | None = None
         self._nested = nested
         self._outputs: list[tuple[weakref.ref[torch.Tensor], int]] = []
         #: The outputs of the region before, between a nested run and this region's own.
@@ -68,28 +74,29 @@ class ChainedFrame(Frame):
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         kept = super()._kept(args, kwargs)
+        candidates, self._candidates = self._candidates, ()
         # Hooks around the region (an outer region, offloading) decide how its arguments are kept.
-        if self._before is None or _torch_autograd.saved_hooks() is not None:
-            self._before = None
+        if _torch_autograd.saved_hooks() is not None:
             return kept
-        made = {
+        for before in candidates:
+            made = before._there()
+            linked = tuple(_linked(v, made) for v in args)
+            named = {key: _linked(v, made) for key, v in kwargs.items()}
+            if any(isinstance(v, _Made) for v in (*linked, *named.values())):
+                self._before = before
+                devices = kept.devices  # those of the tensors that are not kept too
+                kept = super()._kept(linked, named)
+                kept.devices = devices
+                break
+        return kept
+
+    def _there(self) -> dict[int, int]:
+        """The numbers of the outputs that are there still, unchanged, by identity."""
+        return {
             id(tensor): number
-            for number, (found, version) in enumerate(self._before._outputs)
+            for number, (found, version) in enumerate(self._outputs)
             if (tensor := found()) is not None and tensor._version == version
         }
-
-        def linked(value: Any) -> Any:
-            number = made.get(id(value)) if isinstance(value, torch.Tensor) else None
-            return value if number is None else _Made(number, value.requires_grad)
-
-        replaced = tuple(map(linked, args)), {k: linked(v) for k, v in kwargs.items()}
-        if not any(isinstance(v, _Made) for v in (*replaced[0], *replaced[1].values())):
-            self._before = None
-            return kept
-        devices = kept.devices
-        kept = super()._kept(*replaced)
-        kept.devices = devices  # those of the tensors that are not kept too
-        return kept
 
     def _fill(self) -> None:
         chain = list(reversed(list(self._back_to_what_is_there())))
@@ -130,21 +137,21 @@ class Link:
     """A region's place in a segment; pickled and copied with its module.
 
     Args:
-        before: the place of the region whose output it takes; ``None`` for the first.
+        before: the places of the regions whose output it may take; none for the first of a segment.
         nested: make the outputs of the segment's regions first, and keep those, then the values of
             one region at a time: each but the last runs three times, but the values of one region
             only are there at once. Else all regions run again at once.
     """
 
-    def __init__(self, before: Link | None, nested: bool) -> None:
+    def __init__(self, before: tuple[Link, ...], nested: bool) -> None:
         self._before = before
         self._nested = nested
         self._latest: weakref.ref[ChainedFrame] | None = None
 
     def frame(self, fn: Callable[..., Any], options: RegionOptions) -> ChainedFrame:
         """A frame for a run that begins now."""
-        link = self._before
-        before = link._latest() if link is not None and link._latest is not None else None
+        running = [link._latest() for link in self._before if link._latest is not None]
+        before = tuple(frame for frame in running if frame is not None)
         frame = ChainedFrame(fn, options, before, self._nested)
         self._latest = weakref.ref(frame)
         return frame

@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -22,9 +22,11 @@ from ckpt_pass.eager.apply import (
 )
 from ckpt_pass.eager_planning import plan_eager
 from ckpt_pass.goal import as_goal
-from ckpt_pass.modules.choice import Choice, ModuleChoice, PlacementError, Segment
+from ckpt_pass.modules.choice import Choice, ModuleChoice, Placement, PlacementError, Segment
 from ckpt_pass.modules.find import find_layers
+from ckpt_pass.modules.layer_profile import LayerProfile
 from ckpt_pass.modules.placement import PlacementLike, as_placement
+from ckpt_pass.modules.profile import profile_layers
 from ckpt_pass.policy import PolicyLike
 
 # Where an applied choice lives: a plain attribute of the model, which is pickled and copied with
@@ -32,6 +34,17 @@ from ckpt_pass.policy import PolicyLike
 _ATTRIBUTE = "_ckpt_pass_choice"
 
 DEFAULT_PLACEMENT = "all"
+
+
+@runtime_checkable
+class NeedsProfiles(Placement, Protocol):
+    """A placement that decides from measured layers."""
+
+    profiles: tuple[LayerProfile, ...]
+
+    def with_profiles(self, profiles: tuple[LayerProfile, ...]) -> Placement:
+        """The same with profiles."""
+        ...
 
 
 class SharedModuleError(PlacementError):
@@ -101,6 +114,9 @@ def choose(
     """What :func:`apply` would do with the same arguments; nothing is applied."""
     if budget is None:
         chosen = as_placement(DEFAULT_PLACEMENT if placement is None else placement)
+        if isinstance(chosen, NeedsProfiles) and not chosen.profiles and example_inputs is not None:
+            profiles = profile_layers(model, *_as_args(example_inputs), loss_fn=loss_fn)
+            chosen = chosen.with_profiles(profiles)
         return chosen.choose(model).with_policy(policy)
     if placement is not None or policy is not None:
         raise PlacementError(

@@ -10,6 +10,7 @@ from torch import nn
 
 from ckpt_pass.modules.choice import Choice, ModuleChoice, PlacementError, Segment
 from ckpt_pass.modules.find import Layers, find_layers
+from ckpt_pass.policy import PolicyLike
 
 
 def by_position(placement: str, layers: Layers, decide: Callable[[int], str | None]) -> Choice:
@@ -42,41 +43,55 @@ class NoLayers:
 
 @dataclass(frozen=True)
 class AllLayers:
-    """Every layer a region of its own."""
+    """Every layer a region of its own.
+
+    Attributes:
+        policy: what they keep, if :func:`ckpt_pass.apply` is given none.
+    """
+
+    policy: PolicyLike | None = None
 
     name: ClassVar[str] = "all"
     says: ClassVar[str] = "every layer"
 
     def choose(self, model: nn.Module) -> Choice:
         """Decide (:class:`~ckpt_pass.modules.choice.Placement`)."""
-        return by_position(self.name, find_layers(model), lambda number: "every layer is")
+        choice = by_position(self.name, find_layers(model), lambda number: "every layer is")
+        return choice.with_policy(self.policy)
 
 
 @dataclass(frozen=True)
 class EveryN:
-    """The first of every ``n`` layers.
+    """One of every ``n`` layers, the first by default.
 
     Attributes:
         n: 1 for all of them.
+        offset: which of the ``n``, from 0.
 
     Raises:
-        PlacementError: ``n`` is less than 1.
+        PlacementError: ``n`` is less than 1, or ``offset`` is not less than ``n``.
     """
 
     n: int = 3
+    offset: int = 0
 
     name: ClassVar[str] = "every-n"
     says: ClassVar[str] = "the first of every n layers (every-3)"
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise PlacementError(f"Got every-n with n={self.n}, expected 1 or more.")
+        if not 0 <= self.offset < self.n:
+            raise PlacementError(
+                f"Got every-n with n={self.n} and offset={self.offset}, expected n of 1 or more "
+                "and an offset from 0 to n - 1."
+            )
 
     def choose(self, model: nn.Module) -> Choice:
         """Decide (:class:`~ckpt_pass.modules.choice.Placement`)."""
 
         def decide(number: int) -> str | None:
-            return None if number % self.n else f"layer {number} is the first of every {self.n}"
+            if number % self.n != self.offset:
+                return None
+            return f"layer {number} is number {self.offset} of every {self.n}"
 
         return by_position(f"every-{self.n}", find_layers(model), decide)
 

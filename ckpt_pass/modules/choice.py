@@ -61,7 +61,7 @@ class Choice:
         modules: every module that was considered, in order.
         segments: what is recomputed, in order.
         policy: what the regions keep; nothing where ``None``.
-        specs: what becomes of single regions, where a plan says so.
+        specs: what becomes of single regions, where it is not the same for all.
     """
 
     placement: str
@@ -87,16 +87,19 @@ class Choice:
         given = dict(self.specs)
         found = {}
         for segment in self.segments:
-            before: str | None = None
+            before: tuple[str, ...] = ()
             for name in segment.names:
                 spec = given.get(name, RegionSpec(policy=self.policy))
-                found[name] = replace(spec, follows=before, nested=segment.nested)
-                before = name
+                found[name] = replace(spec, follows=before or spec.follows, nested=segment.nested)
+                before = (name,)
         return found
 
     def with_policy(self, policy: PolicyLike | None) -> Choice:
-        """The same regions with another policy; this one's own where ``None``."""
-        return self if policy is None else replace(self, policy=policy)
+        """The same regions with one policy for all; their own where ``None``."""
+        if policy is None:
+            return self
+        specs = tuple((name, replace(spec, policy=policy)) for name, spec in self.specs)
+        return replace(self, policy=policy, specs=specs)
 
     def inside(self, prefix: str) -> Choice:
         """The same for a module that holds the model under the name ``prefix``."""
@@ -111,7 +114,10 @@ class Choice:
                 replace(segment, names=tuple(full(name) for name in segment.names))
                 for segment in self.segments
             ),
-            specs=tuple((full(name), spec) for name, spec in self.specs),
+            specs=tuple(
+                (full(name), replace(spec, follows=tuple(map(full, spec.follows))))
+                for name, spec in self.specs
+            ),
         )
 
     def __str__(self) -> str:

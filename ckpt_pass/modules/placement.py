@@ -10,11 +10,14 @@ from typing import Any, TypeAlias, cast
 from torch import nn
 
 from ckpt_pass.errors import nearest
+from ckpt_pass.modules.auto_memory import AutoMemory
 from ckpt_pass.modules.by_layer import AllLayers, Alternate, ChosenLayers, EveryN, NoLayers
 from ckpt_pass.modules.by_module import Auto, ByName, Custom, HeavyOps
 from ckpt_pass.modules.choice import Choice as Choice
 from ckpt_pass.modules.choice import Placement as Placement
 from ckpt_pass.modules.choice import PlacementError
+from ckpt_pass.modules.megatron import Megatron
+from ckpt_pass.modules.optimal import OptimalSegments
 from ckpt_pass.modules.segments import Segments, SqrtSegments
 
 #: What users may pass: a name, a placement, or a function ``module -> bool``.
@@ -35,8 +38,11 @@ _CLASSES: tuple[type[Any], ...] = (
     Custom,
     HeavyOps,
     Auto,
+    AutoMemory,
     SqrtSegments,
     Segments,
+    OptimalSegments,
+    Megatron,
 )
 
 #: Every placement by name.
@@ -47,6 +53,7 @@ _FORMS: tuple[tuple[str, Callable[[str], Placement]], ...] = (
     (r"every-(\d+)", lambda text: EveryN(int(text))),
     (r"layers-(-?\d+(?:,-?\d+)*)", lambda text: ChosenLayers(tuple(map(int, text.split(","))))),
     (r"segments-(\d+)", lambda text: Segments(int(text))),
+    (r"megatron-(selective|full)", lambda text: Megatron(text)),
     (r"auto-(\d+)", lambda text: Auto(int(text))),
 )
 
