@@ -151,6 +151,18 @@ def test_a_thousand_layers_take_under_two_seconds(share: float) -> None:
     assert plan.recompute_s < 2 * sum(p.forward_s for p in layers)
 
 
+def test_rounded_bytes_find_the_least_peak_too() -> None:
+    rng = random.Random(3)
+    layers = [LayerProfile(f"{n}", rng.randrange(10**8), rng.randrange(10**7)) for n in range(40)]
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        plan_segments(layers, 10**7)
+    least = caught.value.least_feasible_bytes
+    found = plan_segments(layers, least)
+    assert found.peak_bytes == least and not found.exact
+    with pytest.raises(InfeasibleBudgetError):
+        plan_segments(layers, least - 1)
+
+
 def test_bad_profiles() -> None:
     with pytest.raises(LayerProfileError, match="no layer profiles"):
         plan_segments([], 10)

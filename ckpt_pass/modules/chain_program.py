@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from ckpt_pass.modules.layer_profile import LayerProfile
 
-# Kept bytes are exact up to this many states: tensors of one step are multiples of large numbers.
-# Above, they are rounded up to a state each, so that what fits by count fits in fact.
-_STATES = 8192
+# Kept bytes are exact up to a number of states: tensors of one step are multiples of large numbers.
+# Above, they are rounded up to a state each, so that what fits by count fits in fact. States times
+# layers are bounded by time: 1,000 layers take 0.5 s, and the table is 65 MB for each kind.
+_CELLS = 8_192_000
+_MOST_STATES = 1 << 20
 # Rows whose minima are taken together; 8 and 32 take the same time within 20 % at 1,000 layers.
 _BLOCK = 16
 
@@ -132,8 +134,9 @@ class Program:
         sizes = [int(n) for n in (*chain.inputs, *chain.inner) if n]
         unit = math.gcd(*sizes) if sizes else budget_bytes + 1
         #: Whether bytes were not rounded.
-        self.exact = budget_bytes // unit < _STATES
-        self._unit = unit if self.exact else -(-budget_bytes // (_STATES - 1))
+        states = max(min(_CELLS // chain.count, _MOST_STATES), 2)
+        self.exact = budget_bytes // unit < states
+        self._unit = unit if self.exact else -(-budget_bytes // (states - 1))
         self._states = budget_bytes // self._unit + 1
         self._kinds = ("once", "nested") if nested else ("once",)
         self._upto = np.concatenate([[0.0], np.cumsum(chain.time)])
@@ -222,22 +225,44 @@ class Program:
 
 def least_peak(chain: Chain, nested: bool) -> int:
     """The smallest budget in bytes that any pieces fit."""
-    spans = [chain.held_from(stop) for stop in range(1, chain.count + 1)]
     low, high = 0, chain.evaluate([Piece(n, n + 1, "kept") for n in range(chain.count)])[0]
-    # A segment of all layers may hold less than its layers one by one, never more.
+    spans = [chain.held_from(stop) for stop in range(1, chain.count + 1)]
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if _fits(chain, spans, middle, nested) else (middle + 1, high)
+        fits = smallest(chain, middle, nested, spans) is not None
+        low, high = (low, middle) if fits else (middle + 1, high)
     return low
 
 
-def _fits(chain: Chain, spans: list[dict[str, Ints]], budget_bytes: int, nested: bool) -> bool:
+def smallest(
+    chain: Chain, budget_bytes: int, nested: bool, spans: list[dict[str, Ints]] | None = None
+) -> list[Piece] | None:
+    """Pieces within a budget that keep as little as possible, whatever their time; exact.
+
+    Args:
+        chain: the layers.
+        budget_bytes: the most bytes.
+        nested: whether segments may be recomputed nested.
+        spans: ``chain.held_from`` of every stop, where it is known.
+    """
+    spans = spans or [chain.held_from(stop) for stop in range(1, chain.count + 1)]
     least = np.full(chain.count + 1, np.inf)
     least[0] = 0
-    kinds = ("once", "nested") if nested else ("once",)
+    last: list[Piece] = []
     for stop in range(1, chain.count + 1):
-        for kind in kinds:
+        best = Piece(stop - 1, stop, "once")
+        for kind in ("once", "nested") if nested else ("once",):
             fits = least[:stop] + spans[stop - 1][kind] <= budget_bytes
             kept = np.where(fits, least[:stop] + chain.inputs[:stop], np.inf)
-            least[stop] = min(least[stop], float(kept.min()))
-    return bool(np.isfinite(least[-1]))
+            start = int(np.argmin(kept))
+            if kept[start] < least[stop]:
+                least[stop], best = float(kept[start]), Piece(start, stop, kind)
+        last.append(best)
+    if not np.isfinite(least[-1]):
+        return None
+    pieces: list[Piece] = []
+    stop = chain.count
+    while stop:
+        pieces.append(last[stop - 1])
+        stop = pieces[-1].start
+    return pieces[::-1]

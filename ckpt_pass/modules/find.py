@@ -158,7 +158,19 @@ def _groups(module: nn.Module, prefix: str) -> list[LayerGroup]:
             mine.append(full)
     if mine:
         found.append(LayerGroup(prefix, tuple(mine)))
-    return found
+    return [*found, *_between(module, prefix, found)]
+
+
+def _between(module: nn.Module, prefix: str, found: list[LayerGroup]) -> Iterator[LayerGroup]:
+    """Children without an index that are of the class of the layers in their neighbours."""
+    names = {name for group in found for name in group.names}
+    depth = len(prefix) + 1 if prefix else 0
+    kinds = {type(module.get_submodule(name[depth:])) for name in names}
+    for name, child in _children(module):
+        full = f"{prefix}.{name}" if prefix else name
+        inside = any(other == full or other.startswith(f"{full}.") for other in names)
+        if type(child) in kinds and not inside:
+            yield LayerGroup(prefix, (full,))
 
 
 def _only_holds_layers(module: nn.Module) -> bool:
