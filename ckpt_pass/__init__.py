@@ -46,6 +46,7 @@ from ckpt_pass.goal import UnknownCostError as UnknownCostError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
+from ckpt_pass.html_report import write_report as write_report
 from ckpt_pass.measure import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.measure import Measurement as Measurement
 from ckpt_pass.measure import UnknownParametersError as UnknownParametersError
@@ -148,6 +149,14 @@ from ckpt_pass.shapes import Dimension as Dimension
 from ckpt_pass.shapes import SizeError as SizeError
 from ckpt_pass.sites import CallSite as CallSite
 from ckpt_pass.sites import SiteContext as SiteContext
+from ckpt_pass.strategies import Strategy as Strategy
+from ckpt_pass.strategies import StrategyError as StrategyError
+from ckpt_pass.strategies import as_strategy as as_strategy
+from ckpt_pass.strategies import compare_strategies as compare_strategies
+from ckpt_pass.strategy_plots import plot_layers as plot_layers
+from ckpt_pass.strategy_table import Comparison as Comparison
+from ckpt_pass.strategy_table import StrategyRow as StrategyRow
+from ckpt_pass.strategy_table import UnknownStrategyError as UnknownStrategyError
 from ckpt_pass.sweep import Sweep as Sweep
 from ckpt_pass.sweep import SweepArgumentError as SweepArgumentError
 from ckpt_pass.sweep import sweep as sweep

@@ -60,14 +60,23 @@ def plan_eager(
         InvalidBudgetError: the budget is no amount of memory.
     """
     trace = traced(model, args, loss_fn)
-    kernels = Kernels()
-    what = WORKSPACE_AND_TIME if goal.cost == "measured" else WORKSPACE
-    facts = kernels.facts(list(dict.fromkeys(op.call for op in trace.ops)), what)
-    problem = eager_problem(trace, facts)
+    problem = described(trace, times=goal.cost == "measured")
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     solution = _solved(problem, plain.peak_bytes, budget_bytes, _reserve_share(trace))
     return _Writer(trace, problem, solution).plan(policy, goal, budget_bytes, plain)
+
+
+def described(trace: EagerTrace, times: bool = False) -> EagerProblem:
+    """A recorded step as a problem; kernels with a workspace are run once, alone.
+
+    Args:
+        trace: the record.
+        times: whether kernels are timed as well.
+    """
+    what = WORKSPACE_AND_TIME if times else WORKSPACE
+    calls = list(dict.fromkeys(op.call for op in trace.ops))
+    return eager_problem(trace, Kernels().facts(calls, what))
 
 
 def traced(

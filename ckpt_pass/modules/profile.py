@@ -211,7 +211,7 @@ class _Clock:
 
     def between(self, first: Any, last: Any) -> float:
         """Seconds between two marks."""
-        return first.elapsed_time(last) * 1e-3 if self._cuda else last - first
+        return float(first.elapsed_time(last) * 1e-3 if self._cuda else last - first)
 
 
 class _Call:
