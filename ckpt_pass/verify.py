@@ -21,8 +21,8 @@ from ckpt_pass.eager.apply import (
 )
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.explain import plan as make_plan
-from ckpt_pass.graph.regions import repeated_modules
 from ckpt_pass.measure import Measurement, measure_step
+from ckpt_pass.modules.find import NoLayersError, find_layers
 from ckpt_pass.plan import Plan, format_bytes
 from ckpt_pass.policies import as_policy
 from ckpt_pass.policy import PolicyLike, describe
@@ -160,19 +160,17 @@ def step_of(
 
 
 def layers_of(model: nn.Module) -> tuple[str, ...]:
-    """The repeated layers of a model.
+    """The layers of a model.
 
     Raises:
         NoRegionsError: it has none.
     """
-    found = repeated_modules(model)
-    if not found:
+    try:
+        return find_layers(model).names
+    except NoLayersError as error:
         raise NoRegionsError(
-            f"No repeated layers were found in {type(model).__name__}: looked for modules with an "
-            "index as their name (layers.0, layers.1) that have submodules. Expected some; make "
-            "regions by hand with ckpt_pass.checkpoint, or give a budget."
-        )
-    return found
+            f"{error} Or make regions by hand with ckpt_pass.checkpoint, or give a budget."
+        ) from None
 
 
 def _verify_eager(
