@@ -29,27 +29,27 @@ class Predictor:
     trace: EagerTrace
     problem: EagerProblem
 
-    def predict(
-        self, segments: Sequence[Segment], policy: PolicyLike | None = None
-    ) -> EagerProfile | None:
+    def predict(self, segments: Sequence[tuple[Segment, PolicyLike | None]]) -> EagerProfile | None:
         """Simulate the step with regions.
 
         Args:
-            segments: the regions; of most, one module each.
-            policy: what each keeps; nothing where ``None``.
+            segments: the regions, of most one module each, and what each keeps; nothing where
+                that is ``None``.
 
         Returns:
             The simulated step; ``None`` where the simulation does not know the case: a module that
             is called more than once or saves nothing that a backward asks for, and a policy that
             does not decide by the op alone. Copies of running statistics are not counted.
         """
-        regions = [self._region(segment) for segment in segments]
-        known = [region for region in regions if region is not None]
-        if len(known) < len(regions):
-            return None
-        kept = self._kept(known, None if policy is None else as_policy(policy))
-        if kept is None:
-            return None
+        known: list[EagerRegion] = []
+        kept: set[int] = set()
+        for segment, policy in segments:
+            region = self._region(segment)
+            keeps = None if region is None else self._kept(region, policy)
+            if region is None or keeps is None:
+                return None
+            known.append(region)
+            kept |= keeps
         problem = replace(self.problem, regions=tuple(known))
         return problem.simulate(EagerPlan(frozenset(range(len(known))), frozenset(kept)))
 
@@ -64,17 +64,17 @@ class Predictor:
     def _calls(self, name: str) -> list[CallRecord]:
         return [call for call in self.trace.calls if call.name == name]
 
-    def _kept(self, regions: Sequence[EagerRegion], policy: Policy | None) -> set[int] | None:
-        kept: set[int] = set()
-        for region in regions if policy is not None else ():
-            assert policy is not None
-            for index in range(*region.ops):
-                saves = _saves(policy, self.trace.ops[index])
-                if saves is None:
-                    return None
-                if saves and self.problem.ops[index].makes:
-                    kept.add(index)
-        return kept
+    def _kept(self, region: EagerRegion, policy: PolicyLike | None) -> set[int] | None:
+        if policy is None:
+            return set()
+        asked = as_policy(policy)
+        answers = {index: _saves(asked, self.trace.ops[index]) for index in range(*region.ops)}
+        if None in answers.values():
+            return None
+        return {index for index, saves in answers.items() if saves and self._makes(index)}
+
+    def _makes(self, index: int) -> bool:
+        return bool(self.problem.ops[index].makes)
 
 
 def _saves(policy: Policy, op: OpRecord) -> bool | None:

@@ -30,7 +30,7 @@ from ckpt_pass.explain import plan as make_plan
 from ckpt_pass.graph.capture import NotTraceableError
 from ckpt_pass.measure import Measurement, measure_step
 from ckpt_pass.modules.apply import choose
-from ckpt_pass.modules.choice import PlacementError
+from ckpt_pass.modules.choice import Choice, PlacementError
 from ckpt_pass.modules.find import NoLayersError
 from ckpt_pass.modules.placement import Placement, as_placement
 from ckpt_pass.plan import Plan
@@ -284,11 +284,20 @@ def _regions(
         specs = plan.region_specs()
         return specs, len(specs), plan.peak_bytes
     choice = choose(step.model, strategy.placement, strategy.policy, example_inputs=step.args)
-    predicted = None
-    if known is not None and not choice.specs and not any(s.nested for s in choice.segments):
-        profile = known.predict([s.names for s in choice.segments], choice.policy)
-        predicted = None if profile is None else profile.peak_bytes
-    return choice.regions, len(choice.segments), predicted
+    return choice.regions, len(choice.segments), None if known is None else _peak(choice, known)
+
+
+def _peak(choice: Choice, known: Predictor) -> int | None:
+    """The simulated peak; ``None`` where the simulation does not know what the regions do."""
+    specs = choice.regions
+    segments = []
+    for segment in choice.segments:
+        first = specs[segment.names[0]]
+        if segment.nested or first.follows or first.keeps is not None:
+            return None
+        segments.append((segment.names, first.policy))
+    profile = known.predict(segments)
+    return None if profile is None else profile.peak_bytes
 
 
 def _filled(
