@@ -38,7 +38,7 @@ from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.policies import POLICIES, as_policy
 from ckpt_pass.policy import PolicyLike, describe
 from ckpt_pass.strategy_table import PLAIN, Comparison, StrategyRow
-from ckpt_pass.sweep import Progress
+from ckpt_pass.sweep import Progress, Told, UsersStep
 from ckpt_pass.timing import Variant, clock_for, interleave, resting_collector
 from ckpt_pass.verify import compare_with_regions, step_of
 
@@ -173,7 +173,7 @@ def compare_strategies(
     chosen.sort(key=lambda strategy: strategy.name != PLAIN)
     _check(model, chosen, rounds)
     step = _Step(model, args, loss_fn)
-    work = _Work(progress, len(chosen) + rounds + 3)
+    work = Told(progress, len(chosen) + rounds + 3)
     with (
         resting_collector(),  # each measurement collects garbage: fast where the rest is frozen
         gradients_restored(step.leaves),
@@ -182,7 +182,7 @@ def compare_strategies(
     ):
         known = _predictor(step, work) if predict else None
         found = [_measured(step, strategy, known, work) for strategy in chosen]
-        work.tell("timing")
+        work("timing")
         times = _timed(step, found, rounds, work)
     rows = [replace(one.row, time_s=times.get(one.row.name)) for one in found]
     return Comparison(
@@ -213,33 +213,12 @@ def _check(model: nn.Module, chosen: Sequence[Strategy], rounds: int) -> None:
         )
 
 
-@dataclass
-class _Work:
-    """Counts the parts of the work."""
-
-    progress: Progress
-    total: int
-    done: int = 0
-
-    def tell(self, what: str) -> None:
-        self.done = min(self.done + 1, self.total)
-        self.progress(what, self.done, self.total)
-
-
-class _Step:
-    """The user's step, and whose gradients it fills."""
+class _Step(UsersStep):
+    """The user's step in eager mode."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], loss_fn: LossFn | None) -> None:
-        self.model, self.args, self.loss_fn = model, args, loss_fn
+        super().__init__(model, args, loss_fn)
         self.run = step_of(model, args, loss_fn)
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        self.leaves = [t for t in (*model.parameters(), *tensors) if t.requires_grad]
-        self.device = self.leaves[0].device if self.leaves else torch.device("cpu")
-
-    def clear(self) -> None:
-        """Drop the gradients."""
-        for leaf in self.leaves:
-            leaf.grad = None
 
 
 @dataclass(frozen=True)
@@ -250,16 +229,16 @@ class _Measured:
     regions: Mapping[str, RegionSpec] | None = None
 
 
-def _predictor(step: _Step, work: _Work) -> Predictor | None:
-    work.tell("recording the step")
+def _predictor(step: _Step, work: Told) -> Predictor | None:
+    work("recording the step")
     try:
         return predictor(step.model, step.args, step.loss_fn)
     except NotTraceableError:
         return None  # the step runs nevertheless: there is no prediction then
 
 
-def _measured(step: _Step, strategy: Strategy, known: Predictor | None, work: _Work) -> _Measured:
-    work.tell(strategy.name)
+def _measured(step: _Step, strategy: Strategy, known: Predictor | None, work: Told) -> _Measured:
+    work(strategy.name)
     row = StrategyRow(strategy.name)
     try:
         regions, count, predicted = _regions(step, strategy, known)
@@ -321,7 +300,7 @@ def _filled(
     )
 
 
-def _timed(step: _Step, found: Sequence[_Measured], rounds: int, work: _Work) -> dict[str, float]:
+def _timed(step: _Step, found: Sequence[_Measured], rounds: int, work: Told) -> dict[str, float]:
     """Medians by name of those that ran, all in turn."""
 
     def prepare(regions: Mapping[str, RegionSpec]) -> None:
@@ -332,8 +311,7 @@ def _timed(step: _Step, found: Sequence[_Measured], rounds: int, work: _Work) ->
 
     def run(_: None) -> None:
         step.run().backward()
-        if step.device.type == "cuda":
-            torch.cuda.synchronize(step.device)
+        step.synchronise()
 
     variants = [
         Variant(one.row.name, run, partial(prepare, one.regions))
@@ -346,7 +324,7 @@ def _timed(step: _Step, found: Sequence[_Measured], rounds: int, work: _Work) ->
             rounds=rounds,
             warmup=1,
             clock=clock_for(step.device),
-            on_round=lambda: work.tell("timing"),
+            on_round=lambda: work("timing"),
         )
     finally:
         step.clear()

@@ -138,13 +138,13 @@ def sweep(
     for budget in budgets or ():
         check_budget(budget)
     make_backend(policy, inner=inner)  # what is misspelt is said before anything runs
-    step = _Step(model, args, loss_fn)
+    step = UsersStep(model, args, loss_fn)
     progress("the least peak", 0, 1)
     amounts = _budgets(step, policy, points, budgets)
     todo = [_ours(amount, policy, inner) for amount in amounts[:-1]]
     todo.append(_unbounded(amounts[-1], policy, inner))
     todo += _torch_points(step, inner, torch_budgets) if with_torch else []
-    tell = _Told(progress, len(todo) + rounds + 1)
+    tell = Told(progress, len(todo) + rounds + 1)
     with gradients_restored(step.leaves), rng_restored(step.device):
         measured = [_measured(step, point, tell) for point in todo]
         tell("timing")
@@ -155,7 +155,7 @@ def sweep(
 
 
 @dataclass
-class _Told:
+class Told:
     """Counts the parts of the work."""
 
     progress: Progress
@@ -167,7 +167,7 @@ class _Told:
         self.progress(what, self.done, self.total)
 
 
-class _Step:
+class UsersStep:
     """The user's step, and whose gradients it fills."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], loss_fn: LossFn | None) -> None:
@@ -226,7 +226,7 @@ class _Measured:
 
 
 def _budgets(
-    step: _Step, policy: PolicyLike | None, points: int, asked: Sequence[BudgetLike] | None
+    step: UsersStep, policy: PolicyLike | None, points: int, asked: Sequence[BudgetLike] | None
 ) -> list[int]:
     """Bytes, falling; the peak with nothing recomputed comes last."""
     planned = partial(plan, step.model, *step.args, policy=policy, loss_fn=step.loss_fn)
@@ -255,7 +255,7 @@ def _unbounded(plain: int, policy: PolicyLike | None, inner: str) -> _Point:
     return _Point(OURS, "no recomputation", backend, plain)
 
 
-def _torch_points(step: _Step, inner: str, budgets: Sequence[float]) -> list[_Point]:
+def _torch_points(step: UsersStep, inner: str, budgets: Sequence[float]) -> list[_Point]:
     points = [
         _Point(TORCH, f"budget {setting:g}", _torch.stock_backend(inner, setting))
         for setting in budgets
@@ -269,7 +269,7 @@ def _torch_points(step: _Step, inner: str, budgets: Sequence[float]) -> list[_Po
     return points
 
 
-def _layers(step: _Step) -> list[nn.Module]:
+def _layers(step: UsersStep) -> list[nn.Module]:
     """The repeated layers, as the library finds them."""
     with capture(step.model, *step.args, loss_fn=step.loss_fn) as joint:
         regions = [r.partition("@")[0] for r in joint.regions.values() if r is not None]
@@ -314,7 +314,7 @@ def _region(forward: Callable[..., Any]) -> Callable[..., Any]:
 # --- measuring ------------------------------------------------------------------------------
 
 
-def _measured(step: _Step, point: _Point, tell: _Told) -> _Measured:
+def _measured(step: UsersStep, point: _Point, tell: Told) -> _Measured:
     """Compile and measure one point; a point that cannot be is a row that says why."""
     tell(f"{point.family}, {point.setting}")
     compiled = step.compiled(point.backend)
@@ -350,7 +350,7 @@ def _filled(row: SweepRow, point: _Point, found: Measurement) -> SweepRow:
     return replace(row, peak_bytes=found.peak_bytes, predicted_bytes=predicted, flops=found.flops)
 
 
-def _timed(step: _Step, measured: list[_Measured], rounds: int, tell: _Told) -> list[SweepRow]:
+def _timed(step: UsersStep, measured: list[_Measured], rounds: int, tell: Told) -> list[SweepRow]:
     """The rows, those that ran with their times."""
 
     def run(once: Callable[[], Any], _: None) -> None:
