@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint_sequential as torchs_sequential
 import ckpt_pass
 from ckpt_pass import (
     CheckpointedSequential,
+    Megatron,
     NotSequentialError,
     SegmentCountError,
     SegmentError,
@@ -29,6 +30,7 @@ from tests.zoo import run_step
 
 WIDTH = 64
 ROWS = 1024
+NORMS = ("layernorm",)
 UNIT = WIDTH * ROWS * 4  # bytes of one value between layers
 
 
@@ -101,6 +103,13 @@ def test_a_segment_holds_what_enters_it() -> None:
     assert every < four < one and abs(one - plain) < plain / 10
     # 16 values between layers, or 4 for the segments and up to 4 inside one of them.
     assert 7 * UNIT < every - nested < 10 * UNIT
+
+
+def test_a_norm_whose_output_is_made_again() -> None:
+    model, x = net(depth=8), values()
+    plain, freed = peak_bytes(model, "none", x), peak_bytes(model, Megatron(modules=NORMS), x)
+    assert abs(plain - freed - 8 * UNIT) < UNIT / 2  # one value in each block
+    assert_same(model, Megatron(modules=NORMS), x)
 
 
 def test_how_often_layers_run() -> None:

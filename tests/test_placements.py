@@ -6,7 +6,7 @@ import copy
 import functools
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,7 @@ from ckpt_pass import (
     remove,
 )
 from ckpt_pass.eager.apply import RegionForward, regions_of
-from tests.zoo import Case, StepResult, run_step
+from tests.zoo import Built, Case, StepResult, modular, run_step, seeded
 from tests.zoo import hf as zoo
 from tests.zoo.modular import TRANSFORMER, UNET
 
@@ -134,6 +134,17 @@ def test_megatron_selective(case: Case, modules: tuple[str, ...]) -> None:
     with applied(model, Megatron(modules=modules)) as choice:
         assert choice and all("layer" in one.name or ".h." in one.name for one in choice)
         assert_same_step(case, run_step(model, inputs))
+
+
+@pytest.mark.parametrize("build", [modular.t5, modular.bart])
+def test_encoder_decoders(build: Callable[[], Built]) -> None:
+    make = seeded(build)
+    model, inputs = make()
+    wanted = run_step(model, inputs)
+    for placement in ("all", "alternate", "segments-2", "megatron-selective"):
+        with applied(model, placement):
+            got = run_step(model, inputs)
+        assert all(torch.equal(got.gradients[name], g) for name, g in wanted.gradients.items())
 
 
 @pytest.mark.parametrize("modules", [("mlp",), ("mlp_act",), ("layernorm", "mlp")])
