@@ -123,7 +123,9 @@ class MemoryProfiler:
             (``torch.cuda.memory._dump_snapshot``, for pytorch.org/memory_viz).
 
     The collector of cyclic garbage rests inside. A profiler can be used again, not nested; torch
-    runs one profiler at a time. Events of the CPU are those of the whole process.
+    runs one profiler at a time. Events of the CPU are those of the whole process; torch's reporter
+    knows the size of what it saw allocated, so that releases of older blocks (gradients of the step
+    before, dropped inside) are missing: drop them before the block.
 
     Raises:
         SnapshotError: a snapshot of a device other than CUDA.
