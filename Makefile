@@ -9,7 +9,7 @@ PARALLEL ?= -n auto --maxprocesses 4 --dist loadscope
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: demo test check bench slow clean
+.PHONY: demo test check bench slow docs clean
 .DEFAULT_GOAL := test
 # A recipe that fails leaves no half-written stamp behind.
 .DELETE_ON_ERROR:
@@ -38,6 +38,11 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo "open build/docs/index.html"
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ckpt_pass.demo import torch_threads as torch_threads
+from ckpt_pass.strategy_table import StrategyRow
 from ckpt_pass.timing import TimingRow as TimingRow
 from ckpt_pass.timing import Variant as Variant
 from ckpt_pass.timing import interleave as interleave
@@ -187,7 +188,38 @@ class EagerRow:
         return self.peak_bytes, self.flops_share, self.time_share
 
 
-Row: TypeAlias = TimingRow | PeakRow | BudgetRow | PlanningRow | DeepRow | EagerRow
+@dataclass(frozen=True)
+class ClaimRow:
+    """A saving and a price that people quote, and what was measured.
+
+    Attributes:
+        claim: as it is quoted.
+        model, strategy: what it was checked on.
+        saving: of the plain step's peak.
+        saved_share: of what the plain step holds between forward and backward.
+        recompute_share: recomputed flops by the plain step's.
+        overhead: time beyond the plain step's, as a share of it.
+    """
+
+    claim: str
+    model: str
+    strategy: str
+    saving: float
+    saved_share: float
+    recompute_share: float
+    overhead: float
+
+
+@dataclass(frozen=True)
+class StrategyOf:
+    """A row of a comparison of strategies, with its model."""
+
+    model: str
+    row: StrategyRow
+
+
+OwnRow: TypeAlias = PeakRow | BudgetRow | PlanningRow | DeepRow | EagerRow | ClaimRow
+Row: TypeAlias = TimingRow | OwnRow | StrategyOf
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,23 @@ from benchmarks import (  # noqa: E402
     partition_cost,
     peaks,
     planning,
+    strategies,
 )
 from benchmarks.common import Bar, BudgetRow, Result  # noqa: E402
 from benchmarks.tables import table_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PIPED_WIDTH = 150  # characters: the widest table, that of the eager costs, fits
-NAMES = ("eager", "eager-budgets", "partition", "peaks", "budgets", "planning", "deep")
+NAMES = (
+    "eager",
+    "eager-budgets",
+    "partition",
+    "peaks",
+    "budgets",
+    "planning",
+    "deep",
+    "strategies",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -98,6 +108,8 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
         yield planning.run(layers, rounds or planning.ROUNDS)
     elif name == "deep":
         yield deep.run(options.layers or deep.LAYERS)
+    elif name == "strategies":
+        yield from strategies.run(rounds or strategies.ROUNDS)
     else:
         raise SystemExit(f"There is no benchmark {name!r}; there are {', '.join(NAMES)}.")
 

@@ -9,14 +9,17 @@ from rich.table import Table
 
 from benchmarks.common import (
     BudgetRow,
+    ClaimRow,
     Cost,
     DeepRow,
     EagerRow,
     PeakRow,
     PlanningRow,
     Result,
+    StrategyOf,
     TimingRow,
 )
+from ckpt_pass.strategy_table import HEADS, cells
 
 
 def table_of(result: Result) -> Table:
@@ -134,6 +137,28 @@ def _eager(title: str, rows: Sequence[EagerRow]) -> Table:
     return table
 
 
+def _claims(title: str, rows: Sequence[ClaimRow]) -> Table:
+    table = Table(title=title)
+    for column in ("claim", "model", "strategy"):
+        table.add_column(column)
+    for column in ("peak less", "saved less", "flops more", "time more"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        figures = (row.saving, row.saved_share, row.recompute_share, row.overhead)
+        shown = (f"{share:.1%}" for share in figures)
+        table.add_row(row.claim, row.model, row.strategy, *shown)
+    return table
+
+
+def _strategies(title: str, rows: Sequence[StrategyOf]) -> Table:
+    table = Table(title=title)
+    for column, head in enumerate(HEADS):
+        table.add_column(head, justify="right" if 0 < column < 9 else "left")
+    for line in cells([row.row for row in rows]):
+        table.add_row(*line)
+    return table
+
+
 _TABLES: dict[type, Callable[[str, Any], Table]] = {
     TimingRow: _timings,
     PeakRow: _peaks,
@@ -141,4 +166,6 @@ _TABLES: dict[type, Callable[[str, Any], Table]] = {
     PlanningRow: _planning,
     DeepRow: _depths,
     EagerRow: _eager,
+    ClaimRow: _claims,
+    StrategyOf: _strategies,
 }

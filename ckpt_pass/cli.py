@@ -5,20 +5,25 @@ Exit codes: 0; 1 for an error of this library; 2 for a wrong command line or fac
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckpt_pass._demo_model import ModelConfig
 from ckpt_pass.budget import BudgetLike, check_budget, parse_budget
-from ckpt_pass.demo import DEFAULTS, PLAIN_WIDTH, DemoSettings, run_demo
-from ckpt_pass.errors import CkptPassError
+from ckpt_pass.cli_compare import compare_command
+from ckpt_pass.cli_parts import (
+    console_for_tables,
+    errors_as_exit_codes,
+    progress_on_stderr,
+    target_argument,
+)
+from ckpt_pass.demo import DEFAULTS, DemoSettings, run_demo
 from ckpt_pass.explain import plan
-from ckpt_pass.factory import FactoryError, build
+from ckpt_pass.factory import build
 from ckpt_pass.fit import NAMES as FIT_DIMENSIONS
 from ckpt_pass.fit import fit
 from ckpt_pass.goal import COSTS
@@ -27,7 +32,7 @@ from ckpt_pass.planner.solvers import DEFAULT_SOLVER, solver_names
 from ckpt_pass.policies import DEFAULT_POLICY, POLICIES, as_policy
 from ckpt_pass.policy import Rule
 from ckpt_pass.report import missing_extra
-from ckpt_pass.sweep import ROUNDS, Progress, Sweep, sweep
+from ckpt_pass.sweep import ROUNDS, Sweep, sweep
 from ckpt_pass.sweep_report import sweep_table
 from ckpt_pass.verify import verify
 
@@ -37,7 +42,7 @@ if TYPE_CHECKING:
 
 def main() -> NoReturn:
     """Run the command line and exit."""
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         app = make_app()
     app(prog_name="ckpt-pass")
     sys.exit(0)
@@ -63,30 +68,11 @@ def make_app() -> typer.Typer:
     app.command("plan")(_plan_command())
     app.command("verify")(_verify_command())
     app.command("sweep")(_sweep_command())
+    app.command("compare")(compare_command())
     app.command("fit")(_fit_command())
     app.command("policies")(_policies)
     app.command("demo")(_demo_command())
     return app
-
-
-@contextlib.contextmanager
-def _errors_as_exit_codes() -> Iterator[None]:
-    """Print this library's errors as one message instead of a traceback."""
-    try:
-        yield
-    except CkptPassError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, FactoryError) else 1)
-
-
-def _target_argument() -> Any:
-    import typer
-
-    return typer.Argument(
-        metavar="FACTORY",
-        help="path/to/file.py:name or package.module:name, a function without arguments that "
-        "returns (model, inputs).",
-    )
 
 
 def _policy_option() -> Any:
@@ -119,7 +105,7 @@ def _explain_command() -> Callable[..., None]:
     summary_option = typer.Option(False, "--summary", help="Only the first lines.")
 
     def explain(
-        target: str = _target_argument(),
+        target: str = target_argument(),
         policy: str | None = _policy_option(),
         budget: str | None = _budget_option(),
         summary: bool = summary_option,
@@ -128,7 +114,7 @@ def _explain_command() -> Callable[..., None]:
 
         The step is traced, not run.
         """
-        with _errors_as_exit_codes():
+        with errors_as_exit_codes():
             amount = _checked(policy, budget)
             model, inputs = build(target)
             made = plan(model, *inputs, policy=policy, budget=amount)
@@ -148,7 +134,7 @@ def _plan_command() -> Callable[..., None]:
     save_option = typer.Option(None, help="Write the plan here, as JSON.")
 
     def plan_(
-        target: str = _target_argument(),
+        target: str = target_argument(),
         policy: str | None = _policy_option(),
         budget: str | None = _budget_option(),
         png: Path | None = png_option,
@@ -162,7 +148,7 @@ def _plan_command() -> Callable[..., None]:
 
         The step is traced, not run. `explain` lists every decision.
         """
-        with _errors_as_exit_codes():
+        with errors_as_exit_codes():
             amount = _checked(policy, budget)
             model, inputs = build(target)
             made = plan(
@@ -191,7 +177,7 @@ def _verify_command() -> Callable[..., None]:
     eager_option = typer.Option(False, "--eager", help="Without torch.compile.")
 
     def verify_(
-        target: str = _target_argument(),
+        target: str = target_argument(),
         plan_file: Path | None = plan_option,
         policy: str | None = _policy_option(),
         budget: str | None = _budget_option(),
@@ -201,7 +187,7 @@ def _verify_command() -> Callable[..., None]:
 
         The exit code is 1 where anything that the plan promises does not hold.
         """
-        with _errors_as_exit_codes():
+        with errors_as_exit_codes():
             amount = _checked(policy, budget)
             made = None if plan_file is None else Plan.load(plan_file)
             model, inputs = build(target)
@@ -240,7 +226,7 @@ def _sweep_command() -> Callable[..., None]:
     json_option = typer.Option(None, "--json", help="Write the rows here.")
 
     def sweep_(
-        target: str = _target_argument(),
+        target: str = target_argument(),
         policy: str | None = _policy_option(),
         points: int = points_option,
         budgets: list[str] | None = budgets_option,
@@ -251,11 +237,11 @@ def _sweep_command() -> Callable[..., None]:
         json_: Path | None = json_option,
     ) -> None:
         """Run a training step at a row of budgets: peak, recomputation and time of each."""
-        with _errors_as_exit_codes():
+        with errors_as_exit_codes():
             amounts = [check_budget(parse_budget(budget)) for budget in budgets or ()]
             as_policy(policy or DEFAULT_POLICY)
             model, inputs = build(target)
-            with _progress_on_stderr() as progress:
+            with progress_on_stderr() as progress:
                 found = sweep(
                     model,
                     *inputs,
@@ -273,32 +259,13 @@ def _sweep_command() -> Callable[..., None]:
 
 
 def _show_sweep(found: Sweep, png: Path | None, json_: Path | None) -> None:
-    with missing_extra("cli"):
-        from rich.console import Console
-    console = Console()
-    if not console.is_terminal:  # whose width rich could ask for
-        console = Console(width=PLAIN_WIDTH)
+    console = console_for_tables()
     console.print(sweep_table(found.title, found.rows))
     if json_ is not None:
         json_.write_text(json.dumps(asdict(found), indent=2) + "\n")
         console.print(f"wrote {json_}", highlight=False, soft_wrap=True)
     if png is not None:
         console.print(f"wrote {found.plot(png)}", highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _progress_on_stderr() -> Iterator[Progress]:
-    """A progress bar that leaves nothing behind; nothing where stderr is no terminal."""
-    with missing_extra("cli"):
-        from rich.console import Console
-        from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("")
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
-        )
 
 
 def _fit_command() -> Callable[..., None]:
@@ -311,7 +278,7 @@ def _fit_command() -> Callable[..., None]:
     dim_option = typer.Option(FIT_DIMENSIONS[0], help=f"One of {', '.join(FIT_DIMENSIONS)}.")
 
     def fit_command(
-        target: str = _target_argument(),
+        target: str = target_argument(),
         budget: str = budget_option,
         dim: str = dim_option,
         policy: str | None = _policy_option(),
@@ -320,7 +287,7 @@ def _fit_command() -> Callable[..., None]:
 
         The step is traced, not run.
         """
-        with _errors_as_exit_codes():
+        with errors_as_exit_codes():
             amount = _checked(policy, budget)
             assert amount is not None  # one is required
             model, inputs = build(target)
@@ -363,7 +330,7 @@ def _demo_command() -> Callable[..., None]:
         batch: int = batch_option,
     ) -> None:
         """Train a small transformer with and without recomputation; measure and compare."""
-        with _errors_as_exit_codes():
+        with errors_as_exit_codes():
             model = ModelConfig(layers, dim, length)
             run_demo(DemoSettings(steps, inner, threads, model, batch, out))
 

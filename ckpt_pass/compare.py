@@ -141,7 +141,7 @@ def _loss_and_state(
     """Run ``fn`` and its backward; return its loss, and gradients and buffers by name."""
     for leaf in named.values():
         leaf.grad = None
-    with rng_restored(None), _buffers_restored(module):
+    with rng_restored(None), buffers_restored(module):
         torch.manual_seed(seed)
         loss = fn()
         if not is_loss(loss):
@@ -154,7 +154,7 @@ def _loss_and_state(
 
 
 @contextmanager
-def _buffers_restored(module: nn.Module | None) -> Iterator[None]:
+def buffers_restored(module: nn.Module | None) -> Iterator[None]:
     """Give a module's buffers their values back at the end, and the very same tensors."""
     if module is None:
         yield

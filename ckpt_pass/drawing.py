@@ -61,7 +61,7 @@ def figure_of(width: float, height: float) -> Figure:
 
 def write(figure: Figure, path: Path) -> Path:
     """Write a figure as a PNG; return its path."""
-    figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
+    figure.savefig(path, dpi=DOTS_PER_INCH, format="png", pil_kwargs={"optimize": True})
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,11 +61,8 @@ def plan_eager(
         InfeasibleBudgetError: no plan fits the budget.
         InvalidBudgetError: the budget is no amount of memory.
     """
-    trace = _traced(model, args, loss_fn)
-    kernels = Kernels()
-    what = WORKSPACE_AND_TIME if goal.cost == "measured" else WORKSPACE
-    facts = kernels.facts(list(dict.fromkeys(op.call for op in trace.ops)), what)
-    problem = eager_problem(trace, facts)
+    trace = traced(model, args, loss_fn)
+    problem = described(trace, times=goal.cost == "measured")
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     solution = _solved(problem, plain.peak_bytes, budget_bytes, _reserve_share(trace))
@@ -73,11 +70,32 @@ def plan_eager(
     return replace(made, signature=eager_signature(model, args))
 
 
-def _traced(
-    model: nn.Module, args: tuple[Any, ...], loss_fn: Callable[[Any], torch.Tensor] | None
+def described(trace: EagerTrace, times: bool = False) -> EagerProblem:
+    """A recorded step as a problem; kernels with a workspace are run once, alone.
+
+    Args:
+        trace: the record.
+        times: whether kernels are timed as well.
+    """
+    what = WORKSPACE_AND_TIME if times else WORKSPACE
+    calls = list(dict.fromkeys(op.call for op in trace.ops))
+    return eager_problem(trace, Kernels().facts(calls, what))
+
+
+def traced(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> EagerTrace:
+    """The record of a step (:func:`ckpt_pass.eager.trace.trace_step`).
+
+    Raises:
+        NotTraceableError: the model's forward or backward fails on fake tensors.
+        NothingToDifferentiateError: there is no backward.
+    """
     try:
-        return trace_step(model, args, loss_fn)
+        return trace_step(model, args, loss_fn, kwargs)
     except CkptPassError:
         raise
     except Exception as error:  # whatever the model's own code raises, with the place

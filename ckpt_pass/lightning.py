@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ckpt_pass.eager.apply import RegionSpec, apply_regions, regions_of, remove_regions
+from ckpt_pass.eager.apply import RegionSpec, apply_regions, regions_of
 from ckpt_pass.errors import CkptPassError
-from ckpt_pass.graph.regions import repeated_modules
+from ckpt_pass.modules.apply import apply, remove
+from ckpt_pass.modules.placement import PlacementLike
 from ckpt_pass.plan import Plan
 from ckpt_pass.policy import PolicyLike
 from ckpt_pass.report import missing_extra
@@ -21,7 +22,7 @@ with missing_extra("lightning"):
 
 
 class CallbackArgumentError(CkptPassError):
-    """The callback got arguments that contradict each other, or found nothing to wrap."""
+    """The callback got arguments that contradict each other."""
 
 
 class ActivationCheckpointing(Callback):  # type: ignore[misc, unused-ignore]
@@ -31,11 +32,14 @@ class ActivationCheckpointing(Callback):  # type: ignore[misc, unused-ignore]
 
     Args:
         policy: what each region keeps, as for :func:`ckpt_pass.context_fn`; nothing where ``None``.
-        modules: FQNs of the regions; the repeated layers where ``None``.
-        plan: an eager plan, in the place of both.
+        modules: FQNs of the regions; what the placement says where ``None``.
+        plan: an eager plan, in the place of all others.
+        placement: which modules are regions, as for :func:`ckpt_pass.apply`; every layer where
+            ``None``.
 
     Raises:
-        CallbackArgumentError: ``plan`` is given together with one of the others.
+        CallbackArgumentError: ``plan`` is given together with one of the others, or ``modules``
+            together with ``placement``.
     """
 
     def __init__(
@@ -43,12 +47,20 @@ class ActivationCheckpointing(Callback):  # type: ignore[misc, unused-ignore]
         policy: PolicyLike | None = None,
         modules: list[str] | None = None,
         plan: Plan | None = None,
+        placement: PlacementLike | None = None,
     ) -> None:
-        if plan is not None and (policy is not None or modules is not None):
+        others = [value for value in (policy, modules, placement) if value is not None]
+        if plan is not None and others:
             raise CallbackArgumentError(
-                "Got plan= together with policy= or modules=, expected one of the two: a plan "
-                "says which modules are regions and what they keep."
+                "Got plan= together with policy=, modules= or placement=, expected one of the two: "
+                "a plan says which modules are regions and what they keep."
             )
+        if modules is not None and placement is not None:
+            raise CallbackArgumentError(
+                "Got modules= together with placement=, expected one of the two: both say which "
+                "modules are regions."
+            )
+        self._placement = placement
         self._policy = policy
         self._modules = modules
         self._plan = plan
@@ -57,19 +69,16 @@ class ActivationCheckpointing(Callback):  # type: ignore[misc, unused-ignore]
         """Apply the regions.
 
         Raises:
-            CallbackArgumentError: no layers were found.
+            NoLayersError: no layers were found.
             UnknownRegionError, AlreadyAppliedError: see :meth:`ckpt_pass.Plan.apply`.
         """
         if self._plan is not None:
             apply_regions(pl_module, self._plan.region_specs())
-            return
-        names = self._modules if self._modules is not None else repeated_modules(pl_module)
-        if not names:
-            raise CallbackArgumentError(
-                f"No repeated layers were found in {type(pl_module).__name__}, expected modules "
-                "with an index as their name. Name the regions with modules=[...]."
-            )
-        apply_regions(pl_module, {name: RegionSpec(policy=self._policy) for name in names})
+        elif self._modules is not None:
+            specs = {name: RegionSpec(policy=self._policy) for name in self._modules}
+            apply_regions(pl_module, specs)
+        else:
+            apply(pl_module, self._placement, self._policy)
 
     def on_fit_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Remove them."""
@@ -82,4 +91,4 @@ class ActivationCheckpointing(Callback):  # type: ignore[misc, unused-ignore]
     @staticmethod
     def _remove(module: nn.Module) -> None:
         if regions_of(module):
-            remove_regions(module)
+            remove(module)

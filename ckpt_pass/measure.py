@@ -29,6 +29,9 @@ from ckpt_pass.flops import FlopCounter
 Step = Callable[[], object]
 """One training step: returns its loss, or has called backward itself."""
 
+Curve = tuple[tuple[float, int], ...]
+"""(Seconds since the start, bytes above the start) at each change."""
+
 
 class UnknownParametersError(CkptPassError):
     """The step ran its own backward, and nobody said whose gradients it fills."""
@@ -54,7 +57,7 @@ class Measurement:
 
     ``saved_bytes`` is what is allocated between forward and backward, the loss included; it is
     ``None`` if the step called backward itself. ``timeline`` has one (seconds since the start,
-    bytes above the start) per allocation and release.
+    bytes above the start) per allocation and release; ``backward_at_s`` is when its backward began.
     """
 
     peak_bytes: int
@@ -63,6 +66,7 @@ class Measurement:
     time_s: float
     timeline: tuple[tuple[float, int], ...]
     device: str
+    backward_at_s: float | None = None
 
     def __str__(self) -> str:
         saved = "unknown" if self.saved_bytes is None else f"{self.saved_bytes / 1e6:.1f} MB"
@@ -117,8 +121,11 @@ def measure_step(
         time_s = statistics.median(runner.run() for _ in range(repeats))
         with FlopCounter() as counter:
             runner.run()
-        peak_bytes, saved_bytes, timeline = runner.run_profiled()
-    return Measurement(peak_bytes, saved_bytes, counter.flops, time_s, timeline, str(where))
+        peak_bytes, saved_bytes, timeline, begins_s = runner.run_profiled()
+    began_s = None if saved_bytes is None else begins_s
+    return Measurement(
+        peak_bytes, saved_bytes, counter.flops, time_s, timeline, str(where), began_s
+    )
 
 
 @dataclass(frozen=True)
@@ -142,8 +149,12 @@ class _Runner:
             self._synchronise()
             return time.perf_counter() - start
 
-    def run_profiled(self) -> tuple[int, int | None, tuple[tuple[float, int], ...]]:
-        """Run once under the profiler; return peak, saved bytes (or ``None``) and timeline."""
+    def run_profiled(self) -> tuple[int, int | None, Curve, float]:
+        """Run once under the profiler.
+
+        Returns:
+            The peak, saved bytes (or ``None``), the timeline, and when the backward began.
+        """
         cuda = self.device.type == "cuda"
         with self._prepared():
             at_start = torch.cuda.memory_allocated(self.device) if cuda else 0
@@ -152,11 +163,11 @@ class _Runner:
             with profiled() as session:
                 own_backward = not self._step()
                 self._synchronise()
-            timeline, at_backward = _read_events(session, self.device)
+            timeline, at_backward, begins_s = _read_events(session, self.device)
             peak = max(count for _, count in timeline)
             if cuda:  # the allocator knows better than the events: it rounds blocks up
                 peak = torch.cuda.max_memory_allocated(self.device) - at_start
-        return peak, None if own_backward else at_backward, timeline
+        return peak, None if own_backward else at_backward, timeline, begins_s
 
     def _step(self) -> bool:
         """Run forward and backward; return whether the backward was ours to call."""
@@ -229,10 +240,8 @@ def _resolve_device(device: torch.device | str | None, leaves: list[Tensor]) -> 
     return found
 
 
-def _read_events(
-    session: profile, device: torch.device
-) -> tuple[tuple[tuple[float, int], ...], int]:
-    """Add up the profiler's memory events; return the timeline and the bytes at backward."""
+def _read_events(session: profile, device: torch.device) -> tuple[Curve, int, float]:
+    """Add up the profiler's memory events: the timeline, bytes and moment of the backward."""
     marks = {_Runner.FORWARD, _Runner.BACKWARD}
     recording = read_recording(session, device, marks.__contains__)
     begin_ns, _ = recording.spans[_Runner.FORWARD]
@@ -242,4 +251,5 @@ def _read_events(
     for event in recording.allocations:
         count += event.nbytes
         timeline.append(((event.time_ns - begin_ns) * 1e-9, count))
-    return tuple(timeline), recording.balance_before(at_backward_ns)
+    held = recording.balance_before(at_backward_ns)
+    return tuple(timeline), held, (at_backward_ns - begin_ns) * 1e-9

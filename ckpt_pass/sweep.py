@@ -7,7 +7,6 @@ them torch's ``activation_memory_budget`` and a checkpoint around every layer.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +29,7 @@ from ckpt_pass.plan import Plan
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.policy import PolicyLike
 from ckpt_pass.sweep_report import BLOCKS, OURS, TORCH, SweepRow, plot_sweep, sweep_text
-from ckpt_pass.timing import Variant, interleave
+from ckpt_pass.timing import Variant, clock_for, interleave
 
 #: torch's knob, from "recompute only what is nearly free" to "recompute everything".
 TORCH_BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -139,13 +138,13 @@ def sweep(
     for budget in budgets or ():
         check_budget(budget)
     make_backend(policy, inner=inner)  # what is misspelt is said before anything runs
-    step = _Step(model, args, loss_fn)
+    step = UsersStep(model, args, loss_fn)
     progress("the least peak", 0, 1)
     amounts = _budgets(step, policy, points, budgets)
     todo = [_ours(amount, policy, inner) for amount in amounts[:-1]]
     todo.append(_unbounded(amounts[-1], policy, inner))
     todo += _torch_points(step, inner, torch_budgets) if with_torch else []
-    tell = _Told(progress, len(todo) + rounds + 1)
+    tell = Told(progress, len(todo) + rounds + 1)
     with gradients_restored(step.leaves), rng_restored(step.device):
         measured = [_measured(step, point, tell) for point in todo]
         tell("timing")
@@ -156,7 +155,7 @@ def sweep(
 
 
 @dataclass
-class _Told:
+class Told:
     """Counts the parts of the work."""
 
     progress: Progress
@@ -168,7 +167,7 @@ class _Told:
         self.progress(what, self.done, self.total)
 
 
-class _Step:
+class UsersStep:
     """The user's step, and whose gradients it fills."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], loss_fn: LossFn | None) -> None:
@@ -227,7 +226,7 @@ class _Measured:
 
 
 def _budgets(
-    step: _Step, policy: PolicyLike | None, points: int, asked: Sequence[BudgetLike] | None
+    step: UsersStep, policy: PolicyLike | None, points: int, asked: Sequence[BudgetLike] | None
 ) -> list[int]:
     """Bytes, falling; the peak with nothing recomputed comes last."""
     planned = partial(plan, step.model, *step.args, policy=policy, loss_fn=step.loss_fn)
@@ -256,7 +255,7 @@ def _unbounded(plain: int, policy: PolicyLike | None, inner: str) -> _Point:
     return _Point(OURS, "no recomputation", backend, plain)
 
 
-def _torch_points(step: _Step, inner: str, budgets: Sequence[float]) -> list[_Point]:
+def _torch_points(step: UsersStep, inner: str, budgets: Sequence[float]) -> list[_Point]:
     points = [
         _Point(TORCH, f"budget {setting:g}", _torch.stock_backend(inner, setting))
         for setting in budgets
@@ -270,7 +269,7 @@ def _torch_points(step: _Step, inner: str, budgets: Sequence[float]) -> list[_Po
     return points
 
 
-def _layers(step: _Step) -> list[nn.Module]:
+def _layers(step: UsersStep) -> list[nn.Module]:
     """The repeated layers, as the library finds them."""
     with capture(step.model, *step.args, loss_fn=step.loss_fn) as joint:
         regions = [r.partition("@")[0] for r in joint.regions.values() if r is not None]
@@ -315,7 +314,7 @@ def _region(forward: Callable[..., Any]) -> Callable[..., Any]:
 # --- measuring ------------------------------------------------------------------------------
 
 
-def _measured(step: _Step, point: _Point, tell: _Told) -> _Measured:
+def _measured(step: UsersStep, point: _Point, tell: Told) -> _Measured:
     """Compile and measure one point; a point that cannot be is a row that says why."""
     tell(f"{point.family}, {point.setting}")
     compiled = step.compiled(point.backend)
@@ -351,13 +350,7 @@ def _filled(row: SweepRow, point: _Point, found: Measurement) -> SweepRow:
     return replace(row, peak_bytes=found.peak_bytes, predicted_bytes=predicted, flops=found.flops)
 
 
-def _clock(step: _Step) -> Callable[[], float]:
-    """CPU time where one thread does everything, for it leaves out what the neighbours took."""
-    alone = step.device.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time if alone else time.perf_counter
-
-
-def _timed(step: _Step, measured: list[_Measured], rounds: int, tell: _Told) -> list[SweepRow]:
+def _timed(step: UsersStep, measured: list[_Measured], rounds: int, tell: Told) -> list[SweepRow]:
     """The rows, those that ran with their times."""
 
     def run(once: Callable[[], Any], _: None) -> None:
@@ -370,7 +363,11 @@ def _timed(step: _Step, measured: list[_Measured], rounds: int, tell: _Told) -> 
         if made.run is not None
     ]
     times = interleave(
-        variants, rounds=rounds, warmup=1, clock=_clock(step), on_round=lambda: tell("timing")
+        variants,
+        rounds=rounds,
+        warmup=1,
+        clock=clock_for(step.device),
+        on_round=lambda: tell("timing"),
     )
     step.clear()
     medians = {int(row.variant): row.median_s for row in times}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from ckpt_pass.drawing import COLOURS, GREY, MEGABYTE, figure_of, missing_extra, open_frame, write
 
@@ -61,11 +61,22 @@ class SweepRow:
 Measure = Callable[[SweepRow], "float | None"]
 
 
-def front(rows: Sequence[SweepRow], cost: Measure) -> tuple[SweepRow, ...]:
+class Measured(Protocol):
+    """A row of any table of measured steps."""
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Of the step that ran."""
+
+
+AnyRow = TypeVar("AnyRow", bound=Measured)
+
+
+def front(rows: Sequence[AnyRow], cost: Callable[[AnyRow], float | None]) -> tuple[AnyRow, ...]:
     """The rows that no other one beats in both peak and cost, by falling peak."""
     known = [row for row in rows if row.peak_bytes is not None and cost(row) is not None]
-    found: list[SweepRow] = []
-    for row in sorted(known, key=lambda r: (cost(r), r.peak_bytes)):
+    found: list[AnyRow] = []
+    for row in sorted(known, key=lambda r: (cost(r) or 0.0, r.peak_bytes or 0)):
         if not found or (row.peak_bytes or 0) < (found[-1].peak_bytes or 0):
             found.append(row)
     return tuple(found)
@@ -95,33 +106,54 @@ def cells(rows: Sequence[SweepRow]) -> list[tuple[str, ...]]:
         family = row.family
         last = BEST if row in best else row.failure
         figures = (
-            _shown(row.peak_bytes, 1 / MEGABYTE, "{:.2f}"),
-            _shown(row.predicted_bytes, 1 / MEGABYTE, "{:.2f}"),
-            _shown(row.recompute_share, 100, "{:.1f} %"),
-            _shown(row.time_s, 1e3, "{:.1f}"),
-            _shown(row.time_s, 1 / plain, "{:.2f}") if plain else "",
+            shown(row.peak_bytes, 1 / MEGABYTE, "{:.2f}"),
+            shown(row.predicted_bytes, 1 / MEGABYTE, "{:.2f}"),
+            shown(row.recompute_share, 100, "{:.1f} %"),
+            shown(row.time_s, 1e3, "{:.1f}"),
+            shown(row.time_s, 1 / plain, "{:.2f}") if plain else "",
         )
         found.append((name, row.setting, *figures, last))
     return found
 
 
-def _shown(value: float | None, factor: float, form: str) -> str:
+def shown(value: float | None, factor: float, form: str) -> str:
+    """A figure as text; empty where there is none."""
     # Adding 0.0 makes a rounded -0.0 a 0.0.
     return "" if value is None else form.format(round(value * factor, 2) + 0.0)
 
 
 def sweep_text(rows: Sequence[SweepRow]) -> str:
     """The table as plain text."""
-    table = [HEADS, *cells(rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(HEADS))]
+    return "\n".join([*aligned([HEADS, *cells(rows)], _LEFT), "", CAPTION])
+
+
+def aligned(table: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
+    """The lines of a table, its columns aligned: those in ``left`` to the left."""
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = []
     for line in table:
         padded = [
-            text.ljust(width) if column in _LEFT else text.rjust(width)
+            text.ljust(width) if column in left else text.rjust(width)
             for column, (text, width) in enumerate(zip(line, widths, strict=True))
         ]
         lines.append("  ".join(padded).rstrip())
-    return "\n".join([*lines, "", CAPTION])
+    return lines
+
+
+def rich_table(title: str, caption: str, heads: Sequence[str], left: Collection[int]) -> Table:
+    """An empty table for a terminal; its last column may be wrapped.
+
+    Raises:
+        MissingExtraError: rich is not installed.
+    """
+    with missing_extra("cli"):
+        from rich import box
+        from rich.table import Table
+    table = Table(box=box.SIMPLE_HEAD, title=title, caption=caption)
+    for column, head in enumerate(heads):
+        justify: Literal["left", "right"] = "left" if column in left else "right"
+        table.add_column(head, justify=justify, no_wrap=column != len(heads) - 1)
+    return table
 
 
 def sweep_table(title: str, rows: Sequence[SweepRow]) -> Table:
@@ -130,12 +162,7 @@ def sweep_table(title: str, rows: Sequence[SweepRow]) -> Table:
     Raises:
         MissingExtraError: rich is not installed.
     """
-    with missing_extra("cli"):
-        from rich import box
-        from rich.table import Table
-    table = Table(box=box.SIMPLE_HEAD, title=title, caption=CAPTION)
-    for column, head in enumerate(HEADS):
-        table.add_column(head, justify="left" if column in _LEFT else "right", no_wrap=column != 7)
+    table = rich_table(title, CAPTION, HEADS, _LEFT)
     for number, line in enumerate(cells(rows)):
         if line[0] and number:
             table.add_section()
@@ -161,7 +188,7 @@ def plot_sweep(title: str, rows: Sequence[SweepRow], path: Path) -> Path:
     _panel(right, rows, time_s, 1e3, "time of a step (ms, median)")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    renderer = _renderer(figure)
+    renderer = renderer_of(figure)
     figure.draw_without_rendering()  # settles where the points are
     _label(renderer, left, rows, recompute_share, 100)
     _label(renderer, right, rows, time_s, 1e3)
@@ -209,7 +236,7 @@ def _across(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _renderer(figure: Figure) -> Any:
+def renderer_of(figure: Figure) -> Any:
     """What knows how large words are."""
     with missing_extra("plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -221,10 +248,27 @@ def _label(
     renderer: Any, axes: Axes, rows: Sequence[SweepRow], cost: Measure, factor: float
 ) -> None:
     """Write each point's setting beside it, where there is room; ours have the first choice."""
-    taken = [_marker(axes, point) for row in rows for point in _points([row], cost, factor)]
-    for row in rows:
-        for x, y in _points([row], cost, factor):
-            _write_beside(renderer, axes, row, (x, y), taken)
+    points = [
+        (point, row.setting.removeprefix("budget "), LOOKS[row.family][0])
+        for row in rows
+        for point in _points([row], cost, factor)
+    ]
+    label_points(renderer, axes, points)
+
+
+def label_points(
+    renderer: Any, axes: Axes, points: Sequence[tuple[tuple[float, float], str, str]]
+) -> None:
+    """Write words beside points, where there is room; the first ones have the first choice.
+
+    Args:
+        renderer: of the figure (:func:`renderer_of`), whose layout is settled.
+        axes: that the points are in.
+        points: each with its words and its colour.
+    """
+    taken = [_marker(axes, point) for point, _, _ in points]
+    for point, text, colour in points:
+        _write_beside(renderer, axes, point, text, colour, taken)
 
 
 def _marker(axes: Axes, point: tuple[float, float]) -> Bbox:
@@ -236,20 +280,25 @@ def _marker(axes: Axes, point: tuple[float, float]) -> Bbox:
 
 
 def _write_beside(
-    renderer: Any, axes: Axes, row: SweepRow, at: tuple[float, float], taken: list[Bbox]
+    renderer: Any,
+    axes: Axes,
+    at: tuple[float, float],
+    text: str,
+    colour: str,
+    taken: list[Bbox],
 ) -> None:
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2, foreground="white")]  # lines run behind the words
     for right, up, side in _PLACES:
         words = axes.annotate(
-            row.setting.removeprefix("budget "),
+            text,
             at,
             xytext=(right, up),
             textcoords="offset points",
             horizontalalignment=side,
             fontsize=7.5,
-            color=LOOKS[row.family][0],
+            color=colour,
             in_layout=False,
             path_effects=halo,
         )

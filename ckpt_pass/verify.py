@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_pass.budget import BudgetLike
-from ckpt_pass.compare import NoLossError, compare_gradients
+from ckpt_pass.compare import GradientComparison, NoLossError, compare_gradients
 from ckpt_pass.compile.backend import make_backend
 from ckpt_pass.eager.apply import (
     RegionSpec,
@@ -21,8 +21,8 @@ from ckpt_pass.eager.apply import (
 )
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.explain import plan as make_plan
-from ckpt_pass.graph.regions import repeated_modules
 from ckpt_pass.measure import Measurement, measure_step
+from ckpt_pass.modules.find import NoLayersError, find_layers
 from ckpt_pass.plan import Plan, format_bytes
 from ckpt_pass.plan_signature import check_eager_step
 from ckpt_pass.policies import as_policy
@@ -129,13 +129,13 @@ def verify(
         PlanMismatchError, UnknownRegionError: the plan is for another step.
         UnknownPolicyError, InfeasibleBudgetError and others: see :func:`ckpt_pass.plan`.
     """
-    step = _step(model, args, loss_fn)
+    step = step_of(model, args, loss_fn)
     if plan is None and mode == "eager" and budget is None:
         words = "none" if policy is None else describe(as_policy(policy))
         title = f"eager regions, policy {words}"
         specs = {name: RegionSpec(policy=policy) for name in layers_of(model)}
         plain = measure_step(step, repeats=1)
-        same = _same(step, _applied(model, specs, step), model, rtol, atol)
+        same = _same(compare_with_regions(model, specs, step, rtol, atol), rtol, atol)
         with applied_regions(model, specs):
             measured = measure_step(step, repeats=1)
         return Verdict(title, (*same, _not_above(plain, measured)))
@@ -147,7 +147,9 @@ def verify(
     return _verify_compiled(plan, model, args, loss_fn, rtol, atol)
 
 
-def _step(model: nn.Module, args: tuple[Any, ...], loss_fn: LossFn | None) -> Callable[[], Tensor]:
+def step_of(
+    model: nn.Module, args: tuple[Any, ...], loss_fn: LossFn | None
+) -> Callable[[], Tensor]:
     def step() -> Tensor:
         output = model(*args)
         loss = output if loss_fn is None else loss_fn(output)
@@ -159,19 +161,17 @@ def _step(model: nn.Module, args: tuple[Any, ...], loss_fn: LossFn | None) -> Ca
 
 
 def layers_of(model: nn.Module) -> tuple[str, ...]:
-    """The repeated layers of a model.
+    """The layers of a model.
 
     Raises:
         NoRegionsError: it has none.
     """
-    found = repeated_modules(model)
-    if not found:
+    try:
+        return find_layers(model).names
+    except NoLayersError as error:
         raise NoRegionsError(
-            f"No repeated layers were found in {type(model).__name__}: looked for modules with an "
-            "index as their name (layers.0, layers.1) that have submodules. Expected some; make "
-            "regions by hand with ckpt_pass.checkpoint, or give a budget."
-        )
-    return found
+            f"{error} Or make regions by hand with ckpt_pass.checkpoint, or give a budget."
+        ) from None
 
 
 def _verify_eager(
@@ -183,7 +183,7 @@ def _verify_eager(
     atol: float,
 ) -> Verdict:
     check_eager_step(plan.signature, model, args)
-    same = _same(step, _applied(model, plan.region_specs(), step), model, rtol, atol)
+    same = _same(compare_with_regions(model, plan.region_specs(), step, rtol, atol), rtol, atol)
     with plan.applied(model):
         measured = measure_step(step, repeats=1)
     return Verdict(f"eager plan {plan.fingerprint[:12]}", (*same, *_promises(plan, measured)))
@@ -204,7 +204,7 @@ def _verify_compiled(
         compiled = torch.compile(whole, backend=used)
         steps.append(lambda c=compiled: c(*args))
     plain, planned = steps
-    same = _same(plain, planned, model, rtol, atol)
+    same = _same(compare_gradients(plain, planned, model, rtol=rtol, atol=atol), rtol, atol)
     promises = _promises(plan, measure_step(planned, repeats=1))
     return Verdict(f"plan {plan.fingerprint[:12]}", (*same, *promises))
 
@@ -221,31 +221,32 @@ class _WithLoss(nn.Module):
         return self.loss_fn(self.model(*args))
 
 
-def _applied(
-    model: nn.Module, specs: Mapping[str, RegionSpec], step: Callable[[], Tensor]
-) -> Callable[[], Tensor]:
-    """The step with regions, which stay until its backward is over."""
+def compare_with_regions(
+    model: nn.Module,
+    specs: Mapping[str, RegionSpec],
+    step: Callable[[], Tensor],
+    rtol: float = 0.0,
+    atol: float = 0.0,
+) -> GradientComparison:
+    """The step as it is beside the step with regions, which stay until its backward is over.
+
+    Raises:
+        NoLossError: the step returns no scalar.
+    """
+    before = set(regions_of(model))
 
     def planned() -> Tensor:
         apply_regions(model, specs)
         return step()
 
-    return planned
-
-
-def _same(
-    plain: Callable[[], Tensor],
-    planned: Callable[[], Tensor],
-    model: nn.Module,
-    rtol: float,
-    atol: float,
-) -> tuple[Check, Check]:
-    before = set(regions_of(model))
     try:
-        found = compare_gradients(plain, planned, model, rtol=rtol, atol=atol)
+        return compare_gradients(step, planned, model, rtol=rtol, atol=atol)
     finally:
         if set(regions_of(model)) != before:
             remove_regions(model)
+
+
+def _same(found: GradientComparison, rtol: float, atol: float) -> tuple[Check, Check]:
     wanted = "bitwise equal" if not (rtol or atol) else f"within rtol {rtol:g}, atol {atol:g}"
     rest = [name for name in found.different if name != "loss"]
     got = f"{found.compared} equal"

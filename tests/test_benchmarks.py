@@ -20,15 +20,18 @@ from benchmarks import (
     peaks,
     planning,
     run,
+    strategies,
 )
 from benchmarks.common import (
     Bar,
     BudgetRow,
+    ClaimRow,
     Cost,
     DeepRow,
     PeakRow,
     PlanningRow,
     Result,
+    StrategyOf,
     TimingRow,
     Variant,
     interleave,
@@ -109,6 +112,24 @@ def test_peaks_of_a_small_model() -> None:
     assert rows[peaks.OURS_NOTHING].flops > plain
     assert rows[peaks.OURS_SELECTIVE].flops == rows[peaks.TORCH_SAC].flops == plain
     assert [bar.unit for bar in result.bars] == ["bytes"] * 3
+
+
+def test_strategies_and_claims_of_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategies, "MODELS", {"small": small})
+    table, claims = strategies.run(rounds=1, models=("small",))
+    rows = {row.row.name: row.row for row in table.rows if isinstance(row, StrategyOf)}
+    assert set(strategies.STRATEGIES) < set(rows) and len(rows) == len(strategies.STRATEGIES) + 3
+    assert all(row.equal for row in rows.values() if not row.failure)
+    assert rows["heavy-ops"].failure.startswith("heavy-ops chose nothing")
+    assert table.bars[0].met
+    checked = [row for row in claims.rows if isinstance(row, ClaimRow)]
+    assert "alternate" in {row.strategy for row in checked}
+    for row in checked:
+        assert row.saving == rows[row.strategy].saving
+    for result in (table, claims):
+        with (console := Console(width=run.PIPED_WIDTH)).capture() as shown:
+            run.show(result, console)
+        assert "alternate" in shown.get()
 
 
 def test_results_are_shown_and_saved(tmp_path: Path) -> None:

@@ -192,8 +192,17 @@ def test_lightning_with_chosen_modules_and_a_plan(tmp_path: Path) -> None:
 
 
 def test_lightning_without_layers() -> None:
-    with pytest.raises(CallbackArgumentError, match="No repeated layers"):
+    with pytest.raises(ckpt_pass.NoLayersError, match="No layers were found in Linear"):
         ActivationCheckpointing().on_fit_start(None, nn.Linear(2, 2))
+
+
+def test_lightning_with_a_placement(tmp_path: Path) -> None:
+    wanted = fitted(tmp_path).seen
+    module = fitted(tmp_path, ActivationCheckpointing(placement="layers-0"))
+    assert module.seen == wanted and module.regions == [1] * STEPS
+    assert not regions_of(module)
+    with pytest.raises(CallbackArgumentError, match="one of the two"):
+        ActivationCheckpointing(modules=["model"], placement="all")
 
 
 # --- torchtitan's way -----------------------------------------------------------------------

@@ -33,11 +33,13 @@ LAYERS: tuple[frozenset[str], ...] = (
         | {"plan_read", "plan_write", "plan_signature"}
         | {"plan_expressions", "plan_schema", "timeline", "drawing"}
     ),
-    frozenset({"compile", "eager_planning", "plan_diff"}),
+    frozenset({"compile", "eager_planning", "eager_prediction", "plan_diff"}),
     frozenset({"modules", "measure", "compare", "timing"}),
     frozenset(
         {"explain", "testing", "factory", "report", "fit", "sweep", "sweep_report"}
         | {"verify", "distributed", "lightning", "_demo_model", "demo", "cli", "__main__"}
+        | {"memory_profiler", "strategies", "strategy_table", "strategy_plots", "html_report"}
+        | {"cli_parts", "cli_compare"}
     ),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

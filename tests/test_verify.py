@@ -112,7 +112,7 @@ def test_a_region_that_does_something_else_is_caught() -> None:
 
 def test_no_layers_to_wrap() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ckpt_pass.NoRegionsError, match="No repeated layers"):
+    with pytest.raises(ckpt_pass.NoRegionsError, match="No layers were found"):
         ckpt_pass.verify(
             model, torch.randn(2, 2), policy="save-matmul", mode="eager", loss_fn=torch.sum
         )

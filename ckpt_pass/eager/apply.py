@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ckpt_pass.eager.chain import Link
 from ckpt_pass.eager.checkpoint import RegionSpec as RegionSpec
 from ckpt_pass.eager.checkpoint import options_for, run_region
 from ckpt_pass.errors import CkptPassError, nearest
@@ -31,6 +32,10 @@ class NotAppliedError(CkptPassError):
     """There is nothing to remove."""
 
 
+class SegmentError(CkptPassError):
+    """Regions that cannot be recomputed together as asked."""
+
+
 class RegionForward:
     """The ``forward`` of a module that is a region; pickled and deep-copied with its module."""
 
@@ -40,6 +45,8 @@ class RegionForward:
         # That a step drew nothing when it was planned does not mean that it never does: dropout
         # may be switched on since. So a region that is not known to draw finds out by itself.
         self.options = replace(options, draws=spec.draws or None)
+        #: Its place in a segment of regions that are recomputed together, if it has one.
+        self.link: Link | None = None
         #: An instance attribute that was there before (other libraries wrap ``forward`` too).
         self.before = module.__dict__.get("forward")
 
@@ -50,7 +57,7 @@ class RegionForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return run_region(self.run, args, kwargs, self.options)
+        return run_region(self.run, args, kwargs, self.options, self.link)
 
 
 def regions_of(model: nn.Module) -> dict[str, RegionForward]:
@@ -73,12 +80,14 @@ def apply_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
     Raises:
         UnknownRegionError: the model has no module of that name.
         AlreadyAppliedError: a module is a region already.
+        SegmentError: regions of a segment out of order, or nested with a policy.
     """
     check_regions(model, regions)
     modules = dict(model.named_modules())
-    for name, spec in regions.items():
-        module = modules[name]
-        module.forward = RegionForward(module, name, spec)
+    forwards = {name: RegionForward(modules[name], name, spec) for name, spec in regions.items()}
+    _link(forwards, regions)
+    for name, forward in forwards.items():
+        modules[name].forward = forward
 
 
 def check_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
@@ -101,6 +110,28 @@ def check_regions(model: nn.Module, regions: Mapping[str, RegionSpec]) -> None:
             f"Module {taken[0]!r} is a checkpoint region already (and {len(taken) - 1} others). "
             "Expected a model without regions. Remove the applied plan first."
         )
+
+
+def _link(forwards: Mapping[str, RegionForward], regions: Mapping[str, RegionSpec]) -> None:
+    """Join regions to segments."""
+    followed = {name for spec in regions.values() for name in spec.follows}
+    for name, spec in regions.items():  # in the order of execution
+        if not spec.follows and name not in followed:
+            continue
+        before = [forwards[other].link for other in spec.follows if other in forwards]
+        links = tuple(link for link in before if link is not None)
+        if len(links) < len(spec.follows):
+            raise SegmentError(
+                f"Region {name!r} follows {', '.join(spec.follows)}, expected regions that stand "
+                "before it: those of a segment in the order of execution."
+            )
+        if spec.nested and (spec.policy is not None or spec.keeps is not None):
+            raise SegmentError(
+                f"Region {name!r} belongs to a segment that is recomputed twice (nested) and has a "
+                "policy. Expected one of the two: what a policy keeps is handed out once. Leave "
+                "the policy out, or recompute the segment once (nested=False)."
+            )
+        forwards[name].link = Link(links, spec.nested)
 
 
 def _region_forward(module: nn.Module) -> RegionForward | None:

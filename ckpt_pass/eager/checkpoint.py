@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ckpt_pass import _torch, _torch_autograd
+from ckpt_pass.eager.chain import Link
 from ckpt_pass.eager.frame import Contexts, Frame, RegionOptions
 from ckpt_pass.eager.keeps import Keeps, rerun_context
 from ckpt_pass.eager.sac import context_fn as make_context_fn
@@ -32,11 +33,16 @@ class RegionSpec:
         keeps: op executions to keep.
         policy: what to keep, where ``keeps`` is not given.
         draws: whether it drew random numbers when it was planned; ``None`` where not known.
+        follows: the FQNs of regions whose output it may take; if it does, that is made again,
+            not kept.
+        nested: how a segment is made again, see :class:`ckpt_pass.eager.chain.Link`.
     """
 
     keeps: Keeps | None = None
     policy: PolicyLike | None = None
     draws: bool | None = None
+    follows: tuple[str, ...] = ()
+    nested: bool = False
 
 
 class ContradictoryRegionError(CkptPassError, ValueError):
@@ -167,9 +173,13 @@ def _logged(
 
 
 def run_region(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: RegionOptions
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: RegionOptions,
+    link: Link | None = None,
 ) -> Any:
-    """The same, with options that were made before."""
+    """The same, with options that were made before; ``link`` is its place in a segment."""
     if not torch.is_grad_enabled() or _torch_autograd.transforms_active():
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling() or _torch.proxy_graph() is not None:
@@ -182,7 +192,8 @@ def run_region(
             **traced,
             **kwargs,
         )
-    return Frame(fn, options).forward(args, kwargs)
+    frame = Frame(fn, options) if link is None else link.frame(fn, options)
+    return frame.forward(args, kwargs)
 
 
 def options_for(

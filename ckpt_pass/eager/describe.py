@@ -95,7 +95,7 @@ def _regions(trace: EagerTrace) -> list[EagerRegion]:
         parent = call.parent
         while parent >= 0 and parent not in numbers:
             parent = calls[parent].parent
-        region = _region(trace, call, numbers.get(parent, -1))
+        region = region_of(trace, call, numbers.get(parent, -1))
         if region is not None:
             numbers[index] = len(found)
             found.append(region)
@@ -114,7 +114,8 @@ def _may_run_twice(trace: EagerTrace, call: CallRecord) -> bool:
     return True
 
 
-def _region(trace: EagerTrace, call: CallRecord, parent: int) -> EagerRegion | None:
+def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerRegion | None:
+    """A module call as a region; ``None`` where the backward asks for nothing that it saves."""
     first, last = call.ops
     inside = range(*call.values)
     asked = [trace.asked[number] for number in inside if number in trace.asked]

@@ -66,6 +66,7 @@ class Frame:
     """The state of one run of a region; lives as long as autograd holds one of its values."""
 
     __slots__ = (
+        "__weakref__",
         "_ambient",
         "_arguments",
         "_complete",
@@ -91,7 +92,7 @@ class Frame:
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the region; what autograd saves inside is not kept."""
         options = self._options
-        self._arguments = Arguments(args, kwargs, options.name)
+        self._arguments = self._kept(args, kwargs)
         devices = self._arguments.devices
         self._ambient = Ambient.now(devices)
         before = None if options.draws is False else RandomState.now(devices)
@@ -106,6 +107,9 @@ class Frame:
         self._complete = True
         return output
 
+    def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        return Arguments(args, kwargs, self._options.name)
+
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _torch_autograd.push_saved_hooks(self._saved.pack, self._unpack)
         try:
@@ -116,21 +120,35 @@ class Frame:
     def _unpack(self, number: int) -> torch.Tensor:
         value = self._store[number] if number < len(self._store) else None
         if value is None:  # not yet recomputed, or used by a backward before this one
-            self._store = self._recomputed()
+            self._fill()
             value = self._store[number]
             assert value is not None
         self._store[number] = None
         return value
 
-    def _recomputed(self) -> list[torch.Tensor | None]:
-        """Run the region again; return the values that autograd saves, in order."""
+    def _fill(self) -> None:
+        """Make the values that autograd saved again."""
         args, kwargs = self._arguments.again()
+        self._rerun(args, kwargs)
+
+    def _rerun(self, args: tuple[Any, ...], kwargs: dict[str, Any], to_end: bool = False) -> Any:
+        """Run the region again and hold what autograd saves, in order.
+
+        Args:
+            args, kwargs: as the forward got them.
+            to_end: also run what nothing that is saved needs.
+
+        Returns:
+            The region's output; ``None`` if it was not run to its end.
+        """
         # A backward inside the region's own forward: how much there will be is not known.
-        complete = _stop if self._complete and self._stops_early else _go_on
+        stops = self._complete and self._stops_early and not to_end
+        complete = _stop if stops else _go_on
         rerun = Recomputation(
             self._options.name, self._saved.looks, complete, self._options.checked
         )
         was_enabled = torch.is_grad_enabled()
+        output = None
         with contextlib.ExitStack() as stack:
             if _torch.profiler_is_running():
                 stack.enter_context(record_function(f"recompute {self._options.name}"))
@@ -142,14 +160,17 @@ class Frame:
             _torch_autograd.set_grad_enabled(True)
             _torch_autograd.push_saved_hooks(rerun.pack, rerun.unpack)
             try:
-                self._fn(*args, **kwargs)
+                output = self._fn(*args, **kwargs)
             except _Complete:
                 pass
             finally:
                 _torch_autograd.pop_saved_hooks()
                 _torch_autograd.set_grad_enabled(was_enabled)
         rerun.check_count(exactly=self._complete and not self._stops_early)
-        return rerun.store
+        # Values hold their history, and that holds `rerun`: values that no backward asks for would
+        # hold themselves. Only a backward that is differentiated itself goes on along the history.
+        self._store = rerun.store if was_enabled else rerun.handed_over()
+        return output
 
 
 def _stop() -> None:

@@ -62,7 +62,7 @@ class Recomputation:
     def pack(self, value: torch.Tensor) -> int:
         """Keep a value; a hook for autograd.
 
-        The value keeps its own history: no cycle arises, since autograd gets a number for it.
+        The value keeps its own history.
 
         Raises:
             RecomputeMismatchError: the forward saved another shape or dtype here.
@@ -81,6 +81,11 @@ class Recomputation:
         value = self.store[number]
         assert value is not None
         return value
+
+    def handed_over(self) -> list[torch.Tensor | None]:
+        """The values, which are let go here."""
+        store, self.store = self.store, []
+        return store
 
     def check_count(self, exactly: bool = False) -> None:
         """Raise unless all is there.

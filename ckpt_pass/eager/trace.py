@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ckpt_pass import _torch_autograd
+from ckpt_pass.eager.fakes import copied, described, is_dense, with_known_shape
 from ckpt_pass.graph.capture import no_gradient
 from ckpt_pass.module_stack import ModuleStack
 from ckpt_pass.ops import draws_random, never_recompute, op_name
@@ -81,12 +82,13 @@ class OpRecord:
 
 @dataclass
 class CallRecord:
-    """One call of a module: which ops and saved values fell inside."""
+    """One call of a module: which ops and saved values fell inside, which storages it returned."""
 
     name: str
     parent: int
     ops: tuple[int, int]
     values: tuple[int, int]
+    outputs: tuple[int, ...] = ()
 
 
 @dataclass
@@ -102,9 +104,12 @@ class EagerTrace:
 
 
 def trace_step(
-    model: nn.Module, args: tuple[Any, ...], loss_fn: Callable[[Any], torch.Tensor] | None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> EagerTrace:
-    """Record forward and backward of ``loss_fn(model(*args))`` on fake tensors.
+    """Record forward and backward of ``loss_fn(model(*args, **kwargs))`` on fake tensors.
 
     Raises:
         NothingToDifferentiateError: there is no backward.
@@ -120,10 +125,10 @@ def trace_step(
 
     fakes = {name: fake(parameter) for name, parameter in model.named_parameters()}
     buffers = {name: fake(b) if _is_number(b) else b.clone() for name, b in model.named_buffers()}
-    inputs = tree_map_only(torch.Tensor, fake, args)
+    inputs, named = tree_map_only(torch.Tensor, fake, (args, dict(kwargs or {})))
 
     def step() -> Any:
-        output = torch.func.functional_call(model, {**fakes, **buffers}, inputs)
+        output = torch.func.functional_call(model, {**fakes, **buffers}, inputs, named)
         return loss_fn(output) if loss_fn is not None else output
 
     with torch.random.fork_rng(devices=[]):
@@ -219,10 +224,13 @@ class Recorder(TorchDispatchMode):
             self._open.append(len(trace.calls))
             trace.calls.append(CallRecord(name, parent, *here))
 
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             call = self.trace.calls[self._open.pop()]
             call.ops = (call.ops[0], self.moment)
             call.values = (call.values[0], len(self.trace.saved))
+            tensors = [t for t in tree_flatten(output)[0] if isinstance(t, torch.Tensor)]
+            keys = {t.untyped_storage()._cdata for t in tensors}
+            call.outputs = tuple(sorted(self._live[key] for key in keys & self._live.keys()))
 
         handles = [
             register_module_forward_pre_hook(enter),
@@ -280,7 +288,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run an op on fake tensors, and on real ones where it makes whole numbers of such."""
         if any(_torch_autograd.is_fake(tensor) for tensor in given):
-            return _with_known_shape(func, args, kwargs)
+            return with_known_shape(func, args, kwargs)
         if not given:
             with self._fakes:
                 output = func(*args, **kwargs)
@@ -306,7 +314,7 @@ class Recorder(TorchDispatchMode):
             return False
         alike = first.shape == second.shape and first.dtype == second.dtype
         alone = _torch_autograd.storage_holders(first.untyped_storage()) == 2
-        return alike and alone and _is_dense(first)
+        return alike and alone and is_dense(first)
 
     def _site(self, func: Any) -> CallSite | None:
         if self._backward:
@@ -355,7 +363,7 @@ class Recorder(TorchDispatchMode):
     def _call(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
         """The node that stands for this call and all equal ones."""
         flat, spec = tree_flatten((args, kwargs))
-        key = (func, spec, tuple(_described(value) for value in flat))
+        key = (func, spec, tuple(described(value) for value in flat))
         found = self._nodes.get(key)
         if found is None:
             self._resting = True
@@ -370,48 +378,10 @@ class Recorder(TorchDispatchMode):
     def _node(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
         def placeholder(value: torch.Tensor) -> fx.Node:
             node = self._graph.placeholder(f"value_{len(self._graph.nodes)}")
-            node.meta["val"] = _copied(value)
+            node.meta["val"] = copied(value)
             return node
 
         nodes = tree_map_only(torch.Tensor, placeholder, (args, kwargs))
         call = self._graph.call_function(func, *nodes)
-        call.meta["val"] = tree_map_only(torch.Tensor, _copied, output)
+        call.meta["val"] = tree_map_only(torch.Tensor, copied, output)
         return call
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's elements fill its memory without overlap."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an op on fake tensors; grouped products in any dtype.
-
-    Their rule for shapes knows bf16 only, while the CPU's kernel takes fp32 too (torch 2.13).
-    """
-    if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:
-        return func(*args, **kwargs)
-    halves = [value.to(torch.bfloat16) for value in args[:2]]
-    return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
-
-
-def _described(value: Any) -> object:
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.stride(), value.dtype, value.device
-    try:
-        hash(value)
-    except TypeError:
-        return repr(value)
-    return type(value), value
-
-
-def _copied(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same look with a storage of its own."""
-    return torch.empty_strided(
-        tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
-    )

@@ -13,8 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
-
 from ckpt_pass.sites import ModulePath
 
 
@@ -82,18 +80,3 @@ def _with_ops_outside_nested_layers(chains: set[tuple[str, ...]], repeated: set[
         if layered:
             found.add(layered[-1])
     return found
-
-
-def repeated_modules(model: nn.Module) -> tuple[str, ...]:
-    """The repeated layers of a model, by its module tree alone; nothing runs.
-
-    Modules with submodules of their own whose names end in an index and that have siblings; of
-    nested ones the outermost.
-    """
-    found: dict[str, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        if _is_indexed(name) and any(True for _ in module.children()):
-            found[name.rpartition(".")[0]].append(name)
-    names = [name for group in found.values() if len(group) > 1 for name in group]
-    chosen = [name for name in names if not any(name.startswith(f"{o}.") for o in names)]
-    return tuple(sorted(chosen, key=names.index))

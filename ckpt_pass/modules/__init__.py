@@ -1,0 +1,1 @@
+"""Module-level strategies: placements decide where, policies decide what, ``eager`` does it."""

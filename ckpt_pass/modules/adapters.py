@@ -1,0 +1,120 @@
+"""Placements from the configurations of DeepSpeed and torchtitan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckpt_pass.modules.by_layer import AllLayers, EveryN, NoLayers
+from ckpt_pass.modules.choice import Placement
+from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, refuse
+from ckpt_pass.modules.segments import Segments
+from ckpt_pass.policies import as_policy
+from ckpt_pass.policy import FirstMatch, first_match, recompute
+
+# https://www.deepspeed.ai/docs/config-json/#activation-checkpointing
+_DEEPSPEED = {
+    "partition_activations": "Saved values are not spread over ranks: set it to false.",
+    "cpu_checkpointing": (
+        "Run the step inside torch.autograd.graph.save_on_cpu() instead, and set it to false."
+    ),
+    "contiguous_memory_optimization": (
+        "Saved values are not copied into one buffer: set it to false."
+    ),
+    "synchronize_checkpoint_boundary": "Regions do not synchronise the device: set it to false.",
+    "profile": "Use ckpt_pass.profile_layers(model, ...) instead, and set it to false.",
+}
+
+
+def from_deepspeed(config: Any) -> Placement:
+    """The placement that DeepSpeed's ``activation_checkpointing`` section describes.
+
+    ``number_checkpoints`` is the number of segments that all layers are cut into; without it every
+    layer is a region (DeepSpeed itself leaves this to the model's code).
+
+    Args:
+        config: the section, or a whole configuration that has it.
+
+    Raises:
+        ConfigKeyError: an unknown key, or one that asks for what is not supported here.
+    """
+    found = as_mapping(config, "DeepSpeed")
+    if "activation_checkpointing" in found:
+        found = as_mapping(found["activation_checkpointing"], "DeepSpeed")
+    check_keys(found, ("number_checkpoints", *_DEEPSPEED), "DeepSpeed")
+    refuse(found, _DEEPSPEED, "DeepSpeed")
+    count = found.get("number_checkpoints")
+    if count is None:
+        return AllLayers()
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ConfigKeyError(
+            f"The DeepSpeed configuration has number_checkpoints={count!r}, expected a number of "
+            "segments, 1 or more."
+        )
+    return Segments(count)
+
+
+_TITAN_UNSUPPORTED = {
+    "visualize_memory_budget_pareto": "Use ckpt_pass.sweep(model, ...) for the trade-off curve.",
+    "debug": "A mismatch between forward and recomputation is always described: leave it out.",
+}
+# What these say holds here whatever their value: regions stop early, look at shapes, and draw the
+# same random numbers again where any were drawn.
+_TITAN_WITHOUT_EFFECT = ("early_stop", "preserve_rng_state", "determinism_check", "memory_budget")
+_TITAN_SHAPES = (
+    "per_op_sac_force_recompute_mm_shapes_by_fqns",
+    "force_recompute_mm_shapes_by_fqns",
+)
+# Newer versions have a class each instead of a mode.
+_TITAN_CLASSES = {"SelectiveAC": "selective", "FullAC": "full", "MemoryBudgetAC": "memory_budget"}
+
+
+def from_torchtitan(config: Any) -> Placement:
+    """The placement that torchtitan's activation checkpointing configuration describes.
+
+    ``full`` is every layer; ``selective`` with a number n the n-th of every n layers; with ``op``
+    (or without an option, as in newer versions) every layer with the policy
+    ``every-other-matmul``, less the matmuls in modules that it lists as recomputed.
+
+    Args:
+        config: the section (``mode``, ``selective_ac_option``, ...), as a mapping or an object, or
+            an object of one of the newer classes (``SelectiveAC.Config``, ``FullAC.Config``).
+
+    Raises:
+        ConfigKeyError: an unknown key or value, or one that asks for what is not supported here.
+    """
+    found = as_mapping(config, "torchtitan")
+    known = ("mode", "selective_ac_option", *_TITAN_SHAPES, *_TITAN_WITHOUT_EFFECT)
+    check_keys(found, (*known, *_TITAN_UNSUPPORTED), "torchtitan")
+    refuse(found, _TITAN_UNSUPPORTED, "torchtitan")
+    mode = found.get("mode", _mode_of_class(config))
+    if mode == "none":
+        return NoLayers()
+    if mode == "full":
+        return AllLayers()
+    if mode != "selective":
+        raise ConfigKeyError(
+            f"The torchtitan configuration has mode={mode!r}, expected none, selective or full. "
+            "For a memory budget use ckpt_pass.apply(model, budget=..., example_inputs=...), or "
+            "ckpt_pass.make_backend(budget=...) under torch.compile."
+        )
+    option = found.get("selective_ac_option", "op")
+    if option == "op":
+        return AllLayers(_op_policy(found))
+    if not str(option).isdigit():
+        raise ConfigKeyError(
+            f"The torchtitan configuration has selective_ac_option={option!r}, expected op or a "
+            "number of layers."
+        )
+    n = int(option) or 1  # torchtitan takes 0 for every layer
+    return EveryN(n, offset=n - 1)
+
+
+def _mode_of_class(config: Any) -> str | None:
+    return _TITAN_CLASSES.get(type(config).__qualname__.partition(".")[0])
+
+
+def _op_policy(config: dict[str, Any]) -> FirstMatch:
+    names = [name for key in _TITAN_SHAPES for name in config.get(key) or ()]
+    again = [recompute(op_class="matmul", module=f"*{name}*") for name in names]
+    base = as_policy("every-other-matmul")
+    return first_match(*again, base, name="torchtitan-op")
