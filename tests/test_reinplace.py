@@ -229,3 +229,31 @@ def test_inputs_and_their_views_are_found() -> None:
     sin = next(n for n in graph.nodes if n.target is aten.sin.default)
     (source,) = overwritable_inputs(sin)
     assert makes_anew(source) and storage_keys(source.meta["val"])
+
+
+def test_outputs_of_one_op_have_memory_each() -> None:
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        y, mean, _ = aten.native_layer_norm(x, [16], None, None, 1e-5)
+        return y.sin(), mean  # sin over y, though another output of its op is read later
+
+    plain, written = traced(fn, X), traced(fn, X)
+    assert overwrite_in_place(written) == 1
+    assert all(torch.equal(a, b) for a, b in zip(plain(X), written(X), strict=True))
+
+
+def test_one_output_taken_twice_is_one_memory() -> None:
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        found = aten.native_layer_norm(x, [16], None, None, 1e-5)
+        return found[0].sin() + found[0].cos(), found[1]
+
+    written = traced(fn, X)
+    graph = written.graph
+    first = next(n for n in graph.nodes if n.op == "call_function" and n.args[1:] == (0,))
+    cos = next(n for n in graph.nodes if n.target is aten.cos.default)
+    with graph.inserting_before(cos):
+        again = graph.node_copy(first)
+    cos.replace_input_with(first, again)
+    written.recompile()
+    expected = traced(fn, X)(X)
+    assert overwrite_in_place(written) == 2  # cos over the output, and the sum; not sin
+    assert all(torch.equal(a, b) for a, b in zip(expected, written(X), strict=True))

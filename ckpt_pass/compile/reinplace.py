@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ckpt_pass.graph.joint import storage_keys
+from ckpt_pass.graph.joint import is_multi_output_access, storage_keys
 from ckpt_pass.graph.reinplace import makes_anew, overwritable_inputs, overwriting_variant
 
 
@@ -57,17 +57,25 @@ class _Memory:
     def of(cls, graph: fx.Graph) -> _Memory:
         """Read a graph. A node that stands in it twice holds other memory each time."""
         found = cls()
+        outputs: dict[object, fx.Node] = {}  # of ops with several: the first access to each
         for place, node in enumerate(graph.nodes):
-            keys = set(storage_keys(node.meta.get("val")))
-            shared = [
-                n for n in node.all_input_nodes if keys & set(storage_keys(n.meta.get("val")))
-            ]
-            found.base[node] = found.base[shared[0]] if shared and len(keys) == 1 else node
-            if found.base[node] is node and makes_anew(node):
+            base = found.base[node] = found._owner(node, outputs)
+            if base is node and makes_anew(node):
                 found.own.add(node)
             for source in (node, *node.all_input_nodes):
                 found.last[found.base[source]] = place
         return found
+
+    def _owner(self, node: fx.Node, outputs: dict[object, fx.Node]) -> fx.Node:
+        keys = set(storage_keys(node.meta.get("val")))
+        shared = [n for n in node.all_input_nodes if keys & set(storage_keys(n.meta.get("val")))]
+        if not shared or len(keys) != 1:
+            return node
+        source = shared[0]
+        apart = is_multi_output_access(node) and len(set(storage_keys(source.meta["val"]))) > 1
+        if apart and self.base[source] is source:
+            return outputs.setdefault((source, *keys), node)
+        return self.base[source]
 
 
 def _write_over(node: fx.Node, target: object, source: fx.Node) -> None:
