@@ -84,9 +84,17 @@ def run(
     models: Models = REFERENCES,
     budgets: Sequence[float] = TORCH_BUDGETS,
     dtype: torch.dtype = torch.float32,
+    solver: str = "dp",
 ) -> Result:
-    """Measure every point, torch and ours in turn."""
-    with torch_threads(1):
+    """Measure every point, torch and ours in turn.
+
+    Args:
+        models: what makes each model.
+        budgets: settings of torch's.
+        dtype: of the models.
+        solver: torch's own (``activation_memory_budget_solver``): ``dp`` or ``ilp``.
+    """
+    with torch_threads(1), functorch_config.patch(activation_memory_budget_solver=solver):
         rows = tuple(row for name in models for row in _rows(name, models[name], budgets, dtype))
     return Result(
         name="budgets",

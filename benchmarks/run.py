@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         "--all", action="store_true", help="budgets: every model; planning: the longest chains, too"
     )
     parser.add_argument("--bf16", action="store_true", help="budgets: in bfloat16")
+    parser.add_argument(
+        "--solver", choices=("dp", "ilp"), default="dp", help="budgets: torch's own solver"
+    )
     parser.add_argument("--times", action="store_true", help="budgets: time the steps, too")
     parser.add_argument("--layers", type=_at_least_one, help="deep: length of the chain")
     return parser
@@ -99,7 +102,7 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
     elif name == "budgets":
         models = budgets.MODELS if options.all else budgets.REFERENCES
         dtype = torch.bfloat16 if options.bf16 else torch.float32
-        yield (found := budgets.run(models, dtype=dtype))
+        yield (found := budgets.run(models, dtype=dtype, solver=options.solver))
         if options.times:
             points = [row for row in found.rows if isinstance(row, BudgetRow)]
             yield budget_times.run(points, rounds or budget_times.ROUNDS)
