@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,14 @@ def figure_of(width: float, height: float) -> Figure:
 
 
 def write(figure: Figure, path: Path) -> Path:
-    """Write a figure as a PNG; return its path."""
-    figure.savefig(path, dpi=DOTS_PER_INCH, format="png", pil_kwargs={"optimize": True})
+    """Write a figure as a PNG of 256 colours, which makes it small; return its path."""
+    with missing_extra("plot"):
+        from PIL import Image
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DOTS_PER_INCH, format="png")
+    with Image.open(drawn) as picture:
+        few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        few.save(path, format="png", optimize=True)
     return path
 
 

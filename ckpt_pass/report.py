@@ -83,7 +83,7 @@ def plot_comparison(title: str, panels: Mapping[str, Sequence[MemoryCurve]], pat
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = figure_of(width=12.0, height=5.0)
+    figure = figure_of(width=12.0 if len(panels) > 1 else 9.0, height=5.0)
     figure.suptitle(title)
     everything = [curve for curves in panels.values() for curve in curves]
     highest = max(curve.peak_bytes for curve in everything)

@@ -180,7 +180,8 @@ def plot_bars(found: Comparison, path: Path) -> Path:
     right.tick_params(labelleft=False)
     right.set_xlabel(f"time of a step (ms, median of {found.rounds})")
     _write_at_ends(right, times, [_more(row) for row in rows])
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, frameon=False, fontsize=8)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     for axes in (left, right):
         open_frame(axes)
         axes.margins(x=0.2)

@@ -26,6 +26,8 @@ CAPTION = (
 )
 #: Half the size of a marker, in pixels of a figure that is not saved yet.
 _RADIUS = 4.0
+#: How far words may stand out of the axes to the right, in the same pixels.
+_OVERHANG = 8.0
 #: Points from a marker to its words, and how the words stand to that place, in order of choice.
 _PLACES = ((6, 5, "left"), (6, -13, "left"), (-6, 5, "right"), (-6, -13, "right"))
 
@@ -303,7 +305,8 @@ def _write_beside(
             path_effects=halo,
         )
         box = words.get_window_extent(renderer)
-        if not any(box.overlaps(other) for other in taken):
+        fits = box.x1 <= axes.bbox.x1 + _OVERHANG
+        if fits and not any(box.overlaps(other) for other in taken):
             taken.append(box)
             return
         words.remove()

@@ -259,3 +259,26 @@ def test_the_command(tmp_path: Path) -> None:
     assert len(list((tmp_path / "plots").iterdir())) == 4
     result = CliRunner().invoke(make_app(), ["compare", f"{factory}:made", "-s", "al"])
     assert result.exit_code == 1
+
+
+def test_a_budget_over_running_statistics() -> None:
+    """Layers with a batch normalisation are regions of a plan, and their statistics move once."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Tanh())
+            self.down = nn.Linear(64, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden: Tensor = self.down(self.body(x))
+            return x + hidden
+
+    model = nn.Sequential(*(Layer() for _ in range(4)))
+    x = torch.randn(512, 16)
+    plan = ckpt_pass.plan(model, x, budget=0.6, mode="eager", loss_fn=torch.sum)
+    held = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d)}
+    assert any(norm.startswith(f"{region}.") for region in plan.regions for norm in held)
+    _, row = compare_strategies(model, x, strategies=[plan], loss_fn=torch.sum, rounds=1).rows
+    assert row.equal  # buffers are compared, too
+    assert row.peak_bytes is not None and row.saving is not None and row.saving >= 0.4

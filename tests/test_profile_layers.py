@@ -173,9 +173,10 @@ def test_what_cannot_be_profiled(x: Tensor) -> None:
     model.spare = Block()
     with pytest.raises(ckpt_pass.ProfileError, match="'spare' of Net is not called"):
         profile_layers(model, x, layers=["spare"])
-    ckpt_pass.apply(model, "all")
+    with_regions = Net()
+    ckpt_pass.apply(with_regions, "all")
     with pytest.raises(ckpt_pass.ProfileError, match="has 3 checkpoint regions"):
-        profile_layers(model, x)
+        profile_layers(with_regions, x)
     with pytest.raises(ckpt_pass.NoLayersError):
         profile_layers(nn.Linear(2, 2), torch.randn(2, 2))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -358,6 +359,9 @@ class Recorder(TorchDispatchMode):
         """Whether an op must not run twice, random numbers and changes of new values apart."""
         if record.draws or (record.changes and -1 not in record.changes):
             return False
+        moves = record.changes or "batch_norm" in op_name(func)
+        if moves and issubclass(self._stack.innermost, _NormBase):
+            return False  # running statistics: a region that runs again changes copies of them
         return never_recompute(func, record.call.args, record.call.kwargs)
 
     def _call(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
