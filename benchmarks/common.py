@@ -189,6 +189,43 @@ class EagerRow:
 
 
 @dataclass(frozen=True)
+class OptimumRow:
+    """A block at one budget: recompute time of the layered solver and of the optimum.
+
+    Attributes:
+        part: where the budget lies between the least peak (0) and no recomputation (1).
+        optimum_s: ``None`` where it was not proven within the limit.
+        step_time_s: modelled, of the step that recomputes nothing.
+        exact_took_s: how long the exact solver worked.
+    """
+
+    model: str
+    part: float
+    budget_bytes: int
+    layered_s: float
+    optimum_s: float | None
+    step_time_s: float
+    exact_took_s: float
+
+    @property
+    def closed(self) -> bool:
+        return self.optimum_s is not None
+
+    @property
+    def excess(self) -> float:
+        """Time of the step above the optimum's, as a share of that."""
+        assert self.optimum_s is not None
+        return (self.layered_s - self.optimum_s) / (self.step_time_s + self.optimum_s)
+
+    @property
+    def relative(self) -> float:
+        """Recompute time above the optimum's, as a share of that."""
+        assert self.optimum_s is not None
+        more = self.layered_s - self.optimum_s
+        return more / self.optimum_s if self.optimum_s else float(more > 0)
+
+
+@dataclass(frozen=True)
 class ClaimRow:
     """A saving and a price that people quote, and what was measured.
 
@@ -218,7 +255,7 @@ class StrategyOf:
     row: StrategyRow
 
 
-OwnRow: TypeAlias = PeakRow | BudgetRow | PlanningRow | DeepRow | EagerRow | ClaimRow
+OwnRow: TypeAlias = PeakRow | BudgetRow | PlanningRow | DeepRow | EagerRow | OptimumRow | ClaimRow
 Row: TypeAlias = TimingRow | OwnRow | StrategyOf
 
 

@@ -29,6 +29,7 @@ from benchmarks import (  # noqa: E402
     deep,
     eager_budgets,
     eager_cost,
+    optimum,
     partition_cost,
     peaks,
     planning,
@@ -47,6 +48,7 @@ NAMES = (
     "budgets",
     "planning",
     "deep",
+    "optimum",
     "strategies",
 )
 
@@ -109,6 +111,8 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
     elif name == "planning":
         layers = planning.ALL_LAYERS if options.all else planning.LAYERS
         yield planning.run(layers, rounds or planning.ROUNDS)
+    elif name == "optimum":
+        yield optimum.run(budgets.MODELS if options.all else optimum.SMALL_MODELS)
     elif name == "deep":
         yield deep.run(options.layers or deep.LAYERS)
     elif name == "strategies":

@@ -13,6 +13,7 @@ from benchmarks.common import (
     Cost,
     DeepRow,
     EagerRow,
+    OptimumRow,
     PeakRow,
     PlanningRow,
     Result,
@@ -137,6 +138,24 @@ def _eager(title: str, rows: Sequence[EagerRow]) -> Table:
     return table
 
 
+def _optimum(title: str, rows: Sequence[OptimumRow]) -> Table:
+    table = Table(title=f"{title}; recompute time in % of the step")
+    table.add_column("model")
+    for column in ("budget", "bytes", "layered", "optimum", "exact took s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        best = "not proven" if row.optimum_s is None else f"{row.optimum_s / row.step_time_s:.2%}"
+        table.add_row(
+            row.model,
+            f"{row.part:.2f}",
+            f"{row.budget_bytes:,}",
+            f"{row.layered_s / row.step_time_s:.2%}",
+            best,
+            f"{row.exact_took_s:.1f}",
+        )
+    return table
+
+
 def _claims(title: str, rows: Sequence[ClaimRow]) -> Table:
     table = Table(title=title)
     for column in ("claim", "model", "strategy"):
@@ -166,6 +185,7 @@ _TABLES: dict[type, Callable[[str, Any], Table]] = {
     PlanningRow: _planning,
     DeepRow: _depths,
     EagerRow: _eager,
+    OptimumRow: _optimum,
     ClaimRow: _claims,
     StrategyOf: _strategies,
 }

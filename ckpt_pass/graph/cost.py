@@ -16,10 +16,12 @@ from ckpt_pass.graph.joint import JointGraph, StorageKey
 from ckpt_pass.ops import op_name
 from ckpt_pass.sites import Bytes, optimization_hint, output_tensors
 
-#: Ops whose kernels allocate a tensor of their output's size besides the output. The CPU's
-#: ``native_dropout_backward`` casts the mask to the gradient's dtype first (seen in allocation
-#: events, torch 2.13).
-_OUTPUT_SIZED_WORKSPACE = frozenset({"aten.native_dropout_backward.default"})
+#: Ops whose kernels allocate a tensor of their (first) output's size besides the output. The CPU's
+#: dropout casts the mask to the values' dtype first, in the forward and in the backward (seen in
+#: allocation events, torch 2.13).
+_OUTPUT_SIZED_WORKSPACE = frozenset(
+    {"aten.native_dropout.default", "aten.native_dropout_backward.default"}
+)
 
 
 class SymbolicBytesError(CkptPassError):
@@ -115,7 +117,7 @@ def workspace_size(node: fx.Node) -> int | torch.SymInt:
     name = op_name(node.target) if callable(node.target) else ""
     if name not in _OUTPUT_SIZED_WORKSPACE or device_type(node) != "cpu":
         return 0
-    return sum(storage_sizes(node.meta.get("val")).values())
+    return next(iter(storage_sizes(node.meta.get("val")).values()), 0)
 
 
 def random_state_bytes(node: fx.Node) -> int:
