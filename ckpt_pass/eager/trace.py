@@ -23,6 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ckpt_pass import _torch_autograd
+from ckpt_pass.eager.trace_ops import (
+    changed_tensors,
+    copied,
+    described,
+    is_dense,
+    statistics_of,
+    with_known_shape,
+)
 from ckpt_pass.graph.capture import no_gradient
 from ckpt_pass.module_stack import ModuleStack
 from ckpt_pass.ops import draws_random, never_recompute, op_name
@@ -126,8 +134,9 @@ def trace_step(
         output = torch.func.functional_call(model, {**fakes, **buffers}, inputs)
         return loss_fn(output) if loss_fn is not None else output
 
+    statistics = frozenset(buffers[n].untyped_storage()._cdata for n in statistics_of(model))
     with torch.random.fork_rng(devices=[]):
-        return Recorder(model, mode).record(step)
+        return Recorder(model, mode, statistics).record(step)
 
 
 def _is_number(tensor: torch.Tensor) -> bool:
@@ -153,9 +162,12 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, fakes: Any) -> None:
+    def __init__(
+        self, model: nn.Module, fakes: Any, statistics: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fakes = fakes
+        self._statistics = statistics
         self._model = model
         self.trace = EagerTrace()
         self._stack = ModuleStack(model)
@@ -272,7 +284,7 @@ class Recorder(TorchDispatchMode):
         record = self.trace.ops[index]
         record.makes = tuple(self._born(output, known, index))
         record.call = self._call(func, args, kwargs, output)
-        record.effects = self._has_effects(func, record)
+        record.effects = self._has_effects(func, record, args, kwargs)
         return output
 
     def _run(
@@ -280,7 +292,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run an op on fake tensors, and on real ones where it makes whole numbers of such."""
         if any(_torch_autograd.is_fake(tensor) for tensor in given):
-            return _with_known_shape(func, args, kwargs)
+            return with_known_shape(func, args, kwargs)
         if not given:
             with self._fakes:
                 output = func(*args, **kwargs)
@@ -306,7 +318,7 @@ class Recorder(TorchDispatchMode):
             return False
         alike = first.shape == second.shape and first.dtype == second.dtype
         alone = _torch_autograd.storage_holders(first.untyped_storage()) == 2
-        return alike and alone and _is_dense(first)
+        return alike and alone and is_dense(first)
 
     def _site(self, func: Any) -> CallSite | None:
         if self._backward:
@@ -346,16 +358,25 @@ class Recorder(TorchDispatchMode):
 
         return died
 
-    def _has_effects(self, func: Any, record: OpRecord) -> bool:
-        """Whether an op must not run twice, random numbers and changes of new values apart."""
+    def _has_effects(
+        self, func: Any, record: OpRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether an op must not run twice.
+
+        Random numbers, changes of new values, and running statistics apart: a region moves those
+        once (``RecomputeMode``).
+        """
         if record.draws or (record.changes and -1 not in record.changes):
             return False
-        return never_recompute(func, record.call.args, record.call.kwargs)
+        if not never_recompute(func, record.call.args, record.call.kwargs):
+            return False
+        moved = changed_tensors(func, args, kwargs)
+        return not moved or any(t.untyped_storage()._cdata not in self._statistics for t in moved)
 
     def _call(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
         """The node that stands for this call and all equal ones."""
         flat, spec = tree_flatten((args, kwargs))
-        key = (func, spec, tuple(_described(value) for value in flat))
+        key = (func, spec, tuple(described(value) for value in flat))
         found = self._nodes.get(key)
         if found is None:
             self._resting = True
@@ -370,48 +391,10 @@ class Recorder(TorchDispatchMode):
     def _node(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
         def placeholder(value: torch.Tensor) -> fx.Node:
             node = self._graph.placeholder(f"value_{len(self._graph.nodes)}")
-            node.meta["val"] = _copied(value)
+            node.meta["val"] = copied(value)
             return node
 
         nodes = tree_map_only(torch.Tensor, placeholder, (args, kwargs))
         call = self._graph.call_function(func, *nodes)
-        call.meta["val"] = tree_map_only(torch.Tensor, _copied, output)
+        call.meta["val"] = tree_map_only(torch.Tensor, copied, output)
         return call
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's elements fill its memory without overlap."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an op on fake tensors; grouped products in any dtype.
-
-    Their rule for shapes knows bf16 only, while the CPU's kernel takes fp32 too (torch 2.13).
-    """
-    if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:
-        return func(*args, **kwargs)
-    halves = [value.to(torch.bfloat16) for value in args[:2]]
-    return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
-
-
-def _described(value: Any) -> object:
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.stride(), value.dtype, value.device
-    try:
-        hash(value)
-    except TypeError:
-        return repr(value)
-    return type(value), value
-
-
-def _copied(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same look with a storage of its own."""
-    return torch.empty_strided(
-        tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
-    )

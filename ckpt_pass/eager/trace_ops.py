@@ -1,0 +1,71 @@
+"""What the recording of an eager step asks of single ops and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ckpt_pass.sites import output_tensors
+
+
+def statistics_of(model: nn.Module) -> Iterator[str]:
+    """The names of the buffers in which normalisations keep running statistics."""
+    known = dict(model.named_buffers())
+    for prefix, module in model.named_modules():
+        if isinstance(module, _NormBase):
+            names = (f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers())
+            yield from (name for name in names if name in known)
+
+
+def changed_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """What an op overwrites: as its schema says, and the statistics of a batch normalisation."""
+    schema = getattr(func, "_schema", None)
+    found: list[torch.Tensor] = []
+    for index, argument in enumerate(schema.arguments if schema is not None else ()):
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes or argument.name in ("running_mean", "running_var"):
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += output_tensors(value if isinstance(value, (list, tuple)) else [value])
+    return found
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements fill its memory without overlap."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op on fake tensors; grouped products in any dtype.
+
+    Their rule for shapes knows bf16 only, while the CPU's kernel takes fp32 too (torch 2.13).
+    """
+    if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:
+        return func(*args, **kwargs)
+    halves = [value.to(torch.bfloat16) for value in args[:2]]
+    return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
+
+
+def described(value: Any) -> object:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.device
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return type(value), value
+
+
+def copied(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same look with a storage of its own."""
+    return torch.empty_strided(
+        tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
+    )
