@@ -39,7 +39,6 @@ from ckpt_pass.sites import CallSite, ModulePath, SiteCounter, output_tensors
 #: The moment of what never happens.
 NEVER = 1 << 60
 
-
 #: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
 #: which neither hooks nor modes see. Counted as if held to the end.
 _SAVING_NUMBERS = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
@@ -89,12 +88,13 @@ class OpRecord:
 
 @dataclass
 class CallRecord:
-    """One call of a module: which ops and saved values fell inside."""
+    """One call of a module: the ops and saved values inside, and whether all of it trains."""
 
     name: str
     parent: int
     ops: tuple[int, int]
     values: tuple[int, int]
+    trains: bool
 
 
 @dataclass
@@ -223,13 +223,14 @@ class Recorder(TorchDispatchMode):
     def _calls(self) -> Iterator[None]:
         """Note where each module call begins and ends."""
 
-        def enter(_module: nn.Module, _args: Any) -> None:
+        def enter(module: nn.Module, _args: Any) -> None:
             trace, parent = self.trace, self._open[-1] if self._open else -1
             path = self._stack.path
             name = path[-1][0] if path else ""
             here = (self.moment, self.moment), (len(trace.saved), len(trace.saved))
             self._open.append(len(trace.calls))
-            trace.calls.append(CallRecord(name, parent, *here))
+            trains = all(part.training for part in module.modules())
+            trace.calls.append(CallRecord(name, parent, *here, trains))
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
             call = self.trace.calls[self._open.pop()]
@@ -276,7 +277,7 @@ class Recorder(TorchDispatchMode):
         site = self._site(func)
         index = self.moment
         draws = draws_random(func, args, kwargs)
-        self.trace.ops.append(OpRecord(site, self._graph_root, (), uses, changes, draws, False))
+        self.trace.ops.append(OpRecord(site, self._graph._root, (), uses, changes, draws, False))
         output = self._run(func, args, kwargs, given)
         if not self._backward and func in _SAVING_NUMBERS:
             numbers = sum(isinstance(value, (int, float)) for value in args)
@@ -299,10 +300,6 @@ class Recorder(TorchDispatchMode):
             if any(_is_number(tensor) for tensor in output_tensors(output)):
                 return output
         return func(*args, **kwargs)
-
-    @property
-    def _graph_root(self) -> fx.Node:
-        return self._graph._root
 
     @staticmethod
     def _adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
