@@ -70,11 +70,6 @@ class ModuleStack:
         """The module calls under way; the root itself is not listed."""
         return tuple(call for call in self._path if call[0])
 
-    @property
-    def innermost(self) -> type:
-        """The class of the module whose call is the innermost; ``object`` where there is none."""
-        return self._classes[-1] if self._classes else object
-
     def _name(self, module: nn.Module) -> str:
         if self._root is None:
             self._root = module

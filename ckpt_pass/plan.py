@@ -74,7 +74,8 @@ class Plan:
         measured_workspaces: how many kernels run with a workspace that was measured, on this
             machine; the peak relies on them.
         mode: ``compiled``, or ``eager`` where regions are recomputed as a whole.
-        random_regions: the regions that draw random numbers; ``None`` where that is not known.
+        random_regions: the regions that draw random numbers, or may once they are in training mode;
+            ``None`` where that is not known.
         signature: what the step takes, so that a use for another one is noticed.
         replay: what a compiled plan does, so that it can be done again without solving.
         inner_peak_bytes: peak of inductor's own schedule, where there is a budget and inductor.

@@ -42,9 +42,7 @@ class RegionForward:
     def __init__(self, module: nn.Module, name: str, spec: RegionSpec) -> None:
         self.module = module
         options = options_for(module, spec.policy, spec.keeps, name)
-        # That a step drew nothing when it was planned does not mean that it never does: dropout
-        # may be switched on since. So a region that is not known to draw finds out by itself.
-        self.options = replace(options, draws=spec.draws or None)
+        self.options = replace(options, draws=spec.draws)
         #: Its place in a segment of regions that are recomputed together, if it has one.
         self.link: Link | None = None
         #: An instance attribute that was there before (other libraries wrap ``forward`` too).

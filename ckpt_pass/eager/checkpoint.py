@@ -32,7 +32,7 @@ class RegionSpec:
     Attributes:
         keeps: op executions to keep.
         policy: what to keep, where ``keeps`` is not given.
-        draws: whether it drew random numbers when it was planned; ``None`` where not known.
+        draws: whether it may draw random numbers; ``None`` where that is not known.
         follows: the FQNs of regions whose output it may take; if it does, that is made again,
             not kept.
         nested: how a segment is made again, see :class:`ckpt_pass.eager.chain.Link`.
@@ -130,6 +130,7 @@ def checkpoint(
         if spec is None:
             return fn(*args, **kwargs)
         options = options_for(fn, spec.policy, spec.keeps, name, preserve_rng_state)
+        options = replace(options, draws=spec.draws if preserve_rng_state else False)
     elif context_fn is not None:
         draws = None if preserve_rng_state else False
         options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws)

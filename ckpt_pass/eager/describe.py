@@ -125,7 +125,8 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
     used = {storage for op in ops for storage in op.uses}
     used |= {trace.saved[number].storage for number in inside}
     outside = sorted(s for s in used if s >= 0 and trace.storages[s].born < first)
-    draws = any(op.draws for op in ops)
+    # What draws nothing in evaluation may do so in training, where the plan may be used.
+    draws = any(op.draws for op in ops) or not call.trains
     return EagerRegion(
         name=call.name,
         parent=parent,

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -24,7 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ckpt_pass import _torch_autograd
-from ckpt_pass.eager.fakes import copied, described, is_dense, with_known_shape
+from ckpt_pass.eager.trace_ops import (
+    changed_tensors,
+    copied,
+    described,
+    is_dense,
+    statistics_of,
+    with_known_shape,
+)
 from ckpt_pass.graph.capture import no_gradient
 from ckpt_pass.module_stack import ModuleStack
 from ckpt_pass.ops import draws_random, never_recompute, op_name
@@ -32,7 +38,6 @@ from ckpt_pass.sites import CallSite, ModulePath, SiteCounter, output_tensors
 
 #: The moment of what never happens.
 NEVER = 1 << 60
-
 
 #: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
 #: which neither hooks nor modes see. Counted as if held to the end.
@@ -83,12 +88,19 @@ class OpRecord:
 
 @dataclass
 class CallRecord:
-    """One call of a module: which ops and saved values fell inside, which storages it returned."""
+    """One call of a module.
+
+    Attributes:
+        ops, values: the ops and saved values inside, as ranges.
+        trains: whether all of it is in training mode.
+        outputs: the storages that it returned.
+    """
 
     name: str
     parent: int
     ops: tuple[int, int]
     values: tuple[int, int]
+    trains: bool
     outputs: tuple[int, ...] = ()
 
 
@@ -132,8 +144,9 @@ def trace_step(
         output = torch.func.functional_call(model, {**fakes, **buffers}, inputs, named)
         return loss_fn(output) if loss_fn is not None else output
 
+    statistics = frozenset(buffers[n].untyped_storage()._cdata for n in statistics_of(model))
     with torch.random.fork_rng(devices=[]):
-        return Recorder(model, mode).record(step)
+        return Recorder(model, mode, statistics).record(step)
 
 
 def _is_number(tensor: torch.Tensor) -> bool:
@@ -159,9 +172,12 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, fakes: Any) -> None:
+    def __init__(
+        self, model: nn.Module, fakes: Any, statistics: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fakes = fakes
+        self._statistics = statistics
         self._model = model
         self.trace = EagerTrace()
         self._stack = ModuleStack(model)
@@ -217,13 +233,14 @@ class Recorder(TorchDispatchMode):
     def _calls(self) -> Iterator[None]:
         """Note where each module call begins and ends."""
 
-        def enter(_module: nn.Module, _args: Any) -> None:
+        def enter(module: nn.Module, _args: Any) -> None:
             trace, parent = self.trace, self._open[-1] if self._open else -1
             path = self._stack.path
             name = path[-1][0] if path else ""
             here = (self.moment, self.moment), (len(trace.saved), len(trace.saved))
             self._open.append(len(trace.calls))
-            trace.calls.append(CallRecord(name, parent, *here))
+            trains = all(part.training for part in module.modules())
+            trace.calls.append(CallRecord(name, parent, *here, trains))
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             call = self.trace.calls[self._open.pop()]
@@ -273,7 +290,7 @@ class Recorder(TorchDispatchMode):
         site = self._site(func)
         index = self.moment
         draws = draws_random(func, args, kwargs)
-        self.trace.ops.append(OpRecord(site, self._graph_root, (), uses, changes, draws, False))
+        self.trace.ops.append(OpRecord(site, self._graph._root, (), uses, changes, draws, False))
         output = self._run(func, args, kwargs, given)
         if not self._backward and func in _SAVING_NUMBERS:
             numbers = sum(isinstance(value, (int, float)) for value in args)
@@ -281,7 +298,7 @@ class Recorder(TorchDispatchMode):
         record = self.trace.ops[index]
         record.makes = tuple(self._born(output, known, index))
         record.call = self._call(func, args, kwargs, output)
-        record.effects = self._has_effects(func, record)
+        record.effects = self._has_effects(func, record, args, kwargs)
         return output
 
     def _run(
@@ -296,10 +313,6 @@ class Recorder(TorchDispatchMode):
             if any(_is_number(tensor) for tensor in output_tensors(output)):
                 return output
         return func(*args, **kwargs)
-
-    @property
-    def _graph_root(self) -> fx.Node:
-        return self._graph._root
 
     @staticmethod
     def _adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -355,14 +368,20 @@ class Recorder(TorchDispatchMode):
 
         return died
 
-    def _has_effects(self, func: Any, record: OpRecord) -> bool:
-        """Whether an op must not run twice, random numbers and changes of new values apart."""
+    def _has_effects(
+        self, func: Any, record: OpRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether an op must not run twice.
+
+        Random numbers, changes of new values, and running statistics apart: a region moves those
+        once (``RecomputeMode``).
+        """
         if record.draws or (record.changes and -1 not in record.changes):
             return False
-        moves = record.changes or "batch_norm" in op_name(func)
-        if moves and issubclass(self._stack.innermost, _NormBase):
-            return False  # running statistics: a region that runs again changes copies of them
-        return never_recompute(func, record.call.args, record.call.kwargs)
+        if not never_recompute(func, record.call.args, record.call.kwargs):
+            return False
+        moved = changed_tensors(func, args, kwargs)
+        return not moved or any(t.untyped_storage()._cdata not in self._statistics for t in moved)
 
     def _call(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
         """The node that stands for this call and all equal ones."""

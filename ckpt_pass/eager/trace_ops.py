@@ -1,10 +1,36 @@
-"""What the record of a step does with single values: runs on them, describes and copies them."""
+"""What the recording of an eager step asks of single ops and tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ckpt_pass.sites import output_tensors
+
+
+def statistics_of(model: nn.Module) -> Iterator[str]:
+    """The names of the buffers in which normalisations keep running statistics."""
+    known = dict(model.named_buffers())
+    for prefix, module in model.named_modules():
+        if isinstance(module, _NormBase):
+            names = (f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers())
+            yield from (name for name in names if name in known)
+
+
+def changed_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """What an op overwrites: as its schema says, and the statistics of a batch normalisation."""
+    schema = getattr(func, "_schema", None)
+    found: list[torch.Tensor] = []
+    for index, argument in enumerate(schema.arguments if schema is not None else ()):
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes or argument.name in ("running_mean", "running_var"):
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += output_tensors(value if isinstance(value, (list, tuple)) else [value])
+    return found
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
