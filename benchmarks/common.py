@@ -190,7 +190,7 @@ class EagerRow:
 
 @dataclass(frozen=True)
 class OptimumRow:
-    """A block at one budget: recompute time of the layered solver and of the optimum.
+    """A block at one budget: recompute time of the solvers ``layers`` and ``auto``, and the least.
 
     Attributes:
         part: where the budget lies between the least peak (0) and no recomputation (1).
@@ -203,6 +203,7 @@ class OptimumRow:
     part: float
     budget_bytes: int
     layered_s: float
+    auto_s: float
     optimum_s: float | None
     step_time_s: float
     exact_took_s: float
@@ -211,18 +212,10 @@ class OptimumRow:
     def closed(self) -> bool:
         return self.optimum_s is not None
 
-    @property
-    def excess(self) -> float:
-        """Time of the step above the optimum's, as a share of that."""
+    def excess(self, recompute_time_s: float) -> float:
+        """Time of a step above the optimum's, as a share of that."""
         assert self.optimum_s is not None
-        return (self.layered_s - self.optimum_s) / (self.step_time_s + self.optimum_s)
-
-    @property
-    def relative(self) -> float:
-        """Recompute time above the optimum's, as a share of that."""
-        assert self.optimum_s is not None
-        more = self.layered_s - self.optimum_s
-        return more / self.optimum_s if self.optimum_s else float(more > 0)
+        return (recompute_time_s - self.optimum_s) / (self.step_time_s + self.optimum_s)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def _eager(title: str, rows: Sequence[EagerRow]) -> Table:
 def _optimum(title: str, rows: Sequence[OptimumRow]) -> Table:
     table = Table(title=f"{title}; recompute time in % of the step")
     table.add_column("model")
-    for column in ("budget", "bytes", "layered", "optimum", "exact took s"):
+    for column in ("budget", "bytes", "layers", "auto", "optimum", "exact took s"):
         table.add_column(column, justify="right")
     for row in rows:
         best = "not proven" if row.optimum_s is None else f"{row.optimum_s / row.step_time_s:.2%}"
@@ -150,6 +150,7 @@ def _optimum(title: str, rows: Sequence[OptimumRow]) -> Table:
             f"{row.part:.2f}",
             f"{row.budget_bytes:,}",
             f"{row.layered_s / row.step_time_s:.2%}",
+            f"{row.auto_s / row.step_time_s:.2%}",
             best,
             f"{row.exact_took_s:.1f}",
         )

@@ -16,6 +16,7 @@ from benchmarks import (
     budgets,
     deep,
     eager_cost,
+    optimum,
     partition_cost,
     peaks,
     planning,
@@ -28,6 +29,7 @@ from benchmarks.common import (
     ClaimRow,
     Cost,
     DeepRow,
+    OptimumRow,
     PeakRow,
     PlanningRow,
     Result,
@@ -255,6 +257,17 @@ def test_deep_chain_goes_below_recomputing_once() -> None:
     assert plain.recompute_share == 0 < once.recompute_share
     assert once.most_runs == 1 < often.most_runs and often.repeated > 0
     assert deep.ONCE in shown(result)
+
+
+def test_a_block_beside_its_optimum() -> None:
+    result = optimum.run({"vit": budgets.MODELS["vit"]}, parts=(0.5, 0.85))
+    rows = [row for row in result.rows if isinstance(row, OptimumRow)]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.optimum_s is not None and 0 < row.optimum_s <= row.auto_s <= row.layered_s
+        assert row.excess(row.optimum_s) == 0.0
+    assert all(bar.met for bar in result.bars)
+    assert "vit, one block" in shown(result)
 
 
 def test_an_unknown_benchmark_is_refused() -> None:
