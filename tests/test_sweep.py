@@ -55,22 +55,13 @@ def test_every_family_is_there() -> None:
     assert (found.model, found.inner, found.device, found.rounds) == ("Net", "aot_eager", "cpu", 1)
 
 
-def as_predicted(row: SweepRow) -> bool:
-    """But for the tensors that a kernel makes of a Python number."""
-    assert row.peak_bytes is not None and row.predicted_bytes is not None
-    return abs(row.peak_bytes - row.predicted_bytes) <= 64
-
-
 def test_our_points_are_exact_and_rise() -> None:
     least, middle, plain = whole().of(OURS)
     for row in (least, middle, plain):
-        assert as_predicted(row)
+        assert row.peak_bytes == row.predicted_bytes
         assert row.budget_bytes is not None and row.peak_bytes is not None
-        # Of a budget that is the predicted peak of the step as it is, nothing is free for them.
-        unseen = 64 if row.predicted_bytes == row.budget_bytes else 0
-        assert row.peak_bytes <= row.budget_bytes + unseen
-    assert least.peak_bytes is not None and least.budget_bytes is not None
-    assert least.budget_bytes - least.peak_bytes <= 64  # the solver's own word for the least
+        assert row.peak_bytes <= row.budget_bytes
+    assert least.peak_bytes == least.budget_bytes  # the solver's own word for the least
     assert plain.recompute_share == 0.0
     assert least.budget_bytes < middle.budget_bytes < plain.budget_bytes  # type: ignore[operator]
 
@@ -111,7 +102,7 @@ def test_another_shape_is_compiled_anew() -> None:
     x = torch.randn(2 * ROWS, WIDTH)
     found = ckpt_pass.sweep(Net(), x, points=2, rounds=1, with_torch=False)
     assert len(found.rows) == 2
-    assert all(map(as_predicted, found.rows))
+    assert all(row.peak_bytes == row.predicted_bytes for row in found.rows)
 
 
 def test_budgets_of_ones_own_and_those_that_do_not_fit() -> None:

@@ -22,9 +22,6 @@ from ckpt_pass.planner.solvers import run_solver
 from ckpt_pass.sites import output_tensors
 from ckpt_pass.timeline import Timeline, timeline_of
 
-#: Twice the largest pair of tensors that a number becomes.
-_NUMBER_BYTES = 32
-
 
 class WorkspaceWarning(UserWarning):
     """The peak of a plan leaves out memory that kernels allocate for themselves."""
@@ -82,16 +79,15 @@ def _solved(
     goal: Goal, problem: Problem, budget_bytes: int, borders: Sequence[int], inexact: bool
 ) -> Solution:
     """Solve, for a little less than the budget: more where the simulator is not exact."""
-    if without_recompute(problem).peak_bytes <= budget_bytes:
+    if not inexact or without_recompute(problem).peak_bytes <= budget_bytes:
         return run_solver(goal.solver, problem, budget_bytes, borders, goal.time_limit_s)
-    reserve = reserve_bytes if inexact else number_bytes
-    asked = max(budget_bytes - reserve(budget_bytes), 1)
+    asked = max(budget_bytes - reserve_bytes(budget_bytes), 1)
     try:
         return run_solver(goal.solver, problem, asked, borders, goal.time_limit_s)
     except InfeasibleBudgetError as error:
         least = error.least_feasible_bytes
         # So that what is left of it after its own reserve is enough.
-        raise InfeasibleBudgetError(budget_bytes, least + 2 * reserve(least)) from None
+        raise InfeasibleBudgetError(budget_bytes, least + 2 * reserve_bytes(least)) from None
 
 
 def reserve_bytes(budget_bytes: int) -> int:
@@ -101,15 +97,6 @@ def reserve_bytes(budget_bytes: int) -> int:
     autocast, CPU, torch 2.13), and 384 bytes on the smallest models.
     """
     return max(512, budget_bytes // 1000)
-
-
-def number_bytes(budget_bytes: int) -> int:
-    """What is kept free where the simulator is exact.
-
-    A CPU kernel that takes a Python number makes two tensors of it for a moment: 8 bytes, and the
-    number in the dtype of the values (12 bytes in fp32, seen in allocation events of torch 2.13).
-    """
-    return min(_NUMBER_BYTES, budget_bytes // 100)
 
 
 def _is_inexact(joint: JointGraph) -> bool:

@@ -49,8 +49,9 @@ MAY_HAVE_WORKSPACE: Mapping[OpClass, str] = {
     OpClass.UNCLASSIFIED: "a custom op may do anything",
 }
 
-#: Classes that allocate nothing besides their outputs. Of elementwise ops that is so where all
-#: tensors have one dtype: on the CPU the others are cast first (8 to 12 bytes go to a scalar).
+#: Classes that allocate nothing besides their outputs. On the CPU that is so where all tensors,
+#: the output too, have one dtype, and no number is given: others are cast first, and of a Python
+#: number a kernel makes a tensor of 8 bytes and then one of the values' dtype.
 ELEMENTWISE = frozenset({OpClass.POINTWISE})
 
 #: Classes that are not run on their own: they compute nothing, have effects, or talk to others.
@@ -103,11 +104,17 @@ def may_have_workspace(node: fx.Node) -> bool:
     op_class = classify(node.target)
     if op_class not in ELEMENTWISE:
         return op_class in MAY_HAVE_WORKSPACE
-    inputs = [source.meta.get("val") for source in node.all_input_nodes]
-    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-    # A tensor without dimensions is cast as a number.
-    dtypes = {tensor.dtype for tensor in tensors if tensor.dim()}
-    return len(dtypes) > 1 and all(tensor.device.type == "cpu" for tensor in tensors)
+    return _casts_on_cpu(node)
+
+
+def _casts_on_cpu(node: fx.Node) -> bool:
+    values = [given.meta.get("val") for given in (node, *node.all_input_nodes)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    numbers = any(isinstance(one, (int, float)) for one in (*node.args, *node.kwargs.values()))
+    sizes = any(_torch.is_sym_node(given) for given in node.all_input_nodes)
+    return numbers or sizes or len({tensor.dtype for tensor in tensors}) > 1
 
 
 def is_runnable(node: fx.Node) -> bool:
