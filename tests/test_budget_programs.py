@@ -16,6 +16,7 @@ from tests.zoo import hf, loss_of, run_step
 from tests.zoo.random_programs import ROWS, WIDTH, Program, Step, programs
 
 MODELS = {case.name: case.make for case in hf.CASES if case.name != "mixtral-batched-mm"}
+MODELS |= {"gpt2-12L": hf.gpt2_12l, "llama-16L": hf.llama_16l}
 
 
 def built(steps: tuple[Step, ...]) -> tuple[Program, tuple[torch.Tensor, ...]]:
