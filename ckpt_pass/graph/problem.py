@@ -139,11 +139,13 @@ def build_problem(
             ops.append(_op(joint, node, index, table, regions.of(node), facts))
     gradients = [node for node in joint.backward_outputs if node in index]
     returned = [node for node in joint.forward_outputs if node in index]
+    # What writes into inputs, a buffer's copy_ say, runs whether or not an output needs it.
+    impure = [n for n in joint.forward if n in index and n.is_impure(impure_random=False)]
     problem = Problem(
         ops=_with_shared_times(ops, list(index), kernels),
         storage_bytes=tuple(table.nbytes),
         forward_outputs=_union(table, returned),
-        forward_roots=tuple(index[node] for node in returned),
+        forward_roots=tuple(index[node] for node in dict.fromkeys([*returned, *impure])),
         backward_outputs=tuple(index[node] for node in gradients),
         output_storages=_union(table, gradients),
         given=tuple(given),
