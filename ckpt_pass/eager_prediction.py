@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ckpt_pass.eager.actions import IGNORED
 from ckpt_pass.eager.describe import region_of
-from ckpt_pass.eager.sac import IGNORED
 from ckpt_pass.eager.trace import CallRecord, EagerTrace, OpRecord
 from ckpt_pass.eager_planning import described, traced
 from ckpt_pass.opinion import settled

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckpt_pass import _torch
+from ckpt_pass import _torch_compile
 from ckpt_pass.budget import BudgetLike
 from ckpt_pass.compile.backend import Backend
 from ckpt_pass.compile.engine import decide, policy_for
@@ -102,7 +102,9 @@ def plans_of(compiled: Any) -> tuple[Plan, ...]:
     Raises:
         NothingCompiledError: it was not compiled by this library, or has not run yet.
     """
-    backend = compiled if isinstance(compiled, Backend) else _torch.compiled_backend(compiled)
+    backend = (
+        compiled if isinstance(compiled, Backend) else _torch_compile.compiled_backend(compiled)
+    )
     if not isinstance(backend, Backend):
         raise NothingCompiledError(
             f"{type(compiled).__name__} was not compiled with a ckpt backend. Expected "

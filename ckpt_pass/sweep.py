@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ckpt_pass import _torch
+from ckpt_pass import _torch_compile
 from ckpt_pass.budget import BudgetLike, check_budget, resolve_budget
 from ckpt_pass.compare import gradients_restored, rng_restored
 from ckpt_pass.compile.backend import make_backend
@@ -257,13 +257,13 @@ def _unbounded(plain: int, policy: PolicyLike | None, inner: str) -> _Point:
 
 def _torch_points(step: UsersStep, inner: str, budgets: Sequence[float]) -> list[_Point]:
     points = [
-        _Point(TORCH, f"budget {setting:g}", _torch.stock_backend(inner, setting))
+        _Point(TORCH, f"budget {setting:g}", _torch_compile.stock_backend(inner, setting))
         for setting in budgets
     ]
     layers = _layers(step)
     if layers:
         wrapped = _Checkpointed(layers)
-        backend = _torch.stock_backend(inner, 1.0)
+        backend = _torch_compile.stock_backend(inner, 1.0)
         name = f"{len(layers)} checkpoints"
         points.append(_Point(BLOCKS, name, backend, around=wrapped.in_place))
     return points

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import gc
 import pickle
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +18,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 import ckpt_pass
 from ckpt_pass import _torch_autograd, checkpoint
 from ckpt_pass.eager.apply import RegionSpec, applied_regions, apply_regions
+from tests.zoo.surroundings import no_collector, on_threads
 
 Fn = Callable[..., Any]
 
@@ -327,11 +325,7 @@ def test_threads() -> None:
         checkpoint(copy.deepcopy(block), mine).abs().sum().backward()
         found.append(mine.grad)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(work, [()] * 8)
     assert len(found) == 8 and all(torch.equal(wanted, gradient) for gradient in found)
 
 
@@ -409,23 +403,13 @@ def test_nothing_lives_longer_than_its_graph() -> None:
     (x,) = values((4, 8))
     held = x * 1
     seen = weakref.ref(held)
-    with _no_collector():
+    with no_collector():
         y = checkpoint(lambda v: v.sin().exp(), held)
         del held
         assert seen() is not None
         y.sum().backward()
         del y
         assert seen() is None
-
-
-@contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def test_the_peak_is_not_above_torchs() -> None:

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ckpt_pass
+from ckpt_pass import Segments
 from ckpt_pass.distributed import (
     NoProcessGroupError,
     PlansDivergeError,
@@ -132,18 +133,26 @@ def absent(rank: int) -> str:
     return "noticed"
 
 
-def train(rank: int, model: nn.Module, wrapped: Callable[[nn.Module], nn.Module]) -> list[float]:
-    """Losses of a few steps of SGD."""
-    parallel = wrapped(model)
+# One step: its loss, and this rank's part of every gradient.
+Step = tuple[float, bytes]
+
+
+def train(rank: int, model: nn.Module, wrapped: Callable[[nn.Module], nn.Module]) -> list[Step]:
+    return steps(rank, wrapped(model))
+
+
+def steps(rank: int, parallel: nn.Module) -> list[Step]:
+    """A few steps of SGD."""
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
-    losses = []
+    found = []
     for step in range(STEPS):
         loss = parallel(batch(rank, step))
         optimizer.zero_grad()
         loss.backward()
+        gradients = [_local(parameter.grad).numpy() for parameter in parallel.parameters()]
+        found.append((loss.item(), b"".join(gradient.tobytes() for gradient in gradients)))
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return found
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -153,10 +162,26 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
-def ways_to_train(rank: int) -> dict[str, list[float]]:
-    """Losses with each kind of region, beside those without."""
+def sharded_in_part(model: nn.Module) -> nn.Module:
+    """The second layer's parameters belong to the root, and are there all the time."""
+    fully_shard(model.layers[0])  # type: ignore[index]
+    fully_shard(model.layers[2])  # type: ignore[index]
+    fully_shard(model)
+    return model
+
+
+WRAPPERS = {
+    "ddp": DistributedDataParallel,
+    "fsdp": sharded,
+    "fsdp-in-part": sharded_in_part,
+}
+
+
+def ways_to_train(rank: int) -> dict[str, list[Step]]:
+    """Steps with each kind of region, beside those without."""
     found = {}
-    for name, wrapped in (("ddp", DistributedDataParallel), ("fsdp", sharded)):
+    for name in ("ddp", "fsdp"):
+        wrapped = WRAPPERS[name]
         for kind, around in (("plain", None), ("region", region), ("context_fn", selective)):
             found[f"{name} {kind}"] = train(rank, made(around), wrapped)
         planned = made()
@@ -167,6 +192,38 @@ def ways_to_train(rank: int) -> dict[str, list[float]]:
     backend = ckpt_pass.make_backend(budget=0.9, inner="aot_eager")
     compiled = torch.compile(made(), backend=backend)
     found["ddp compiled"] = train(rank, compiled, DistributedDataParallel)
+    return found | placements(rank)
+
+
+def looks(model: nn.Module) -> list[tuple[str, type, list[str]]]:
+    return [(name, type(m), sorted(m.__dict__)) for name, m in model.named_modules()]
+
+
+def placements(rank: int) -> dict[str, list[Step]]:
+    """Steps with a placement and, after it was removed, without, beside those without."""
+    found = {}
+    for name, wrapped in WRAPPERS.items():
+        parallel = wrapped(made())
+        found[f"{name} plain"] = steps(rank, parallel) + steps(rank, parallel)
+        keys = list(parallel.state_dict())
+        for placement in ("all", "segments-1", Segments(1, nested=True)):
+            model = made()
+            ckpt_pass.apply(model, placement)
+            parallel = wrapped(model)
+            assert list(parallel.state_dict()) == keys
+            with_regions = steps(rank, parallel)
+            ckpt_pass.remove(model)
+            assert not any("forward" in module.__dict__ for module in model.modules())
+            found[f"{name} {placement} first"] = with_regions + steps(rank, parallel)
+
+            parallel = wrapped(made())
+            before = looks(parallel)
+            assert len(ckpt_pass.apply(parallel, placement).names) == 3
+            assert list(parallel.state_dict()) == keys
+            with_regions = steps(rank, parallel)
+            ckpt_pass.remove(parallel)
+            assert looks(parallel) == before
+            found[f"{name} {placement} last"] = with_regions + steps(rank, parallel)
     return found
 
 
@@ -207,8 +264,9 @@ def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
 
 def test_data_parallel_and_sharded_training(tmp_path: Path) -> None:
     for found in on_ranks(ways_to_train, tmp_path):
-        for name, losses in found.items():
-            assert losses == found[f"{name.partition(' ')[0]} plain"], name
+        for name, steps_taken in found.items():
+            plain = found[f"{name.partition(' ')[0]} plain"]
+            assert steps_taken == plain[: len(steps_taken)], name
 
 
 def test_tensor_parallel_regions(tmp_path: Path) -> None:

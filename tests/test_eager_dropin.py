@@ -27,6 +27,7 @@ from torch.utils.checkpoint import (
 )
 
 import ckpt_pass
+from tests.zoo.surroundings import on_threads
 
 ROWS, WIDTH = 4, 8
 aten = torch.ops.aten
@@ -468,11 +469,7 @@ def test_two_threads_with_names_of_their_own() -> None:
             if sites != wanted or not all(map(torch.equal, got, gradients)):
                 failures.append(sites)
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(xs, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(work, zip(xs, expected, strict=True))
     assert not failures
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ckpt_pass
+from tests.zoo.surroundings import no_collector, on_threads
 
 Around = Callable[..., Any]
 
@@ -34,16 +34,6 @@ def selective(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 every = pytest.mark.parametrize("around", [region, selective, hooked])
-
-
-@contextlib.contextmanager
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 class Held:
@@ -94,11 +84,7 @@ def test_many_threads_share_one_region_module(around: Around) -> None:
             if not all(map(torch.equal, got, expected)):
                 wrong.append(x)
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(xs, wanted, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(work, zip(xs, wanted, strict=True))
     assert not wrong
 
 

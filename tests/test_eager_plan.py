@@ -18,16 +18,8 @@ from ckpt_pass.planner.eager_problem import EagerPlan
 from ckpt_pass.planner.eager_solve import EagerPool
 from tests.zoo import hf
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "gpt2": hf.gpt2,
-    "llama": hf.llama,
-    "mixtral": hf.mixtral,
-    "bert": hf.bert,
-    "vit": hf.vit,
-    "resnet": hf.resnet,
-}
 LARGE: dict[str, Callable[[], Any]] = {"gpt2-12L": hf.gpt2_12l, "llama-16L": hf.llama_16l}
-every_model = pytest.mark.parametrize("name", MODELS)
+every_model = pytest.mark.parametrize("name", hf.MODELS)
 
 
 def eager(model: nn.Module, args: tuple[Any, ...], budget: Any) -> ckpt_pass.Plan:
@@ -61,19 +53,19 @@ def check_budgets(make: Callable[[], Any], count: int) -> None:
 
 @every_model
 def test_budgets_are_met(name: str) -> None:
-    check_budgets(MODELS[name], 3)
+    check_budgets(hf.MODELS[name], 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*MODELS, *LARGE])
+@pytest.mark.parametrize("name", [*hf.MODELS, *LARGE])
 def test_ten_budgets_are_met(name: str) -> None:
-    check_budgets((MODELS | LARGE)[name], 10)
+    check_budgets((hf.MODELS | LARGE)[name], 10)
 
 
 @every_model
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
 def test_gradients_are_bitwise_equal(name: str, fraction: float) -> None:
-    model, args = MODELS[name]()
+    model, args = hf.MODELS[name]()
     least = least_of(model, args)
     budget = int(least + fraction * (eager(model, args, 1.0).peak_bytes - least))
     plan = eager(model, args, budget)
@@ -93,10 +85,10 @@ CASES = {case.name: case for case in hf.CASES}
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("gpt2", "resnet") else pytest.param(n, marks=pytest.mark.slow) for n in MODELS],
+    [n if n in ("gpt2", "resnet") else pytest.param(n, marks=pytest.mark.slow) for n in hf.MODELS],
 )
 def test_least_peak_is_not_above_a_checkpoint_for_each_block(name: str) -> None:
-    check_least_peak(MODELS[name], CASES[name].block_names)
+    check_least_peak(hf.MODELS[name], CASES[name].block_names)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ PACKAGE = "ckpt_pass"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "version", "_torch", "_torch_autograd", "_torch_ops"}),
+    frozenset({"errors", "version", "_torch", "_torch_autograd", "_torch_compile", "_torch_ops"}),
     frozenset({"planner", "ops", "_op_tables", "flops", "allocations"}),
     frozenset(
         {
@@ -43,7 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
-DOORS = frozenset({"_torch", "_torch_autograd", "_torch_ops"})
+DOORS = frozenset({"_torch", "_torch_autograd", "_torch_compile", "_torch_ops"})
 # Modules whose use counts even without an import statement: `torch._dynamo.reset()`.
 PRIVATE = frozenset(
     {

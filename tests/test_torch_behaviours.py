@@ -8,7 +8,6 @@ elsewhere) that holds it. ``region`` is our ``checkpoint``; ``hooked`` is torch'
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import random
 import weakref
@@ -35,6 +34,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ckpt_pass
 from ckpt_pass.flops import FlopCounter
+from tests.zoo.surroundings import no_collector
 
 aten = torch.ops.aten
 Region = Callable[..., Any]
@@ -527,16 +527,6 @@ def test_sizes_of_a_subclass(ours: Region) -> None:
         (gradient,) = torch.autograd.grad(call(fn, x).sum(), x)
         found.append((gradient.a, gradient.b))
     assert same(*found)
-
-
-@contextlib.contextmanager
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @both

@@ -15,15 +15,6 @@ import ckpt_pass
 from ckpt_pass.cli import make_app
 from tests.zoo import hf
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "gpt2": hf.gpt2,
-    "llama": hf.llama,
-    "mixtral": hf.mixtral,
-    "bert": hf.bert,
-    "vit": hf.vit,
-    "resnet": hf.resnet,
-}
-
 
 def least_budget(model: nn.Module, args: Any, mode: str) -> int:
     with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
@@ -35,10 +26,10 @@ def least_budget(model: nn.Module, args: Any, mode: str) -> int:
 @pytest.mark.parametrize(
     "name",
     [name if name in ("gpt2", "resnet") else pytest.param(name, marks=pytest.mark.slow)
-     for name in MODELS],
+     for name in hf.MODELS],
 )  # fmt: skip
 def test_plans_hold(name: str, mode: str) -> None:
-    model, args = MODELS[name]()
+    model, args = hf.MODELS[name]()
     budget = least_budget(model, args, mode)
     found = ckpt_pass.verify(model, *args, budget=budget, mode=mode)
     assert found.ok, str(found)

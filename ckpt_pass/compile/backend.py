@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from ckpt_pass import _torch
+from ckpt_pass import _torch_compile
 from ckpt_pass.budget import BudgetLike
 from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner, policy_for
@@ -89,7 +89,8 @@ class Backend:
         """
         backend = self.with_options(options or {})
         names = tuple(
-            _torch.placeholder_source(node) for node in gm.graph.find_nodes(op="placeholder")
+            _torch_compile.placeholder_source(node)
+            for node in gm.graph.find_nodes(op="placeholder")
         )
         made: list[Plan] = []
         goal = as_goal(backend.budget, backend.solver, backend.time_limit_s, backend.cost)
@@ -104,7 +105,7 @@ class Backend:
                     f"Got mode={mode!r} with inner='aot_eager', which has no modes. "
                     "Leave mode out, or use inner='inductor'."
                 )
-            compiled = _torch.compile_eager(gm, example_inputs, partition)
+            compiled = _torch_compile.compile_eager(gm, example_inputs, partition)
         elif goal is not None and backend.plan is None:
             options_of_inductor = dict(backend.inner_options)
             compiled, plan = compile_within(
@@ -112,7 +113,7 @@ class Backend:
             )
             made += [plan] if plan is not None else []
         else:
-            compiled = _torch.compile_inductor(
+            compiled = _torch_compile.compile_inductor(
                 gm, example_inputs, partition, dict(backend.inner_options), mode
             )
         cut = graph_break(gm)
@@ -174,7 +175,7 @@ def _check_inner(inner: Any, inner_options: Mapping[str, Any]) -> None:
             f"Got inner_options={dict(inner_options)!r} with inner={inner!r}, which takes none. "
             "Leave them out, or use inner='inductor'."
         )
-    known = _torch.inductor_option_names() if inner_options else frozenset()
+    known = _torch_compile.inductor_option_names() if inner_options else frozenset()
     for key in inner_options:
         if key not in known:
             raise UnknownOptionError(

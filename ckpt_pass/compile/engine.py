@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from ckpt_pass import _torch
+from ckpt_pass import _torch, _torch_compile
 from ckpt_pass.budget import BudgetLike
 from ckpt_pass.compile.budgeting import Met, meet_budget
 from ckpt_pass.compile.dedupe import merge_equal, merge_listed
@@ -175,7 +175,7 @@ def settled(
 
 
 @dataclass(frozen=True)
-class Partitioner(_torch.CustomPartitionerFn):
+class Partitioner(_torch_compile.CustomPartitionerFn):
     """The partition function that AOTAutograd and inductor call.
 
     Attributes:

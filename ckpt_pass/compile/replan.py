@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from ckpt_pass import _torch
+from ckpt_pass import _torch_compile
 from ckpt_pass.compile.engine import Partitioner
 from ckpt_pass.plan import Plan, format_bytes
 from ckpt_pass.planner.solution import InfeasibleBudgetError
@@ -95,7 +95,7 @@ def _round(
 ) -> _Round:
     peaks: list[int] = []
     plans: list[Plan] = []
-    compiled = _torch.compile_inductor(
+    compiled = _torch_compile.compile_inductor(
         copy.deepcopy(gm),  # inductor changes the graph that it is given
         example_inputs,
         replace(partitioner, on_plan=plans.append),

@@ -129,7 +129,7 @@ def _link(forwards: Mapping[str, RegionForward], regions: Mapping[str, RegionSpe
                 "policy. Expected one of the two: what a policy keeps is handed out once. Leave "
                 "the policy out, or recompute the segment once (nested=False)."
             )
-        forwards[name].link = Link(links, spec.nested)
+        forwards[name].link = Link(forwards[name].module, links, spec.nested)
 
 
 def _region_forward(module: nn.Module) -> RegionForward | None:

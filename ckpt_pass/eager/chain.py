@@ -4,7 +4,9 @@ Between the modules of a segment stands the model's own code, which cannot be ru
 module stays a region of its own, but an argument that *is* the tensor which the region before has
 returned is not kept: the region remembers who made it. When its values are asked for, the regions
 from the segment's first one on run again. Whether the tensor is the same object, and unchanged, is
-looked at in every run; what comes from anywhere else is kept as in any region.
+looked at in every run; what comes from anywhere else is kept as in any region. So is the tensor of
+a region whose parameters are not there any more when the next one runs: FSDP2 takes a layer's
+parameters away after its forward, and would bring them back for its own backward only.
 
 The method is sqrt(n) checkpointing (Chen et al., arXiv:1604.06174) where segments are that long;
 ``nested`` is its second level.
@@ -16,9 +18,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import is_
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ckpt_pass import _torch_autograd
@@ -47,16 +51,28 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 class ChainedFrame(Frame):
     """One run of a region in a segment."""
 
-    __slots__ = ("_before", "_candidates", "_nested", "_outputs", "_ready")
+    __slots__ = (
+        "_before",
+        "_candidates",
+        "_module",
+        "_nested",
+        "_outputs",
+        "_parameters",
+        "_ready",
+    )
 
     def __init__(
         self,
         fn: Callable[..., Any],
         options: RegionOptions,
+        module: nn.Module,
         candidates: tuple[ChainedFrame, ...],
         nested: bool,
     ) -> None:
         super().__init__(fn, options)
+        self._module = module
+        #: Those it runs with: other objects stand in their places while FSDP2 has them sharded.
+        self._parameters = tuple(module.parameters())
         self._candidates = candidates
         self._before: ChainedFrame | None = None
         self._nested = nested
@@ -91,7 +107,13 @@ class ChainedFrame(Frame):
         return kept
 
     def _there(self) -> dict[int, int]:
-        """The numbers of the outputs that are there still, unchanged, by identity."""
+        """The numbers of the outputs that are there still, unchanged, by identity.
+
+        None where the region could not be run again now.
+        """
+        now = tuple(self._module.parameters())
+        if len(now) != len(self._parameters) or not all(map(is_, now, self._parameters)):
+            return {}
         return {
             id(tensor): number
             for number, (found, version) in enumerate(self._outputs)
@@ -137,13 +159,15 @@ class Link:
     """A region's place in a segment; pickled and copied with its module.
 
     Args:
+        module: the region's module.
         before: the places of the regions whose output it may take; none for the first of a segment.
         nested: make the outputs of the segment's regions first, and keep those, then the values of
             one region at a time: each but the last runs three times, but the values of one region
             only are there at once. Else all regions run again at once.
     """
 
-    def __init__(self, before: tuple[Link, ...], nested: bool) -> None:
+    def __init__(self, module: nn.Module, before: tuple[Link, ...], nested: bool) -> None:
+        self._module = module
         self._before = before
         self._nested = nested
         self._latest: weakref.ref[ChainedFrame] | None = None
@@ -152,7 +176,7 @@ class Link:
         """A frame for a run that begins now."""
         running = [link._latest() for link in self._before if link._latest is not None]
         before = tuple(frame for frame in running if frame is not None)
-        frame = ChainedFrame(fn, options, before, self._nested)
+        frame = ChainedFrame(fn, options, self._module, before, self._nested)
         self._latest = weakref.ref(frame)
         return frame
 

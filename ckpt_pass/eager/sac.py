@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from enum import Enum, auto
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -22,20 +21,29 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass import _torch
 from ckpt_pass._torch_ops import OpOverload
+from ckpt_pass.eager.actions import (
+    IGNORED,
+    Action,
+    actions_for,
+    is_cached_cast,
+    is_free,
+    is_mutable,
+    overwritten,
+    returns_what_it_changes,
+)
 from ckpt_pass.eager.draws import Draw, DrawWatch
 from ckpt_pass.eager.light_hooks import LightHooks
 from ckpt_pass.eager.region import RegionMemory, Saved
 from ckpt_pass.eager.watch import RegionRecord, new_record
 from ckpt_pass.module_stack import ModuleStack
-from ckpt_pass.opinion import Opinion, opinion, report_unclassified, settled
-from ckpt_pass.ops import OpClass, classify, draws_random, op_name
+from ckpt_pass.opinion import Opinion, opinion
+from ckpt_pass.ops import op_name
 from ckpt_pass.policies import DEFAULT_POLICY, as_policy
 from ckpt_pass.policy import DEFAULT, Policy, PolicyLike, TorchPolicy, check_decision, describe
 from ckpt_pass.sites import CallNumbers, ModulePath, SiteContext, SiteCounter, module_path
 
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
 
-IGNORED = _torch.selective_ignored_ops()
 NOT_SAVED = Opinion(CheckpointPolicy.PREFER_RECOMPUTE, "made again from what it shows")
 
 
@@ -80,100 +88,6 @@ def selective_contexts(
     return ForwardMode(policy, memory, hooks), RecomputeMode(memory, hooks, owner)
 
 
-class _Action(Enum):
-    """What to do with an op, as far as the op alone tells."""
-
-    PASS = auto()
-    SAVE = auto()
-    ASK = auto()
-    CHANGE = auto()
-    #: SAVE, and nothing about a single execution can change that.
-    STORE = auto()
-
-
-class _Actions:
-    """What to do with each op under one policy; filled as ops are met."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.needs_scopes = bool(getattr(policy, "needs_scopes", True))
-        self.known: dict[Any, _Action] = {}
-        #: Ops of which some call draws random numbers and some call may be saved.
-        self.drawing: set[Any] = set()
-
-    def learn(self, op: Any) -> _Action:
-        """Find out about an op that is met for the first time."""
-        report_unclassified(op)
-        action = self._find(op)
-        if action is not _Action.PASS and draws_random(op):
-            self.drawing.add(op)
-        elif action is _Action.SAVE and classify(op) is not OpClass.CAST and hasattr(op, "_schema"):
-            action = _Action.STORE
-        self.known[op] = action
-        return action
-
-    def _find(self, op: Any) -> _Action:
-        if op in IGNORED or _is_free(op):
-            return _Action.PASS
-        if _is_mutable(op):
-            return _Action.CHANGE
-        found = settled(self.policy, SiteCounter().visit(op, ()))
-        if found is None:
-            return _Action.ASK
-        return _Action.SAVE if found.saves else _Action.PASS
-
-
-@functools.lru_cache(maxsize=256)
-def _shared_actions(policy: Policy) -> _Actions:
-    return _Actions(policy)
-
-
-def _actions_for(policy: Policy) -> _Actions:
-    try:
-        return _shared_actions(cast(Any, policy))
-    except TypeError:  # not hashable: a user's own object
-        return _Actions(policy)
-
-
-def _is_free(op: Any) -> bool:
-    """Views and metadata are made again from their base and never saved by themselves."""
-    return classify(op) in (OpClass.VIEW, OpClass.METADATA)
-
-
-def _is_cached_cast(op: Any, args: tuple[Any, ...]) -> bool:
-    """The cast of a weight, which autocast may take from its cache instead.
-
-    Forward and recomputation then cast it in different numbers (pytorch#193338), so such casts
-    are made again and never counted. The cache holds leaves that require a gradient, no others
-    (``aten/src/ATen/autocast_mode.cpp``).
-    """
-    if classify(op) is not OpClass.CAST or not args:
-        return False
-    source = args[0]
-    return isinstance(source, torch.Tensor) and source.requires_grad and source.is_leaf
-
-
-def _is_mutable(op: Any) -> bool:
-    schema = getattr(op, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
-
-
-def _returns_what_it_changes(op: Any, args: tuple[Any, ...], output: Any) -> bool:
-    """An in-place op such as ``add_``: it changes its first argument and returns it."""
-    return bool(args) and isinstance(output, torch.Tensor) and output is args[0]
-
-
-def _changed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """The tensors that a mutable op overwrites."""
-    for index, argument in enumerate(op._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[index] if index < len(args) else kwargs.get(argument.name)
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, torch.Tensor):
-                yield item
-
-
 class ForwardMode(TorchDispatchMode):
     """Runs a region's forward and saves what the policy says."""
 
@@ -194,7 +108,7 @@ class ForwardMode(TorchDispatchMode):
         self._hooks = hooks
         self._policy = policy
         self._memory = memory
-        self._actions = _actions_for(policy)
+        self._actions = actions_for(policy)
         self._known = self._actions.known
         self._counter = SiteCounter()
         self._numbers = CallNumbers()
@@ -227,9 +141,9 @@ class ForwardMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._by_op_alone and self._unsettled is None:
             action = self._known.get(func)
-            if action is _Action.PASS:
+            if action is Action.PASS:
                 return func(*args, **kwargs)
-            if action is _Action.STORE:
+            if action is Action.STORE:
                 output = func(*args, **kwargs)
                 self._memory.keep(func, output)
                 return output
@@ -246,10 +160,10 @@ class ForwardMode(TorchDispatchMode):
         action = self._known.get(func)
         if action is None:
             action = self._actions.learn(func)
-        if action is _Action.PASS and self._record is None:
+        if action is Action.PASS and self._record is None:
             return func(*args, **kwargs)
-        if action is _Action.CHANGE:
-            self._memory.about_to_change(_changed(func, args, kwargs))
+        if action is Action.CHANGE:
+            self._memory.about_to_change(overwritten(func, args, kwargs))
         watch = DrawWatch(func, args, kwargs) if func in self._actions.drawing else None
         output = func(*args, **kwargs)
         if func in IGNORED:
@@ -264,7 +178,7 @@ class ForwardMode(TorchDispatchMode):
 
     def _keep(
         self,
-        action: _Action,
+        action: Action,
         func: Any,
         args: tuple[Any, ...],
         kwargs: Any,
@@ -272,13 +186,13 @@ class ForwardMode(TorchDispatchMode):
         watch: DrawWatch | None,
     ) -> None:
         """Save or count one execution, as the policy says."""
-        if action in (_Action.SAVE, _Action.STORE) and self._record is None:
+        if action in (Action.SAVE, Action.STORE) and self._record is None:
             saves = True
         else:
             saves = self._ask(func, args, kwargs, output).saves
-        if action is _Action.PASS or _is_cached_cast(func, args):
+        if action is Action.PASS or is_cached_cast(func, args):
             return
-        if action is _Action.CHANGE and not _returns_what_it_changes(func, args, output):
+        if action is Action.CHANGE and not returns_what_it_changes(func, args, output):
             return
         key = _torch.selective_key(func, args)
         if not saves:
@@ -286,7 +200,7 @@ class ForwardMode(TorchDispatchMode):
             return
         draw: Draw | None = watch.finished() if watch is not None else None
         entry = self._memory.keep(key, output, draw)
-        self._unsettled = entry if action is _Action.CHANGE else None
+        self._unsettled = entry if action is Action.CHANGE else None
 
     def _ask(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Opinion:
         """What the policy says of this execution; also told to whoever is watching."""
@@ -300,8 +214,8 @@ class ForwardMode(TorchDispatchMode):
         return self._decide(self._counter.visit(func, path, None, output, args, kwargs))
 
     def _decide(self, context: SiteContext) -> Opinion:
-        cached = not self._tracing and _is_cached_cast(context.op, context.args)
-        free = cached or _is_free(context.op)
+        cached = not self._tracing and is_cached_cast(context.op, context.args)
+        free = cached or is_free(context.op)
         found = NOT_SAVED if free else opinion(self._policy, context)
         if self._record is not None:
             self._record.decisions.append((context.site, found))
@@ -392,16 +306,16 @@ class RecomputeMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in IGNORED:
             return func(*args, **kwargs)
-        if self._buffers and _is_mutable(func):
+        if self._buffers and is_mutable(func):
             args = self._with_copies(func, args, kwargs)
         key = func if isinstance(func, OpOverload) else _torch.selective_key(func, args)
-        if not self._memory.counts(key) or _is_cached_cast(func, args):
+        if not self._memory.counts(key) or is_cached_cast(func, args):
             return _run_again(func, args, kwargs)
         entry = self._memory.next(key)
         if entry is None:
             return _run_again(func, args, kwargs)
         value = entry.take(func)
-        if _is_mutable(func) and _torch.proxy_graph() is None:
+        if is_mutable(func) and _torch.proxy_graph() is None:
             with torch.no_grad():
                 args[0].copy_(value)
             return args[0]
@@ -413,7 +327,7 @@ class RecomputeMode(TorchDispatchMode):
         """The arguments of an op, but copies of the buffers that it would change once more."""
         changed = {
             id(tensor)
-            for tensor in _changed(func, args, kwargs)
+            for tensor in overwritten(func, args, kwargs)
             if tensor.untyped_storage()._cdata in self._buffers
         }
         return tuple(value.clone() if id(value) in changed else value for value in args)

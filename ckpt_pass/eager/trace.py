@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ckpt_pass import _torch_autograd
+from ckpt_pass.eager.step_record import CallRecord as CallRecord
+from ckpt_pass.eager.step_record import EagerTrace as EagerTrace
+from ckpt_pass.eager.step_record import OpRecord as OpRecord
+from ckpt_pass.eager.step_record import SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
     changed_tensors,
     copied,
@@ -36,84 +39,10 @@ from ckpt_pass.module_stack import ModuleStack
 from ckpt_pass.ops import draws_random, never_recompute, op_name
 from ckpt_pass.sites import CallSite, ModulePath, SiteCounter, output_tensors
 
-#: The moment of what never happens.
-NEVER = 1 << 60
-
 #: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
 #: which neither hooks nor modes see. Counted as if held to the end.
 _SAVING_NUMBERS = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
 _NUMBER_BYTES = 8
-
-
-@dataclass
-class StorageRecord:
-    """A storage that an op of the step allocated."""
-
-    nbytes: int
-    born: int
-    dies: int = NEVER
-
-
-@dataclass
-class SavedRecord:
-    """A value that autograd saved at a moment; ``storage`` is -1 for what existed before."""
-
-    storage: int
-    saved_at: int
-    released: int = NEVER
-
-
-@dataclass
-class OpRecord:
-    """One op that ran.
-
-    Attributes:
-        site: its call site; of the backward ``None``.
-        call: one node that stands for all equal calls: op, arguments, results without data.
-        makes: the storages that it allocated.
-        uses: the storages of the step among its arguments.
-        changes: those of them that it overwrites; -1 for what existed before.
-        draws: whether it draws random numbers.
-        effects: whether it must not run twice.
-    """
-
-    site: CallSite | None
-    call: fx.Node
-    makes: tuple[int, ...]
-    uses: tuple[int, ...]
-    changes: tuple[int, ...]
-    draws: bool
-    effects: bool
-
-
-@dataclass
-class CallRecord:
-    """One call of a module.
-
-    Attributes:
-        ops, values: the ops and saved values inside, as ranges.
-        trains: whether all of it is in training mode.
-        outputs: the storages that it returned.
-    """
-
-    name: str
-    parent: int
-    ops: tuple[int, int]
-    values: tuple[int, int]
-    trains: bool
-    outputs: tuple[int, ...] = ()
-
-
-@dataclass
-class EagerTrace:
-    """A recorded step; moments count the ops that had begun."""
-
-    ops: list[OpRecord] = field(default_factory=list)
-    storages: list[StorageRecord] = field(default_factory=list)
-    saved: list[SavedRecord] = field(default_factory=list)
-    asked: dict[int, int] = field(default_factory=dict)
-    calls: list[CallRecord] = field(default_factory=list)
-    forward_length: int = 0
 
 
 def trace_step(

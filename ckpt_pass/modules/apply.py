@@ -95,7 +95,11 @@ def apply(
         InfeasibleBudgetError and others: see :func:`ckpt_pass.plan`.
     """
     _refuse_twice(model)
-    choice = choose(model, placement, policy, budget, example_inputs, loss_fn)
+    if budget is None:
+        choice = choose(model, placement, policy, example_inputs, loss_fn)
+    else:
+        _check_budget_alone(placement, policy, example_inputs)
+        choice = _planned(model, budget, _as_args(example_inputs), loss_fn)
     _check_shared(model, choice)
     _warn_inactive(model, choice)
     apply_regions(model, choice.regions)
@@ -105,19 +109,26 @@ def apply(
 
 def choose(
     model: nn.Module,
-    placement: PlacementLike | None = None,
-    policy: PolicyLike | None = None,
-    budget: BudgetLike | None = None,
+    placement: PlacementLike | None,
+    policy: PolicyLike | None,
     example_inputs: Any = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
 ) -> Choice:
     """What :func:`apply` would do with the same arguments; nothing is applied."""
-    if budget is None:
-        chosen = as_placement(DEFAULT_PLACEMENT if placement is None else placement)
-        if isinstance(chosen, NeedsProfiles) and not chosen.profiles and example_inputs is not None:
-            profiles = profile_layers(model, *_as_args(example_inputs), loss_fn=loss_fn)
-            chosen = chosen.with_profiles(profiles)
-        return chosen.choose(model).with_policy(policy)
+    chosen = as_placement(DEFAULT_PLACEMENT if placement is None else placement)
+    if isinstance(chosen, NeedsProfiles) and not chosen.profiles and example_inputs is not None:
+        profiles = profile_layers(model, *_as_args(example_inputs), loss_fn=loss_fn)
+        chosen = chosen.with_profiles(profiles)
+    return chosen.choose(model).with_policy(policy)
+
+
+def _as_args(example_inputs: Any) -> tuple[Any, ...]:
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def _check_budget_alone(
+    placement: PlacementLike | None, policy: PolicyLike | None, example_inputs: Any
+) -> None:
     if placement is not None or policy is not None:
         raise PlacementError(
             "Got budget= together with a placement or a policy, expected one of the two: within a "
@@ -128,11 +139,6 @@ def choose(
             "Got budget= without example_inputs=, expected the model's arguments: a plan records "
             "one step on fake tensors."
         )
-    return _planned(model, budget, _as_args(example_inputs), loss_fn)
-
-
-def _as_args(example_inputs: Any) -> tuple[Any, ...]:
-    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
 
 
 def _planned(

@@ -137,6 +137,18 @@ def run_step(
     )
 
 
+def assert_same_step(ours: StepResult, plain: StepResult, bitwise: bool = True) -> None:
+    """The same loss to the last bit; gradients and buffers too, unless told."""
+    assert torch.equal(ours.loss, plain.loss)
+    for found, expected in ((ours.gradients, plain.gradients), (ours.buffers, plain.buffers)):
+        assert found.keys() == expected.keys()
+        if bitwise:
+            different = [name for name in expected if not torch.equal(found[name], expected[name])]
+            assert different == []
+        else:
+            torch.testing.assert_close(found, expected)
+
+
 def checkpoint_blocks(
     model: nn.Module,
     block_names: list[str],

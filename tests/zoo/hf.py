@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -194,6 +194,10 @@ def _reference(model: Callable[[Any], nn.Module], config: Any, batch: int, lengt
     make = seeded(lambda: (TrainStep(model(config), next_token_loss), (text_ids(batch, length),)))
     return make()
 
+
+MODELS: Mapping[str, Callable[[], Built]] = {
+    build.__name__: build for build in (gpt2, llama, mixtral, bert, vit, resnet)
+}
 
 CASES: tuple[Case, ...] = (
     Case("gpt2", seeded(gpt2), children_of("model.transformer.h"), draws_random=True),

@@ -117,3 +117,5 @@ TRANSFORMER = Case(
     children_of("transformer.encoder.layers", "transformer.decoder.layers"),
     draws_random=True,
 )
+T5 = Case("t5", seeded(t5), no_blocks, draws_random=True)
+BART = Case("bart", seeded(bart), no_blocks, draws_random=True)

@@ -1,0 +1,83 @@
+"""What is recorded of an eager training step: its ops, storages, saved values and module calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ckpt_pass.sites import CallSite
+
+#: The moment of what never happens.
+NEVER = 1 << 60
+
+
+@dataclass
+class StorageRecord:
+    """A storage that an op of the step allocated."""
+
+    nbytes: int
+    born: int
+    dies: int = NEVER
+
+
+@dataclass
+class SavedRecord:
+    """A value that autograd saved at a moment; ``storage`` is -1 for what existed before."""
+
+    storage: int
+    saved_at: int
+    released: int = NEVER
+
+
+@dataclass
+class OpRecord:
+    """One op that ran.
+
+    Attributes:
+        site: its call site; of the backward ``None``.
+        call: one node that stands for all equal calls: op, arguments, results without data.
+        makes: the storages that it allocated.
+        uses: the storages of the step among its arguments.
+        changes: those of them that it overwrites; -1 for what existed before.
+        draws: whether it draws random numbers.
+        effects: whether it must not run twice.
+    """
+
+    site: CallSite | None
+    call: fx.Node
+    makes: tuple[int, ...]
+    uses: tuple[int, ...]
+    changes: tuple[int, ...]
+    draws: bool
+    effects: bool
+
+
+@dataclass
+class CallRecord:
+    """One call of a module.
+
+    Attributes:
+        ops, values: the ops and saved values inside, as ranges.
+        trains: whether all of it is in training mode.
+        outputs: the storages that it returned.
+    """
+
+    name: str
+    parent: int
+    ops: tuple[int, int]
+    values: tuple[int, int]
+    trains: bool
+    outputs: tuple[int, ...] = ()
+
+
+@dataclass
+class EagerTrace:
+    """A recorded step; moments count the ops that had begun."""
+
+    ops: list[OpRecord] = field(default_factory=list)
+    storages: list[StorageRecord] = field(default_factory=list)
+    saved: list[SavedRecord] = field(default_factory=list)
+    asked: dict[int, int] = field(default_factory=dict)
+    calls: list[CallRecord] = field(default_factory=list)
+    forward_length: int = 0
