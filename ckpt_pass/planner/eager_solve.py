@@ -2,10 +2,10 @@
 
 The candidates nest like the modules do. For a price on held bytes and a limit on the memory that
 one region's backward may need, the best choice is found exactly, from the inside out, as if bytes
-added up; sweeping both gives uniform plans. Neighbouring ones are mixed layer by layer, and single
-ops are kept where there is room. Every plan on the way is simulated and remembered; a budget takes
-the fastest that fits. What is remembered does not depend on the budget, so that a larger budget
-never gives a slower plan.
+added up; sweeping both gives uniform plans. Those on the convex hull of time and peak are mixed
+layer by layer, and single ops are kept where there is room. Every plan on the way is simulated and
+remembered; a budget takes the fastest that fits. What is remembered does not depend on the budget,
+so that a larger budget never gives a slower plan.
 """
 
 from __future__ import annotations
@@ -80,9 +80,10 @@ class EagerPool:
         for limit in self._tree.limits():
             for price in self._tree.prices():
                 self._add(self._tree.best(price, limit))
-        self._mix()
+        self._mix_hull()
         self._polish()
-        self._mix()
+        self._mix_hull()
+        self._mix(self.frontier())
 
     @property
     def least_peak_bytes(self) -> int:
@@ -106,10 +107,18 @@ class EagerPool:
             known = self.plans[plan] = profile.recompute_time_s, profile.peak_bytes
         return known
 
-    def _mix(self) -> None:
-        """Go from each plan of the frontier to the next slower one, slot by slot."""
-        frontier = [plan for _, _, plan in self.frontier()]
-        for fast, slow in pairwise(frontier):
+    def _mix_hull(self) -> None:
+        """Mix along the hull, and once more along what that makes of it.
+
+        Steps between plans far apart go nearly straight, so that they lie below the frontier
+        wherever that bulges: at a third of gpt2-12L's peak they halve the recomputation.
+        """
+        for _ in range(2):
+            self._mix(_hull(self.frontier()))
+
+    def _mix(self, entries: Iterable[Entry]) -> None:
+        """Go from each plan to the next slower one, slot by slot."""
+        for (_, _, fast), (_, _, slow) in pairwise(entries):
             slots = self._tree.slots(fast, slow)
             for order in (slots, slots[::-1]):
                 plan = fast
@@ -132,6 +141,22 @@ class EagerPool:
             more = EagerPlan(plan.regions, plan.kept | {op})
             if self._add(more)[1] <= ceiling:
                 plan = more
+
+
+def _hull(frontier: Iterable[Entry]) -> list[Entry]:
+    """The entries of a frontier on its lower convex hull, fastest first."""
+    found: list[Entry] = []
+    for entry in frontier:
+        while len(found) > 1 and not _below(found[-2], found[-1], entry):
+            found.pop()
+        found.append(entry)
+    return found
+
+
+def _below(before: Entry, entry: Entry, after: Entry) -> bool:
+    """Whether an entry lies below the straight line between its neighbours."""
+    (time_s, peak, _), (at_s, at, _), (later_s, least, _) = before, entry, after
+    return (at_s - time_s) * (peak - least) < (later_s - time_s) * (peak - at)
 
 
 def _order(item: tuple[EagerPlan, tuple[float, int]]) -> tuple[float, int, list[int], list[int]]:
