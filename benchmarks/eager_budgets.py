@@ -181,8 +181,7 @@ def _bars(rows: list[EagerRow]) -> Iterator[Bar]:
         where = f"{ours.model} at {torchs.way}"
         yield Bar(f"{where}: peak", ours.peak_bytes, torchs.peak_bytes, "bytes")
         yield Bar(f"{where}: recomputed time", ours.time_share, torchs.time_share)
-        if ours.model in {model.name for model in LARGE}:  # elsewhere launching ops is what costs
-            yield Bar(f"{where}: recomputed flops", ours.flops_share, torchs.flops_share)
+        yield Bar(f"{where}: recomputed flops", ours.flops_share, torchs.flops_share)
     for row in rows:
         if row.way == "plan, least peak":
             blocks = next(r for r in rows if r.model == row.model and "nothing saved" in r.way)
