@@ -23,6 +23,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "vit": hf.vit,
     "resnet": hf.resnet,
 }
+LARGE: dict[str, Callable[[], Any]] = {"gpt2-12L": hf.gpt2_12l, "llama-16L": hf.llama_16l}
 
 
 def least_budget(model: nn.Module, args: Any, mode: str) -> int:
@@ -49,6 +50,16 @@ def test_plans_hold(name: str, mode: str) -> None:
         "peak, budget",
         "recomputed flops",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["compiled", "eager"])
+@pytest.mark.parametrize("name", LARGE)
+def test_plans_of_large_models_hold(name: str, mode: str) -> None:
+    model, args = LARGE[name]()
+    found = ckpt_pass.verify(model, *args, budget=0.4, mode=mode)
+    assert len(found.checks) == 5
+    assert found.ok, str(found)
 
 
 def test_an_eager_policy_holds() -> None:
