@@ -67,6 +67,13 @@ def test_an_eager_policy_holds() -> None:
     ckpt_pass.verify(model, *args, policy="save-matmul", mode="eager").raise_if_failed()
 
 
+def test_steps_of_the_same_code_and_other_shapes_hold_one_after_the_other() -> None:
+    for rows in (48, 32):
+        model = Dropping(plainly)
+        found = ckpt_pass.verify(model, torch.randn(rows, 64), policy="save-matmul")
+        assert found.ok, str(found)
+
+
 def test_a_policy_holds_compiled() -> None:
     model, args = hf.gpt2()
     ckpt_pass.verify(model, *args, policy="save-matmul").raise_if_failed()
