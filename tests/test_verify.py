@@ -15,6 +15,8 @@ import ckpt_pass
 from ckpt_pass.cli import make_app
 from tests.zoo import hf
 
+LARGE: dict[str, Callable[[], Any]] = {"gpt2-12L": hf.gpt2_12l, "llama-16L": hf.llama_16l}
+
 
 def least_budget(model: nn.Module, args: Any, mode: str) -> int:
     with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
@@ -42,9 +44,26 @@ def test_plans_hold(name: str, mode: str) -> None:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["compiled", "eager"])
+@pytest.mark.parametrize("name", LARGE)
+def test_plans_of_large_models_hold(name: str, mode: str) -> None:
+    model, args = LARGE[name]()
+    found = ckpt_pass.verify(model, *args, budget=0.4, mode=mode)
+    assert len(found.checks) == 5
+    assert found.ok, str(found)
+
+
 def test_an_eager_policy_holds() -> None:
     model, args = hf.gpt2()
     ckpt_pass.verify(model, *args, policy="save-matmul", mode="eager").raise_if_failed()
+
+
+def test_steps_of_the_same_code_and_other_shapes_hold_one_after_the_other() -> None:
+    for rows in (48, 32):
+        model = Dropping(plainly)
+        found = ckpt_pass.verify(model, torch.randn(rows, 64), policy="save-matmul")
+        assert found.ok, str(found)
 
 
 def test_a_policy_holds_compiled() -> None:
