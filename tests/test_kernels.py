@@ -331,6 +331,8 @@ def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
         assert RUNS == []
         both = Kernels(KernelCache(tmp_path)).facts([node], WORKSPACE_AND_TIME)
         assert RUNS and both[node].time_s is not None  # the time was not known
+        # Timed kernels must not change plans of modelled times.
+        assert Kernels(KernelCache(tmp_path)).facts([node]) == first
     with capture(Scratch(501), torch.ones(8)) as joint:  # another number, another call
         other = Kernels(KernelCache(tmp_path)).facts(of_op(joint.nodes, "scratch"))
         assert [facts.workspace_bytes for facts in other.values()] == [501]

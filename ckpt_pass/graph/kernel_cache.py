@@ -45,6 +45,13 @@ class KernelFacts:
         lacks_workspace = "workspace" in what and self.workspace_bytes is None
         return not (lacks_workspace or ("time" in what and self.time_s is None))
 
+    def only(self, what: frozenset[str]) -> KernelFacts:
+        """What answers ``what``, and nothing else."""
+        return KernelFacts(
+            self.workspace_bytes if "workspace" in what else None,
+            self.time_s if "time" in what else None,
+        )
+
     def joined(self, other: KernelFacts) -> KernelFacts:
         """Both; where both know, ``other`` counts."""
         return KernelFacts(
