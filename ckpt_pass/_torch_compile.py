@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,27 @@ from torch.utils._ordered_set import OrderedSet
 __all__ = ["CustomPartitionerFn"]
 
 CompiledFn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class HalfPeak:
+    """Memory of one half of a step, by inductor's own schedule.
+
+    Attributes:
+        peak_bytes: its peak, with what it is given of the other half.
+        given_bytes: what it is given and may free: saved activations that go by that name.
+        left_bytes: what is there when it ends: its outputs, saved activations among them.
+        is_backward: which half it is.
+    """
+
+    peak_bytes: int
+    given_bytes: int
+    left_bytes: int
+    is_backward: bool
+
+
+#: The bytes that kernels of ops allocate besides their outputs, where that is any.
+WorkspacesOf = Callable[[Sequence[fx.Node]], Mapping[fx.Node, int]]
 
 
 def compile_eager(
@@ -37,7 +59,8 @@ def compile_inductor(
     partition: CustomPartitionerFn,
     options: dict[str, Any],
     mode: str | None,
-    on_peak: Callable[[int], None] | None = None,
+    on_peak: Callable[[HalfPeak], None] | None = None,
+    workspaces_of: WorkspacesOf | None = None,
 ) -> CompiledFn:
     """Compile with inductor; its joint-graph passes run first, then our partition function.
 
@@ -47,9 +70,10 @@ def compile_inductor(
         module, inputs: dynamo's graph and its example inputs.
         partition: our partition function.
         options, mode: inductor's, as ``torch.compile`` takes them.
-        on_peak: told the peak of inductor's own schedule of each half, in bytes, what the half
-            takes from the other included. With it no cache is used: a schedule that comes from
-            a cache tells nothing.
+        on_peak: told the peak of inductor's own schedule of each half. With it no cache is
+            used: a schedule that comes from a cache tells nothing.
+        workspaces_of: what the kernels of ops that inductor does not generate allocate besides
+            their outputs; inductor's own estimate leaves it out.
     """
     import torch._inductor as inductor
     from torch._inductor.compile_fx import compile_fx
@@ -60,7 +84,7 @@ def compile_inductor(
     if on_peak is None:
         return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
     patches["_post_fusion_custom_pass"] = _peak_reporter(
-        on_peak, patches.get("_post_fusion_custom_pass")
+        on_peak, workspaces_of, patches.get("_post_fusion_custom_pass")
     )
     patches["fx_graph_cache"] = False
     # Otherwise the backward is lowered when it first runs, too late to plan again.
@@ -70,12 +94,15 @@ def compile_inductor(
 
 
 def _peak_reporter(
-    on_peak: Callable[[int], None], users: Callable[[Any], Any] | None
+    on_peak: Callable[[HalfPeak], None],
+    workspaces_of: WorkspacesOf | None,
+    users: Callable[[Any], Any] | None,
 ) -> Callable[[list[Any]], list[Any]]:
     """A pass over inductor's schedule that changes nothing and tells its peak.
 
     The estimate is inductor's own (``torch/_inductor/memory.py``): what is freed goes after its
-    last use; parameters and inputs are not counted, saved activations are.
+    last use; parameters and inputs are not counted, saved activations are. Workspaces of kernels
+    that are called, not generated, come on top.
     """
 
     def report(nodes: list[Any]) -> list[Any]:
@@ -93,10 +120,29 @@ def _peak_reporter(
                 OrderedSet(graph.graph_inputs.keys()),
                 outputs,
             )
-            on_peak(memory.estimate_peak_memory_allocfree(scheduled, freeable, outputs)[0])
+            _, curve, _, _ = memory.estimate_peak_memory_allocfree(scheduled, freeable, outputs)
+            called = [_called_ops(node) for node in scheduled]
+            sizes = workspaces_of([op for ops in called for op in ops]) if workspaces_of else {}
+            peaks = (
+                allocated + max((sizes.get(op, 0) for op in ops), default=0)
+                for (allocated, _), ops in zip(curve, called, strict=True)
+            )
+            given = sum(buffer.mpi_buffer.size_free for buffer in freeable.values())
+            on_peak(HalfPeak(max(peaks), given, curve[-1][1], bool(graph.is_backward)))
         return scheduled
 
     return report
+
+
+def _called_ops(scheduled: Any) -> list[fx.Node]:
+    """The ops behind a scheduled node whose kernels are called as they are, not generated."""
+    found = []
+    for part in scheduled.get_nodes():
+        packet = getattr(getattr(part.node, "op_overload", None), "overloadpacket", None)
+        for origin in getattr(part.node, "origins", ()):
+            if packet is not None and getattr(origin.target, "overloadpacket", None) is packet:
+                found.append(origin)
+    return found
 
 
 def inductor_option_names() -> frozenset[str]:

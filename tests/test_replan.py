@@ -53,6 +53,24 @@ def test_met_or_said(fraction: float) -> None:
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
 
 
+def test_workspaces_and_copies_in_other_layouts_are_counted() -> None:
+    class Convolved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x).relu()).square().mean()
+
+    net = Convolved()
+    x = torch.randn(2, 3, 16, 16)
+    backend = ckpt_pass.make_backend(budget="1GiB", inner="inductor")
+    compiled = torch.compile(net, backend=backend)
+    step = ckpt_pass.measure_step(lambda: compiled(x), repeats=1)
+    told = backend.plans[0].inner_peak_bytes
+    assert told is not None and step.peak_bytes <= told <= 1.2 * step.peak_bytes
+
+
 def test_a_graph_without_a_backward_has_no_plan() -> None:
     net, x = Net(), torch.randn(8, 64)
     backend = ckpt_pass.make_backend(budget=0.5, inner="inductor")

@@ -17,6 +17,7 @@ from torch import fx
 
 from ckpt_pass import _torch_compile
 from ckpt_pass.compile.engine import Partitioner
+from ckpt_pass.graph.kernels import WORKSPACE, Kernels
 from ckpt_pass.plan import Plan, format_bytes
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 
@@ -52,19 +53,27 @@ def compile_within(
     Raises:
         InfeasibleBudgetError: no plan fits the budget even before inductor's changes.
     """
-    assert partitioner.goal is not None
+    goal = partitioner.goal
+    assert goal is not None
+
+    def planned_for(asked_bytes: int) -> _Round:
+        other = replace(partitioner, goal=replace(goal, budget=max(asked_bytes, 1)))
+        return _round(gm, example_inputs, other, inner_options, mode)
+
     best = _round(gm, example_inputs, partitioner, inner_options, mode)
     if best.plan is None or best.plan.budget_bytes is None:
         return best.compiled, best.plan
     budget_bytes = asked = best.plan.budget_bytes
     found, rounds = best, 1
     while best.peak_bytes > budget_bytes and rounds < _ROUNDS:
-        asked -= found.peak_bytes - budget_bytes
+        previous, asked = asked, asked - (found.peak_bytes - budget_bytes)
         try:
-            goal = replace(partitioner.goal, budget=max(asked, 1))
-            found = _round(gm, example_inputs, replace(partitioner, goal=goal), inner_options, mode)
-        except InfeasibleBudgetError:
-            break
+            found = planned_for(asked)
+        except InfeasibleBudgetError as error:
+            asked = error.least_feasible_bytes  # the lowest plan there is may still be enough
+            if asked >= previous:
+                break
+            found = planned_for(asked)
         rounds += 1
         best = min(best, found, key=lambda r: r.peak_bytes)
     assert best.plan is not None
@@ -86,6 +95,11 @@ def compile_within(
     return best.compiled, plan
 
 
+def _workspaces_of(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    facts = Kernels().facts(nodes, WORKSPACE)
+    return {node: found.workspace_bytes or 0 for node, found in facts.items()}
+
+
 def _round(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -93,7 +107,7 @@ def _round(
     inner_options: dict[str, Any],
     mode: str | None,
 ) -> _Round:
-    peaks: list[int] = []
+    halves: list[_torch_compile.HalfPeak] = []
     plans: list[Plan] = []
     compiled = _torch_compile.compile_inductor(
         copy.deepcopy(gm),  # inductor changes the graph that it is given
@@ -101,9 +115,24 @@ def _round(
         replace(partitioner, on_plan=plans.append),
         inner_options,
         mode,
-        peaks.append,
+        halves.append,
+        _workspaces_of,
     )
     plan = plans[-1] if plans else None
-    # Besides what inductor counts, the caller holds the outputs and brings tangents like them.
     held = plan.output_bytes if plan and isinstance(plan.output_bytes, int) else 0
-    return _Round(compiled, plan, max(peaks, default=0) + 2 * held)
+    return _Round(compiled, plan, _peak_bytes(halves, held))
+
+
+def _peak_bytes(halves: Sequence[_torch_compile.HalfPeak], held_bytes: int) -> int:
+    """The peak of a step.
+
+    During the backward there is more than inductor counts. The caller holds the outputs and brings
+    tangents like them. And a copy of an input in another layout (of weights and images, for
+    convolutions), saved by inductor's forward, stands for that input, which it does not count.
+    """
+    left = max((half.left_bytes for half in halves if not half.is_backward), default=0)
+    peaks = [0]
+    for half in halves:
+        copies = max(left - held_bytes - half.given_bytes, 0)
+        peaks.append(half.peak_bytes + (copies + 2 * held_bytes if half.is_backward else 0))
+    return max(peaks)
