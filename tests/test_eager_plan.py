@@ -92,8 +92,9 @@ def test_least_peak_is_not_above_a_checkpoint_for_each_block(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_least_peak_of_a_large_model() -> None:
-    check_least_peak(hf.gpt2_12l, CASES["gpt2"].block_names)
+@pytest.mark.parametrize("name", LARGE)
+def test_least_peak_of_a_large_model(name: str) -> None:
+    check_least_peak(LARGE[name], CASES[name.partition("-")[0]].block_names)
 
 
 def check_least_peak(
