@@ -186,15 +186,18 @@ def _peak(step: Step) -> int:
 
 def _least_peak(step: Step) -> int:
     try:
-        ckpt_pass.plan(step.model, step.x, budget=1, mode="eager")
+        ckpt_pass.plan(step.model, step.x, budget=1, mode="eager", cost="measured")
     except ckpt_pass.InfeasibleBudgetError as error:
         return error.least_feasible_bytes
     raise AssertionError("a step needs more than one byte")
 
 
 def _apply_plan(step: Step, budget_bytes: int) -> None:
-    """Plan a step for a peak (these steps' are mostly gradients: little can be recomputed)."""
-    plan = ckpt_pass.plan(step.model, step.x, budget=budget_bytes, mode="eager")
+    """Plan a step for a peak (these steps' are mostly gradients: little can be recomputed).
+
+    With measured times, as steps so small want it: flops are not what costs here.
+    """
+    plan = ckpt_pass.plan(step.model, step.x, budget=budget_bytes, mode="eager", cost="measured")
     plan.apply(step.model)
 
 
