@@ -14,7 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.budget import resolve_budget
 from ckpt_pass.eager.describe import eager_problem
-from ckpt_pass.eager.trace import EagerTrace, OpRecord, trace_step
+from ckpt_pass.eager.step_record import EagerTrace, OpRecord
+from ckpt_pass.eager.trace import trace_step
 from ckpt_pass.errors import CkptPassError
 from ckpt_pass.goal import Goal
 from ckpt_pass.graph.capture import untraceable

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ckpt_pass.eager.actions import IGNORED
 from ckpt_pass.eager.describe import region_of
-from ckpt_pass.eager.trace import CallRecord, EagerTrace, OpRecord
+from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord
 from ckpt_pass.eager_planning import described, traced
 from ckpt_pass.opinion import settled
 from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem, EagerProfile, EagerRegion

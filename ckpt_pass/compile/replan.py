@@ -21,7 +21,7 @@ from ckpt_pass.graph.kernels import WORKSPACE, Kernels
 from ckpt_pass.plan import Plan, format_bytes
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 
-#: Compilations of one graph at most; a third plan was never needed on the models of the test zoo.
+#: Compilations of one graph at most: each takes as long as the first.
 _ROUNDS = 3
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ckpt_pass.eager.trace import CallRecord, EagerTrace, OpRecord
+from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord
 from ckpt_pass.graph.cost import (
     at_traced_shape,
     device_type,

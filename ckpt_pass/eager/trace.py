@@ -22,10 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ckpt_pass import _torch_autograd
-from ckpt_pass.eager.step_record import CallRecord as CallRecord
-from ckpt_pass.eager.step_record import EagerTrace as EagerTrace
-from ckpt_pass.eager.step_record import OpRecord as OpRecord
-from ckpt_pass.eager.step_record import SavedRecord, StorageRecord
+from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
     changed_tensors,
     copied,

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ckpt_pass.compare import buffers_restored, gradients_restored, rng_restored
 from ckpt_pass.eager.apply import regions_of
-from ckpt_pass.eager.trace import CallRecord, EagerTrace
+from ckpt_pass.eager.step_record import CallRecord, EagerTrace
 from ckpt_pass.eager_planning import traced
 from ckpt_pass.errors import CkptPassError, nearest
 from ckpt_pass.modules.find import find_layers
