@@ -22,6 +22,7 @@ from torch._functorch.compile_utils import raise_getitems
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, is_sym_node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -195,6 +196,21 @@ def export_joint(
         + len(metadata.tokens)
     )
     return joint.graph_module, int(num_fwd_outputs)
+
+
+def call_with(
+    module: torch.nn.Module,
+    tensors: dict[str, torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """Call a module with other parameters and buffers, under all of their names.
+
+    ``torch.func.functional_call`` puts them back in the order in which it took them; of a module
+    with two names, the stand-in is put back last, and stays. The other order is right.
+    """
+    with _reparametrize_module(module, tensors, tie_weights=True, stack_weights=True):
+        return module(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import ckpt_pass
 from ckpt_pass import Plan, PlanFileError
@@ -84,6 +85,72 @@ def test_a_loaded_plan_is_carried_out(kind: str, tmp_path: Path) -> None:
     ckpt_pass.compare_gradients(
         lambda: stock(*args), lambda: compiled(*args), model
     ).raise_if_different()
+
+
+class Tied(nn.Module):
+    """A weight under two names, read first as a table and last as a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(64, 32), nn.Linear(32, 64, bias=False)
+        self.head.weight = self.embedding.weight
+        self.norm = nn.BatchNorm1d(32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.embedding(ids)).sin().exp())
+        return logits.square().mean()
+
+
+def test_tied_weights_are_one_ahead_of_time_too() -> None:
+    model, ids = Tied(), torch.arange(256) % 64
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
+        ckpt_pass.plan(model, ids, budget=1)
+    least = caught.value.least_feasible_bytes
+    plan = ckpt_pass.plan(model, ids, budget=least)
+    for how in ({"budget": least}, {"plan": plan}):
+        torch.compiler.reset()
+        backend = ckpt_pass.make_backend(inner="aot_eager", **how)  # type: ignore[arg-type]
+        compiled = torch.compile(model, backend=backend)
+        found = ckpt_pass.compare_gradients(lambda: model(ids), lambda c=compiled: c(ids), model)
+        found.raise_if_different()
+        measured = ckpt_pass.measure_step(lambda c=compiled: c(ids), repeats=1)
+        assert ckpt_pass.plan_differences(plan, backend.plans[0]) == ()
+        assert measured.peak_bytes == plan.peak_bytes <= least
+
+
+@pytest.mark.parametrize("mode", ["compiled", "eager"])
+def test_planning_leaves_a_module_with_two_names_as_it_is(mode: Any) -> None:
+    """``torch.func.functional_call`` would put a plain tensor in the place of its weight."""
+    layer = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model, x = nn.Sequential(layer, nn.ReLU(), layer), torch.ones(4, 8)
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    ckpt_pass.plan(model, x, budget=1.0, mode=mode, loss_fn=torch.sum)
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert len(before) == 7
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+
+
+def test_a_plan_that_is_over_its_budget_here_says_so() -> None:
+    model, args = hf.gpt2()
+    plan = ckpt_pass.plan(model, *args, budget=0.6)
+    less = dataclasses.replace(plan, budget_bytes=plan.peak_bytes - 1)
+    backend = ckpt_pass.make_backend(plan=less, inner="aot_eager")
+    with pytest.warns(ckpt_pass.BudgetExceededWarning, match="above its budget of"):
+        torch.compile(model, backend=backend)(*args)
+
+
+@pytest.mark.parametrize("what", ["saved", "drops", "merged"])
+def test_a_value_that_is_not_there_is_named(what: str) -> None:
+    model, args = hf.gpt2()
+    plan = ckpt_pass.plan(model, *args, budget=0.6)
+    odd: Any = ("backward of:nothing",) if what == "saved" else (("backward of:nothing",) * 2,)
+    assert plan.replay is not None
+    script = dataclasses.replace(plan.replay, **{what: getattr(plan.replay, what) + odd})
+    backend = ckpt_pass.make_backend(
+        plan=dataclasses.replace(plan, replay=script), inner="aot_eager"
+    )
+    with pytest.raises(Exception, match=r"lacks 1 values of the plan \(first: backward of:nothing"):
+        torch.compile(model, backend=backend)(*args)
 
 
 def test_inductor_takes_ops_apart_first() -> None:

@@ -113,7 +113,7 @@ def _anew(
 def _again(joint: JointGraph, plan: Plan, labels: dict[fx.Node, str]) -> Decided:
     """Carry out a plan's decisions."""
     tags = tag(joint, OPEN)
-    check_same_step(plan, joint, tags)
+    check_same_step(plan, joint, tags, labels)
     if plan.replay is not None:
         named = {label: node for node, label in labels.items()}
         pairs = [(named[one], named[other]) for one, other in plan.replay.merged]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -9,12 +10,13 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.compile.budgeting import Met
+from ckpt_pass.compile.symbolic import BudgetExceededWarning
 from ckpt_pass.compile.tagging import Tag
 from ckpt_pass.graph.cost import own_bytes
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import build_problem
-from ckpt_pass.plan import Decision, Plan, Replay, Signature
+from ckpt_pass.plan import Decision, Plan, Replay, Signature, format_bytes
 from ckpt_pass.plan_signature import (
     PlanMismatchError,
     looks,
@@ -37,11 +39,14 @@ def signature_of(joint: JointGraph) -> Signature:
     )
 
 
-def check_same_step(plan: Plan, joint: JointGraph, tags: Mapping[fx.Node, Tag]) -> None:
+def check_same_step(
+    plan: Plan, joint: JointGraph, tags: Mapping[fx.Node, Tag], labels: Mapping[fx.Node, str]
+) -> None:
     """Raise unless a plan was made for this very step.
 
     Raises:
-        PlanMismatchError: it says what differs: call sites, arguments, parameters, or bytes.
+        PlanMismatchError: it says what differs: call sites, arguments, parameters, bytes, or
+            values of the backward.
     """
     found = {found.context.site: node for node, found in tags.items()}
     missing, new = plan.sites - found.keys(), found.keys() - plan.sites
@@ -52,7 +57,11 @@ def check_same_step(plan: Plan, joint: JointGraph, tags: Mapping[fx.Node, Tag]) 
         reasons.insert(0, "this one " + " and ".join(filter(None, (lacks, has))))
     else:
         reasons += _bytes_differ(plan.decisions, found, joint)
-    if missing or new or any("argument" in reason or "bytes" in reason for reason in reasons):
+    unknown = _labels_of(plan.replay) - set(labels.values())
+    if unknown:
+        reasons.append(f"this one lacks {len(unknown)} values of the plan (first: {min(unknown)})")
+    different = missing or new or unknown
+    if different or any("argument" in reason or "bytes" in reason for reason in reasons):
         raise PlanMismatchError(
             f"The plan was made for another graph: {'; '.join(reasons)}. Expected its "
             f"{len(plan.sites)} call sites and no others, with the same shapes. Make the plan for "
@@ -63,6 +72,13 @@ def check_same_step(plan: Plan, joint: JointGraph, tags: Mapping[fx.Node, Tag]) 
 
 def _inputs_differ(planned: Signature | None, here: Signature) -> list[str]:
     return [] if planned is None else signature_differences(planned, here)
+
+
+def _labels_of(script: Replay | None) -> set[str]:
+    """All nodes that a script speaks of."""
+    if script is None:
+        return set()
+    return {*script.saved, *(label for pair in (*script.drops, *script.merged) for label in pair)}
 
 
 def _bytes_differ(
@@ -100,14 +116,10 @@ def replay(
     nodes = [node for node in joint.nodes if node.op == "call_function"]
     facts = kernels.facts(nodes, what) if plan.budget_bytes is not None else {}
     described = build_problem(joint, facts)
-    named = {label: node for node, label in labels.items() if node in described.index}
+    named = {label: node for node, label in labels.items()}
     script = plan.replay if plan.replay is not None else _script(plan, tags, labels)
-    saved = [named[label] for label in script.saved if label in named]
-    drops = frozenset(
-        (named[anchor], named[maker])
-        for anchor, maker in script.drops
-        if anchor in named and maker in named
-    )
+    saved = [named[label] for label in script.saved]
+    drops = frozenset((named[anchor], named[maker]) for anchor, maker in script.drops)
     for node in joint.forward:
         kept = CheckpointPolicy.MUST_SAVE if node in saved else CheckpointPolicy.PREFER_RECOMPUTE
         node.meta["recompute"] = kept
@@ -115,9 +127,25 @@ def replay(
     pairs = [(index[anchor], index[maker]) for anchor, maker in drops]
     words = plan.solver or "replayed"
     solution = evaluate(described.problem, [index[node] for node in saved], words, pairs)
+    _warn_if_over(plan, solution.peak_bytes)
     plain = without_recompute(described.problem)
     timeline = timeline_of(described.problem, plain.profile)
     return Met(solution, drops, plan.budget_bytes, facts, timeline)
+
+
+def _warn_if_over(plan: Plan, peak_bytes: int) -> None:
+    budget_bytes = plan.budget_bytes
+    if budget_bytes is None or peak_bytes <= budget_bytes:
+        return
+    warnings.warn(
+        f"Carried out here, the plan's step peaks at {peak_bytes:,} bytes "
+        f"({format_bytes(peak_bytes)}), above its budget of {budget_bytes:,} bytes "
+        f"({format_bytes(budget_bytes)}): its ops are those of the plan, but the machine's kernels "
+        "or the backward's order are others. Make the plan here, or give the backend the budget "
+        "instead.",
+        BudgetExceededWarning,
+        stacklevel=2,
+    )
 
 
 def _script(plan: Plan, tags: dict[fx.Node, Tag], labels: Mapping[fx.Node, str]) -> Replay:

@@ -34,7 +34,7 @@ Rationals = dict[sympy.Expr, sympy.Rational]
 
 
 class BudgetExceededWarning(UserWarning):
-    """A compiled step runs at sizes for which its plan does not keep to the budget."""
+    """A compiled step does not keep to its plan's budget, at these sizes or on this machine."""
 
 
 def symbolic_peak(

@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ckpt_pass import _torch_autograd
+from ckpt_pass import _torch, _torch_autograd
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
     changed_tensors,
@@ -67,7 +67,7 @@ def trace_step(
     inputs, named = tree_map_only(torch.Tensor, fake, (args, dict(kwargs or {})))
 
     def step() -> Any:
-        output = torch.func.functional_call(model, {**fakes, **buffers}, inputs, named)
+        output = _torch.call_with(model, {**fakes, **buffers}, inputs, named)
         return loss_fn(output) if loss_fn is not None else output
 
     statistics = frozenset(buffers[n].untyped_storage()._cdata for n in statistics_of(model))

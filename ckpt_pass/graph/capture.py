@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -44,6 +45,37 @@ class _WithLoss(nn.Module):
         return self.loss_fn(self.model(*args))
 
 
+class _TiesKept(nn.Module):
+    """A model with each of its tensors once, under the first of their names.
+
+    torch's export takes tied tensors for several, so that their gradients stay apart. Here the
+    tensors are in a tree of holders, and stand in for the model's own, which is no submodule.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._call = partial(_torch.call_with, model)
+        for name, parameter in model.named_parameters():
+            holder, leaf = self._holder_of(name)
+            holder.register_parameter(leaf, parameter)
+        for name, buffer in model.named_buffers():
+            holder, leaf = self._holder_of(name)
+            holder.register_buffer(leaf, buffer)
+
+    def _holder_of(self, name: str) -> tuple[nn.Module, str]:
+        *path, leaf = name.split(".")
+        holder: nn.Module = self
+        for part in path:
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        return holder, leaf
+
+    def __call__(self, *args: Any) -> Any:  # not ``forward``: this is no call of the model's
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return self._call(tensors, args)
+
+
 @contextlib.contextmanager
 def capture(
     model: nn.Module,
@@ -71,7 +103,7 @@ def capture(
     with contextlib.ExitStack() as stack:
         with ModuleStack(model).recorded_in_graph():
             try:
-                module, num_fwd_outputs = _torch.export_joint(stack, root, args, dynamic)
+                module, num_fwd_outputs = _torch.export_joint(stack, _TiesKept(root), args, dynamic)
             except CkptPassError:
                 raise
             except Exception as error:  # re-raised with the place in the user's code
