@@ -318,6 +318,9 @@ def _demo_command() -> Callable[..., None]:
     dim_option = typer.Option(DEFAULTS.model.dim, min=8, help="Width of the model.")
     length_option = typer.Option(DEFAULTS.model.length, min=1, help="Characters of a sequence.")
     batch_option = typer.Option(DEFAULTS.batch, min=1, help="Sequences of a step.")
+    budget_option = typer.Option(
+        DEFAULTS.budget, min=0.0, max=1.0, help="Share of the peak that the planned steps get."
+    )
 
     def demo(
         steps: int = steps_option,
@@ -328,10 +331,11 @@ def _demo_command() -> Callable[..., None]:
         dim: int = dim_option,
         length: int = length_option,
         batch: int = batch_option,
+        budget: float = budget_option,
     ) -> None:
         """Train a small transformer with and without recomputation; measure and compare."""
         with errors_as_exit_codes():
             model = ModelConfig(layers, dim, length)
-            run_demo(DemoSettings(steps, inner, threads, model, batch, out))
+            run_demo(DemoSettings(steps, inner, threads, model, batch, budget, out))
 
     return demo

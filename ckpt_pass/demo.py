@@ -1,4 +1,4 @@
-"""The demo: one model trained six ways, the same loss each time, at different peaks and speeds."""
+"""The demo: one model trained nine ways, the same loss each time, at different peaks and speeds."""
 
 from __future__ import annotations
 
@@ -12,47 +12,31 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ckpt_pass._demo_model import Llama, ModelConfig, RunBlock, direct
-from ckpt_pass.compile.backend import make_backend
-from ckpt_pass.eager.sac import context_fn
-from ckpt_pass.errors import CkptPassError
-from ckpt_pass.measure import Measurement, measure_step
-from ckpt_pass.policies import DEFAULT_POLICY
-from ckpt_pass.report import MEGABYTE, MemoryCurve, missing_extra, plot_comparison, plot_memory
+from ckpt_pass._demo_model import Llama, ModelConfig
+from ckpt_pass.demo_report import ROUNDS, Result, check_losses, plot, result_table
+from ckpt_pass.demo_variants import Batch, Variant, variants
+from ckpt_pass.measure import measure_step
+from ckpt_pass.report import MemoryCurve, missing_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 #: Modules of Python's standard library whose source is the text: some 700 kB of ASCII.
 TEXT_MODULES = ("argparse", "ast", "datetime", "doctest", "inspect", "tarfile", "turtle", "typing")
 SEED = 20  # any fixed number
 LEARNING_RATE = 1e-3
-#: Runs whose fastest is the time of a step: other programs only ever make a run slower.
-ROUNDS = 5
-#: How far apart losses may be where the compiler fuses kernels, and so rounds otherwise: relative.
-#: Float32 has 1.2e-7; the steps of training amplify it.
-FUSED_TOLERANCE = 1e-4
 #: Columns of the table where the output is no terminal, whose width rich could ask for.
 PLAIN_WIDTH = 110
-PLAIN = "plain"
 #: What is to say of the inner compilers.
 INNERS = {
     "aot_eager": "quick, no code is generated (or --inner inductor)",
     "inductor": "C++ is generated, which takes a while (or --inner aot_eager)",
 }
-
-Batch = tuple[Tensor, Tensor]
-
-
-class LossDiffersError(CkptPassError):
-    """A variant of the demo ended with another loss than the plain run of its kind."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +44,9 @@ class DemoSettings:
     """What the demo runs.
 
     ``inner`` is ``aot_eager`` by default: it generates no C++, which takes Inductor up to a minute
-    a variant, and so the whole demo takes about a minute and every loss is the same bit by bit.
-    ``threads`` is 1 by default: then neither other programs on the machine nor its number of cores
-    change the figures much.
+    a variant, and so the whole demo takes less than two minutes, and every loss is the same bit by
+    bit. ``threads`` is 1 by default: then neither other programs on the machine nor its number of
+    cores change the figures much. ``budget`` is little enough that much is recomputed.
     """
 
     steps: int = 5
@@ -70,63 +54,11 @@ class DemoSettings:
     threads: int = 1
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: int = 8
+    budget: float = 0.25
     out: Path = Path("demo_out")
 
 
 DEFAULTS = DemoSettings()
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to run the model: how each block runs, and the backend (``None`` in eager)."""
-
-    name: str
-    kind: str
-    run_block: RunBlock = direct
-    backend: Any = None
-
-    @property
-    def title(self) -> str:
-        return f"{self.kind}: {self.name}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one variant came to.
-
-    ``loss`` is that of the last training step, in nats, ``time_s`` the fastest of ``ROUNDS`` steps.
-    """
-
-    variant: Variant
-    loss: float
-    measured: Measurement
-    curve: MemoryCurve
-    time_s: float
-
-
-def variants(inner: str) -> tuple[Variant, ...]:
-    """The six variants; each kind begins with its plain run.
-
-    Raises:
-        UnknownOptionError: there is no such inner compiler.
-    """
-    compiled = f"compiled ({inner})"
-    backends = {name: make_backend(name, inner=inner) for name in (DEFAULT_POLICY, "save-nothing")}
-    return (
-        Variant(PLAIN, "eager"),
-        Variant("full checkpointing", "eager", _checkpointed()),
-        Variant(DEFAULT_POLICY, "eager", _checkpointed(context_fn=context_fn())),
-        Variant(PLAIN, compiled, backend=inner),
-        *(Variant(name, compiled, backend=backend) for name, backend in backends.items()),
-    )
-
-
-def _checkpointed(**options: Any) -> RunBlock:
-    def run_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        out: Tensor = checkpoint(block, x, cos, sin, use_reentrant=False, **options)
-        return out
-
-    return run_block
 
 
 def run_demo(settings: DemoSettings = DEFAULTS) -> tuple[Result, ...]:
@@ -136,11 +68,12 @@ def run_demo(settings: DemoSettings = DEFAULTS) -> tuple[Result, ...]:
         The results, in the order of :func:`variants`.
 
     Raises:
+        InfeasibleBudgetError: the budget is too small for a model of that size.
         LossDiffersError: a variant computed something else; the table is printed first.
         MissingExtraError: rich or matplotlib is not installed.
     """
     console = _console()
-    chosen = variants(settings.inner)
+    chosen = variants(settings.inner, settings.budget)
     settings.out.mkdir(parents=True, exist_ok=True)
     for line in describe(settings):
         console.print(line, highlight=False)
@@ -257,9 +190,7 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = Llama(settings.model, variant.run_block)
-    run: Callable[..., Tensor] = model
-    if variant.backend is not None:
-        run = torch.compile(model, backend=variant.backend)
+    run = variant.prepare(model, batches[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     loss = torch.zeros(())
     for tokens, targets in batches:
@@ -269,97 +200,6 @@ def train(
         optimizer.zero_grad()
         tick()
     return TimedStep(run, batches[-1], model), loss.item()
-
-
-def plain_of(results: list[Result], kind: str) -> Result:
-    """The plain run of a kind, which the others of that kind are compared with."""
-    return next(r for r in results if r.variant.kind == kind and r.variant.name == PLAIN)
-
-
-def is_same_loss(result: Result, plain: Result) -> bool:
-    """Bit by bit; where Inductor fuses kernels, within ``FUSED_TOLERANCE``."""
-    tolerance = FUSED_TOLERANCE if "inductor" in result.variant.kind else 0.0
-    return abs(result.loss - plain.loss) <= tolerance * abs(plain.loss)
-
-
-def check_losses(results: list[Result]) -> None:
-    """Compare every loss with that of the plain run of its kind.
-
-    Raises:
-        LossDiffersError: one differs.
-    """
-    for result in results:
-        plain = plain_of(results, result.variant.kind)
-        if not is_same_loss(result, plain):
-            raise LossDiffersError(
-                f"{result.variant.title} ended with loss {result.loss!r}, expected "
-                f"{plain.loss!r} as in {plain.variant.title}. Recomputation must not change what "
-                "is computed: compare_gradients shows which gradient differs first."
-            )
-
-
-def result_table(results: list[Result]) -> Table:
-    """The table: bytes, flops and time of a step, against the plain run of the same kind."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        box=box.SIMPLE_HEAD, caption=f"x: ratio to plain of the same kind; ms: fastest of {ROUNDS}"
-    )
-    table.add_column("variant", no_wrap=True)
-    for name in ("peak MB", "x", "saved MB", "Gflop", "ms", "x", "loss"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("against plain", no_wrap=True)
-    kind = ""
-    for result in results:
-        if result.variant.kind != kind:
-            kind = result.variant.kind
-            table.add_section()
-            table.add_row(kind, style="bold")
-        table.add_row(*_cells(result, plain_of(results, kind)))
-    return table
-
-
-def _cells(result: Result, plain: Result) -> tuple[str, ...]:
-    measured, base = result.measured, plain.measured
-    return (
-        f"  {result.variant.name}",
-        f"{measured.peak_bytes / MEGABYTE:.1f}",
-        f"{measured.peak_bytes / base.peak_bytes:.2f}",
-        "" if measured.saved_bytes is None else f"{measured.saved_bytes / MEGABYTE:.1f}",
-        f"{measured.flops / 1e9:.1f}",
-        f"{result.time_s * 1e3:.0f}",
-        f"{result.time_s / plain.time_s:.2f}",
-        f"{result.loss:.6f}",
-        _agreement(result, plain),
-    )
-
-
-def _agreement(result: Result, plain: Result) -> str:
-    if result is plain:
-        return ""
-    if result.loss == plain.loss:
-        return "bitwise the same"
-    apart = abs(result.loss - plain.loss) / abs(plain.loss)
-    if is_same_loss(result, plain):
-        return f"within {FUSED_TOLERANCE:.0e} ({apart:.0e})"
-    return f"DIFFERS ({apart:.0e})"
-
-
-def plot(results: list[Result], folder: Path) -> list[Path]:
-    """One PNG a variant and one of all; return their paths."""
-    paths = []
-    panels: dict[str, list[MemoryCurve]] = {}
-    for result in results:
-        curve = result.curve
-        name = f"{result.variant.kind.partition(' ')[0]}-{result.variant.name.replace(' ', '-')}"
-        paths.append(plot_memory(curve, folder / f"{name}.png"))
-        panels.setdefault(result.variant.kind, []).append(
-            MemoryCurve(result.variant.name, curve.timeline, curve.peak_bytes, curve.backward_at_s)
-        )
-    title = "Memory over one training step (dot: peak; dotted line: the backward begins)"
-    paths.append(plot_comparison(title, panels, folder / "all.png"))
-    return paths
 
 
 def _console() -> Console:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from ckpt_pass import CkptPassError, demo, policies
+from ckpt_pass import CkptPassError, demo, demo_report, demo_variants, measure_step, policies
 from ckpt_pass._demo_model import Llama, ModelConfig, ModelSizeError
 from ckpt_pass.cli import make_app
 from ckpt_pass.factory import FactoryError, build
@@ -262,7 +262,7 @@ def test_a_missing_extra_is_named() -> None:
 
 # --- the demo -----------------------------------------------------------------------------------
 
-TINY = ("--steps=2", "--layers=2", "--dim=16", "--length=16", "--batch=2")
+TINY = ("--steps=2", "--layers=2", "--dim=16", "--length=16", "--batch=2", "--budget=0.8")
 
 
 def check_png(path: Path) -> None:
@@ -279,33 +279,37 @@ def test_the_demo_runs_every_variant(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     head = next(index for index, line in enumerate(lines) if "peak MB" in line)
     rows = [line for line in lines[head:] if line.startswith(4 * " ") and "." in line]
-    names = [variant.name for variant in demo.variants("aot_eager")]
+    names = [variant.name for variant in demo_variants.variants("aot_eager", 0.8)]
     assert [row.strip().partition("  ")[0] for row in rows] == names
-    assert [row.rstrip().endswith("bitwise the same") for row in rows] == 2 * [False, True, True]
+    assert [row.rstrip().endswith("bitwise the same") for row in rows] == [
+        name != demo_variants.PLAIN for name in names
+    ]
     pictures = sorted((tmp_path / "plots").iterdir())
-    assert len(pictures) == 7
+    assert len(pictures) == 10
     for picture in pictures:
         check_png(picture)
         assert picture.name in result.stdout
 
 
 def test_the_demo_says_what_differs() -> None:
-    variant = demo.variants("aot_eager")[0]
+    variant = demo_variants.variants("aot_eager", 0.8)[0]
     curve = MemoryCurve("x", ((0.0, 0), (1.0, 8)), 8, 0.5)
-    measured = demo.measure_step(lambda: torch.ones((), requires_grad=True) * 2, repeats=1)
-    plain = demo.Result(variant, 1.0, measured, curve, 1.0)
-    other = demo.Result(demo.variants("aot_eager")[1], 1.0000001, measured, curve, 1.0)
-    with pytest.raises(demo.LossDiffersError, match="full checkpointing"):
-        demo.check_losses([plain, other])
+    measured = measure_step(lambda: torch.ones((), requires_grad=True) * 2, repeats=1)
+    plain = demo_report.Result(variant, 1.0, measured, curve, 1.0)
+    other = demo_report.Result(
+        demo_variants.variants("aot_eager", 0.8)[1], 1.0000001, measured, curve, 1.0
+    )
+    with pytest.raises(demo_report.LossDiffersError, match="full checkpointing"):
+        demo_report.check_losses([plain, other])
 
 
 def test_inductor_may_round_but_not_more() -> None:
-    plain, ours, _ = demo.variants("inductor")[3:]
-    measured = demo.measure_step(lambda: torch.ones((), requires_grad=True) * 2, repeats=1)
+    plain, ours, *_ = demo_variants.variants("inductor", 0.8)[4:]
+    measured = measure_step(lambda: torch.ones((), requires_grad=True) * 2, repeats=1)
     curve = MemoryCurve("x", ((0.0, 0),), 0, 0.0)
-    base = demo.Result(plain, 1.0, measured, curve, 1.0)
-    assert demo.is_same_loss(demo.Result(ours, 1.00001, measured, curve, 1.0), base)
-    assert not demo.is_same_loss(demo.Result(ours, 1.001, measured, curve, 1.0), base)
+    base = demo_report.Result(plain, 1.0, measured, curve, 1.0)
+    assert demo_report.is_same_loss(demo_report.Result(ours, 1.00001, measured, curve, 1.0), base)
+    assert not demo_report.is_same_loss(demo_report.Result(ours, 1.001, measured, curve, 1.0), base)
 
 
 @pytest.mark.parametrize(
@@ -355,4 +359,4 @@ def test_the_whole_demo(tmp_path: Path, inner: str) -> None:
     for kind in ("eager", f"compiled ({inner})"):
         ours = [r for r in results if r.variant.kind == kind]
         assert all(r.measured.peak_bytes < ours[0].measured.peak_bytes for r in ours[1:])
-    assert len(list(tmp_path.iterdir())) == 7
+    assert len(list(tmp_path.iterdir())) == 10

@@ -37,9 +37,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"modules", "measure", "compare", "timing"}),
     frozenset(
         {"explain", "testing", "factory", "report", "fit", "sweep", "sweep_report"}
-        | {"verify", "distributed", "lightning", "_demo_model", "demo", "cli", "__main__"}
+        | {"verify", "distributed", "lightning", "_demo_model", "cli", "__main__"}
         | {"memory_profiler", "strategies", "strategy_table", "strategy_plots", "html_report"}
-        | {"cli_parts", "cli_compare"}
+        | {"cli_parts", "cli_compare", "demo", "demo_variants", "demo_report"}
     ),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
