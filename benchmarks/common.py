@@ -69,6 +69,8 @@ class BudgetRow:
         torch: ``None`` where torch itself raises, and ``failure`` says what.
         ours: ``None`` where torch is, and where no plan of ours fits the peak.
         on_front: no other setting of torch's has no higher peak and less modelled time.
+        torch_right: whether torch's step has the gradients of the plain step. Below a budget of 1
+            its partitioner may draw dropout anew in the backward (pytorch#190758).
         step_flops, step_time_s: of the step that recomputes nothing.
         lower_bound_s: no plan within the peak recomputes less; 0 where nothing is known.
         gap: how much shorter the step of the fastest plan may be, as a share of our step.
@@ -81,6 +83,7 @@ class BudgetRow:
     torch: Cost | None
     ours: Cost | None
     on_front: bool = False
+    torch_right: bool = True
     step_flops: int = 0
     step_time_s: float = 0.0
     lower_bound_s: float = 0.0

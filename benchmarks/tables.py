@@ -59,14 +59,17 @@ def _peaks(title: str, rows: Sequence[PeakRow]) -> Table:
 
 
 def _budgets(title: str, rows: Sequence[BudgetRow]) -> Table:
-    table = Table(title=f"{title}; * on torch's front; recomputed time and flops in % of the step")
+    table = Table(
+        title=f"{title}; * on torch's front, ! torch's gradients are wrong; recomputed "
+        "time and flops in % of the step"
+    )
     table.add_column("model")
     for column in ("budget", "torch MB", "time", "flops"):
         table.add_column(column, justify="right")
     for column in ("our MB", "time", "flops", "time /", "flops /", "bound", "gap %"):
         table.add_column(column, justify="right")
     for row in rows:
-        mark = "*" if row.on_front else " "
+        mark = ("*" * row.on_front + "!" * (not row.torch_right)).ljust(2)
         table.add_row(row.label, f"{row.torch_budget:g}{mark}", *_budget_cells(row))
     return table
 

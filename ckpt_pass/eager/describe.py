@@ -35,18 +35,12 @@ KEEPING_S = 2.2e-5
 #: and llama-16L it is 0.6 and 1.0 %, in full; on a model so small that Python is what costs it
 #: would be several times the step, and plans would spend flops to save it.
 KEEPING_SHARE = 0.01
-#: So much of a step's modelled time is shared out by flops (``graph.cost.FLOPS_SHARES`` says why),
-#: more than for compiled steps. Of 697 op lists for torch's selective checkpointing, simulated on
-#: the models of benchmarks/eager_budgets.py, 5 recompute fewer flops than our plan at the same peak
-#: with 0.8 (none against 0.5 to 0.8 % of the step: the plan makes fewer elementwise ops again), 42
-#: with none (up to 13 %), and no list does with 0.9.
-FLOPS_SHARES = {"cpu": 0.9}
 
 
 def eager_problem(trace: EagerTrace, kernels: Mapping[fx.Node, KernelFacts]) -> EagerProblem:
     """Describe a recorded step.
 
-    Modelled times stand for a step of which arithmetic is most: see ``FLOPS_SHARES`` and
+    Modelled times stand for a step of which arithmetic is most: see ``graph.cost.FLOPS_SHARES`` and
     ``KEEPING_SHARE``. Where kernels were timed, they count as measured, and so does keeping.
 
     Args:
@@ -72,8 +66,7 @@ def eager_problem(trace: EagerTrace, kernels: Mapping[fx.Node, KernelFacts]) -> 
 
 
 def _with_shared_times(ops: tuple[EagerOp, ...], device: str) -> tuple[EagerOp, ...]:
-    share = FLOPS_SHARES.get(device, 0.0)
-    times = shared_by_flops([op.time_s for op in ops], [op.flops for op in ops], share)
+    times = shared_by_flops([op.time_s for op in ops], [op.flops for op in ops], device)
     return tuple(replace(op, time_s=time_s) for op, time_s in zip(ops, times, strict=True))
 
 

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass import _torch
 from ckpt_pass.graph.cost import (
-    FLOPS_SHARES,
     as_bytes,
     at_traced_shape,
     device_type,
@@ -162,8 +161,8 @@ def _with_shared_times(
     """Ops with their modelled times, part of them by flops; measured times are left alone."""
     if not nodes or any(kernels.get(n, NOT_MEASURED).time_s is not None for n in nodes):
         return tuple(ops)
-    share = FLOPS_SHARES.get(device_type(nodes[-1]), 0.0)
-    times = shared_by_flops([op.time_s for op in ops], [op.flops for op in ops], share)
+    device = device_type(nodes[-1])
+    times = shared_by_flops([op.time_s for op in ops], [op.flops for op in ops], device)
     return tuple(replace(op, time_s=time_s) for op, time_s in zip(ops, times, strict=True))
 
 

@@ -115,7 +115,11 @@ def _anchor_order(problem: Problem) -> tuple[int, ...]:
 
 
 def _gradients_of_weights_first(problem: Problem, anchors: Sequence[int]) -> tuple[int, ...]:
-    """Move each weight gradient before the nearest earlier op that reads the same gradient."""
+    """Move weight gradients before the nearest earlier op that reads the same gradient.
+
+    Only those that read what the forward made, too, which may go then: a gradient of a bias reads
+    nothing else, and would only be there earlier.
+    """
     ops = problem.ops
     position = {index: place for place, index in enumerate(anchors)}
     leaves = _leaves(problem, anchors)
@@ -123,11 +127,16 @@ def _gradients_of_weights_first(problem: Problem, anchors: Sequence[int]) -> tup
     reader: dict[int, list[int]] = defaultdict(list)  # late storage -> ops that make from it
     before: dict[int, list[int]] = defaultdict(list)
     made_at: dict[int, int] = {}
+
+    def frees(index: int) -> bool:
+        others = set(ops[index].touches) - late - set(ops[index].makes)
+        return any(problem.storage_bytes[storage] for storage in others)
+
     for place, index in enumerate(anchors):
         reads = [s for s in ops[index].touches if s in late and s not in ops[index].makes]
         for storage in ops[index].makes:
             made_at[storage] = place
-        if index in leaves:
+        if index in leaves and frees(index):
             ready = max((made_at.get(s, -1) for s in reads), default=-1)
             earlier = [q for s in reads for q in reader[s] if position[q] > ready]
             if earlier:
