@@ -153,6 +153,18 @@ def test_a_value_that_is_not_there_is_named(what: str) -> None:
         torch.compile(model, backend=backend)(*args)
 
 
+def test_a_value_that_is_merged_away_cannot_be_saved() -> None:
+    model, args = hf.gpt2()
+    plan = ckpt_pass.plan(model, *args, budget=0.6)
+    assert plan.replay is not None
+    gone, _ = plan.replay.merged[0]
+    script = dataclasses.replace(plan.replay, saved=(*plan.replay.saved, gone))
+    odd = dataclasses.replace(plan, replay=script)
+    backend = ckpt_pass.make_backend(plan=odd, inner="aot_eager")
+    with pytest.raises(Exception, match="lacks 1 values of the plan"):
+        torch.compile(model, backend=backend)(*args)
+
+
 def test_inductor_takes_ops_apart_first() -> None:
     model, args = hf.gpt2()
     backend = ckpt_pass.make_backend(plan=ckpt_pass.plan(model, *args, budget=0.6))

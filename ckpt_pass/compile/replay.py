@@ -57,7 +57,7 @@ def check_same_step(
         reasons.insert(0, "this one " + " and ".join(filter(None, (lacks, has))))
     else:
         reasons += _bytes_differ(plan.decisions, found, joint)
-    unknown = _labels_of(plan.replay) - set(labels.values())
+    unknown = _unknown(plan.replay, set(labels.values())) if plan.replay is not None else set()
     if unknown:
         reasons.append(f"this one lacks {len(unknown)} values of the plan (first: {min(unknown)})")
     different = missing or new or unknown
@@ -74,11 +74,11 @@ def _inputs_differ(planned: Signature | None, here: Signature) -> list[str]:
     return [] if planned is None else signature_differences(planned, here)
 
 
-def _labels_of(script: Replay | None) -> set[str]:
-    """All nodes that a script speaks of."""
-    if script is None:
-        return set()
-    return {*script.saved, *(label for pair in (*script.drops, *script.merged) for label in pair)}
+def _unknown(script: Replay, known: set[str]) -> set[str]:
+    """What a script speaks of and the graph lacks; what it merges away is not there afterwards."""
+    used = {*script.saved, *(label for pair in script.drops for label in pair)}
+    gone = {label for label, _ in script.merged}
+    return (used - (known - gone)) | {label for pair in script.merged for label in pair} - known
 
 
 def _bytes_differ(
