@@ -207,7 +207,8 @@ class TorchPolicy:
         self, op: Any, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> CheckpointPolicy:
         """What the function says of an op that ran with these arguments."""
-        context = SelectiveCheckpointContext(is_recompute=False, op_output=output)
+        context = SelectiveCheckpointContext(is_recompute=False)
+        context.op_output = output  # torch 2.11 has it neither there nor as an argument
         decision = self.policy_fn(context, op, *args, **kwargs)
         if isinstance(decision, bool):  # torch accepts booleans: torch/utils/checkpoint.py
             return CheckpointPolicy.MUST_SAVE if decision else CheckpointPolicy.PREFER_RECOMPUTE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import (
 )
 
 import ckpt_pass
-from tests.zoo.surroundings import on_threads
+from tests.zoo.surroundings import SINCE_2_13, on_threads
 
 ROWS, WIDTH = 4, 8
 aten = torch.ops.aten
@@ -223,8 +224,9 @@ def test_autocast_and_a_weight_in_its_cache(policy: Any) -> None:
     ckpt_pass.compare_gradients(
         lambda: loss(region), lambda: loss(functools.partial(run, region, ours(policy))), values
     ).raise_if_different()
-    with pytest.raises(RuntimeError, match="_to_copy"):
-        loss(functools.partial(run, region, torchs())).backward()
+    if SINCE_2_13:
+        with pytest.raises(RuntimeError, match="_to_copy"):
+            loss(functools.partial(run, region, torchs())).backward()
 
 
 @every_policy
@@ -347,7 +349,10 @@ def test_a_saved_value_changed_after_its_region() -> None:
 
 @pytest.mark.parametrize("policy", ["save-matmul-attention", "every-other-matmul"])
 def test_backward_twice(policy: Any) -> None:
-    for context, error in ((ours(policy), ckpt_pass.BackwardTwiceError), (torchs(), RuntimeError)):
+    refusing: list[tuple[Any, type[Exception]]] = [(ours(policy), ckpt_pass.BackwardTwiceError)]
+    if SINCE_2_13:
+        refusing.append((torchs(), RuntimeError))
+    for context, error in refusing:
         loss = run(mlp, context, *leaves().values()).sum()
         loss.backward(retain_graph=True)
         with pytest.raises(error):
@@ -488,6 +493,7 @@ def test_a_policy_that_returns_nonsense(policy: Any) -> None:
     assert policy.__name__ in str(caught.value)
     assert "aten.mm.default" in str(caught.value)
     assert "0x" not in str(caught.value)
+    traceback.clear_frames(caught.tb)  # torch 2.11 leaves a region only when its frame is gone
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from ckpt_pass.planner.exact import least_peak, solve_exact
 from ckpt_pass.planner.problem import Op, Problem, needed_by
 from ckpt_pass.planner.schedule import Drop, anchor_order
 from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, evaluate
+from ckpt_pass.planner.solve import solve
 
 # Plans tried for one problem; those with more are left out (under 1 %).
 _PLANS = 1500
@@ -260,6 +262,17 @@ QUIET = list(HealthCheck)
 @given(problem=steps())
 def test_equals_brute_force(problem: Problem) -> None:
     agrees_with_brute_force(problem)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=QUIET)
+@given(problem=steps())
+def test_no_plan_is_faster_than_the_bound(problem: Problem) -> None:
+    """What the layered solver says of all plans, where all are known."""
+    plans = brute_force(problem)
+    for budget in budgets_to_try(plans) if plans else ():
+        best = min(plan.recompute_time_s for plan in plans if plan.peak_bytes <= budget)
+        with contextlib.suppress(InfeasibleBudgetError):
+            assert solve(problem, budget).lower_bound_s <= best * (1 + 1e-6)
 
 
 @pytest.mark.slow

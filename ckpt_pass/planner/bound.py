@@ -191,11 +191,9 @@ def _held(problem: Problem, graph: CutGraph, moments: Sequence[int]) -> _Held:
 def _fixed(problem: Problem, anchors: Sequence[int], *, overwrite: bool) -> NDArray[np.int64]:
     """Bytes of the backward's own values while each anchor runs."""
     ops = problem.ops
-    own = {*problem.given, *(s for index in anchors for s in ops[index].makes)}
-    outputs = set(problem.forward_outputs)
-    kept = {*outputs, *problem.given, *(own & set(problem.output_storages))}
-    there = {*problem.given, *outputs}
-    return lives(problem, anchors, there, kept, overwrite=overwrite).bytes_at
+    own = {s for index in anchors for s in ops[index].makes}
+    kept, held = own & set(problem.output_storages), {*problem.given, *problem.forward_outputs}
+    return lives(problem, anchors, (), kept, held=held, overwrite=overwrite).bytes_at
 
 
 def _direct_uses(

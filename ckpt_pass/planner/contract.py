@@ -49,7 +49,8 @@ class Value:
         maker: the op that allocates it.
         saver: the op whose result is saved to keep it; ``None`` if it cannot be saved.
         bound: whether the backward must not make it (its ``saver`` must be saved).
-        returned: whether it is an output of the forward.
+        returned: whether it is an output of the forward, which the caller holds: made again, it is
+            there twice.
         gradient: whether it is an output of the backward.
     """
 
@@ -92,7 +93,7 @@ class Contracted:
         makers: in joint order.
         values: by storage.
         stages: in order.
-        constant_bytes: there from the beginning of the backward to its end in any case.
+        constant_bytes: what the caller holds through the backward.
         forward_roots: ops that the forward runs in any case.
     """
 
@@ -128,11 +129,8 @@ def _contract(problem: Problem) -> Contracted:
     makers = {i: values_of.maker(i) for i in early if problem.ops[i].makes}
     values = {s: _value(problem, early, s, i) for i, maker in makers.items() for s in maker.makes}
     stages = _stages(problem, values_of, makers, values, (*anchors, *ends))
-    may_run = {index for stage in stages for index in stage.makers}
-    there = {*problem.forward_outputs, *problem.given}
-    constant = sum(
-        problem.storage_bytes[s] for s in there if s not in values or values[s].maker not in may_run
-    )
+    held = {*problem.forward_outputs, *problem.given}
+    constant = sum(problem.storage_bytes[s] for s in held)
     always = frozenset(needed_by(problem.ops, problem.forward_roots, frozenset()))
     return Contracted(problem, makers, values, stages, constant, always)
 

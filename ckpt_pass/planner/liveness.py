@@ -3,9 +3,10 @@
 The rules are those of the graphs that really run (``docs/design.md``): the order is that of
 :mod:`ckpt_pass.planner.schedule`; a storage is freed after its last use, or after its last use
 before it is made again; saved storages live from the forward on, gradients and the forward's
-outputs to the end; in the backward an elementwise op writes over what it reads for the last time,
-if the backward has made it. It is a difference array over instances of storages, summed once, so
-that a step of 3,500 ops takes a millisecond.
+outputs to the end; the caller holds the latter, so that one that is recomputed is there twice; in
+the backward an elementwise op writes over what it reads for the last time, if the backward has made
+it. It is a difference array over instances of storages, summed once, so that a step of 3,500 ops
+takes a millisecond.
 """
 
 from __future__ import annotations
@@ -99,9 +100,8 @@ def simulate(problem: Problem, steps: Schedule) -> MemoryProfile:
 def backward_lives(problem: Problem, steps: Schedule) -> Lives:
     """What is alive when in the backward of a step; random states are not among it."""
     outputs, given = set(problem.forward_outputs), set(problem.given)
-    there = _held(problem, steps) | outputs | given
-    kept = outputs | given | set(problem.output_storages)
-    return lives(problem, steps.backward, there, kept, steps.transient)
+    there, kept = _held(problem, steps), problem.output_storages
+    return lives(problem, steps.backward, there, kept, steps.transient, held=outputs | given)
 
 
 def _held(problem: Problem, steps: Schedule) -> set[int]:
@@ -142,6 +142,7 @@ def lives(
     kept: Iterable[int],
     transient: Collection[tuple[int, int]] = (),
     *,
+    held: Collection[int] = (),
     earlier: Collection[int] = (),
     overwrite: bool = True,
 ) -> Lives:
@@ -151,8 +152,10 @@ def lives(
         problem: the step.
         order: the ops, in the order in which they run.
         there: storages that are there at the beginning.
-        kept: storages that stay to the end.
+        kept: storages that stay to the end; of several instances the last one.
         transient: outputs that go at once (:class:`ckpt_pass.planner.schedule.Schedule`).
+        held: storages that are there throughout, since the caller has them; where the schedule
+            makes one, that is another instance.
         earlier: those of ``there`` that an earlier part of the same schedule has made.
         overwrite: whether results take the memory of what is read for the last time
             (:attr:`ckpt_pass.planner.problem.Op.overwrites`).
@@ -177,6 +180,9 @@ def lives(
     last, is_made = place[tails], made[heads]
     present = np.zeros(len(tables.sizes), dtype=bool)
     present[list(there)] = True
+    outside = np.zeros(len(tables.sizes), dtype=bool)
+    outside[list(held)] = True
+    present |= outside
     stays = np.zeros(len(tables.sizes), dtype=bool)
     stays[list(kept)] = True
     before = np.zeros(len(tables.sizes), dtype=bool)
@@ -184,14 +190,15 @@ def lives(
     final = np.ones(len(heads), dtype=bool)
     final[:-1] = found[1:] != found[:-1]
     begins = np.where(is_made, first, 0)
-    ends = np.where(stays[found] & final, length - 1, last)
+    to_end = (stays[found] & final) | (outside[found] & ~is_made)
+    ends = np.where(to_end, length - 1, last)
     counts = (is_made | present[found]).astype(np.int64) * tables.sizes[found]
     change = np.zeros(length + 1, dtype=np.int64)
     np.add.at(change, begins, counts)
     np.add.at(change, ends + 1, -counts)
-    untouched = present & stays
-    untouched[found] = False
-    constant = int(tables.sizes[untouched].sum())
+    idle, apart = present & stays, outside.copy()
+    idle[found] = apart[found[~is_made]] = False
+    constant = int(tables.sizes[idle | apart].sum())
     if length:
         workspace = tables.workspace[np.asarray(order, dtype=np.int64)]
         bytes_at = np.cumsum(change)[:-1] + extra[:-1] + constant + workspace

@@ -95,7 +95,7 @@ class Program(PlanRows):
         taken: list[int] = []
         for storage, later in after.items():
             value = self.small.values[storage]
-            if later == CONSTANT or value.returned or value.gradient or storage not in self._sizes:
+            if later == CONSTANT or value.gradient or storage not in self._sizes:
                 continue
             taken.append(take := self._variable())
             self._at_most([(take, 1.0), (later, 1.0)], 1.0)
@@ -120,7 +120,8 @@ class Program(PlanRows):
         self, place: int, reads: frozenset[int]
     ) -> Iterator[tuple[int | None, float]]:
         for storage, size in self._sizes.items():
-            yield (CONSTANT if storage in reads else self._at_start(place + 1, storage)), size
+            there = CONSTANT if storage in reads else self._at_start(place + 1, storage)
+            yield self._own(storage, there), size
         for index in self._draw:
             yield self.state.get((place + 1, index)), self._state_bytes(index)
 
@@ -132,18 +133,28 @@ class Program(PlanRows):
         for storage, size in self._sizes.items():
             maker = small.values[storage].maker
             if maker > index:
-                yield self._at_start(place, storage), size
+                yield self._own(storage, self._at_start(place, storage)), size
             elif maker < index:
-                yield after[storage], size
+                yield self._own(storage, after[storage]), size
             else:
                 yield run, size
-                if self._shares(maker) and storage in self.save:
+                kept = self._shares(maker) and not small.values[storage].returned
+                if kept and storage in self.save:
                     yield self._both(after[storage], self.save[storage]), size
         for other in self._draw:
             if other == index:  # the present state, put back afterwards
                 yield self.draws.get((place, index)), self._state_bytes(index)
             when = place if index <= other else place + 1
             yield self.state.get((when, other)), self._state_bytes(other)
+
+    def _own(self, storage: int, there: int | None) -> int | None:
+        """Whether the step has a copy of its own: what is saved of the outputs the caller holds."""
+        save = self.save.get(storage) if self.small.values[storage].returned else None
+        if there is None or save is None:
+            return there
+        own = self._variable()
+        self._at_most([(there, 1.0), (save, -1.0), (own, -1.0)], 0.0)
+        return own
 
     def _state_bytes(self, index: int) -> float:
         return self._problem.ops[index].random_state_bytes / self._unit

@@ -45,7 +45,7 @@ class PlanRows(Rows):
         self._choices()
         self._flow()
         for storage, value in self.small.values.items():
-            if (value.returned or value.gradient) and storage in self._sized:
+            if value.gradient and storage in self._sized:
                 self._kept(storage)
         self._forward_choices()
         self._random_states()
@@ -137,18 +137,14 @@ class PlanRows(Rows):
     # -- what is alive
 
     def _kept(self, storage: int) -> None:
-        """Outputs of the step stay: from their last making on, or all along."""
-        value = self.small.values[storage]
-        runs = [self.run.get((place, value.maker)) for place in range(self._count)]
-        if all(run is None for run in runs) and value.returned:
-            return  # among the constant bytes
+        """Gradients stay: from their last making on, or all along."""
+        maker = self.small.values[storage].maker
+        runs = [self.run.get((place, maker)) for place in range(self._count)]
         made: int | None = None
         for place in range(self._count + 1):
             there = self.there[place, storage] = self._variable()
             self._implies(self.live.get((place, storage)), there)
             self._implies(self.save.get(storage), there)
-            if value.returned:
-                self._at_most([(there, -1.0), *((run, -1.0) for run in runs)], -1.0)
             if place:
                 earlier, made = made, self._variable()
                 self._implies(earlier, made)

@@ -1,4 +1,4 @@
-"""What a test puts around a step: no garbage collector, several threads."""
+"""What a test puts around a step: no garbage collector, several threads; which torch it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import gc
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import torch
+
+#: Tests that also say what torch itself does say it of torch 2.13.
+SINCE_2_13 = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 
 
 @contextlib.contextmanager
