@@ -3,7 +3,7 @@
 A table maps the value of an ``OpClass`` to names separated by white space. A name is an op's base
 name (``mm``), or namespace and base (``aten::mm``), or all three (``aten::where.default``). Base
 names are those of the functional form: no trailing underscore, no ``_foreach_``, no ``special_``.
-Facts come from the schemas and tags of torch 2.11, 2.13 and 2.14.
+Facts come from the schemas and tags of torch 2.11, 2.13, 2.14 and 2.15.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def _names(text: str) -> frozenset[str]:
 # nothing may be assumed.
 BUILTIN_NAMESPACES: frozenset[str] = _names(
     """
-    _c10d_functional _c10d_functional_autograd _dtensor _inductor_test _native _quantized _test aten
-    c10d c10d_functional coor debug_mode_ops debugprims export flex_lib fsdp higher_order inductor
-    inductor_prims mempool mkl mkldnn mkldnn_prepacked onednn onnx onnx_symbolic prepacked prims
-    profiler quantization quantized quantized_decomposed rngprims sparse static_runtime streams
-    symm_mem torch_attn
+    _c10d_functional _c10d_functional_autograd _dtensor _inductor_test _native _native_aot
+    _quantized _test aten c10d c10d_functional coor debug_mode_ops debugprims export flex_gemm
+    flex_lib fsdp higher_order inductor inductor_prims mempool mkl mkldnn mkldnn_prepacked onednn
+    onnx onnx_symbolic prepacked prims profiler quantization quantized quantized_decomposed rngprims
+    sparse static_runtime streams symm_mem torch_attn
     """
 )
 
@@ -164,15 +164,16 @@ NAMES: dict[str, str] = {
         _nested_tensor_from_tensor_list _pad_circular _pad_enum _padded_dense_to_jagged_forward
         _pin_memory _reshape_copy _reshape_from_tensor _sparse_semi_structured_apply
         _sparse_semi_structured_apply_dense _sparse_semi_structured_tile _stack block_diag
-        cartesian_prod cat channel_shuffle col2im collapse column_stack combinations concat
-        concatenate constant_pad_nd copy copy_sparse_to_sparse copy_strided diag diag_embed diagflat
-        dstack expand_dims_copy fft_fftshift fft_ifftshift flatten_copy flatten_dense_tensors flip
-        fliplr flipud fused_equally_split hstack im2col inductor_force_stride_order
-        native_channel_shuffle nested_to_padded_tensor pad pad_sequence permute_copy pixel_shuffle
-        pixel_unshuffle prims::copy_strided prims::reshape realize reflection_pad1d reflection_pad2d
-        reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d reshape_copy
-        rev roll rot90 row_stack stack tile to_padded_tensor unflatten_dense_tensors unsafe_chunk
-        unsafe_split unsafe_split_with_sizes vstack
+        cartesian_prod flex_gemm::to_blocked cat channel_shuffle col2im collapse column_stack
+        combinations concat concatenate constant_pad_nd copy copy_sparse_to_sparse copy_strided diag
+        diag_embed diagflat dstack expand_dims_copy fft_fftshift fft_ifftshift flatten_copy
+        flatten_dense_tensors flip fliplr flipud fused_equally_split hstack im2col
+        inductor_force_stride_order native_channel_shuffle nested_to_padded_tensor pad pad_sequence
+        permute_copy pixel_shuffle pixel_unshuffle prims::copy_strided prims::reshape realize
+        reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d
+        replication_pad2d replication_pad3d reshape_copy rev roll rot90 row_stack stack tile
+        to_padded_tensor unflatten_dense_tensors unsafe_chunk unsafe_split unsafe_split_with_sizes
+        vstack
         """,
     "creation": """
         _dim_arange _efficientzerotensor _new_zeros_with_same_feature_meta
@@ -208,16 +209,16 @@ NAMES: dict[str, str] = {
         pinverse qr slogdet stft svd triangular_solve
         """,
     "random": """
-        _philox_key_fold_in _philox_key_split _philox_normal _philox_uniform
+        _philox_key_fold_in _philox_key_split _philox_normal _philox_randint _philox_uniform
         inductor_reserve_rng_state inductor_randint inductor_random
         """,
     "effectful": """
         _amp_foreach_non_finite_check_and_unscale _amp_update_scale _assert_async _assert_scalar
         _assert_tensor_metadata _coalesced _cufft_clear_plan_cache _cufft_set_plan_cache_max_size
         _functional_assert_async _functional_assert_scalar _functional_sym_constrain_range
-        _functional_sym_constrain_range_for_size _fused_adagrad _fused_adam _fused_adamw _fused_sgd
-        _make_dep_token _make_token _print _resize_output _sink_tokens
-        _validate_compressed_sparse_indices _validate_sparse_bsc_tensor_args
+        _functional_sym_constrain_range_for_size flex_gemm::autograd_not_implemented _fused_adagrad
+        _fused_adam _fused_adamw _fused_sgd _make_dep_token _make_token _print _resize_output
+        _sink_tokens _validate_compressed_sparse_indices _validate_sparse_bsc_tensor_args
         _validate_sparse_bsr_tensor_args _validate_sparse_compressed_tensor_args
         _validate_sparse_coo_tensor_args _validate_sparse_csc_tensor_args
         _validate_sparse_csr_tensor_args from_file resize resize_as resize_as_sparse retain_grad set
@@ -229,15 +230,15 @@ NAMES: dict[str, str] = {
         _nested_get_max_seqlen _nested_get_min_seqlen _nested_get_offsets _nested_get_ragged_idx
         _nested_tensor_from_mask_left_aligned _nested_tensor_size _nested_tensor_storage_offsets
         _nested_tensor_strides _nnpack_available _nnz _version can_cast coor::current_device
-        dense_dim dim get_device is_coalesced is_complex is_conj is_contiguous is_distributed
-        is_floating_point is_inference is_leaf is_neg is_nonzero is_pinned is_same_size is_set_to
-        is_signed is_vulkan_available item maximum_value minimum_value
-        mkldnn::_get_mkldnn_serialized_md mkldnn::_is_mkldnn_acl_supported
-        mkldnn::_is_mkldnn_bf16_supported mkldnn::_is_mkldnn_fp16_supported mkldnn::_nbytes
-        mkldnn::data_ptr numel output_nr promote_types q_per_channel_axis q_per_channel_scales
-        q_per_channel_zero_points q_scale q_zero_point qscheme result_type retains_grad size
-        sparse_dim storage_offset stride sym_is_contiguous sym_numel sym_size sym_storage_offset
-        sym_stride
+        coor::current_device_index _native_aot::archs_topk _native_aot::covers_topk dense_dim dim
+        get_device is_coalesced is_complex is_conj is_contiguous is_distributed is_floating_point
+        is_inference is_leaf is_neg is_nonzero is_pinned is_same_size is_set_to is_signed
+        is_vulkan_available item maximum_value minimum_value mkldnn::_get_mkldnn_serialized_md
+        mkldnn::_is_mkldnn_acl_supported mkldnn::_is_mkldnn_bf16_supported
+        mkldnn::_is_mkldnn_fp16_supported mkldnn::_nbytes mkldnn::data_ptr numel output_nr
+        promote_types q_per_channel_axis q_per_channel_scales q_per_channel_zero_points q_scale
+        q_zero_point qscheme result_type retains_grad size sparse_dim storage_offset stride
+        sym_is_contiguous sym_numel sym_size sym_storage_offset sym_stride
         """,
     # Each stands for an op of another runtime of which only the name is known.
     "control": "onnx_symbolic::_symbolic onnx_symbolic::_symbolic_multi_out",
