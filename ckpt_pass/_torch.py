@@ -280,6 +280,13 @@ def selective_ignored_ops() -> frozenset[Any]:
     return frozenset(torch.utils.checkpoint.SAC_IGNORED_OPS)
 
 
+def selective_context(output: Any) -> torch.utils.checkpoint.SelectiveCheckpointContext:
+    """What torch's selective checkpointing gives a policy function in the forward."""
+    context = torch.utils.checkpoint.SelectiveCheckpointContext(is_recompute=False)
+    context.op_output = output  # torch 2.11 takes no such argument
+    return context
+
+
 def selective_key(op: Any, args: tuple[Any, ...]) -> Any:
     """What occurrences are counted by: the op; of inductor's compiled regions, the region."""
     if isinstance(op, torch._ops.OpOverload):

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
+from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass import _torch
 from ckpt_pass._op_tables import STANDS_FOR
 from ckpt_pass.errors import CkptPassError, nearest
 from ckpt_pass.ops import OpClass, functional_twin, op_name
@@ -207,8 +208,7 @@ class TorchPolicy:
         self, op: Any, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> CheckpointPolicy:
         """What the function says of an op that ran with these arguments."""
-        context = SelectiveCheckpointContext(is_recompute=False)
-        context.op_output = output  # torch 2.11 has it neither there nor as an argument
+        context = _torch.selective_context(output)
         decision = self.policy_fn(context, op, *args, **kwargs)
         if isinstance(decision, bool):  # torch accepts booleans: torch/utils/checkpoint.py
             return CheckpointPolicy.MUST_SAVE if decision else CheckpointPolicy.PREFER_RECOMPUTE

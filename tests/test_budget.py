@@ -155,7 +155,13 @@ def test_what_is_returned_and_made_again_is_there_twice(budget: float | None) ->
         wide, total = compiled(x)
         torch.autograd.backward([wide, total], [torch.ones_like(wide), torch.ones_like(total)])
 
-    measured = ckpt_pass.measure_step(step, backward=False, params=module.parameters(), repeats=1)
+    parameters = dict(module.named_parameters())
+    ckpt_pass.compare_gradients(
+        lambda: sum(out.sum() for out in module(x)),
+        lambda: sum(out.sum() for out in compiled(x)),
+        parameters,
+    ).raise_if_different()
+    measured = ckpt_pass.measure_step(step, backward=False, params=parameters.values(), repeats=1)
     assert measured.peak_bytes == backend.plans[-1].peak_bytes
 
 

@@ -192,8 +192,8 @@ def _fixed(problem: Problem, anchors: Sequence[int], *, overwrite: bool) -> NDAr
     """Bytes of the backward's own values while each anchor runs."""
     ops = problem.ops
     own = {s for index in anchors for s in ops[index].makes}
-    kept, held = own & set(problem.output_storages), {*problem.given, *problem.forward_outputs}
-    return lives(problem, anchors, (), kept, held=held, overwrite=overwrite).bytes_at
+    kept = own & set(problem.output_storages)
+    return lives(problem, anchors, (), kept, overwrite=overwrite).bytes_at
 
 
 def _direct_uses(

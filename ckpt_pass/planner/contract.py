@@ -129,8 +129,7 @@ def _contract(problem: Problem) -> Contracted:
     makers = {i: values_of.maker(i) for i in early if problem.ops[i].makes}
     values = {s: _value(problem, early, s, i) for i, maker in makers.items() for s in maker.makes}
     stages = _stages(problem, values_of, makers, values, (*anchors, *ends))
-    held = {*problem.forward_outputs, *problem.given}
-    constant = sum(problem.storage_bytes[s] for s in held)
+    constant = sum(problem.storage_bytes[s] for s in problem.held)
     always = frozenset(needed_by(problem.ops, problem.forward_roots, frozenset()))
     return Contracted(problem, makers, values, stages, constant, always)
 

@@ -78,7 +78,7 @@ def simulate(problem: Problem, steps: Schedule) -> MemoryProfile:
     held = _held(problem, steps)
     outputs = set(problem.forward_outputs)
     states = _random_states(problem, steps)
-    forward = lives(problem, steps.forward, (), held | outputs, overwrite=False)
+    forward = lives(problem, steps.forward, (), held | outputs, held=(), overwrite=False)
     state_bytes = sum(states.values())
     at_forward = forward.bytes_at.copy()
     for index, nbytes in states.items():
@@ -99,9 +99,8 @@ def simulate(problem: Problem, steps: Schedule) -> MemoryProfile:
 
 def backward_lives(problem: Problem, steps: Schedule) -> Lives:
     """What is alive when in the backward of a step; random states are not among it."""
-    outputs, given = set(problem.forward_outputs), set(problem.given)
     there, kept = _held(problem, steps), problem.output_storages
-    return lives(problem, steps.backward, there, kept, steps.transient, held=outputs | given)
+    return lives(problem, steps.backward, there, kept, steps.transient)
 
 
 def _held(problem: Problem, steps: Schedule) -> set[int]:
@@ -142,7 +141,7 @@ def lives(
     kept: Iterable[int],
     transient: Collection[tuple[int, int]] = (),
     *,
-    held: Collection[int] = (),
+    held: Collection[int] | None = None,
     earlier: Collection[int] = (),
     overwrite: bool = True,
 ) -> Lives:
@@ -154,8 +153,8 @@ def lives(
         there: storages that are there at the beginning.
         kept: storages that stay to the end; of several instances the last one.
         transient: outputs that go at once (:class:`ckpt_pass.planner.schedule.Schedule`).
-        held: storages that are there throughout, since the caller has them; where the schedule
-            makes one, that is another instance.
+        held: storages that are there throughout, since the caller has them (in a backward those
+            of the problem); where the schedule makes one, that is another instance.
         earlier: those of ``there`` that an earlier part of the same schedule has made.
         overwrite: whether results take the memory of what is read for the last time
             (:attr:`ckpt_pass.planner.problem.Op.overwrites`).
@@ -181,7 +180,7 @@ def lives(
     present = np.zeros(len(tables.sizes), dtype=bool)
     present[list(there)] = True
     outside = np.zeros(len(tables.sizes), dtype=bool)
-    outside[list(held)] = True
+    outside[list(problem.held if held is None else held)] = True
     present |= outside
     stays = np.zeros(len(tables.sizes), dtype=bool)
     stays[list(kept)] = True

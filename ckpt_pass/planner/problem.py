@@ -110,6 +110,11 @@ class Problem:
         return {storage: frozenset(ops) for storage, ops in found.items()}
 
     @cached_property
+    def held(self) -> frozenset[int]:
+        """Storages that the caller has through the backward, whatever the step does."""
+        return frozenset((*self.forward_outputs, *self.given))
+
+    @cached_property
     def users(self) -> tuple[tuple[int, ...], ...]:
         """For each op, the ops that take its result."""
         found: list[list[int]] = [[] for _ in self.ops]

@@ -19,9 +19,8 @@ class Segment:
         members: its ops, in joint order, and for each its place among them.
         anchors: its stretch of the backward's anchors.
         earlier: anchors that ran before.
-        there: storages of the backward's own that are there when it begins.
-        made_before: those of ``there`` that the backward has made.
-        kept: storages of the backward's own that are still there when it ends.
+        there: storages that the backward has made and that are there when it begins.
+        kept: storages that the backward has made and that are still there when it ends.
         kind: equal for regions that are alike op by op: they are solved once.
     """
 
@@ -31,7 +30,6 @@ class Segment:
     anchors: tuple[int, ...]
     earlier: frozenset[int]
     there: frozenset[int]
-    made_before: frozenset[int]
     kept: frozenset[int]
     kind: int
 
@@ -65,7 +63,6 @@ def _segments(problem: Problem) -> tuple[Segment, ...]:
         members.setdefault(region, []).append(index)
     kinds: dict[object, int] = {}
     found, edges = [], _edges(problem, stretch)
-    always = {*problem.given, *problem.forward_outputs}
     for region in order:
         inside = members[region]
         place_of = {index: place for place, index in enumerate(inside)}
@@ -79,7 +76,6 @@ def _segments(problem: Problem) -> tuple[Segment, ...]:
                 anchors=tuple(stretch[region]),
                 earlier=earlier,
                 there=there,
-                made_before=there - always,
                 kept=kept,
                 kind=kinds.setdefault(key, len(kinds)),
             )
@@ -117,16 +113,15 @@ def _edges(
         ends[region] = begin, place
     for storage in problem.output_storages:
         last[storage] = place
-    always = {*problem.given, *problem.forward_outputs}
     found = {}
     alive: set[int] = set()
     before: frozenset[int] = frozenset()
     for region, anchors in run:
         stop = ends[region][1]
-        there = frozenset(alive | always)
+        there = frozenset(alive)
         alive |= {s for index in anchors for s in ops[index].makes}
         alive = {s for s in alive if last.get(s, -1) >= stop}
-        found[region] = (before, there, frozenset(alive | always))
+        found[region] = (before, there, frozenset(alive))
         before |= frozenset(anchors)
     nothing: frozenset[int] = frozenset()
     return {region: found.get(region, (nothing, nothing, nothing)) for region in stretch}

@@ -67,16 +67,8 @@ def undo(
     had = {*saved, *segment.earlier}
     order, transient = unroll(problem, segment.anchors, had, drops)
     own = {s for i in saved if i in segment.place_of for s in problem.ops[i].holds}
-    held = {*problem.given, *problem.forward_outputs}
-    found = lives(
-        problem,
-        order,
-        own | segment.there,
-        segment.kept - held,
-        transient,
-        held=held,
-        earlier=segment.made_before,
-    )
+    there = own | segment.there
+    found = lives(problem, order, there, segment.kept, transient, earlier=segment.there)
     time_s = sum(problem.ops[index].time_s for index in repeated(problem, order))
     return Undone(drops, tuple(order), found, time_s)
 
