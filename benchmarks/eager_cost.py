@@ -30,7 +30,7 @@ from benchmarks.common import (
     torch_threads,
 )
 from ckpt_pass import CkptPassError
-from ckpt_pass.eager.apply import regions_of
+from ckpt_pass.regions.wrapping import regions_of
 
 BLOCKS = 16
 WIDTH = 32  # features: 4 kflop a matmul row, so that a kernel takes a few microseconds

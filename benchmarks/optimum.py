@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.budgets import MODELS, SMALL, Models
 from benchmarks.chains import traced
 from benchmarks.common import Bar, OptimumRow, Result, torch_threads
-from ckpt_pass.modules.find import find_layers
+from ckpt_pass.modules.layers.find import find_layers
 from ckpt_pass.planner.contract import UnsupportedProblemError
 from ckpt_pass.planner.exact import solve_exact
 from ckpt_pass.planner.problem import Problem

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.chains import llama_chain, traced
 from benchmarks.common import Bar, PlanningRow, Result, torch_threads
-from ckpt_pass.drawing import COLOURS, GREY, figure_of, open_frame, write
+from ckpt_pass.drawing.figures import COLOURS, GREY, figure_of, open_frame, write
 from ckpt_pass.planner.solution import without_recompute
 from ckpt_pass.planner.solve import solve
 from tests.zoo import Built, hf

@@ -20,7 +20,7 @@ from benchmarks.common import (
     StrategyOf,
     TimingRow,
 )
-from ckpt_pass.strategy_table import HEADS, cells
+from ckpt_pass.report.strategy_table import HEADS, cells
 
 
 def table_of(result: Result) -> Table:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ckpt_pass import _torch
-from ckpt_pass.errors import CkptPassError
-from ckpt_pass.plan import Plan
-from ckpt_pass.plan_diff import plan_differences
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import functorch
+from ckpt_pass.plans.differences import plan_differences
+from ckpt_pass.plans.value import Plan
 
 DEFAULT_TIMEOUT_S = 5.0
 _PREFIX = "ckpt_pass/plan"
@@ -55,7 +55,7 @@ def agree(plan: Plan, *, name: str = "step", timeout_s: float = DEFAULT_TIMEOUT_
             "agree() compares the plans of a process group, but torch.distributed is not "
             "initialised. Call init_process_group first, or leave agree() out on one process."
         )
-    store = dist.PrefixStore(f"{_PREFIX}/{name}", _torch.default_store())
+    store = dist.PrefixStore(f"{_PREFIX}/{name}", functorch.default_store())
     rank, size = dist.get_rank(), dist.get_world_size()
     store.set(f"{rank}", json.dumps({"fingerprint": _what(plan), "plan": plan.to_json()}))
     theirs = {other: _read(store, other, timeout_s) for other in range(size)}

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from ckpt_pass.eager.apply import RegionSpec, apply_regions, regions_of
-from ckpt_pass.errors import CkptPassError
-from ckpt_pass.modules.apply import apply, remove
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass.drawing.memory import missing_extra
+from ckpt_pass.modules.applying import apply, remove
 from ckpt_pass.modules.placement import PlacementLike
-from ckpt_pass.plan import Plan
-from ckpt_pass.policy import PolicyLike
-from ckpt_pass.report import missing_extra
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.policy.rules import PolicyLike
+from ckpt_pass.regions.wrapping import RegionSpec, apply_regions, regions_of
 
 with missing_extra("lightning"):
     from lightning.pytorch.callbacks import Callback

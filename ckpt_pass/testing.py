@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ckpt_pass.explain import plan
-from ckpt_pass.plan import Decision, Plan, format_bytes
-from ckpt_pass.policy import PolicyLike
+from ckpt_pass.plans.value import Decision, Plan, format_bytes
+from ckpt_pass.policy.rules import PolicyLike
+from ckpt_pass.tools.ahead import plan
 
 
 def golden(model: Any, *args: Any, policy: PolicyLike | None = None, **options: Any) -> str:

@@ -38,7 +38,7 @@ from benchmarks.common import (
     Variant,
     interleave,
 )
-from ckpt_pass.flops import FlopCounter
+from ckpt_pass.ops.flops import FlopCounter
 from tests.zoo import Built, children_of, seeded, stack
 
 

@@ -18,12 +18,12 @@ from torch.utils.checkpoint import (
 )
 
 import ckpt_pass
-from ckpt_pass.budget import resolve_budget
 from ckpt_pass.planner.cut import CutGraph, read_by_backward
 from ckpt_pass.planner.problem import Op, Problem
 from ckpt_pass.planner.solution import evaluate, without_recompute
 from ckpt_pass.planner.solve import Pool, solve
 from ckpt_pass.planner.solvers import run_solver
+from ckpt_pass.plans.budget import resolve_budget
 from tests.zoo import Case, hf, loss_of, programs, run_step
 from tests.zoo.surroundings import SINCE_2_13
 

@@ -24,8 +24,8 @@ from ckpt_pass import (
     applied,
     checkpoint_sequential,
 )
-from ckpt_pass.eager.apply import RegionSpec, applied_regions
-from ckpt_pass.measure import measure_step
+from ckpt_pass.measure.step import measure_step
+from ckpt_pass.regions.wrapping import RegionSpec, applied_regions
 from tests.zoo import run_step
 
 WIDTH = 64

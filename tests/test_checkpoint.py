@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ckpt_pass
-from ckpt_pass import _torch_autograd, checkpoint
-from ckpt_pass.eager.apply import RegionSpec, applied_regions, apply_regions
+from ckpt_pass import checkpoint
+from ckpt_pass._torch import autograd
+from ckpt_pass.regions.wrapping import RegionSpec, applied_regions, apply_regions
 from tests.zoo.surroundings import no_collector, on_threads
 
 Fn = Callable[..., Any]
@@ -26,7 +27,7 @@ Fn = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def _nothing_left_active() -> Iterator[None]:
     yield
-    assert _torch_autograd.saved_hooks() is None
+    assert autograd.saved_hooks() is None
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
     assert torch.is_grad_enabled()
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from ckpt_pass import CkptPassError, demo, demo_report, demo_variants, measure_step, policies
-from ckpt_pass._demo_model import Llama, ModelConfig, ModelSizeError
-from ckpt_pass.cli import make_app
-from ckpt_pass.factory import FactoryError, build
-from ckpt_pass.report import MemoryCurve, MissingExtraError, missing_extra, plot_memory
+from ckpt_pass import CkptPassError, measure_step, policies
+from ckpt_pass.cli.commands import make_app
+from ckpt_pass.cli.factory import FactoryError, build
+from ckpt_pass.demo import results as demo_results
+from ckpt_pass.demo import training, variants
+from ckpt_pass.demo.model import Llama, ModelConfig, ModelSizeError
+from ckpt_pass.drawing.memory import MemoryCurve, MissingExtraError, missing_extra, plot_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORY = '''
@@ -279,10 +281,10 @@ def test_the_demo_runs_every_variant(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     head = next(index for index, line in enumerate(lines) if "peak MB" in line)
     rows = [line for line in lines[head:] if line.startswith(4 * " ") and "." in line]
-    names = [variant.name for variant in demo_variants.variants("aot_eager", 0.8)]
+    names = [variant.name for variant in variants.variants("aot_eager", 0.8)]
     assert [row.strip().partition("  ")[0] for row in rows] == names
     assert [row.rstrip().endswith("bitwise the same") for row in rows] == [
-        name != demo_variants.PLAIN for name in names
+        name != variants.PLAIN for name in names
     ]
     pictures = sorted((tmp_path / "plots").iterdir())
     assert len(pictures) == 10
@@ -292,24 +294,26 @@ def test_the_demo_runs_every_variant(tmp_path: Path) -> None:
 
 
 def test_the_demo_says_what_differs() -> None:
-    variant = demo_variants.variants("aot_eager", 0.8)[0]
+    variant = variants.variants("aot_eager", 0.8)[0]
     curve = MemoryCurve("x", ((0.0, 0), (1.0, 8)), 8, 0.5)
     measured = measure_step(lambda: torch.ones((), requires_grad=True) * 2, repeats=1)
-    plain = demo_report.Result(variant, 1.0, measured, curve, 1.0)
-    other = demo_report.Result(
-        demo_variants.variants("aot_eager", 0.8)[1], 1.0000001, measured, curve, 1.0
+    plain = demo_results.Result(variant, 1.0, measured, curve, 1.0)
+    other = demo_results.Result(
+        variants.variants("aot_eager", 0.8)[1], 1.0000001, measured, curve, 1.0
     )
-    with pytest.raises(demo_report.LossDiffersError, match="full checkpointing"):
-        demo_report.check_losses([plain, other])
+    with pytest.raises(demo_results.LossDiffersError, match="full checkpointing"):
+        demo_results.check_losses([plain, other])
 
 
 def test_inductor_may_round_but_not_more() -> None:
-    plain, ours, *_ = demo_variants.variants("inductor", 0.8)[4:]
+    plain, ours, *_ = variants.variants("inductor", 0.8)[4:]
     measured = measure_step(lambda: torch.ones((), requires_grad=True) * 2, repeats=1)
     curve = MemoryCurve("x", ((0.0, 0),), 0, 0.0)
-    base = demo_report.Result(plain, 1.0, measured, curve, 1.0)
-    assert demo_report.is_same_loss(demo_report.Result(ours, 1.00001, measured, curve, 1.0), base)
-    assert not demo_report.is_same_loss(demo_report.Result(ours, 1.001, measured, curve, 1.0), base)
+    base = demo_results.Result(plain, 1.0, measured, curve, 1.0)
+    assert demo_results.is_same_loss(demo_results.Result(ours, 1.00001, measured, curve, 1.0), base)
+    assert not demo_results.is_same_loss(
+        demo_results.Result(ours, 1.001, measured, curve, 1.0), base
+    )
 
 
 @pytest.mark.parametrize(
@@ -355,7 +359,7 @@ def test_a_plot_of_one_curve(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_the_whole_demo(tmp_path: Path, inner: str) -> None:
-    results = demo.run_demo(demo.DemoSettings(inner=inner, out=tmp_path))
+    results = training.run_demo(training.DemoSettings(inner=inner, out=tmp_path))
     for kind in ("eager", f"compiled ({inner})"):
         ours = [r for r in results if r.variant.kind == kind]
         assert all(r.measured.peak_bytes < ours[0].measured.peak_bytes for r in ours[1:])

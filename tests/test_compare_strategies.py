@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 import ckpt_pass
 from ckpt_pass import Comparison, Strategy, as_strategy, compare_strategies
-from ckpt_pass.cli import make_app
-from ckpt_pass.html_report import write_report
-from ckpt_pass.strategy_plots import plot_layers, plot_timelines, save_plots
-from ckpt_pass.strategy_table import cells
+from ckpt_pass.cli.commands import make_app
+from ckpt_pass.report.page import write_report
+from ckpt_pass.report.strategy_plots import plot_layers, plot_timelines, save_plots
+from ckpt_pass.report.strategy_table import cells
 from tests.test_cli import check_png
 from tests.test_plan_text import DEPTH, ROWS, WIDTH, Net
 

@@ -10,9 +10,9 @@ import pytest
 
 import ckpt_pass
 from benchmarks.eager_budgets import LARGE, LISTS, SMALL, Model, measured, modelled, subsets
+from ckpt_pass.eager.planning import described
 from ckpt_pass.eager.trace import trace_step
-from ckpt_pass.eager_planning import described
-from ckpt_pass.ops import op_name
+from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem
 from ckpt_pass.planner.eager_solve import EagerPool
 

@@ -20,8 +20,8 @@ from transformers import GPT2LMHeadModel, TrainingArguments
 from transformers import Trainer as HFTrainer
 
 import ckpt_pass
-from ckpt_pass.eager.apply import regions_of
 from ckpt_pass.lightning import ActivationCheckpointing, CallbackArgumentError
+from ckpt_pass.regions.wrapping import regions_of
 from tests.zoo import hf
 from tests.zoo.hf import text_ids
 

@@ -17,7 +17,6 @@ from torch.profiler import profile, record_function
 from torch.utils._python_dispatch import _disable_current_modes
 
 import ckpt_pass
-from ckpt_pass.allocations import Allocation, Recording, profiled, read_recording
 from ckpt_pass.graph.capture import capture
 from ckpt_pass.graph.kernel_cache import (
     KernelCache,
@@ -33,6 +32,7 @@ from ckpt_pass.graph.kernels import (
     may_have_workspace,
     measure_kernel,
 )
+from ckpt_pass.measure.allocations import Allocation, Recording, profiled, read_recording
 from tests.zoo import hf, loss_of
 
 CPU = torch.device("cpu")

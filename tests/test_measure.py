@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ckpt_pass.measure import (
+from ckpt_pass.measure.step import (
     GradientMismatchError,
     MeasureArgumentError,
     NoLossError,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_pass
-from ckpt_pass.memory_profiler import MemoryProfiler
+from ckpt_pass.measure.memory_profiler import MemoryProfiler
 from tests.test_cli import check_png
 
 MIB = 2**20

@@ -17,9 +17,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import ckpt_pass
-from ckpt_pass import _op_tables as tables
-from ckpt_pass import ops
-from ckpt_pass._torch_ops import (
+from ckpt_pass._torch.operators import (
     HigherOrderOperator,
     OpOverload,
     all_higher_order_ops,
@@ -28,8 +26,10 @@ from ckpt_pass._torch_ops import (
     packet_of,
     split_name,
 )
-from ckpt_pass.flops import FlopCounter
-from ckpt_pass.ops import (
+from ckpt_pass.ops import tables
+from ckpt_pass.ops import taxonomy as ops
+from ckpt_pass.ops.flops import FlopCounter
+from ckpt_pass.ops.taxonomy import (
     RULES,
     OpClass,
     classify,
@@ -87,7 +87,7 @@ def test_every_builtin_overload_has_a_class(registry: list[OpOverload]) -> None:
 @pytest.mark.slow
 def test_a_fresh_torch_has_no_namespace_that_is_unknown() -> None:
     code = (
-        "from ckpt_pass._torch_ops import *; load_late_registrations();"
+        "from ckpt_pass._torch.operators import *; load_late_registrations();"
         "print(*{split_name(op.name())[0] for op in all_overloads()})"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

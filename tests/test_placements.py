@@ -37,7 +37,7 @@ from ckpt_pass import (
     is_checkpointed,
     remove,
 )
-from ckpt_pass.eager.apply import RegionForward, regions_of
+from ckpt_pass.regions.wrapping import RegionForward, regions_of
 from tests.zoo import Built, Case, StepResult, assert_same_step, modular, run_step, seeded
 from tests.zoo import hf as zoo
 from tests.zoo.modular import TRANSFORMER, UNET

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ckpt_pass
 from ckpt_pass import Plan, PlanFileError
-from ckpt_pass.plan_write import checksum
+from ckpt_pass.plans.writing import checksum
 from tests.zoo import hf
 
 SMALL = {"gpt2": hf.gpt2, "resnet": hf.resnet, "mixtral": hf.mixtral}

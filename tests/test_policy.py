@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 import ckpt_pass
-from ckpt_pass.opinion import opinion
-from ckpt_pass.sites import SiteCounter
+from ckpt_pass.policy.opinion import opinion
+from ckpt_pass.policy.sites import SiteCounter
 
 MM, ADD, RELU = (
     torch.ops.aten.mm.default,

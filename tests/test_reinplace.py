@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ckpt_pass
-from ckpt_pass._torch_ops import OpOverload
+from ckpt_pass._torch.operators import OpOverload
 from ckpt_pass.compile.reinplace import overwrite_in_place
 from ckpt_pass.graph.capture import capture
 from ckpt_pass.graph.joint import storage_keys

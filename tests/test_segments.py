@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from ckpt_pass.modules.layer_profile import LayerProfile
+from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.modules.optimal import LayerProfileError, plan_segments
 from ckpt_pass.modules.segments import (
     SegmentCountError,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ckpt_pass
-from ckpt_pass.cli import make_app
+from ckpt_pass.cli.commands import make_app
 from ckpt_pass.compile.engine import OPEN, decide
 from ckpt_pass.compile.symbolic import (
     dimensions_of,
@@ -24,11 +24,11 @@ from ckpt_pass.compile.symbolic import (
     symbolic_peak,
     undominated,
 )
-from ckpt_pass.fit import _search
 from ckpt_pass.graph.capture import capture
 from ckpt_pass.graph.problem import GraphProblem
 from ckpt_pass.planner.liveness import simulate
 from ckpt_pass.planner.problem import Op, Problem
+from ckpt_pass.tools.fitting import _search
 from tests.zoo import hf, loss_of
 
 CASES = {case.name: case for case in hf.CASES}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import ckpt_pass
-from ckpt_pass.sweep_report import (
+from ckpt_pass.report.sweeps import (
     BEST,
     BLOCKS,
     OURS,

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import (
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ckpt_pass
-from ckpt_pass.flops import FlopCounter
+from ckpt_pass.ops.flops import FlopCounter
 from tests.zoo.surroundings import no_collector
 
 aten = torch.ops.aten

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ckpt_pass
 from ckpt_pass import accumulate_gradients, accumulation_windows
-from ckpt_pass.eager.apply import RegionSpec, apply_regions
+from ckpt_pass.regions.wrapping import RegionSpec, apply_regions
 from tests.test_distributed import RANKS, on_ranks
 
 WIDTH = 8

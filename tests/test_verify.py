@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_pass
-from ckpt_pass.cli import make_app
+from ckpt_pass.cli.commands import make_app
 from tests.zoo import hf
 
 LARGE: dict[str, Callable[[], Any]] = {"gpt2-12L": hf.gpt2_12l, "llama-16L": hf.llama_16l}

@@ -265,7 +265,7 @@ def test_ranges_for_other_tools() -> None:
 
     block, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ckpt_pass.eager.frame.record_function", Sees)
+        patch.setattr("ckpt_pass.regions.frame.record_function", Sees)
         ckpt_pass.checkpoint(block, x, name="quiet").sigmoid().sum().backward()
         assert not seen  # nothing is recorded where nobody looks
         with torch.autograd.profiler.emit_itt():

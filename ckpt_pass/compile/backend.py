@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import fx
 
-from ckpt_pass import _torch_compile
-from ckpt_pass.budget import BudgetLike
+from ckpt_pass._errors import CkptPassError, nearest
+from ckpt_pass._torch import compilers
 from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner, policy_for
 from ckpt_pass.compile.replan import compile_within
 from ckpt_pass.compile.symbolic import watch_sizes
-from ckpt_pass.errors import CkptPassError, nearest
-from ckpt_pass.goal import as_goal
-from ckpt_pass.plan import Plan
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
-from ckpt_pass.policies import as_policy
-from ckpt_pass.policy import Policy, PolicyLike, describe
+from ckpt_pass.plans.budget import BudgetLike
+from ckpt_pass.plans.goal import as_goal
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.policy.named import as_policy
+from ckpt_pass.policy.rules import Policy, PolicyLike, describe
 
 INNER = ("inductor", "aot_eager")
 OPTIONS = (
@@ -89,8 +89,7 @@ class Backend:
         """
         backend = self.with_options(options or {})
         names = tuple(
-            _torch_compile.placeholder_source(node)
-            for node in gm.graph.find_nodes(op="placeholder")
+            compilers.placeholder_source(node) for node in gm.graph.find_nodes(op="placeholder")
         )
         made: list[Plan] = []
         goal = as_goal(backend.budget, backend.solver, backend.time_limit_s, backend.cost)
@@ -105,7 +104,7 @@ class Backend:
                     f"Got mode={mode!r} with inner='aot_eager', which has no modes. "
                     "Leave mode out, or use inner='inductor'."
                 )
-            compiled = _torch_compile.compile_eager(gm, example_inputs, partition)
+            compiled = compilers.compile_eager(gm, example_inputs, partition)
         elif goal is not None and backend.plan is None:
             options_of_inductor = dict(backend.inner_options)
             compiled, plan = compile_within(
@@ -113,7 +112,7 @@ class Backend:
             )
             made += [plan] if plan is not None else []
         else:
-            compiled = _torch_compile.compile_inductor(
+            compiled = compilers.compile_inductor(
                 gm, example_inputs, partition, dict(backend.inner_options), mode
             )
         cut = graph_break(gm)
@@ -175,7 +174,7 @@ def _check_inner(inner: Any, inner_options: Mapping[str, Any]) -> None:
             f"Got inner_options={dict(inner_options)!r} with inner={inner!r}, which takes none. "
             "Leave them out, or use inner='inductor'."
         )
-    known = _torch_compile.inductor_option_names() if inner_options else frozenset()
+    known = compilers.inductor_option_names() if inner_options else frozenset()
     for key in inner_options:
         if key not in known:
             raise UnknownOptionError(

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ckpt_pass.budget import resolve_budget
-from ckpt_pass.goal import Goal
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import borders_of, build_problem, check_sizes
-from ckpt_pass.ops import OpClass, classify
+from ckpt_pass.ops.taxonomy import OpClass, classify
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, without_recompute
 from ckpt_pass.planner.solvers import run_solver
-from ckpt_pass.sites import output_tensors
-from ckpt_pass.timeline import Timeline, timeline_of
+from ckpt_pass.plans.budget import resolve_budget
+from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.timeline import Timeline, timeline_of
+from ckpt_pass.policy.sites import output_tensors
 
 
 class WorkspaceWarning(UserWarning):

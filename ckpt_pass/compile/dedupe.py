@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import fx
 
-from ckpt_pass._torch_ops import OpOverload
+from ckpt_pass._torch.operators import OpOverload
 from ckpt_pass.compile.tagging import Tag
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access, storage_keys
-from ckpt_pass.ops import draws_random, never_recompute
+from ckpt_pass.ops.taxonomy import draws_random, never_recompute
 
 
 def merge_equal(joint: JointGraph, tags: dict[fx.Node, Tag]) -> list[tuple[fx.Node, fx.Node]]:

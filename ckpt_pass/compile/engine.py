@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import fx
 
-from ckpt_pass import _torch, _torch_compile
-from ckpt_pass.budget import BudgetLike
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import compilers, functorch
 from ckpt_pass.compile.budgeting import Met, meet_budget
 from ckpt_pass.compile.dedupe import merge_equal, merge_listed
 from ckpt_pass.compile.partition import (
@@ -24,17 +24,17 @@ from ckpt_pass.compile.partition import (
 from ckpt_pass.compile.record import Decided, record_plan, solver_rule
 from ckpt_pass.compile.replay import check_same_step, replay, signature_of
 from ckpt_pass.compile.tagging import Tag, tag
-from ckpt_pass.errors import CkptPassError
-from ckpt_pass.goal import Goal
 from ckpt_pass.graph.joint import JointGraph, input_name
 from ckpt_pass.graph.labels import node_labels
 from ckpt_pass.graph.problem import build_problem
-from ckpt_pass.opinion import Opinion
-from ckpt_pass.plan import Plan, Replay
 from ckpt_pass.planner.solution import evaluate
-from ckpt_pass.policies import DEFAULT_POLICY, as_policy
-from ckpt_pass.policy import FirstMatch, Policy, PolicyLike, Rule, first_match, recompute
-from ckpt_pass.sites import CallSite
+from ckpt_pass.plans.budget import BudgetLike
+from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.value import Plan, Replay
+from ckpt_pass.policy.named import DEFAULT_POLICY, as_policy
+from ckpt_pass.policy.opinion import Opinion
+from ckpt_pass.policy.rules import FirstMatch, Policy, PolicyLike, Rule, first_match, recompute
+from ckpt_pass.policy.sites import CallSite
 
 
 class NotFunctionalError(CkptPassError):
@@ -74,7 +74,7 @@ def decide(
         ContradictoryTagsError, PolicyReturnError: see :func:`ckpt_pass.compile.tagging.tag`.
         PlanMismatchError: ``plan`` was made for another step.
     """
-    culprit = _torch.non_functional_node(joint.module.graph)
+    culprit = functorch.non_functional_node(joint.module.graph)
     if culprit is not None:
         raise NotFunctionalError(
             f"Node {culprit.name} ({culprit.target}) mutates an intermediate value of the joint "
@@ -175,7 +175,7 @@ def settled(
 
 
 @dataclass(frozen=True)
-class Partitioner(_torch_compile.CustomPartitionerFn):
+class Partitioner(compilers.CustomPartitionerFn):
     """The partition function that AOTAutograd and inductor call.
 
     Attributes:
@@ -232,7 +232,7 @@ def read_joint(
     input_names: Sequence[str],
 ) -> JointGraph:
     """Read a joint graph as AOTAutograd hands it over."""
-    primals = [n for n in module.graph.find_nodes(op="placeholder") if _torch.is_primal(n)]
+    primals = [n for n in module.graph.find_nodes(op="placeholder") if functorch.is_primal(n)]
     names = {node.name: input_name(node, input_names) for node in primals}
     static = tuple(primals[index] for index in static_indices if index < len(primals))
     return JointGraph(module, num_fwd_outputs, names, static, regions)

@@ -14,12 +14,12 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ckpt_pass import _torch
+from ckpt_pass._torch import functorch
 from ckpt_pass.compile.reinplace import overwrite_in_place
 from ckpt_pass.compile.schedule import reorder
 from ckpt_pass.graph.joint import JointGraph, is_epilogue
-from ckpt_pass.ops import draws_random
-from ckpt_pass.policy import RECOMPUTING, SAVING
+from ckpt_pass.ops.taxonomy import draws_random
+from ckpt_pass.policy.rules import RECOMPUTING, SAVING
 
 BORDER = "border of a region"
 HOOKED = "output of a checkpoint region with a backward hook"
@@ -78,7 +78,7 @@ def _backward_reads(joint: JointGraph) -> list[fx.Node]:
         if node in seen:
             continue
         seen.add(node)
-        if node in joint.forward_set or (node.op == "placeholder" and _torch.is_primal(node)):
+        if node in joint.forward_set or (node.op == "placeholder" and functorch.is_primal(node)):
             reads.append(node)
         else:
             stack.extend(node.all_input_nodes)
@@ -90,19 +90,19 @@ def _visit(
 ) -> Iterable[fx.Node]:
     """Record what becomes of ``node``; return what must be had to have it."""
     if node.op == "placeholder":
-        if _torch.is_opaque(node):
+        if functorch.is_opaque(node):
             found.opaque[node] = None
-        elif _torch.is_sym_node(node):
+        elif functorch.is_sym_node(node):
             found.symbols[node] = None
         else:
             found.inputs[node] = None
         return ()
     if node.op == "get_attr":
         return ()
-    if _torch.is_sym_node(node):
+    if functorch.is_sym_node(node):
         found.symbols[node] = None
         return ()
-    if _torch.is_opaque(node):
+    if functorch.is_opaque(node):
         found.opaque[node] = None
         return ()
     base = joint.owner(node)
@@ -160,7 +160,7 @@ def protect_mutated_inputs(joint: JointGraph, saved: SavedSet) -> bool:
     reference nor read again by a recomputation. The forward takes a copy first, and the copy is
     saved. Returns whether the graph changed.
     """
-    mutated = set(_torch.mutated_inputs(joint.module, joint.num_fwd_outputs))
+    mutated = set(functorch.mutated_inputs(joint.module, joint.num_fwd_outputs))
     stale = [node for node in saved.inputs if node in mutated]
     if not stale:
         return False
@@ -171,7 +171,7 @@ def protect_mutated_inputs(joint: JointGraph, saved: SavedSet) -> bool:
         with graph.inserting_before(first):
             copy = graph.call_function(torch.ops.aten.clone.default, (node,))
         copy.meta.update(
-            val=_torch.fake_clone(node.meta["val"]),
+            val=functorch.fake_clone(node.meta["val"]),
             recompute=CheckpointPolicy.MUST_SAVE,
             partitioner_tag="is_forward",
         )
@@ -206,7 +206,7 @@ def split(
         order: nodes of the joint graph in the order in which the backward runs them; one that
             is listed twice runs twice.
     """
-    forward, backward, num_symbols = _torch.extract_forward_backward(
+    forward, backward, num_symbols = functorch.extract_forward_backward(
         joint.module,
         [*saved.inputs, *saved.values],
         [*saved.symbols],
@@ -223,12 +223,14 @@ def split(
                 CheckpointPolicy.PREFER_RECOMPUTE if node in random else CheckpointPolicy.MUST_SAVE
             )
         before = list(backward.graph.nodes)
-        forward, backward = _torch.pair_random_state(joint.module, forward, backward, num_symbols)
+        forward, backward = functorch.pair_random_state(
+            joint.module, forward, backward, num_symbols
+        )
         copies |= _replaced(before, list(backward.graph.nodes))
         for node, decision in tags.items():
             node.meta["recompute"] = decision
     reorder(backward.graph, [copies[node.name] for node in order if node.name in copies])
-    forward, backward = _torch.finish_partition(forward, backward)
+    forward, backward = functorch.finish_partition(forward, backward)
     if joint.in_place:
         overwrite_in_place(backward)
     return forward, backward

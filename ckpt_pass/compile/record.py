@@ -13,12 +13,14 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ckpt_pass.compile.partition import SavedSet, random_recomputed
 from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
 from ckpt_pass.compile.tagging import Tag
-from ckpt_pass.goal import Goal
 from ckpt_pass.graph.cost import held_bytes, own_bytes, random_state_bytes
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
 from ckpt_pass.graph.problem import GraphProblem
-from ckpt_pass.ops import op_name
-from ckpt_pass.plan import (
+from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.planner.solution import Solution
+from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.timeline import Timeline, timeline_of
+from ckpt_pass.plans.value import (
     Decision,
     Plan,
     Recipe,
@@ -27,10 +29,8 @@ from ckpt_pass.plan import (
     SavedActivations,
     Signature,
 )
-from ckpt_pass.planner.solution import Solution
-from ckpt_pass.policy import Policy, describe
-from ckpt_pass.sites import Bytes, CallSite, module_path
-from ckpt_pass.timeline import Timeline, timeline_of
+from ckpt_pass.policy.rules import Policy, describe
+from ckpt_pass.policy.sites import Bytes, CallSite, module_path
 from ckpt_pass.version import __version__
 
 RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)

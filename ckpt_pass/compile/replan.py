@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import fx
 
-from ckpt_pass import _torch_compile
+from ckpt_pass._torch import compilers
 from ckpt_pass.compile.engine import Partitioner
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels
-from ckpt_pass.plan import Plan, format_bytes
 from ckpt_pass.planner.solution import InfeasibleBudgetError
+from ckpt_pass.plans.value import Plan, format_bytes
 
 #: Compilations of one graph at most: each takes as long as the first.
 _ROUNDS = 3
@@ -107,9 +107,9 @@ def _round(
     inner_options: dict[str, Any],
     mode: str | None,
 ) -> _Round:
-    halves: list[_torch_compile.HalfPeak] = []
+    halves: list[compilers.HalfPeak] = []
     plans: list[Plan] = []
-    compiled = _torch_compile.compile_inductor(
+    compiled = compilers.compile_inductor(
         copy.deepcopy(gm),  # inductor changes the graph that it is given
         example_inputs,
         replace(partitioner, on_plan=plans.append),
@@ -123,7 +123,7 @@ def _round(
     return _Round(compiled, plan, _peak_bytes(halves, held))
 
 
-def _peak_bytes(halves: Sequence[_torch_compile.HalfPeak], held_bytes: int) -> int:
+def _peak_bytes(halves: Sequence[compilers.HalfPeak], held_bytes: int) -> int:
     """The peak of a step.
 
     During the backward there is more than inductor counts. The caller holds the outputs and brings

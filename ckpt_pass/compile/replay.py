@@ -16,16 +16,16 @@ from ckpt_pass.graph.cost import own_bytes
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import build_problem
-from ckpt_pass.plan import Decision, Plan, Replay, Signature, format_bytes
-from ckpt_pass.plan_signature import (
+from ckpt_pass.planner.solution import evaluate, without_recompute
+from ckpt_pass.plans.signature import (
     PlanMismatchError,
     looks,
     signature,
     signature_differences,
 )
-from ckpt_pass.planner.solution import evaluate, without_recompute
-from ckpt_pass.sites import CallSite
-from ckpt_pass.timeline import timeline_of
+from ckpt_pass.plans.timeline import timeline_of
+from ckpt_pass.plans.value import Decision, Plan, Replay, Signature, format_bytes
+from ckpt_pass.policy.sites import CallSite
 
 
 def signature_of(joint: JointGraph) -> Signature:

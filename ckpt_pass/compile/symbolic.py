@@ -22,12 +22,12 @@ from scipy.optimize import linprog
 
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.problem import GraphProblem
-from ckpt_pass.plan import Plan, format_bytes
+from ckpt_pass.graph.shapes import Dimension, at_sizes, in_words, traced_sizes
 from ckpt_pass.planner.liveness import simulate
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import Solution
-from ckpt_pass.shapes import Dimension, at_sizes, in_words, traced_sizes
-from ckpt_pass.sites import Bytes, optimization_hint
+from ckpt_pass.plans.value import Plan, format_bytes
+from ckpt_pass.policy.sites import Bytes, optimization_hint
 
 Ints = NDArray[np.int64]
 Rationals = dict[sympy.Expr, sympy.Rational]

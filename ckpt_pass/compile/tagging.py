@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ckpt_pass import _torch
-from ckpt_pass.errors import CkptPassError
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import functorch
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
-from ckpt_pass.opinion import Opinion, opinion, report_unclassified
-from ckpt_pass.ops import OpClass, classify, never_recompute
-from ckpt_pass.policy import SAVING, Policy
-from ckpt_pass.sites import SiteContext
+from ckpt_pass.ops.taxonomy import OpClass, classify, never_recompute
+from ckpt_pass.policy.opinion import Opinion, opinion, report_unclassified
+from ckpt_pass.policy.rules import SAVING, Policy
+from ckpt_pass.policy.sites import SiteContext
 
 #: Inductor draws the seeds of a whole graph at once (``replace_random_passes``); the ops that use
 #: them are pure, so that saving a few bytes of seeds makes every recomputation draw alike.
@@ -52,7 +52,7 @@ def tag(joint: JointGraph, policy: Policy) -> dict[fx.Node, Tag]:
             other than the op it comes from.
         PolicyReturnError: the policy returned something that is not a decision.
     """
-    _torch.force_save_effects(joint.module)
+    functorch.force_save_effects(joint.module)
     tags: dict[fx.Node, Tag] = {}
     for node, context in joint.sites():
         tags[node] = Tag(context, _decide(node, context, policy))

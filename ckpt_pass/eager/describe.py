@@ -18,7 +18,7 @@ from ckpt_pass.graph.cost import (
     workspace_size,
 )
 from ckpt_pass.graph.kernel_cache import KernelFacts
-from ckpt_pass.ops import OpClass, classify
+from ckpt_pass.ops.taxonomy import OpClass, classify
 from ckpt_pass.planner.eager_problem import (
     EagerOp,
     EagerProblem,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ckpt_pass.sites import CallSite
+from ckpt_pass.policy.sites import CallSite
 
 #: The moment of what never happens.
 NEVER = 1 << 60

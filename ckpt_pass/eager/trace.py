@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ckpt_pass import _torch, _torch_autograd
+from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
     changed_tensors,
@@ -32,9 +32,9 @@ from ckpt_pass.eager.trace_ops import (
     with_known_shape,
 )
 from ckpt_pass.graph.capture import no_gradient
-from ckpt_pass.module_stack import ModuleStack
-from ckpt_pass.ops import draws_random, never_recompute, op_name
-from ckpt_pass.sites import CallSite, ModulePath, SiteCounter, output_tensors
+from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
+from ckpt_pass.policy.module_stack import ModuleStack
+from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
 
 #: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
 #: which neither hooks nor modes see. Counted as if held to the end.
@@ -57,17 +57,17 @@ def trace_step(
     numbers and masks that do not depend on parameters are real: models look at them (an attention
     mask that masks nothing is left out), and would take another way if they were fake.
     """
-    mode = _torch_autograd.fake_mode()
+    mode = autograd.fake_mode()
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        return _torch_autograd.as_fake(mode, tensor) if _is_number(tensor) else tensor
+        return autograd.as_fake(mode, tensor) if _is_number(tensor) else tensor
 
     fakes = {name: fake(parameter) for name, parameter in model.named_parameters()}
     buffers = {name: fake(b) if _is_number(b) else b.clone() for name, b in model.named_buffers()}
     inputs, named = tree_map_only(torch.Tensor, fake, (args, dict(kwargs or {})))
 
     def step() -> Any:
-        output = _torch.call_with(model, {**fakes, **buffers}, inputs, named)
+        output = functorch.call_with(model, {**fakes, **buffers}, inputs, named)
         return loss_fn(output) if loss_fn is not None else output
 
     statistics = frozenset(buffers[n].untyped_storage()._cdata for n in statistics_of(model))
@@ -231,7 +231,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]
     ) -> Any:
         """Run an op on fake tensors, and on real ones where it makes whole numbers of such."""
-        if any(_torch_autograd.is_fake(tensor) for tensor in given):
+        if any(autograd.is_fake(tensor) for tensor in given):
             return with_known_shape(func, args, kwargs)
         if not given:
             with self._fakes:
@@ -253,7 +253,7 @@ class Recorder(TorchDispatchMode):
         if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
             return False
         alike = first.shape == second.shape and first.dtype == second.dtype
-        alone = _torch_autograd.storage_holders(first.untyped_storage()) == 2
+        alone = autograd.storage_holders(first.untyped_storage()) == 2
         return alike and alone and is_dense(first)
 
     def _site(self, func: Any) -> CallSite | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ckpt_pass.sites import output_tensors
+from ckpt_pass.policy.sites import output_tensors
 
 
 def statistics_of(model: nn.Module) -> Iterator[str]:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckpt_pass import _torch
-from ckpt_pass.errors import CkptPassError
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import functorch
 from ckpt_pass.graph.joint import JointGraph, input_name
-from ckpt_pass.module_stack import ModuleStack
+from ckpt_pass.policy.module_stack import ModuleStack
 
 LossFn = Callable[[Any], torch.Tensor]
 
@@ -54,7 +54,7 @@ class _TiesKept(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._call = partial(_torch.call_with, model)
+        self._call = partial(functorch.call_with, model)
         for name, parameter in model.named_parameters():
             holder, leaf = self._holder_of(name)
             holder.register_parameter(leaf, parameter)
@@ -103,7 +103,9 @@ def capture(
     with contextlib.ExitStack() as stack:
         with ModuleStack(model).recorded_in_graph():
             try:
-                module, num_fwd_outputs = _torch.export_joint(stack, _TiesKept(root), args, dynamic)
+                module, num_fwd_outputs = functorch.export_joint(
+                    stack, _TiesKept(root), args, dynamic
+                )
             except CkptPassError:
                 raise
             except Exception as error:  # re-raised with the place in the user's code
@@ -123,10 +125,10 @@ def _read(
     model: nn.Module, module: Any, num_fwd_outputs: int, regions: tuple[str, ...] | None
 ) -> JointGraph:
     placeholders = module.graph.find_nodes(op="placeholder")
-    if not any(_torch.is_backward_input(node) for node in placeholders):
+    if not any(functorch.is_backward_input(node) for node in placeholders):
         raise no_gradient(model)
     module.graph.eliminate_dead_code()
-    primals = [node for node in placeholders if _torch.is_primal(node)]
+    primals = [node for node in placeholders if functorch.is_primal(node)]
     names = {node.name: input_name(node, ()) for node in primals}
     static = tuple(node for node in primals if not names[node.name].startswith("argument"))
     return JointGraph(module, num_fwd_outputs, names, static, regions)

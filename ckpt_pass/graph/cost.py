@@ -10,11 +10,11 @@ import sympy
 import torch
 from torch import fx
 
-from ckpt_pass.errors import CkptPassError
-from ckpt_pass.flops import flop_formula
+from ckpt_pass._errors import CkptPassError
 from ckpt_pass.graph.joint import JointGraph, StorageKey
-from ckpt_pass.ops import op_name
-from ckpt_pass.sites import Bytes, optimization_hint, output_tensors
+from ckpt_pass.ops.flops import flop_formula
+from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.policy.sites import Bytes, optimization_hint, output_tensors
 
 #: Ops whose kernels allocate a tensor of their (first) output's size besides the output. The CPU's
 #: dropout casts the mask to the values' dtype first, in the forward and in the backward (seen in

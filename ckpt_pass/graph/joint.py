@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ckpt_pass import _torch
+from ckpt_pass._torch import functorch
 from ckpt_pass.graph.regions import RegionFinder
-from ckpt_pass.ops import classify, draws_random, is_expensive, never_recompute
-from ckpt_pass.sites import (
+from ckpt_pass.ops.taxonomy import classify, draws_random, is_expensive, never_recompute
+from ckpt_pass.policy.sites import (
     CallNumbers,
     ModulePath,
     SiteContext,
@@ -69,12 +69,12 @@ class JointGraph:
     def refresh(self) -> None:
         """Read the graph again after it changed."""
         self.nodes: list[fx.Node] = list(self.module.graph.nodes)
-        forward_outputs, backward_outputs, _ = _torch.joint_outputs(
+        forward_outputs, backward_outputs, _ = functorch.joint_outputs(
             self.module, self.num_fwd_outputs
         )
         self.forward_outputs = [n for n in forward_outputs if isinstance(n, fx.Node)]
         self.backward_outputs = [n for n in backward_outputs if isinstance(n, fx.Node)]
-        self.primals = [n for n in self.nodes if n.op == "placeholder" and _torch.is_primal(n)]
+        self.primals = [n for n in self.nodes if n.op == "placeholder" and functorch.is_primal(n)]
         self.needs_tangents = _dependents_of_tangents(self.nodes)
         self.forward = _forward_nodes(self.nodes, self.forward_outputs, self.needs_tangents)
         self.forward_set = frozenset(self.forward)
@@ -210,7 +210,7 @@ def _dependents_of_tangents(nodes: list[fx.Node]) -> set[fx.Node]:
     """Nodes that cannot run before the backward begins."""
     found: set[fx.Node] = set()
     for node in nodes:
-        late = _torch.is_backward_input(node) or _torch.must_be_in_backward(node)
+        late = functorch.is_backward_input(node) or functorch.must_be_in_backward(node)
         if node.op != "output" and (late or any(n in found for n in node.all_input_nodes)):
             found.add(node)
     return found

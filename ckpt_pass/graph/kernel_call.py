@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from ckpt_pass._torch_ops import OpOverload, argument_value
-from ckpt_pass.errors import CkptPassError
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch.operators import OpOverload, argument_value
 from ckpt_pass.graph.joint import is_multi_output_access
-from ckpt_pass.ops import op_name
-from ckpt_pass.sites import optimization_hint, output_tensors
+from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.policy.sites import optimization_hint, output_tensors
 
 #: Runs a kernel; returns its output and the storages of its inputs.
 Run: TypeAlias = Callable[[], tuple[Any, set[int]]]

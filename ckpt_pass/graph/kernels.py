@@ -18,12 +18,12 @@ import torch
 from torch import fx
 from torch.profiler import record_function
 
-from ckpt_pass import _torch
-from ckpt_pass.allocations import profiled, quiet_collector, read_recording
+from ckpt_pass._torch import functorch
 from ckpt_pass.graph.kernel_cache import KernelCache, KernelFacts
 from ckpt_pass.graph.kernel_call import Call, KernelError, Run, call_of
-from ckpt_pass.ops import OpClass, classify, op_name
-from ckpt_pass.sites import output_tensors
+from ckpt_pass.measure.allocations import profiled, quiet_collector, read_recording
+from ckpt_pass.ops.taxonomy import OpClass, classify, op_name
+from ckpt_pass.policy.sites import output_tensors
 
 WORKSPACE = frozenset({"workspace"})
 WORKSPACE_AND_TIME = frozenset({"workspace", "time"})
@@ -113,7 +113,7 @@ def _casts_on_cpu(node: fx.Node) -> bool:
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return False
     numbers = any(isinstance(one, (int, float)) for one in (*node.args, *node.kwargs.values()))
-    sizes = any(_torch.is_sym_node(given) for given in node.all_input_nodes)
+    sizes = any(functorch.is_sym_node(given) for given in node.all_input_nodes)
     return numbers or sizes or len({tensor.dtype for tensor in tensors}) > 1
 
 
@@ -245,11 +245,11 @@ def _measure(
     calls: Mapping[str, Call], what: frozenset[str]
 ) -> tuple[dict[str, KernelFacts], dict[str, str]]:
     """Measure calls on one kind of device; return the facts, and why others have none."""
-    if "workspace" in what and _torch.profiler_is_running():
+    if "workspace" in what and functorch.profiler_is_running():
         reason = "a profiler is running already; torch has one at a time"
         return {}, dict.fromkeys(calls, reason)
     failed: dict[str, str] = {}
-    with _torch.real_tensors(), quiet_collector(collect_first=False):
+    with functorch.real_tensors(), quiet_collector(collect_first=False):
         devices = {call.device for call in calls.values() if call.device.type == "cuda"}
         indices = [torch.cuda.current_device() if d.index is None else d.index for d in devices]
         with torch.random.fork_rng(devices=indices):

@@ -13,8 +13,8 @@ from collections import Counter
 from torch import fx
 
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
-from ckpt_pass.ops import functional_twin, op_name
-from ckpt_pass.sites import CallNumbers, module_path
+from ckpt_pass.ops.taxonomy import functional_twin, op_name
+from ckpt_pass.policy.sites import CallNumbers, module_path
 
 
 def node_labels(joint: JointGraph) -> dict[fx.Node, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ckpt_pass import _torch
+from ckpt_pass._torch import functorch
 from ckpt_pass.graph.cost import (
     as_bytes,
     at_traced_shape,
@@ -27,9 +27,9 @@ from ckpt_pass.graph.cost import (
 from ckpt_pass.graph.joint import JointGraph, StorageKey, is_multi_output_access
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.reinplace import makes_anew, overwritable_inputs
-from ckpt_pass.ops import draws_random, never_recompute
+from ckpt_pass.ops.taxonomy import draws_random, never_recompute
 from ckpt_pass.planner.problem import Op, Problem
-from ckpt_pass.sites import Bytes, output_tensors
+from ckpt_pass.policy.sites import Bytes, output_tensors
 
 NOT_MEASURED = KernelFacts(None, None)
 EMPTY: Mapping[fx.Node, KernelFacts] = MappingProxyType({})
@@ -124,7 +124,7 @@ def build_problem(
     given = [
         storage
         for node in joint.nodes
-        if _torch.is_backward_input(node)
+        if functorch.is_backward_input(node)
         for storage in table.of(node.meta.get("val"))
     ]
     table.made.update(given)
@@ -226,7 +226,7 @@ def _op(
     table.made.update(makes)
     # Taking one output out of several touches that one alone: it is taken at once. A size is known
     # without the tensor that has it: under torch.compile sizes are arguments.
-    is_size = _torch.is_sym_node(node)
+    is_size = functorch.is_sym_node(node)
     sources = () if is_size or is_multi_output_access(node) else node.all_input_nodes
     reads = [s for source in sources for s in table.of(source.meta.get("val"))]
     touches = tuple(dict.fromkeys((*holds, *reads)))

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckpt_pass.sites import ModulePath
+from ckpt_pass.policy.sites import ModulePath
 
 
 def _is_indexed(fqn: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ckpt_pass._torch_ops import (
+from ckpt_pass._torch.operators import (
     OpOverload,
     has_own_kernel,
     op_overload,

@@ -8,8 +8,8 @@ from ckpt_pass.modules.by_layer import AllLayers, EveryN, NoLayers
 from ckpt_pass.modules.choice import Placement
 from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, refuse
 from ckpt_pass.modules.segments import Segments
-from ckpt_pass.policies import as_policy
-from ckpt_pass.policy import FirstMatch, first_match, recompute
+from ckpt_pass.policy.named import as_policy
+from ckpt_pass.policy.rules import FirstMatch, first_match, recompute
 
 # https://www.deepspeed.ai/docs/config-json/#activation-checkpointing
 _DEEPSPEED = {

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from ckpt_pass.modules.choice import Choice, ModuleChoice, PlacementError, Segment
-from ckpt_pass.modules.layer_profile import LayerProfile
+from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.modules.optimal import check_profiles
 
 

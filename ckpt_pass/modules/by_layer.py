@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import nn
 
 from ckpt_pass.modules.choice import Choice, ModuleChoice, PlacementError, Segment
-from ckpt_pass.modules.find import Layers, find_layers
-from ckpt_pass.policy import PolicyLike
+from ckpt_pass.modules.layers.find import Layers, find_layers
+from ckpt_pass.policy.rules import PolicyLike
 
 
 def by_position(placement: str, layers: Layers, decide: Callable[[int], str | None]) -> Choice:

@@ -9,7 +9,7 @@ from typing import ClassVar, TypeAlias
 
 from torch import nn
 
-from ckpt_pass.errors import nearest
+from ckpt_pass._errors import nearest
 from ckpt_pass.modules.choice import (
     Choice,
     ModuleChoice,
@@ -17,7 +17,7 @@ from ckpt_pass.modules.choice import (
     PlacementError,
     Segment,
 )
-from ckpt_pass.modules.find import find_layers
+from ckpt_pass.modules.layers.find import find_layers
 
 #: A pattern with shell wildcards, matched against FQNs and class names; or a class.
 ModulePattern: TypeAlias = "str | type[nn.Module]"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_pass.modules.layer_profile import LayerProfile
+from ckpt_pass.modules.layers.layer_profile import LayerProfile
 
 # Kept bytes are exact up to a number of states: tensors of one step are multiples of large numbers.
 # Above, they are rounded up to a state each, so that what fits by count fits in fact. States times

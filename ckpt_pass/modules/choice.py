@@ -8,9 +8,9 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
-from ckpt_pass.eager.apply import RegionSpec
-from ckpt_pass.errors import CkptPassError
-from ckpt_pass.policy import PolicyLike
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass.policy.rules import PolicyLike
+from ckpt_pass.regions.wrapping import RegionSpec
 
 
 class PlacementError(CkptPassError):
@@ -83,7 +83,7 @@ class Choice:
 
     @property
     def regions(self) -> dict[str, RegionSpec]:
-        """The regions by FQN, as :func:`ckpt_pass.eager.apply.apply_regions` takes them."""
+        """The regions by FQN, as :func:`ckpt_pass.regions.wrapping.apply_regions` takes them."""
         given = dict(self.specs)
         found = {}
         for segment in self.segments:

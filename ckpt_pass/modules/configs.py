@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from ckpt_pass.errors import nearest
+from ckpt_pass._errors import nearest
 from ckpt_pass.modules.choice import PlacementError
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ckpt_pass.drawing import MEGABYTE
+from ckpt_pass.drawing.figures import MEGABYTE
 from ckpt_pass.modules.chain_program import Chain, Piece
 from ckpt_pass.modules.choice import Choice, PlacementError
-from ckpt_pass.modules.layer_profile import LayerProfile
+from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.modules.placement import PlacementLike, as_placement
 
 #: What is estimated where nobody says.

@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ckpt_pass.eager.apply import RegionSpec
-from ckpt_pass.errors import nearest
+from ckpt_pass._errors import nearest
 from ckpt_pass.modules.by_layer import by_position
 from ckpt_pass.modules.by_module import callable_modules
 from ckpt_pass.modules.choice import (
@@ -28,9 +27,10 @@ from ckpt_pass.modules.choice import (
     Segment,
 )
 from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, refuse
-from ckpt_pass.modules.find import Layers, find_layers
+from ckpt_pass.modules.layers.find import Layers, find_layers
 from ckpt_pass.modules.segments import by_segments, segments_of_length
-from ckpt_pass.policy import FirstMatch, first_match, recompute, save
+from ckpt_pass.policy.rules import FirstMatch, first_match, recompute, save
+from ckpt_pass.regions.wrapping import RegionSpec
 
 #: Keeps the products with weights, and so makes again what is between them: scores, softmax and
 #: their product with the values in an attention, the activation function in an MLP.

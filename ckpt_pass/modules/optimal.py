@@ -34,7 +34,7 @@ from torch import nn
 
 from ckpt_pass.modules.chain_program import Chain, Program, least_peak, smallest
 from ckpt_pass.modules.choice import Choice, ModuleChoice, PlacementError, Segment
-from ckpt_pass.modules.layer_profile import LayerProfile
+from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 
 

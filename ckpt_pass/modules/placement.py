@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import nn
 
-from ckpt_pass.errors import nearest
+from ckpt_pass._errors import nearest
 from ckpt_pass.modules.auto_memory import AutoMemory
 from ckpt_pass.modules.by_layer import AllLayers, Alternate, ChosenLayers, EveryN, NoLayers
 from ckpt_pass.modules.by_module import Auto, ByName, Custom, HeavyOps

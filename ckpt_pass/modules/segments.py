@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import nn
 
 from ckpt_pass.modules.choice import Choice, ModuleChoice, PlacementError, Segment
-from ckpt_pass.modules.find import Layers, find_layers
+from ckpt_pass.modules.layers.find import Layers, find_layers
 
 
 class SegmentCountError(PlacementError):

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ckpt_pass.eager.checkpoint import options_for, run_region
 from ckpt_pass.modules.choice import PlacementError
 from ckpt_pass.modules.segments import optimal_segment_count, segment_boundaries
-from ckpt_pass.policy import PolicyLike
+from ckpt_pass.policy.rules import PolicyLike
+from ckpt_pass.regions.checkpointing import options_for, run_region
 
 Step = Callable[[Any], Any]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils._pytree import tree_leaves
 
-from ckpt_pass.errors import CkptPassError
+from ckpt_pass._errors import CkptPassError
 
 Batch = TypeVar("Batch")
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ckpt_pass.errors import CkptPassError
+from ckpt_pass._errors import CkptPassError
 from ckpt_pass.planner.problem import Op, Problem, needed_by
 from ckpt_pass.planner.schedule import anchor_order
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
-from ckpt_pass.errors import CkptPassError
+from ckpt_pass._errors import CkptPassError
 from ckpt_pass.planner.contract import Contracted
 from ckpt_pass.planner.milp import Program
 from ckpt_pass.planner.problem import Problem

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from ckpt_pass.errors import CkptPassError
+from ckpt_pass._errors import CkptPassError
 
 _T = TypeVar("_T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ckpt_pass.errors import CkptPassError
+from ckpt_pass._errors import CkptPassError
 from ckpt_pass.planner.cut import CutGraph
 from ckpt_pass.planner.liveness import MemoryProfile, simulate
 from ckpt_pass.planner.problem import Problem, needed_by

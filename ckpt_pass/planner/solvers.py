@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
-from ckpt_pass.errors import CkptPassError, nearest
+from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.planner.contract import Contracted, UnsupportedProblemError
 from ckpt_pass.planner.cut import CutGraph, mean_price
 from ckpt_pass.planner.exact import broken_rule, solve_exact

@@ -1,0 +1,116 @@
+"""Torch's autograd internals that regions need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+PackHook = Callable[[torch.Tensor], Any]
+UnpackHook = Callable[[Any], torch.Tensor]
+
+#: Put a pair of hooks on the values that autograd saves from now on, on this thread. The context
+#: manager of ``torch.autograd.graph`` does no more, but takes a microsecond longer.
+push_saved_hooks: Callable[[PackHook, UnpackHook], None] = (
+    torch._C._autograd._push_saved_tensors_default_hooks
+)
+#: Take the newest pair away again.
+pop_saved_hooks: Callable[[], None] = torch._C._autograd._pop_saved_tensors_default_hooks
+#: ``torch.set_grad_enabled`` without its context manager.
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+#: Whether ``torch.func`` is transforming what runs now.
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def saved_hooks() -> tuple[PackHook, UnpackHook] | None:
+    """The hooks that autograd would call now for a value that it saves; ``None`` without any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def frame_of_checkpoint(pack: Any) -> Any:
+    """The frame of torch's checkpoint region whose forward uses this hook; ``None`` if none does.
+
+    It is what the hook closes over (``torch.utils.checkpoint._checkpoint_hook``).
+    """
+    code = getattr(pack, "__code__", None)
+    if code is None or not pack.__qualname__.startswith("_checkpoint_hook."):
+        return None
+    return _closed_over(pack, "frame")
+
+
+def _closed_over(fn: Any, name: str) -> Any:
+    cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+    return cells[name].cell_contents if name in cells else None
+
+
+def name_of_checkpoint(frame: Any) -> str:
+    """The name of what a region of torch's checkpoint runs: a module's class, a function's name.
+
+    Torch's frame keeps a closure over the function (``_checkpoint_without_reentrant_generator``).
+    """
+    fn = _closed_over(frame.recompute_fn, "fn")
+    fn = getattr(fn, "func", fn)  # of a partial
+    owner = getattr(fn, "__self__", fn)
+    if isinstance(owner, torch.nn.Module):
+        return type(owner).__name__
+    return str(getattr(fn, "__qualname__", ""))
+
+
+def recompute_anew(frame: Any) -> None:
+    """Let torch's checkpoint region recompute once more in the backward that runs now.
+
+    It does so once a backward and hands each value out once (``_CheckpointFrame``). A value may be
+    asked for again, though: by a backward inside this one, or by a function that looks at its saved
+    tensors twice.
+    """
+    group = torch._C._get_graph_exec_group()
+    task = torch._C._current_graph_task_id() if group is None else group
+    for known in (frame.is_recomputed, frame.recomp_counter, frame.recomputed):
+        known.pop(task, None)
+
+
+def stops_early(wanted: bool) -> bool:
+    """Whether a region stops early: what ``set_checkpoint_early_stop`` says, else as wanted."""
+    enabled = torch.utils.checkpoint._enable_checkpoint_early_stop
+    return wanted if enabled is None else enabled
+
+
+def debugs(wanted: bool) -> bool:
+    """Whether regions log their ops: what ``set_checkpoint_debug_enabled`` says, else as wanted."""
+    enabled = torch.utils.checkpoint._checkpoint_debug_enabled
+    return wanted if enabled is None else enabled
+
+
+def device_context() -> AbstractContextManager[Any] | None:
+    """The innermost ``with torch.device(...)`` around, or ``None``."""
+    if not torch._C._len_torch_function_stack():
+        return None
+    modes = (mode for mode in reversed(_get_current_function_mode_stack()))
+    return next((mode for mode in modes if isinstance(mode, DeviceContext)), None)
+
+
+def storage_holders(storage: torch.UntypedStorage) -> int:
+    """How many tensors (and others) share a storage, the Python object itself not counted."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def fake_mode() -> AbstractContextManager[Any]:
+    """Fake tensors beside real ones, with static shapes."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def as_fake(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor that looks like a real one; a leaf where that is one."""
+    found: torch.Tensor = mode.from_tensor(tensor, static_shapes=True)
+    return found
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a fake one."""
+    return isinstance(tensor, FakeTensor)

@@ -1,0 +1,300 @@
+"""The joint graph as AOTAutograd makes it, and torch's ways to cut it; modes of dispatch.
+
+Whatever differs between torch 2.11 and the newest is settled here, by looking at signatures and
+attributes rather than at version numbers. Nothing in this file decides anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+import torch.utils.checkpoint
+from torch import fx
+from torch._functorch import partitioners
+from torch._functorch._aot_autograd.functional_utils import _is_functional_graph
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._functorch.compile_utils import raise_getitems
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, is_sym_node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._ordered_set import OrderedSet
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["FakeTensor", "FakeTensorMode", "is_sym_node"]
+
+# --- roles of the joint graph's inputs and outputs ------------------------------------------
+
+
+def is_primal(node: fx.Node) -> bool:
+    """An input of the forward: parameter, buffer, argument or RNG offset."""
+    return partitioners._is_primal(node) or partitioners._is_fwd_seed_offset(node)
+
+
+def is_backward_input(node: fx.Node) -> bool:
+    """A tangent or a backward RNG offset."""
+    return node.op == "placeholder" and (
+        partitioners._is_tangent(node) or partitioners._is_bwd_seed_offset(node)
+    )
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """A value that is no tensor and no number, such as a script object."""
+    probe = getattr(partitioners, "is_opaque_node", None)
+    return bool(probe is not None and probe(node))
+
+
+def must_be_in_backward(node: fx.Node) -> bool:
+    """A node that AOTAutograd has fixed to the backward, such as a mutation made there."""
+    return bool(partitioners._must_be_in_backward(node))
+
+
+def joint_outputs(
+    module: fx.GraphModule, num_fwd_outputs: int
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Forward outputs, backward outputs, and the descriptors of the forward ones."""
+    forward, backward, forward_descs, _ = partitioners._extract_fwd_bwd_outputs(
+        module, num_fwd_outputs=num_fwd_outputs
+    )
+    return list(forward), list(backward), list(forward_descs)
+
+
+def mutated_inputs(module: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
+    """Primals whose contents differ after the forward.
+
+    Either the graph ends in ``copy_`` into them, or the forward returns their new contents and
+    the runtime copies them (descriptor ``InputMutationAOTOutput``).
+    """
+    placeholders = module.graph.find_nodes(op="placeholder")
+    found = [
+        cast(fx.Node, node.args[0])
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+        if node.args[0] in placeholders and not must_be_in_backward(node)
+    ]
+    by_desc = {node.meta["desc"]: node for node in placeholders if "desc" in node.meta}
+    for desc in joint_outputs(module, num_fwd_outputs)[2]:
+        mutated = getattr(desc, "mutated_input", None)
+        if mutated in by_desc:
+            found.append(by_desc[mutated])
+    return list(dict.fromkeys(found))
+
+
+# --- the split ------------------------------------------------------------------------------
+
+
+def non_functional_node(graph: fx.Graph) -> fx.Node | None:
+    """The first node that mutates an intermediate value, or ``None`` in a functional graph."""
+    node = _is_functional_graph(graph)[0]
+    return cast("fx.Node | None", node)
+
+
+def fake_clone(value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of its own storage, as ``value.clone()`` would be."""
+    if not isinstance(value, FakeTensor):
+        return torch.empty_like(value, device="meta")
+    with value.fake_mode:
+        return value.clone()
+
+
+def extract_forward_backward(
+    module: fx.GraphModule,
+    saved: Sequence[fx.Node],
+    saved_symbols: Sequence[fx.Node],
+    saved_opaque: Sequence[fx.Node],
+    num_fwd_outputs: int,
+    static_inputs: Sequence[fx.Node],
+) -> tuple[fx.GraphModule, fx.GraphModule, int]:
+    """Cut the joint graph at ``saved`` (torch's ``_extract_fwd_bwd_modules``).
+
+    Returns:
+        The forward, the backward, and how many symbols the forward returns at its end.
+    """
+    symbols = list(saved_symbols)
+    options: dict[str, Any] = {}
+    accepted = inspect.signature(partitioners._extract_fwd_bwd_modules).parameters
+    if "saved_opaque_nodes" in accepted:
+        options["saved_opaque_nodes"] = list(saved_opaque)
+    forward, backward = partitioners._extract_fwd_bwd_modules(
+        module,
+        list(saved),
+        saved_sym_nodes=symbols,
+        num_fwd_outputs=num_fwd_outputs,
+        static_lifetime_input_nodes=OrderedSet(static_inputs),
+        **options,
+    )
+    return forward, backward, len(symbols)
+
+
+def pair_random_state(
+    joint: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, num_symbols: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Give each recomputed random op the random state of its forward (``functionalize_rng_ops``).
+
+    It acts on the nodes whose ``meta["recompute"]`` says recompute and whose op is tagged
+    ``nondeterministic_seeded``.
+    """
+    return partitioners.functionalize_rng_ops(joint, forward, backward, num_symbols)
+
+
+def force_save_effects(module: fx.GraphModule) -> None:
+    """Tag what torch's partitioner never recomputes: results of effects, sources of mutations."""
+    for name in ("force_save_effectful_ops", "force_save_bw_mutation_src"):
+        step = getattr(partitioners, name, None)
+        if step is not None:
+            step(module)
+
+
+def finish_partition(
+    forward: fx.GraphModule, backward: fx.GraphModule
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The closing steps of torch's partitioners: getitems up, RNG inputs of nested graphs.
+
+    ``raise_getitems`` recompiles both modules.
+    """
+    forward = raise_getitems(forward)
+    backward = raise_getitems(backward)
+    thread = getattr(partitioners, "thread_graphsafe_rng_from_hops", None)
+    if thread is not None:
+        forward = thread(forward, is_backward=False)
+        backward = thread(backward, is_backward=True)
+    return forward, backward
+
+
+# --- capture --------------------------------------------------------------------------------
+
+
+def export_joint(
+    stack: contextlib.ExitStack, module: torch.nn.Module, args: tuple[Any, ...], dynamic: bool
+) -> tuple[fx.GraphModule, int]:
+    """Trace forward and backward of ``module`` with fake tensors, without dynamo.
+
+    Returns:
+        The functional joint graph, with descriptors on its inputs and outputs, and the number
+        of its forward outputs.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with mode:
+        fake_args = pytree.tree_map_only(
+            torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=not dynamic), args
+        )
+    with _compiling():
+        joint = aot_export_joint_with_descriptors(
+            stack, module, fake_args, keep_inference_input_mutations=True
+        )
+    metadata = joint._aot_state.fw_metadata
+    # As AOTAutograd counts them before it partitions (``_aot_stage2a_partition``).
+    num_fwd_outputs = (
+        len(metadata.mutated_inp_runtime_indices)
+        + metadata.num_outputs
+        + metadata.num_intermediate_bases
+        + metadata.num_outputs_rng_offset
+        + len(metadata.tokens)
+    )
+    return joint.graph_module, int(num_fwd_outputs)
+
+
+def call_with(
+    module: torch.nn.Module,
+    tensors: dict[str, torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """Call a module with other parameters and buffers, under all of their names.
+
+    ``torch.func.functional_call`` puts them back in the order in which it took them; of a module
+    with two names, the stand-in is put back last, and stays. The other order is right.
+    """
+    with _reparametrize_module(module, tensors, tie_weights=True, stack_weights=True):
+        return module(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Let ``torch.compiler.is_compiling()`` say so, as torch does while it compiles.
+
+    Models ask it before they look at values, and take another branch.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+# --- tracing and dispatch modes -------------------------------------------------------------
+
+
+def proxy_graph() -> fx.Graph | None:
+    """The FX graph that is being traced now by AOTAutograd, or ``None`` when nothing is."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None:
+        return None
+    probe = getattr(torch.compiler, "_is_non_strict_tracing", None)
+    if probe is not None and probe():
+        return None
+    mode = get_proxy_mode()
+    return mode.tracer.graph if mode is not None else None
+
+
+def below_autograd_views() -> contextlib.AbstractContextManager[None]:
+    """Let a view made below autograd share its base's version counter.
+
+    torch's selective checkpointing does the same around its ``detach`` (``_detach_helper``).
+    """
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Real tensors and kernels, as a compiled graph runs them, whatever is active outside.
+
+    No dispatch mode (fake tensors, tracing, functionalisation), functorch transform, autocast,
+    ``__torch_function__`` or autograd sees the calls made inside.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch._C._DisableFuncTorch())
+        stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def profiler_is_running() -> bool:
+    """Whether a profiler session is open in this thread; a second one inside would break both."""
+    return bool(torch.autograd._profiler_enabled())
+
+
+def selective_ignored_ops() -> frozenset[Any]:
+    """Ops that selective checkpointing passes through uncounted.
+
+    ``detach`` appears in different numbers in forward and recompute, and the metadata ops of
+    tensor subclasses are run by the determinism check (``torch.utils.checkpoint``).
+    """
+    return frozenset(torch.utils.checkpoint.SAC_IGNORED_OPS)
+
+
+def selective_context(output: Any) -> torch.utils.checkpoint.SelectiveCheckpointContext:
+    """What torch's selective checkpointing gives a policy function in the forward."""
+    context = torch.utils.checkpoint.SelectiveCheckpointContext(is_recompute=False)
+    context.op_output = output  # torch 2.11 takes no such argument
+    return context
+
+
+def selective_key(op: Any, args: tuple[Any, ...]) -> Any:
+    """What occurrences are counted by: the op; of inductor's compiled regions, the region."""
+    if isinstance(op, torch._ops.OpOverload):
+        return op
+    probe = getattr(torch.utils.checkpoint, "_sac_storage_key", None)
+    return probe(op, args) if probe is not None else op
+
+
+def default_store() -> Any:
+    """The store that the default process group was made with."""
+    return torch.distributed.distributed_c10d._get_default_store()

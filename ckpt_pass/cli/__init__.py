@@ -1,0 +1,3 @@
+"""The commands."""
+
+from ckpt_pass.cli.commands import main as main

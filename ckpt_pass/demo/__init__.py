@@ -1,0 +1,1 @@
+"""One model, trained with every way to save memory."""

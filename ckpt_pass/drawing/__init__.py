@@ -1,0 +1,1 @@
+"""What pictures and tables share; knows no value of this library."""

@@ -1,0 +1,1 @@
+"""What a real step takes and gives: peak, time, flops, gradients."""

@@ -1,0 +1,1 @@
+"""What each op is, as data, and how many operations it does."""

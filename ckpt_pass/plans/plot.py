@@ -1,0 +1,87 @@
+"""A plan as a picture: memory over the step, with nothing recomputed and as planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_pass.drawing.figures import (
+    COLOURS,
+    GREY,
+    MEGABYTE,
+    figure_of,
+    label_peak,
+    memory_axes,
+    write,
+)
+from ckpt_pass.plans.timeline import Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BEFORE, AFTER, BUDGET = GREY, COLOURS[1], COLOURS[2]
+#: Where words stand under the upper edge, as shares of the height: one line a curve.
+_WORDS_AT = (0.99, 0.945)
+
+
+def plot_plan(
+    title: str, after: Timeline, before: Timeline | None, budget_bytes: int | None, path: Path
+) -> Path:
+    """Draw a plan's memory over modelled time as a PNG; return its path.
+
+    Args:
+        title: above the picture.
+        after: the step as planned.
+        before: the same step with nothing recomputed, if known.
+        budget_bytes: drawn as a line, if any.
+        path: of the PNG.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = figure_of(width=9.0, height=5.0)
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    curves = [(after, AFTER, "as planned")]
+    if before is not None:
+        curves.insert(0, (before, BEFORE, "nothing recomputed"))
+    highest = max(curve.peak_bytes for curve, _, _ in curves)
+    longest = max(curve.duration_s for curve, _, _ in curves)
+    # A budget far above both curves would press them flat, and limits nothing.
+    shows_budget = budget_bytes is not None and budget_bytes <= 1.1 * highest
+    top = max(highest, budget_bytes or 0) if shows_budget else highest
+    memory_axes(axes, "modelled time since the step began (ms)", longest * 1e3, top / MEGABYTE)
+    for (curve, colour, name), height in zip(curves, reversed(_WORDS_AT), strict=False):
+        _draw(axes, curve, colour, name)
+        _mark_backward(axes, curve, colour, height)
+    if shows_budget and budget_bytes is not None:
+        _mark_budget(axes, budget_bytes)
+    for curve, colour, _ in curves:
+        label_peak(axes, curve.peak_at_s * 1e3, curve.peak_bytes / MEGABYTE, colour)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    return write(figure, path)
+
+
+def _draw(axes: Axes, curve: Timeline, colour: str, name: str) -> None:
+    moments = [moment * 1e3 for moment in curve.begins_s]
+    # The last op's bytes hold until the step ends.
+    levels = [nbytes / MEGABYTE for nbytes in (*curve.bytes_at, *curve.bytes_at[-1:])]
+    label = f"{name}: {curve.duration_s * 1e3:.1f} ms"
+    axes.fill_between(moments, levels, step="post", color=colour, alpha=0.15)
+    axes.step(moments, levels, where="post", color=colour, linewidth=1.2, label=label)
+
+
+def _mark_backward(axes: Axes, curve: Timeline, colour: str, height: float) -> None:
+    """A dotted line where a curve's backward begins, and words on both sides of it."""
+    border = curve.backward_at_s * 1e3
+    axes.axvline(border, color=colour, linestyle=":", linewidth=1.2)
+    look: dict[str, Any] = {"color": colour, "verticalalignment": "top", "fontsize": 9}
+    level = axes.get_ylim()[1] * height
+    axes.text(border, level, "forward  ", horizontalalignment="right", **look)
+    axes.text(border, level, "  backward", horizontalalignment="left", **look)
+
+
+def _mark_budget(axes: Axes, budget_bytes: int) -> None:
+    level = budget_bytes / MEGABYTE
+    label = f"budget: {level:.1f} MB"
+    axes.axhline(level, color=BUDGET, linestyle="--", linewidth=1.2, label=label)

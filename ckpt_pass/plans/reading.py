@@ -1,0 +1,261 @@
+"""Read plans from JSON, trusting nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ckpt_pass.graph.shapes import Dimension
+from ckpt_pass.ops.taxonomy import OpClass
+from ckpt_pass.planner.solvers import SOLVERS, as_solver
+from ckpt_pass.plans.expressions import expression_from_data
+from ckpt_pass.plans.goal import COSTS, Goal
+from ckpt_pass.plans.parts import (
+    Decision,
+    Recipe,
+    Replay,
+    SavedActivation,
+    SavedActivations,
+    Signature,
+)
+from ckpt_pass.plans.schema import CodePolicy, PlanFileError, Reader
+from ckpt_pass.plans.timeline import Timeline
+from ckpt_pass.plans.writing import FORMAT, checksum
+from ckpt_pass.policy.rules import FirstMatch, Policy, Rule
+from ckpt_pass.policy.sites import CallSite
+from ckpt_pass.version import __version__
+
+#: A plan for a graph of 100,000 ops takes some 10 MB.
+MOST_CHARACTERS = 64_000_000
+
+_POLICIES = {member.name: member for member in CheckpointPolicy}
+_CLASSES = {str(member): member for member in OpClass}
+_FATES = {fate: fate for fate in ("saved", "recomputed", "unused")}
+_STATUSES = {status: status for status in ("optimal", "feasible", "time limit")}
+_MODES = {mode: mode for mode in ("compiled", "eager")}
+_KINDS = {kind: kind for kind in ("activation", "output", "random state", "input", "parameter")}
+
+
+def read_plan_text(path: Path) -> str:
+    """The text of a plan file.
+
+    Raises:
+        PlanFileError: it is too large, or no text.
+        OSError: it cannot be read.
+    """
+    nbytes = path.stat().st_size
+    if nbytes > MOST_CHARACTERS:
+        raise PlanFileError(str(path), f"a file of at most {MOST_CHARACTERS} bytes", nbytes)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanFileError(str(path), "a text in UTF-8", error.reason) from error
+
+
+def plan_from_json(text: str) -> dict[str, Any]:
+    """The fields of the plan that a JSON text describes.
+
+    Raises:
+        PlanFileError: the text is no plan, or was changed after it was written.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise PlanFileError("the file", f"at most {MOST_CHARACTERS} characters", len(text))
+    try:
+        data = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise PlanFileError("the file", f"JSON ({error})", text[:40]) from error
+    reader = Reader(data)
+    found = reader["format"].value
+    if found != FORMAT or isinstance(found, bool):
+        raise PlanFileError("format", f"{FORMAT}, the one of ckpt_pass {__version__}", found)
+    if reader["checksum"].value != checksum(data):
+        raise PlanFileError("checksum", "that of the rest of the file", reader["checksum"].value)
+    return _plan(reader)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of a plan")
+
+
+def _plan(reader: Reader) -> dict[str, Any]:
+    decisions = _decisions(reader)
+    sites = [decision.site for decision in decisions]
+    sites += [_site(item) for item in reader["merged_sites"].items()]
+    random_regions = reader["random_regions"].maybe(lambda found: frozenset(found.texts()))
+    return dict(
+        policy=reader["policy"].text(),
+        fingerprint=reader["fingerprint"].text(),
+        decisions=decisions,
+        saved=SavedActivations(_saved(reader)),
+        output_bytes=expression_from_data(reader["output_bytes"]),
+        peak_bytes=reader["peak_bytes"].whole(),
+        peak_at=reader["peak_at"].text(),
+        recompute_flops=reader["recompute_flops"].whole(),
+        step_flops=reader["step_flops"].whole(),
+        recompute_time_s=reader["recompute_time_s"].number(),
+        step_time_s=reader["step_time_s"].number(),
+        budget_bytes=reader["budget_bytes"].maybe(Reader.whole),
+        solver=reader["solver"].text(),
+        status=reader["status"].one_of(_STATUSES),
+        lower_bound_s=reader["lower_bound_s"].number(),
+        regions=reader["regions"].texts(),
+        timeline=_timeline(reader["timeline"]),
+        plain_timeline=reader["plain_timeline"].maybe(_timeline),
+        peak_expression=expression_from_data(reader["peak_expression"]),
+        dimensions=tuple(_dimension(item) for item in reader["dimensions"].items()),
+        sites=frozenset(sites),
+        recipe=_recipe(reader["recipe"]),
+        measured_workspaces=reader["measured_workspaces"].whole(),
+        inner_peak_bytes=reader["inner_peak_bytes"].maybe(Reader.whole),
+        replans=reader["replans"].whole(),
+        graph_break=reader["graph_break"].text(),
+        mode=reader["mode"].one_of(_MODES),
+        random_regions=random_regions,
+        signature=reader["signature"].maybe(_signature),
+        replay=reader["replay"].maybe(_replay),
+    )
+
+
+def _site(reader: Reader) -> CallSite:
+    fqn, call, op, occurrence = reader.items(4)
+    return CallSite(fqn.text(), op.text(), occurrence.whole(), call.whole())
+
+
+def _decisions(reader: Reader) -> tuple[Decision, ...]:
+    rules = [
+        (name.one_of(_POLICIES), str(op_class.one_of(_CLASSES)), rule.text())
+        for name, op_class, rule in (item.items(3) for item in reader["rules"].items())
+    ]
+    times = [item.number() for item in reader["times_s"].items()]
+    found = []
+    for group in reader["decisions"].items():
+        fqn, call, region, rows = group.items(4)
+        for row in rows.items():
+            op, occurrence, fate, rule, nbytes, runs, time_s = row.items(7)
+            tag, op_class, words = rule.pick(rules)
+            found.append(
+                Decision(
+                    site=CallSite(fqn.text(), op.text(), occurrence.whole(), call.whole()),
+                    op_class=op_class,
+                    nbytes=expression_from_data(nbytes),
+                    decision=tag,
+                    rule=words,
+                    fate=fate.one_of(_FATES),
+                    region=region.maybe(Reader.text),
+                    times=runs.whole(),
+                    time_s=time_s.pick(times),
+                )
+            )
+    return tuple(found)
+
+
+def _saved(reader: Reader) -> list[SavedActivation]:
+    words = [item for item in reader["words"].items()]
+    found = []
+    for row in reader["saved"].items():
+        kind, place, shape, dtype, nbytes, provenance, reason = row.items(7)
+        site = place.maybe(_site)
+        said = provenance.maybe(Reader.text)
+        found.append(
+            SavedActivation(
+                kind=kind.pick(words).one_of(_KINDS),
+                site=site,
+                shape=tuple(expression_from_data(size) for size in shape.items()),
+                dtype=dtype.pick(words).text(),
+                nbytes=expression_from_data(nbytes),
+                provenance=f"output of {site}" if said is None else said,
+                reason=reason.pick(words).text(),
+            )
+        )
+    return found
+
+
+def _signature(reader: Reader) -> Signature:
+    return Signature(
+        torch_version=reader["torch"].text(),
+        arguments=reader["arguments"].texts(),
+        parameters=reader["parameters"].texts(),
+        library_version=reader["ckpt_pass"].text(),
+    )
+
+
+def _replay(reader: Reader) -> Replay:
+    labels = list(reader["labels"].texts())
+    saved = tuple(item.pick(labels) for item in reader["saved"].items())
+    return Replay(saved, _pairs(reader["drops"], labels), _pairs(reader["merged"], labels))
+
+
+def _pairs(reader: Reader, labels: list[str]) -> tuple[tuple[str, str], ...]:
+    pairs = (item.items(2) for item in reader.items())
+    return tuple((one.pick(labels), other.pick(labels)) for one, other in pairs)
+
+
+def _timeline(reader: Reader) -> Timeline:
+    changes = [item.whole(-(1 << 62)) for item in reader["changes"].items()]
+    seconds = [item.number() for item in reader["seconds"].items()]
+    at, total = [], 0
+    for item in reader["bytes"].items():
+        total += item.pick(changes)
+        at.append(total)
+    moments = tuple(item.pick(seconds) for item in reader["times"].items())
+    if len(moments) != len(at):
+        raise PlanFileError(reader.where, "as many times as bytes", (len(moments), len(at)))
+    return Timeline(tuple(at), reader["forward_length"].whole(0, len(at)), moments)
+
+
+def _dimension(reader: Reader) -> Dimension:
+    symbol, places, traced, least, most = reader.items(5)
+    return Dimension(
+        symbol.text(), places.texts(), traced.whole(), least.whole(), most.maybe(Reader.whole)
+    )
+
+
+def _recipe(reader: Reader) -> Recipe:
+    return Recipe(
+        _policy(reader["policy"], 0),
+        reader["regions"].maybe(Reader.texts),
+        reader["goal"].maybe(_goal),
+    )
+
+
+def _goal(reader: Reader) -> Goal:
+    budget = reader["budget"]
+    amount: Any = budget.value
+    if isinstance(amount, str):
+        amount = budget.text()
+    else:
+        amount = budget.whole(1) if isinstance(amount, int) else budget.number()
+    solver = as_solver(reader["solver"].one_of({name: name for name in SOLVERS}))
+    limit = reader["time_limit_s"].maybe(Reader.number)
+    cost = reader["cost"].one_of({name: name for name in COSTS})
+    return Goal(amount, solver, limit, cost)
+
+
+def _policy(reader: Reader, depth: int) -> Policy:
+    if depth > 16:
+        raise PlanFileError(reader.where, "policies that are not nested so deeply", "deeper ones")
+    found: Any = reader.value
+    kind = next(iter(found)) if isinstance(found, dict) and found else None
+    if kind == "rule":
+        return _rule(reader["rule"])
+    if kind == "first":
+        parts = tuple(_policy(part, depth + 1) for part in reader["first"].items())
+        return FirstMatch(parts, reader["name"].text())
+    return CodePolicy(reader["code"].text())
+
+
+def _rule(reader: Reader) -> Rule:
+    return Rule(
+        decision=reader["decision"].one_of(_POLICIES),
+        op=reader["op"].texts(),
+        op_class=tuple(item.one_of(_CLASSES) for item in reader["op_class"].items()),
+        module=reader["module"].maybe(Reader.text),
+        nth=reader["nth"].maybe(Reader.whole),
+        every=reader["every"].maybe(Reader.whole),
+        min_bytes=reader["min_bytes"].maybe(Reader.whole),
+        max_bytes=reader["max_bytes"].maybe(Reader.whole),
+        label=reader["label"].text(),
+    )

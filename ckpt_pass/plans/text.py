@@ -1,0 +1,219 @@
+"""A plan in words: how good it is, what it decides in which amounts, what its decisions cost."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ckpt_pass.plans.timeline import text_plot
+from ckpt_pass.policy.sites import Bytes
+
+if TYPE_CHECKING:
+    from ckpt_pass.plans.value import Decision, Plan
+
+#: Lines of a list of decisions; an engineer reads the first few.
+LINES = 10
+#: Reasons named in one line; the rest are counted.
+_REASONS = 2
+#: An index in a module's name: layers that differ in nothing else share a line.
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def format_bytes(nbytes: Bytes) -> str:
+    """Bytes for people: ``2.0 MiB``; an expression as it is."""
+    if not isinstance(nbytes, int):
+        return f"{nbytes} B"
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{int(size)} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds for people, from microseconds up."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} µs"
+    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def budget_lines(plan: Plan) -> list[str]:
+    """The budget, what it was met by, and how far the plan is from the fastest one."""
+    if plan.budget_bytes is None:
+        return []
+    return [
+        f"budget       {format_bytes(plan.budget_bytes)}, met by: {plan.solver}",
+        f"bound        {_bound(plan)}",
+        *_inner(plan),
+    ]
+
+
+def _inner(plan: Plan) -> list[str]:
+    lines = []
+    if plan.inner_peak_bytes is not None:
+        again = f", planned again {plan.replans} times" if plan.replans else ""
+        lines.append(
+            f"inductor     {format_bytes(plan.inner_peak_bytes)} by its own schedule{again}"
+        )
+    if plan.measured_workspaces:
+        lines.append(
+            f"workspaces   of {plan.measured_workspaces} kernels, measured on this machine"
+        )
+    return lines
+
+
+def _bound(plan: Plan) -> str:
+    if not plan.recompute_time_s:
+        return "nothing that takes time is recomputed: no plan is faster"
+    if plan.status == "optimal":
+        return "optimal: no plan within the budget recomputes less"
+    stopped = "; the solver stopped at its time limit" if plan.status == "time limit" else ""
+    if not plan.lower_bound_s:
+        return f"not known how far this is from the fastest plan: no lower bound was found{stopped}"
+    return (
+        f"{format_seconds(plan.lower_bound_s)} of recomputation at least, "
+        f"{format_seconds(plan.recompute_time_s)} here: the fastest plan's step is at most "
+        f"{100 * plan.gap:.1f} % shorter{stopped}"
+    )
+
+
+def overview(plan: Plan) -> str:
+    """The summary; for a plan with a budget also amounts, dear decisions and the timeline."""
+    if plan.budget_bytes is None:
+        return plan.summary()
+    blocks = [
+        plan.summary().splitlines(),
+        list(_amounts(plan)),
+        list(_dearest("recomputed, most time first", plan, "recomputed", _time, _time_words)),
+        list(_dearest("saved, most bytes first", plan, "saved", _bytes, _bytes_words)),
+        list(_memory(plan)),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    if plan.timeline is None:
+        return
+    lines = text_plot(plan.timeline, plan.budget_bytes)
+    if not lines:
+        return
+    before = plan.plain_timeline
+    words = f"; nothing recomputed: {format_bytes(before.peak_bytes)}" if before is not None else ""
+    yield f"memory over the step's modelled {format_seconds(plan.timeline.duration_s)}{words}"
+    yield from lines
+
+
+# --- amounts --------------------------------------------------------------------------------
+
+
+def _amounts(plan: Plan) -> Iterator[str]:
+    """Ops, views and bytes by what becomes of them, and why."""
+    again = plan.with_fate("recomputed")
+    most = max((decision.times for decision in again), default=0)
+    groups = {
+        "saved": plan.with_fate("saved"),
+        "recomputed once": tuple(d for d in again if d.times <= 1),
+        f"up to {most} times": tuple(d for d in again if d.times > 1),
+        "not needed": plan.with_fate("unused"),
+    }
+    yield f"{'':16} {'ops':>5} {'views':>6} {'bytes':>11}  why"
+    for name, decisions in groups.items():
+        if decisions:
+            views = sum(decision.is_view for decision in decisions)
+            amount = format_bytes(_total(decision.nbytes for decision in decisions))
+            why = "the backward does not read it" if name == "not needed" else _why(decisions)
+            yield f"{name:16} {len(decisions) - views:>5} {views:>6} {amount:>11}  {why}"
+
+
+def _total(items: Iterable[Bytes]) -> Bytes:
+    total: Bytes = sum(items)
+    return total
+
+
+def _why(decisions: Iterable[Decision]) -> str:
+    """The commonest rules; views follow what they are views of and have no say."""
+    rules = Counter(decision.rule for decision in decisions if not decision.is_view)
+    if len(rules) == 1:
+        return next(iter(rules))
+    named = [f"{rule} ({count})" for rule, count in rules.most_common(_REASONS)]
+    rest = sum(rules.values()) - sum(count for _, count in rules.most_common(_REASONS))
+    return ", ".join([*named, f"other rules ({rest})"] if rest else named)
+
+
+# --- the dearest decisions ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Decisions that differ in the index of their layer alone."""
+
+    name: str
+    members: tuple[Decision, ...]
+
+    @property
+    def time_s(self) -> float:
+        return sum(decision.time_s * decision.times for decision in self.members)
+
+    @property
+    def nbytes(self) -> Bytes:
+        return _total(decision.nbytes for decision in self.members)
+
+    @property
+    def runs(self) -> int:
+        return sum(decision.times for decision in self.members)
+
+
+def _dearest(
+    title: str,
+    plan: Plan,
+    fate: str,
+    cost: Callable[[_Alike], float],
+    words: Callable[[_Alike], str],
+) -> Iterator[str]:
+    groups = [group for group in _alike(plan.with_fate(fate)) if cost(group)]
+    if not groups:
+        return
+    ranked = sorted(groups, key=lambda group: (-cost(group), group.name))
+    yield title
+    yield from (words(group) for group in ranked[:LINES])
+    rest = ranked[LINES:]
+    if rest:
+        yield f"  and {sum(len(group.members) for group in rest)} that cost less"
+
+
+def _alike(decisions: Iterable[Decision]) -> list[_Alike]:
+    groups: dict[tuple[object, ...], list[Decision]] = {}
+    for decision in decisions:
+        site = decision.site
+        key = (_INDEX.sub("*", site.fqn), site.op, site.occurrence, site.call)
+        groups.setdefault(key, []).append(decision)
+    return [_Alike(_name(members), tuple(members)) for members in groups.values()]
+
+
+def _name(members: list[Decision]) -> str:
+    site = members[0].site
+    fqns = {member.site.fqn for member in members}
+    return str(replace(site, fqn=_INDEX.sub("*", site.fqn))) if len(fqns) > 1 else str(site)
+
+
+def _time(group: _Alike) -> float:
+    return group.time_s
+
+
+def _bytes(group: _Alike) -> float:
+    """Bytes as a number; symbolic ones come first, since nobody knows how large they get."""
+    return float(group.nbytes) if isinstance(group.nbytes, int) else float("inf")
+
+
+def _time_words(group: _Alike) -> str:
+    count = len(group.members)
+    runs = f" in {group.runs} runs" if group.runs > count else ""
+    return f"  {format_seconds(group.time_s):>10}  {count:>3} x {group.name}{runs}"
+
+
+def _bytes_words(group: _Alike) -> str:
+    return f"  {format_bytes(group.nbytes):>10}  {len(group.members):>3} x {group.name}"

@@ -1,0 +1,238 @@
+"""Write plans as JSON: readable, the same bytes for the same plan, and data only.
+
+Decisions stand in the order of execution, grouped by module call, one a line. Strings and numbers
+that repeat go into tables. A checksum over everything tells a damaged or edited file from a plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from ckpt_pass.planner.solvers import SOLVERS
+from ckpt_pass.plans.expressions import expression_to_data
+from ckpt_pass.plans.parts import Decision, Recipe, SavedActivation
+from ckpt_pass.plans.schema import CodePolicy
+from ckpt_pass.plans.timeline import Timeline
+from ckpt_pass.policy.rules import FirstMatch, Policy, Rule, describe
+from ckpt_pass.policy.sites import CallSite
+from ckpt_pass.version import __version__
+
+if TYPE_CHECKING:
+    from ckpt_pass.plans.value import Plan
+
+
+FORMAT = 1
+#: Members of a group of decisions: module, call, region, and the rows.
+_GROUP = 4
+
+
+class _Table:
+    """Numbers equal things, in the order in which they come."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+
+    def number(self, thing: Any) -> int:
+        return self._numbers.setdefault(thing, len(self._numbers))
+
+    @property
+    def things(self) -> list[Any]:
+        return [list(t) if isinstance(t, tuple) else t for t in self._numbers]
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The plan as JSON."""
+    data = _plan_data(plan)
+    data["checksum"] = checksum(data)
+    return _pretty(data) + "\n"
+
+
+def checksum(data: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in data.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _pretty(value: Any, depth: int = 0) -> str:
+    """Objects take a line for each member, and so do lists of lists; other lists take one line."""
+    inner, outer = " " * (depth + 1), " " * depth
+    if isinstance(value, dict) and value:
+        lines = [f"{inner}{json.dumps(k)}: {_pretty(v, depth + 1)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{outer}}}"
+    if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
+        lines = [f"{inner}{_pretty_row(item, depth + 1)}" for item in value]
+        return "[\n" + ",\n".join(lines) + f"\n{outer}]"
+    return _compact(value)
+
+
+def _pretty_row(row: list[Any], depth: int) -> str:
+    """A row on one line; the rows inside a group stand below its name."""
+    if not (row and isinstance(row[-1], list) and len(row) == _GROUP):
+        return _compact(row)
+    head = ",".join(_compact(item) for item in row[:-1])
+    return f"[{head},{_pretty(row[-1], depth)}]"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _plan_data(plan: Plan) -> dict[str, Any]:
+    rules, times, words = _Table(), _Table(), _Table()
+    saved = [_saved_data(item, words) for item in plan.saved]
+    decisions = _decisions_data(plan.decisions, rules, times)
+    listed = {decision.site for decision in plan.decisions}
+    return {
+        "format": FORMAT,
+        "ckpt_pass": __version__,
+        "mode": plan.mode,
+        "policy": plan.policy,
+        "fingerprint": plan.fingerprint,
+        "budget_bytes": plan.budget_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "peak_at": plan.peak_at,
+        "output_bytes": expression_to_data(plan.output_bytes),
+        "recompute_flops": plan.recompute_flops,
+        "step_flops": plan.step_flops,
+        "recompute_time_s": plan.recompute_time_s,
+        "step_time_s": plan.step_time_s,
+        "solver": plan.solver,
+        "status": plan.status,
+        "lower_bound_s": plan.lower_bound_s,
+        "measured_workspaces": plan.measured_workspaces,
+        "inner_peak_bytes": plan.inner_peak_bytes,
+        "replans": plan.replans,
+        "graph_break": plan.graph_break,
+        "recipe": _recipe_data(plan.recipe),
+        "signature": None
+        if plan.signature is None
+        else {
+            "torch": plan.signature.torch_version,
+            "arguments": list(plan.signature.arguments),
+            "parameters": list(plan.signature.parameters),
+            "ckpt_pass": plan.signature.library_version,
+        },
+        "peak_expression": expression_to_data(plan.peak_expression),
+        "dimensions": [
+            [d.symbol, list(d.places), d.traced, d.least, d.most] for d in plan.dimensions
+        ],
+        "regions": list(plan.regions),
+        "random_regions": None if plan.random_regions is None else sorted(plan.random_regions),
+        "decisions": decisions,
+        "rules": rules.things,
+        "times_s": times.things,
+        "merged_sites": [_site_data(site) for site in sorted(plan.sites - listed)],
+        "saved": saved,
+        "words": words.things,
+        "replay": _replay_data(plan),
+        "timeline": _timeline_data(plan.timeline),
+        "plain_timeline": None
+        if plan.plain_timeline is None
+        else _timeline_data(plan.plain_timeline),
+    }
+
+
+def _site_data(site: CallSite) -> list[Any]:
+    return [site.fqn, site.call, site.op, site.occurrence]
+
+
+def _decisions_data(decisions: Sequence[Decision], rules: _Table, times: _Table) -> list[list[Any]]:
+    found = []
+    for key, group in groupby(decisions, lambda d: (d.site.fqn, d.site.call, d.region)):
+        rows = [
+            [
+                decision.site.op,
+                decision.site.occurrence,
+                decision.fate,
+                rules.number((decision.decision.name, decision.op_class, decision.rule)),
+                expression_to_data(decision.nbytes),
+                decision.times,
+                times.number(decision.time_s),
+            ]
+            for decision in group
+        ]
+        found.append([*key, rows])
+    return found
+
+
+def _saved_data(item: SavedActivation, words: _Table) -> list[Any]:
+    """A saved activation; what its provenance says in most cases is left out."""
+    usual = f"output of {item.site}"
+    return [
+        words.number(item.kind),
+        None if item.site is None else _site_data(item.site),
+        [expression_to_data(_size(size)) for size in item.shape],
+        words.number(item.dtype),
+        expression_to_data(item.nbytes),
+        None if item.provenance == usual else item.provenance,
+        words.number(item.reason),
+    ]
+
+
+def _size(size: object) -> Any:
+    """A size as a number or an expression."""
+    return size.node.expr if hasattr(size, "node") else size
+
+
+def _replay_data(plan: Plan) -> dict[str, Any] | None:
+    if plan.replay is None:
+        return None
+    labels = _Table()
+    saved = [labels.number(label) for label in plan.replay.saved]
+    pairs = {
+        name: [[labels.number(one), labels.number(other)] for one, other in found]
+        for name, found in (("drops", plan.replay.drops), ("merged", plan.replay.merged))
+    }
+    return {"labels": labels.things, "saved": saved, **pairs}
+
+
+def _timeline_data(timeline: Timeline) -> dict[str, Any]:
+    steps, seconds = _Table(), _Table()
+    before = 0
+    changes = []
+    for nbytes in timeline.bytes_at:
+        changes.append(steps.number(nbytes - before))
+        before = nbytes
+    moments = [seconds.number(second) for second in timeline.seconds_of]
+    return {
+        "forward_length": timeline.forward_length,
+        "changes": steps.things,
+        "bytes": changes,
+        "seconds": seconds.things,
+        "times": moments,
+    }
+
+
+def _recipe_data(recipe: Recipe) -> dict[str, Any]:
+    goal = recipe.goal
+    named = goal is not None and any(goal.solver is solver for solver in SOLVERS.values())
+    return {
+        "policy": _policy_data(recipe.policy),
+        "regions": None if recipe.regions is None else list(recipe.regions),
+        "goal": None
+        if goal is None
+        else {
+            "budget": goal.budget,
+            "solver": goal.solver.name if named else "auto",
+            "time_limit_s": goal.time_limit_s,
+            "cost": goal.cost,
+        },
+    }
+
+
+def _policy_data(policy: Policy) -> dict[str, Any]:
+    if type(policy) is Rule:
+        values = {field.name: getattr(policy, field.name) for field in fields(Rule)}
+        values["decision"] = policy.decision.name
+        values["op"] = list(policy.op)
+        values["op_class"] = [str(op_class) for op_class in policy.op_class]
+        return {"rule": values}
+    if type(policy) is FirstMatch:
+        return {"first": [_policy_data(part) for part in policy.policies], "name": policy.name}
+    words = policy.words if isinstance(policy, CodePolicy) else describe(policy)
+    return {"code": words}

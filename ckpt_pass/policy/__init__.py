@@ -1,0 +1,1 @@
+"""Call sites and how they are counted; rules about them, and those that have a name."""

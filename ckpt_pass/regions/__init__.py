@@ -1,0 +1,1 @@
+"""Checkpoint regions as they run in eager mode: hooks, dispatch modes, modules made regions."""

@@ -1,0 +1,113 @@
+"""What the dispatch modes do with an op, as far as the op, its arguments and a policy tell."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import Any, cast
+
+import torch
+
+from ckpt_pass._torch import functorch
+from ckpt_pass.ops.taxonomy import OpClass, classify, draws_random
+from ckpt_pass.policy.opinion import report_unclassified, settled
+from ckpt_pass.policy.rules import Policy
+from ckpt_pass.policy.sites import SiteCounter
+
+#: Ops that the modes pass through uncounted.
+IGNORED = functorch.selective_ignored_ops()
+
+
+class Action(Enum):
+    """What to do with an op, as far as the op alone tells."""
+
+    PASS = auto()
+    SAVE = auto()
+    ASK = auto()
+    CHANGE = auto()
+    #: SAVE, and nothing about a single execution can change that.
+    STORE = auto()
+
+
+class Actions:
+    """What to do with each op under one policy; filled as ops are met."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.needs_scopes = bool(getattr(policy, "needs_scopes", True))
+        self.known: dict[Any, Action] = {}
+        #: Ops of which some call draws random numbers and some call may be saved.
+        self.drawing: set[Any] = set()
+
+    def learn(self, op: Any) -> Action:
+        """Find out about an op that is met for the first time."""
+        report_unclassified(op)
+        action = self._find(op)
+        if action is not Action.PASS and draws_random(op):
+            self.drawing.add(op)
+        elif action is Action.SAVE and classify(op) is not OpClass.CAST and hasattr(op, "_schema"):
+            action = Action.STORE
+        self.known[op] = action
+        return action
+
+    def _find(self, op: Any) -> Action:
+        if op in IGNORED or is_free(op):
+            return Action.PASS
+        if is_mutable(op):
+            return Action.CHANGE
+        found = settled(self.policy, SiteCounter().visit(op, ()))
+        if found is None:
+            return Action.ASK
+        return Action.SAVE if found.saves else Action.PASS
+
+
+@functools.lru_cache(maxsize=256)
+def _shared_actions(policy: Policy) -> Actions:
+    return Actions(policy)
+
+
+def actions_for(policy: Policy) -> Actions:
+    try:
+        return _shared_actions(cast(Any, policy))
+    except TypeError:  # not hashable: a user's own object
+        return Actions(policy)
+
+
+def is_free(op: Any) -> bool:
+    """Views and metadata are made again from their base and never saved by themselves."""
+    return classify(op) in (OpClass.VIEW, OpClass.METADATA)
+
+
+def is_cached_cast(op: Any, args: tuple[Any, ...]) -> bool:
+    """The cast of a weight, which autocast may take from its cache instead.
+
+    Forward and recomputation then cast it in different numbers (pytorch#193338), so such casts
+    are made again and never counted. The cache holds leaves that require a gradient, no others
+    (``aten/src/ATen/autocast_mode.cpp``).
+    """
+    if classify(op) is not OpClass.CAST or not args:
+        return False
+    source = args[0]
+    return isinstance(source, torch.Tensor) and source.requires_grad and source.is_leaf
+
+
+def is_mutable(op: Any) -> bool:
+    schema = getattr(op, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def returns_what_it_changes(op: Any, args: tuple[Any, ...], output: Any) -> bool:
+    """An in-place op such as ``add_``: it changes its first argument and returns it."""
+    return bool(args) and isinstance(output, torch.Tensor) and output is args[0]
+
+
+def overwritten(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that a mutable op overwrites."""
+    for index, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, torch.Tensor):
+                yield item

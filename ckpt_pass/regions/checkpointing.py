@@ -1,0 +1,235 @@
+"""``ckpt_pass.checkpoint``: a checkpoint region that costs little more than its recomputation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ckpt_pass._errors import CkptPassError, nearest
+from ckpt_pass._torch import autograd, functorch
+from ckpt_pass.policy.named import as_policy
+from ckpt_pass.policy.rules import Policy, PolicyLike
+from ckpt_pass.regions.chain import Link
+from ckpt_pass.regions.frame import Contexts, Frame, RegionOptions
+from ckpt_pass.regions.keeps import Keeps, rerun_context
+from ckpt_pass.regions.sac import context_fn as make_context_fn
+from ckpt_pass.regions.sac import selective_contexts
+
+DETERMINISM_CHECKS = ("default", "none")
+
+
+@dataclass(frozen=True)
+class RegionSpec:
+    """What becomes of one region.
+
+    Attributes:
+        keeps: op executions to keep.
+        policy: what to keep, where ``keeps`` is not given.
+        draws: whether it may draw random numbers; ``None`` where that is not known.
+        follows: the FQNs of regions whose output it may take; if it does, that is made again,
+            not kept.
+        nested: how a segment is made again, see :class:`ckpt_pass.regions.chain.Link`.
+    """
+
+    keeps: Keeps | None = None
+    policy: PolicyLike | None = None
+    draws: bool | None = None
+    follows: tuple[str, ...] = ()
+    nested: bool = False
+
+
+class ContradictoryRegionError(CkptPassError, ValueError):
+    """More than one thing says what a region keeps."""
+
+
+class ReentrantRegionError(CkptPassError, ValueError):
+    """A region with reentrant autograd was asked for, which there is not."""
+
+
+class DeterminismCheckError(CkptPassError, ValueError):
+    """A way to check recomputed values that there is not."""
+
+
+class RegionPlan(Protocol):
+    """What tells the region of a module by its name: a :class:`ckpt_pass.Plan`."""
+
+    def region_spec(self, name: str) -> RegionSpec | None:
+        """What becomes of a module; ``None`` where it is no region."""
+        ...
+
+
+def checkpoint(
+    fn: Callable[..., Any],
+    *args: Any,
+    policy: PolicyLike | None = None,
+    plan: RegionPlan | None = None,
+    name: str | None = None,
+    use_reentrant: bool | None = False,
+    context_fn: Callable[[], Any] | None = None,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    preserve_rng_state: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Run ``fn(*args, **kwargs)``; make what its backward needs again when the backward comes.
+
+    As ``torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False)``, whose keywords it
+    takes, at about half of its cost on small regions: hooks on saved values, and no stash of the
+    random state where nothing random was drawn. Regions nest, with torch's too. Under
+    ``torch.compile`` this is torch's ``checkpoint`` with our ``context_fn``; under ``torch.func``
+    transforms, which allow no hooks, ``fn`` simply runs.
+
+    Args:
+        fn: a module or function. It runs twice: it must do the same both times.
+        args, kwargs: its arguments.
+        policy: what to keep nevertheless, as for :func:`ckpt_pass.context_fn`; nothing where
+            ``None``.
+        plan: an eager plan, which says whether the module ``name`` is a region and what it keeps.
+        name: for messages and profilers; the class or function's name by default.
+        use_reentrant: ``False``; there is no other way.
+        context_fn: makes the contexts around forward and recomputation, instead of a policy.
+        determinism_check: ``default`` compares shapes and dtypes, ``none`` nothing.
+        debug: log the ops of both runs, for an error that says where they part. The region is
+            then torch's own.
+        early_stop: end the recomputation with the last value that the backward needs.
+        preserve_rng_state: draw the same random numbers in both runs.
+
+    Returns:
+        What ``fn`` returns.
+
+    Raises:
+        ReentrantRegionError, DeterminismCheckError, UnknownPolicyError: an argument is none.
+        ContradictoryRegionError: ``policy``, ``plan`` and ``context_fn`` exclude each other.
+        UnknownRegionError: ``plan`` knows no module of that ``name``.
+        RecomputeMismatchError, MutatedArgumentError, MutatedActivationError, BackwardTwiceError:
+            come in the backward.
+    """
+    if use_reentrant:
+        raise ReentrantRegionError(
+            "Got use_reentrant=True, expected False: regions of this library have no reentrant "
+            "variant. Leave it out, or call torch.utils.checkpoint.checkpoint."
+        )
+    if determinism_check not in DETERMINISM_CHECKS:
+        raise DeterminismCheckError(
+            f"Got determinism_check={determinism_check!r}, expected one of "
+            f"{', '.join(DETERMINISM_CHECKS)}.{nearest(determinism_check, DETERMINISM_CHECKS)}"
+        )
+    _check_one_of({"policy": policy, "plan": plan, "context_fn": context_fn})
+    if autograd.debugs(debug):
+        return _logged(fn, args, kwargs, policy, context_fn, preserve_rng_state)
+    if plan is not None:
+        spec = plan.region_spec(name or "")
+        if spec is None:
+            return fn(*args, **kwargs)
+        options = options_for(fn, spec.policy, spec.keeps, name, preserve_rng_state)
+        options = replace(options, draws=spec.draws if preserve_rng_state else False)
+    elif context_fn is not None:
+        draws = None if preserve_rng_state else False
+        options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws)
+    else:
+        options = options_for(fn, policy, None, name, preserve_rng_state)
+    if not early_stop or determinism_check == "none":
+        checked = determinism_check != "none"
+        options = replace(options, stops_early=early_stop, checked=checked)
+    return run_region(fn, args, kwargs, options)
+
+
+def _check_one_of(given: dict[str, object]) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ContradictoryRegionError(
+            f"Got {' and '.join(names)}, expected one of them: each says what a region keeps. "
+            f"Leave {names[1]} out."
+        )
+
+
+def _logged(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    policy: PolicyLike | None,
+    contexts: Callable[[], Any] | None,
+    preserve_rng_state: bool,
+) -> Any:
+    """A region of torch's own, which logs its ops; it takes no context_fn then."""
+    chosen = make_context_fn(policy) if policy is not None else contexts
+    extra: dict[str, Any] = {} if chosen is None else {"context_fn": chosen}
+    return torch.utils.checkpoint.checkpoint(
+        fn,
+        *args,
+        use_reentrant=False,
+        debug=True,
+        preserve_rng_state=preserve_rng_state,
+        **extra,
+        **kwargs,
+    )
+
+
+def run_region(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: RegionOptions,
+    link: Link | None = None,
+) -> Any:
+    """The same, with options that were made before; ``link`` is its place in a segment."""
+    if not torch.is_grad_enabled() or autograd.transforms_active():
+        return fn(*args, **kwargs)
+    if torch.compiler.is_compiling() or functorch.proxy_graph() is not None:
+        traced: dict[str, Any] = {} if options.traced is None else {"context_fn": options.traced}
+        return torch.utils.checkpoint.checkpoint(
+            fn,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=options.draws is not False,
+            **traced,
+            **kwargs,
+        )
+    frame = Frame(fn, options) if link is None else link.frame(fn, options)
+    return frame.forward(args, kwargs)
+
+
+def options_for(
+    fn: Callable[..., Any],
+    policy: PolicyLike | None = None,
+    keeps: Keeps | None = None,
+    name: str | None = None,
+    preserve_rng_state: bool = True,
+) -> RegionOptions:
+    """The options of a region: which modes go around it, in eager and in a trace.
+
+    Raises:
+        UnknownPolicyError: ``policy`` is none.
+    """
+    traced: Callable[[], Any] | None = None
+    eager: Callable[[], Contexts] | None = None
+    chosen = keeps if keeps is not None and keeps.counts else None
+    if policy is not None or chosen is not None:
+        asked: Policy = as_policy(policy) if policy is not None else cast(Policy, chosen)
+        traced = make_context_fn(asked)
+        eager = functools.partial(selective_contexts, asked, owner=_owner_of_buffers(fn))
+    elif (owner := _owner_of_buffers(fn)) is not None:
+        eager = functools.partial(rerun_context, owner)
+    draws = None if preserve_rng_state else False
+    return RegionOptions(_shown(fn, name), eager, traced, draws)
+
+
+def _shown(fn: Callable[..., Any], name: str | None) -> str:
+    return name or str(getattr(fn, "__qualname__", type(fn).__name__))
+
+
+def _owner_of_buffers(fn: Callable[..., Any]) -> nn.Module | None:
+    """The module that a region is (or is a method of), if it updates running statistics."""
+    owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
+    if not isinstance(owner, nn.Module):
+        return None
+    norms = (module for module in owner.modules() if isinstance(module, _NormBase))
+    return owner if any(norm.track_running_stats for norm in norms) else None

@@ -1,0 +1,130 @@
+"""Take the place of torch's saved-tensor hooks inside one of its checkpoint regions.
+
+``torch.utils.checkpoint`` makes an object, a weak reference and a description for each value that
+autograd saves in a region, and as much again when it recomputes. Here a region's values are counted
+by our own hooks, on top of torch's, and torch sees one single value: asking for it starts torch's
+recomputation, and its being recomputed ends that. Random state, autocast, early stop and repeated
+backwards stay torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.profiler import record_function
+
+from ckpt_pass._torch import autograd, functorch
+from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
+
+#: The value that torch sees; any does. Made once, so that no mode around a region sees it made.
+_VALUE = torch.empty(0)
+
+
+class LightHooks:
+    """What the forward of one region and its recomputations share.
+
+    Torch's frame of the region holds the recomputation's mode, which holds this. So nothing here
+    refers to that frame: what autograd saves does, and the frame goes with it.
+    """
+
+    __slots__ = (
+        "_checked",
+        "_complete",
+        "_in_use",
+        "_range",
+        "_rerun",
+        "_saved",
+        "_stops_early",
+        "_store",
+        "name",
+    )
+
+    def __init__(self) -> None:
+        self._saved = SavedLooks()
+        self._store: list[torch.Tensor | None] = []
+        self._rerun: Recomputation | None = None
+        self._in_use = False
+        #: For messages and profilers; known when its recomputation begins.
+        self.name = "a checkpoint region"
+        self._range: record_function | None = None
+        self._complete = False
+        self._checked = True
+        self._stops_early = True
+
+    def enter_forward(self) -> bool:
+        """Push hooks, if those below are torch's for a region; return whether they were."""
+        hooks = autograd.saved_hooks()
+        frame = autograd.frame_of_checkpoint(hooks[0]) if hooks else None
+        if hooks is None or frame is None:
+            return False
+        self._checked = frame.metadata_fn is None or frame.metadata_fn(_VALUE) is not None
+        self._stops_early = bool(frame.early_stop)
+        self._in_use = True
+        unpack = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
+        autograd.push_saved_hooks(self._saved.pack, unpack)
+        return True
+
+    def exit_forward(self) -> None:
+        """Pop them."""
+        self._complete = True
+        autograd.pop_saved_hooks()
+
+    def take(self, number: int) -> torch.Tensor | None:
+        """A recomputed value, once; ``None`` where it was not recomputed, or taken before."""
+        if number >= len(self._store):
+            return None
+        value, self._store[number] = self._store[number], None
+        return value
+
+    def enter_recompute(self) -> bool:
+        """Push hooks that collect the values; return whether torch recomputes for them."""
+        hooks = autograd.saved_hooks()
+        if not self._in_use or hooks is None:
+            return False
+        if functorch.profiler_is_running():
+            self._range = record_function(f"recompute {self.name}")
+            self._range.__enter__()
+        pack = hooks[0]
+        self._rerun = Recomputation(
+            self.name, self._saved.looks, lambda: pack(_VALUE), self._checked
+        )
+        autograd.push_saved_hooks(self._rerun.pack, self._rerun.unpack)
+        return True
+
+    def exit_recompute(self, failed: bool) -> None:
+        """Pop them; what was collected is there for the backward.
+
+        Raises:
+            RecomputeMismatchError: less was saved than in the forward, or more in a run to the end.
+        """
+        autograd.pop_saved_hooks()
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
+        assert self._rerun is not None
+        self._store, rerun, self._rerun = self._rerun.store, self._rerun, None
+        if not failed:
+            rerun.check_count(exactly=self._complete and not self._stops_early)
+
+
+class _Unpack:
+    """The hook that autograd calls for a saved value: it starts torch's recomputation."""
+
+    __slots__ = ("_frame", "_holder", "_hooks", "_unpack_of_torch")
+
+    def __init__(self, hooks: LightHooks, frame: Any, unpack_of_torch: Any, holder: Any) -> None:
+        self._hooks = hooks
+        self._frame = frame
+        self._unpack_of_torch = unpack_of_torch
+        self._holder = holder
+
+    def __call__(self, number: int) -> torch.Tensor:
+        value = self._hooks.take(number)
+        if value is None:  # not yet recomputed, or used by a backward before this one
+            self._hooks.name = autograd.name_of_checkpoint(self._frame) or self._hooks.name
+            autograd.recompute_anew(self._frame)
+            self._unpack_of_torch(self._holder)
+            value = self._hooks.take(number)
+            assert value is not None
+        return value

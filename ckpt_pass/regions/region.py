@@ -1,0 +1,175 @@
+"""What one checkpoint region keeps between its forward and its recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointError
+
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import functorch
+from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.policy.sites import output_tensors
+from ckpt_pass.regions.draws import Draw
+
+
+class RecomputeMismatchError(CkptPassError, CheckpointError):
+    """The recomputation ran other ops than the forward; torch's ``CheckpointError`` too."""
+
+
+class BackwardTwiceError(CkptPassError, RuntimeError):
+    """A second backward needs values that the first one has used up; torch: ``RuntimeError``."""
+
+
+class MutatedActivationError(CkptPassError, RuntimeError):
+    """A saved value was changed in place after its region had ended; torch: ``RuntimeError``."""
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """An alias without autograd history that shares the version counter."""
+    with functorch.below_autograd_views():
+        return tensor.detach()
+
+
+def _versions(value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, torch.Tensor):
+        return value._version
+    return tuple(tensor._version for tensor in output_tensors(value))
+
+
+class Saved:
+    """One saved output: aliases of its tensors, and their versions when they were saved."""
+
+    __slots__ = ("_draw", "_value", "_versions", "taken")
+
+    def __init__(self, output: Any, draw: Draw | None = None) -> None:
+        self.taken = False
+        self._draw = draw
+        if isinstance(output, torch.Tensor):  # nearly always: no pytree for one tensor
+            alias = _detached(output)
+            self._value: Any = alias
+            self._versions: int | tuple[int, ...] = alias._version
+        else:
+            self._set(tree_map_only(torch.Tensor, _detached, output))
+
+    def _set(self, value: Any) -> None:
+        self._value = value
+        self.settle()
+
+    def settle(self) -> None:
+        """Take the versions as they are now.
+
+        Autograd counts an in-place op's change after the op has returned to it, that is after a
+        dispatch mode has seen the result; so versions are taken again when the next op comes.
+        """
+        self._versions = _versions(self._value)
+
+    def storages(self) -> Iterator[int]:
+        """The storages that this output holds."""
+        for tensor in output_tensors(self._value):
+            yield tensor.untyped_storage()._cdata
+
+    def copy(self) -> None:
+        """Hold copies from now on; called just before an op overwrites the originals."""
+        self._set(tree_map_only(torch.Tensor, torch.clone, self._value))
+
+    def take(self, op: Any) -> Any:
+        """Hand the value out, once.
+
+        Raises:
+            BackwardTwiceError: it was handed out before.
+            MutatedActivationError: it was changed in place in the meantime.
+        """
+        if self.taken:
+            raise BackwardTwiceError(
+                f"The saved output of {op_name(op)} is needed by a second backward through a "
+                "checkpoint region, but the first backward has used it. Call backward once for "
+                "each forward; retain_graph=True does not keep a region's saved values."
+            )
+        if _versions(self._value) != self._versions:
+            raise MutatedActivationError(
+                f"The saved output of {op_name(op)} was changed in place after its checkpoint "
+                "region had ended, so the backward would see the changed values. Clone it before "
+                "the in-place op, or let the policy recompute this op."
+            )
+        value, self._value, self.taken = self._value, None, True
+        if self._draw is not None:
+            self._draw.skip()
+            self._draw = None
+        return value
+
+
+class RegionMemory:
+    """The saved outputs of one region, by op and occurrence.
+
+    Only ops of which something was saved are counted: the others may run in different numbers in
+    forward and recomputation (autocast casts a shared weight once, or twice) and do no harm.
+    """
+
+    __slots__ = ("_by_storage", "_entries", "_seen", "_unindexed")
+
+    def __init__(self) -> None:
+        self._entries: dict[Any, list[Saved | None]] = {}
+        self._by_storage: dict[int, list[Saved]] = {}
+        self._unindexed: list[Saved] = []
+        self._seen: dict[Any, int] = {}
+
+    def keep(self, key: Any, output: Any, draw: Draw | None = None) -> Saved:
+        """Save an output (and what was drawn for it) as the next occurrence of ``key``."""
+        entry = Saved(output, draw)
+        entries = self._entries.get(key)
+        if entries is None:
+            self._entries[key] = [entry]
+        else:
+            entries.append(entry)
+        self._unindexed.append(entry)
+        return entry
+
+    def skip(self, key: Any) -> None:
+        """Count an occurrence of ``key`` that is not saved."""
+        self._entries.setdefault(key, []).append(None)
+
+    def about_to_change(self, tensors: Iterator[torch.Tensor]) -> None:
+        """Copy what is saved of tensors that an op is about to overwrite."""
+        for entry in self._unindexed:  # looked up only here: most regions overwrite nothing
+            for storage in entry.storages():
+                self._by_storage.setdefault(storage, []).append(entry)
+        self._unindexed.clear()
+        for tensor in tensors:
+            for entry in self._by_storage.pop(tensor.untyped_storage()._cdata, ()):
+                entry.copy()
+
+    def start_recompute(self) -> None:
+        """Count occurrences from the beginning again."""
+        self._seen.clear()
+        self._by_storage.clear()
+        self._unindexed.clear()
+
+    def counts(self, key: Any) -> bool:
+        """Whether occurrences of ``key`` matter: something of it was saved or asked about."""
+        return key in self._entries
+
+    def next(self, key: Any) -> Saved | None:
+        """The next occurrence of ``key``; ``None`` where it was not saved.
+
+        Raises:
+            RecomputeMismatchError: the forward ran the op less often.
+        """
+        entries = self._entries[key]
+        index = self._seen.get(key, 0)
+        self._seen[key] = index + 1
+        if index >= len(entries):
+            raise RecomputeMismatchError(
+                f"The recomputation of a checkpoint region runs {_name(key)} {index + 1} times or "
+                f"more, but its forward ran it {len(entries)} times. Expected the "
+                "same ops in both: look for code that depends on global state, on a counter, or "
+                "on values that changed between forward and backward."
+            )
+        return entries[index]
+
+
+def _name(key: Any) -> str:
+    return op_name(key[0] if isinstance(key, tuple) else key)

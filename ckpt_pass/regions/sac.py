@@ -1,0 +1,340 @@
+"""Selective activation checkpointing: the dispatch modes behind ``context_fn``.
+
+``torch.utils.checkpoint.checkpoint`` runs a region's forward under one mode and its recomputation
+under the other. The first saves what the policy says; the second hands that out instead of running
+the op again. Under ``torch.compile`` the same modes tag the traced nodes for torch's partitioner.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ckpt_pass._torch import functorch
+from ckpt_pass._torch.operators import OpOverload
+from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.policy.module_stack import ModuleStack
+from ckpt_pass.policy.named import DEFAULT_POLICY, as_policy
+from ckpt_pass.policy.opinion import Opinion, opinion
+from ckpt_pass.policy.rules import (
+    DEFAULT,
+    Policy,
+    PolicyLike,
+    TorchPolicy,
+    check_decision,
+    describe,
+)
+from ckpt_pass.policy.sites import CallNumbers, ModulePath, SiteContext, SiteCounter, module_path
+from ckpt_pass.regions.actions import (
+    IGNORED,
+    Action,
+    actions_for,
+    is_cached_cast,
+    is_free,
+    is_mutable,
+    overwritten,
+    returns_what_it_changes,
+)
+from ckpt_pass.regions.draws import Draw, DrawWatch
+from ckpt_pass.regions.light_hooks import LightHooks
+from ckpt_pass.regions.region import RegionMemory, Saved
+from ckpt_pass.regions.watch import RegionRecord, new_record
+
+Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
+
+NOT_SAVED = Opinion(CheckpointPolicy.PREFER_RECOMPUTE, "made again from what it shows")
+
+
+def context_fn(policy: PolicyLike = DEFAULT_POLICY) -> Callable[[], Contexts]:
+    """Build the ``context_fn`` argument of ``torch.utils.checkpoint.checkpoint``.
+
+    A drop-in for ``functools.partial(create_selective_checkpoint_contexts, policy_fn)``: it takes
+    a policy's name or value, a callable, torch's ``policy_fn(ctx, op, *args, **kwargs)``, or a
+    list of ops to save, and works in eager and under ``torch.compile`` alike. Use it with
+    ``use_reentrant=False``.
+
+    Raises:
+        UnknownPolicyError: ``policy`` is none of these.
+    """
+    # A partial: dynamo accepts it as a context_fn, and guards on the policy's value. Inside code
+    # that dynamo traces the policy stays what the user wrote: dynamo takes functions and lists
+    # of ops as constants, but not a value that it saw being built.
+    if torch.compiler.is_dynamo_compiling():
+        return functools.partial(_contexts_for, policy)
+    return functools.partial(_light_contexts, as_policy(policy))
+
+
+def _contexts_for(policy: PolicyLike) -> Contexts:
+    return _light_contexts(as_policy(policy))
+
+
+def _light_contexts(policy: Policy) -> Contexts:
+    return selective_contexts(policy, LightHooks())
+
+
+def selective_contexts(
+    policy: Policy, hooks: LightHooks | None = None, owner: nn.Module | None = None
+) -> Contexts:
+    """The two modes for one run of a region: for its forward, and for its recomputation.
+
+    Args:
+        policy: what the forward saves.
+        hooks: for a region of ``torch.utils.checkpoint``: hooks lighter than torch's.
+        owner: the module that the region is, where its buffers are to change only once.
+    """
+    memory = RegionMemory()
+    return ForwardMode(policy, memory, hooks), RecomputeMode(memory, hooks, owner)
+
+
+class ForwardMode(TorchDispatchMode):
+    """Runs a region's forward and saves what the policy says."""
+
+    #: Higher-order ops are ops to this mode, like any other (read by torch).
+    supports_higher_order_operators = True
+    #: Set by torch when the region is traced under torch.compile.
+    ac_graph_id: int | None = None
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions inside are one op to this mode (read by torch)."""
+        return True
+
+    def __init__(
+        self, policy: Policy, memory: RegionMemory, hooks: LightHooks | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._hooks = hooks
+        self._policy = policy
+        self._memory = memory
+        self._actions = actions_for(policy)
+        self._known = self._actions.known
+        self._counter = SiteCounter()
+        self._numbers = CallNumbers()
+        self._modules: ModuleStack | None = None
+        self._record: RegionRecord | None = None
+        self._tracing = False
+        self._by_op_alone = False
+        self._unsettled: Saved | None = None
+
+    def __enter__(self) -> ForwardMode:
+        self._tracing = functorch.proxy_graph() is not None
+        self._record = new_record(self._tracing)
+        self._cleanup = ExitStack()
+        self._by_op_alone = not self._tracing and self._record is None
+        if not self._tracing and (self._actions.needs_scopes or self._record is not None):
+            self._modules = self._cleanup.enter_context(ModuleStack().followed())
+        if self._hooks is not None and not self._tracing and self._hooks.enter_forward():
+            self._cleanup.callback(self._hooks.exit_forward)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._settle()
+        self._cleanup.close()
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._by_op_alone and self._unsettled is None:
+            action = self._known.get(func)
+            if action is Action.PASS:
+                return func(*args, **kwargs)
+            if action is Action.STORE:
+                output = func(*args, **kwargs)
+                self._memory.keep(func, output)
+                return output
+        return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Everything but the two cases that need nothing more than the op."""
+        if self._unsettled is not None:
+            self._settle()
+        if self._tracing:
+            graph = functorch.proxy_graph()
+            if graph is not None:
+                return self._trace(graph, func, args, kwargs)
+        action = self._known.get(func)
+        if action is None:
+            action = self._actions.learn(func)
+        if action is Action.PASS and self._record is None:
+            return func(*args, **kwargs)
+        if action is Action.CHANGE:
+            self._memory.about_to_change(overwritten(func, args, kwargs))
+        watch = DrawWatch(func, args, kwargs) if func in self._actions.drawing else None
+        output = func(*args, **kwargs)
+        if func in IGNORED:
+            return output
+        self._keep(action, func, args, kwargs, output, watch)
+        return output
+
+    def _settle(self) -> None:
+        if self._unsettled is not None:
+            self._unsettled.settle()
+            self._unsettled = None
+
+    def _keep(
+        self,
+        action: Action,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        output: Any,
+        watch: DrawWatch | None,
+    ) -> None:
+        """Save or count one execution, as the policy says."""
+        if action in (Action.SAVE, Action.STORE) and self._record is None:
+            saves = True
+        else:
+            saves = self._ask(func, args, kwargs, output).saves
+        if action is Action.PASS or is_cached_cast(func, args):
+            return
+        if action is Action.CHANGE and not returns_what_it_changes(func, args, output):
+            return
+        key = functorch.selective_key(func, args)
+        if not saves:
+            self._memory.skip(key)
+            return
+        draw: Draw | None = watch.finished() if watch is not None else None
+        entry = self._memory.keep(key, output, draw)
+        self._unsettled = entry if action is Action.CHANGE else None
+
+    def _ask(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Opinion:
+        """What the policy says of this execution; also told to whoever is watching."""
+        if isinstance(self._policy, TorchPolicy) and self._record is None:
+            decision = self._policy.ask(func, output, args, kwargs)
+            if decision is None:  # no opinion; torch takes it so, too
+                decision = DEFAULT
+            checked = check_decision(decision, describe(self._policy), op_name(func))
+            return Opinion(checked, "policy_fn")
+        path: ModulePath = self._modules.path if self._modules is not None else ()
+        return self._decide(self._counter.visit(func, path, None, output, args, kwargs))
+
+    def _decide(self, context: SiteContext) -> Opinion:
+        cached = not self._tracing and is_cached_cast(context.op, context.args)
+        free = cached or is_free(context.op)
+        found = NOT_SAVED if free else opinion(self._policy, context)
+        if self._record is not None:
+            self._record.decisions.append((context.site, found))
+        return found
+
+    def _trace(self, graph: Any, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Tag the nodes that ``func`` leaves in the graph; keep every output.
+
+        The recomputation is traced too, but torch's partitioner makes it: with every output at
+        hand, tracing it adds no node. torch's own modes do the same.
+        """
+        meta = fx_traceback.current_meta
+        if self.ac_graph_id is not None:
+            meta["ac_graph_id"] = self.ac_graph_id
+        meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        if func in IGNORED:
+            return func(*args, **kwargs)
+        before = len(graph.nodes)
+        output = func(*args, **kwargs)
+        path = self._numbers.numbered(module_path(meta.get("nn_module_stack")))
+        found = self._decide(self._counter.visit(func, path, None, output, args, kwargs))
+        for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
+            node.meta["recompute"] = found.decision
+        self._memory.keep(functorch.selective_key(func, args), output)
+        return output
+
+
+@functools.lru_cache(maxsize=1024)
+def _statistics(op: Any) -> tuple[int, ...]:
+    """Where the running statistics are among the arguments of a batch normalisation."""
+    schema = getattr(op, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    return tuple(names.index(n) for n in ("running_mean", "running_var") if n in names)
+
+
+def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op as its forward did, but leave running statistics alone: the forward moved them."""
+    positions = _statistics(func)
+    if positions:
+        args = tuple(
+            value.clone() if index in positions and isinstance(value, torch.Tensor) else value
+            for index, value in enumerate(args)
+        )
+    return func(*args, **kwargs)
+
+
+class RecomputeMode(TorchDispatchMode):
+    """Runs a region again and hands out what its forward saved."""
+
+    #: Higher-order ops are ops to this mode, like any other (read by torch).
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions inside are one op to this mode (read by torch)."""
+        return True
+
+    def __init__(
+        self,
+        memory: RegionMemory,
+        hooks: LightHooks | None = None,
+        owner: nn.Module | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._owner = owner
+        self._buffers: frozenset[int] = frozenset()
+        self._memory = memory
+        self._hooks = hooks
+        self._collects = False
+
+    def __enter__(self) -> RecomputeMode:
+        self._memory.start_recompute()
+        if self._owner is not None:
+            buffers = self._owner.buffers()
+            self._buffers = frozenset(b.untyped_storage()._cdata for b in buffers)
+        self._collects = self._hooks is not None and self._hooks.enter_recompute()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        if self._hooks is not None and self._collects:
+            self._hooks.exit_recompute(failed=exc[0] is not None)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in IGNORED:
+            return func(*args, **kwargs)
+        if self._buffers and is_mutable(func):
+            args = self._with_copies(func, args, kwargs)
+        key = func if isinstance(func, OpOverload) else functorch.selective_key(func, args)
+        if not self._memory.counts(key) or is_cached_cast(func, args):
+            return _run_again(func, args, kwargs)
+        entry = self._memory.next(key)
+        if entry is None:
+            return _run_again(func, args, kwargs)
+        value = entry.take(func)
+        if is_mutable(func) and functorch.proxy_graph() is None:
+            with torch.no_grad():
+                args[0].copy_(value)
+            return args[0]
+        return value
+
+    def _with_copies(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """The arguments of an op, but copies of the buffers that it would change once more."""
+        changed = {
+            id(tensor)
+            for tensor in overwritten(func, args, kwargs)
+            if tensor.untyped_storage()._cdata in self._buffers
+        }
+        return tuple(value.clone() if id(value) in changed else value for value in args)

@@ -1,0 +1,120 @@
+"""What autograd saves inside a region: counted in its forward, collected in its rerun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ckpt_pass.regions.region import RecomputeMismatchError
+
+Looks = tuple[torch.Size, torch.dtype]
+
+
+def _looks(value: torch.Tensor) -> Looks:
+    return value.shape, value.dtype
+
+
+class SavedLooks:
+    """Describes the values that autograd saves in a region's forward, and keeps none.
+
+    By shape and dtype; an op whose arguments are on another device than before fails by itself.
+    """
+
+    __slots__ = ("looks",)
+
+    def __init__(self) -> None:
+        self.looks: list[Looks] = []
+
+    def pack(self, value: torch.Tensor) -> int:
+        """Number a value; a hook for autograd."""
+        looks = self.looks
+        looks.append((value.shape, value.dtype))
+        return len(looks) - 1
+
+
+class Recomputation:
+    """Collects what autograd saves while a region runs again, and compares it with the forward.
+
+    Args:
+        name: of the region.
+        expected: what the forward saved looked like.
+        complete: called when all of them are there; may end the run by raising.
+        checked: whether looks are compared.
+    """
+
+    __slots__ = ("_checked", "_complete", "_count", "_expected", "_name", "store")
+
+    def __init__(
+        self,
+        name: str,
+        expected: list[Looks],
+        complete: Callable[[], None],
+        checked: bool = True,
+    ) -> None:
+        self.store: list[torch.Tensor | None] = []
+        self._name = name
+        self._expected = expected
+        self._count = len(expected)
+        self._complete = complete
+        self._checked = checked
+
+    def pack(self, value: torch.Tensor) -> int:
+        """Keep a value; a hook for autograd.
+
+        The value keeps its own history.
+
+        Raises:
+            RecomputeMismatchError: the forward saved another shape or dtype here.
+        """
+        store = self.store
+        number = len(store)
+        if self._checked and number < self._count and _looks(value) != self._expected[number]:
+            raise self._mismatch(number, value)
+        store.append(value)
+        if number + 1 == self._count:
+            self._complete()
+        return number
+
+    def unpack(self, number: int) -> torch.Tensor:
+        """Give a value to a backward inside the region itself; a hook for autograd."""
+        value = self.store[number]
+        assert value is not None
+        return value
+
+    def handed_over(self) -> list[torch.Tensor | None]:
+        """The values, which are let go here."""
+        store, self.store = self.store, []
+        return store
+
+    def check_count(self, exactly: bool = False) -> None:
+        """Raise unless all is there.
+
+        Args:
+            exactly: whether more than in the forward is wrong, too: in a run to the end it is.
+
+        Raises:
+            RecomputeMismatchError: the recomputation saved less than the forward, or more.
+        """
+        if len(self.store) < self._count or (exactly and len(self.store) > self._count):
+            raise RecomputeMismatchError(
+                f"The recomputation of {self._name} saved a different number of tensors "
+                f"({len(self.store)}) than its forward ({self._count}). Expected the same ops in "
+                "both: look for code that depends on global state, on a counter, or on values "
+                "that changed between forward and backward."
+            )
+
+    def _mismatch(self, number: int, got: torch.Tensor) -> RecomputeMismatchError:
+        made_by = f", made by {got.grad_fn.name()}" if got.grad_fn is not None else ""
+        return RecomputeMismatchError(
+            f"The recomputation of {self._name} saved a tensor with different metadata: value "
+            f"{number} is {_words(_looks(got))}{made_by}, but in the forward it was "
+            f"{_words(self._expected[number])}. Expected the same in both: look for routing or "
+            "code that depends on global state, or save what decides it (topk, argmax, counts) "
+            "with a policy."
+        )
+
+
+def _words(looks: Looks) -> str:
+    shape, dtype = looks
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"

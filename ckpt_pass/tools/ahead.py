@@ -1,0 +1,152 @@
+"""Look: what is saved, what is recomputed, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckpt_pass._errors import CkptPassError, nearest
+from ckpt_pass._torch import compilers
+from ckpt_pass.compile.backend import Backend
+from ckpt_pass.compile.engine import decide, policy_for
+from ckpt_pass.compile.record import record_plan
+from ckpt_pass.eager.planning import plan_eager
+from ckpt_pass.graph.capture import capture
+from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
+from ckpt_pass.plans.budget import BudgetLike
+from ckpt_pass.plans.goal import Goal, as_goal
+from ckpt_pass.plans.value import Plan, SavedActivations
+from ckpt_pass.policy.rules import PolicyLike
+
+MODES = ("compiled", "eager")
+
+
+class PlanModeError(CkptPassError):
+    """A mode of planning that there is not, or that does not go with an argument."""
+
+
+class NothingCompiledError(CkptPassError):
+    """A compiled model or backend has no plan to show."""
+
+
+def plan(
+    model: nn.Module,
+    *args: Any,
+    policy: PolicyLike | None = None,
+    budget: BudgetLike | None = None,
+    solver: SolverLike = DEFAULT_SOLVER,
+    time_limit_s: float | None = None,
+    cost: str = "roofline",
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    regions: tuple[str, ...] | None = None,
+    dynamic: bool = False,
+    mode: str = "compiled",
+) -> Plan:
+    """What a policy or a budget decides for a training step of ``model(*args)``, ahead of time.
+
+    The step is traced with fake tensors. Nothing is computed, but that with a budget kernels that
+    may have a workspace of their own are run once, alone, on made-up data. The decisions are those
+    that ``torch.compile(model, backend=make_backend(policy))`` acts on.
+
+    Args:
+        model: the module; its own ``torch.utils.checkpoint`` regions are traced as plain code.
+        args: its arguments.
+        policy: as for :func:`ckpt_pass.make_backend`.
+        budget, solver, time_limit_s, cost: likewise.
+        loss_fn: applied to the model's output, where the model does not return a loss.
+        regions: FQN patterns of the layers; found from the module names where ``None``.
+        dynamic: leave sizes symbolic; bytes are expressions then.
+        mode: ``compiled``, or ``eager`` for a step that is not compiled: the plan then chooses
+            modules as checkpoint regions, and what each keeps (``plan.apply(model)``). It needs a
+            budget; ``policy``, ``solver``, ``regions`` and ``dynamic`` are for compiled plans.
+
+    Raises:
+        PlanModeError: an unknown mode, or arguments that it does not take.
+        NotTraceableError, NothingToDifferentiateError: see :func:`ckpt_pass.graph.capture.capture`.
+        UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
+    """
+    goal = as_goal(budget, solver, time_limit_s, cost)
+    chosen = policy_for(policy, budget)
+    if mode != "compiled":
+        taken = {"policy": policy, "regions": regions, "dynamic": dynamic or None}
+        return plan_eager(model, args, chosen, _eager_goal(mode, goal, taken), loss_fn)
+    with capture(model, *args, loss_fn=loss_fn, regions=regions, dynamic=dynamic) as joint:
+        return record_plan(decide(joint, chosen, goal))
+
+
+def _eager_goal(mode: str, goal: Goal | None, taken: Mapping[str, object]) -> Goal:
+    if mode not in MODES:
+        raise PlanModeError(
+            f"Got mode={mode!r}, expected one of {', '.join(MODES)}.{nearest(mode, MODES)}"
+        )
+    for name, value in taken.items():
+        if value is not None:
+            raise PlanModeError(
+                f"Got mode='eager' and {name}={value!r}, which is for compiled plans. Leave "
+                f"{name} out: an eager plan finds its regions, and what they keep, by the budget."
+            )
+    if goal is None:
+        raise PlanModeError(
+            "Got mode='eager' without a budget, expected one: '6GiB', bytes, or a fraction. For "
+            "a policy without a budget use ckpt_pass.checkpoint(..., policy=...)."
+        )
+    return goal
+
+
+def plans_of(compiled: Any) -> tuple[Plan, ...]:
+    """The plans behind a compiled model or a backend, one for each graph that was compiled.
+
+    Raises:
+        NothingCompiledError: it was not compiled by this library, or has not run yet.
+    """
+    backend = compiled if isinstance(compiled, Backend) else compilers.compiled_backend(compiled)
+    if not isinstance(backend, Backend):
+        raise NothingCompiledError(
+            f"{type(compiled).__name__} was not compiled with a ckpt backend. Expected "
+            "torch.compile(model, backend=ckpt_pass.make_backend(...)), or such a backend."
+        )
+    if not backend.plans:
+        raise NothingCompiledError(
+            "The backend has made no plan yet: graphs are compiled when they first run in grad "
+            "mode. Run a forward first; with inductor's cache a hit makes no plan either."
+        )
+    return tuple(backend.plans)
+
+
+def saved_activations(model: Any, *args: Any, **options: Any) -> SavedActivations:
+    """What the backward gets from the forward: values with bytes and provenance.
+
+    Args:
+        model: a plain module, traced with ``args`` (options as for :func:`plan`); or a
+            compiled model or a backend, of which the newest graph is shown.
+
+    Returns:
+        The values in order; ``.saved_bytes`` is their sum on top of inputs and outputs.
+    """
+    return _plan_for(model, args, options).saved
+
+
+def explain(model: Any, *args: Any, **options: Any) -> str:
+    """One line a decision: call site, op, class, bytes, fate, tag, and the rule that made it.
+
+    Args:
+        model: a plain module, traced with ``args`` (options as for :func:`plan`); or a
+            compiled model or a backend, of which every graph is shown.
+    """
+    if not _is_plain(model):
+        return "\n\n".join(plan.listing() for plan in plans_of(model))
+    return _plan_for(model, args, options).listing()
+
+
+def _is_plain(model: Any) -> bool:
+    is_compiled = isinstance(model, Backend) or hasattr(model, "_torchdynamo_orig_callable")
+    return isinstance(model, nn.Module) and not is_compiled
+
+
+def _plan_for(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Plan:
+    if not _is_plain(model):
+        return plans_of(model)[-1]
+    return plan(model, *args, **options)

@@ -1,0 +1,361 @@
+"""The largest batch, or sequence, whose training step fits an amount of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from ckpt_pass._errors import CkptPassError, nearest
+from ckpt_pass.compile.engine import decide, policy_for
+from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
+from ckpt_pass.graph.capture import LossFn, NotTraceableError, capture
+from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.graph.problem import GraphProblem, borders_of
+from ckpt_pass.graph.shapes import Dimension, at_sizes, largest, traced_sizes
+from ckpt_pass.planner.problem import Problem
+from ckpt_pass.planner.solution import InfeasibleBudgetError, without_recompute
+from ckpt_pass.planner.solve import solve
+from ckpt_pass.plans.budget import BudgetLike, check_budget, resolve_budget
+from ckpt_pass.plans.value import Plan, format_bytes
+from ckpt_pass.policy.rules import Policy, PolicyLike
+from ckpt_pass.policy.sites import Bytes
+from ckpt_pass.tools.ahead import plan
+
+#: ``"batch"``, ``"sequence"``, or for each argument's index the dimension that varies.
+DimLike: TypeAlias = str | Mapping[int, int]
+
+#: Names of dimensions, and where tensors have them.
+DIMENSIONS = {"batch": 0, "sequence": 1}
+#: Names of dimensions that a command line offers.
+NAMES = tuple(DIMENSIONS)
+
+
+class UnknownDimensionError(CkptPassError):
+    """A dimension that the arguments do not have, or that the step's memory does not depend on."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The largest size of a dimension that fits a budget, and the plan for it.
+
+    Attributes:
+        size: the largest that fits.
+        dim: the dimension's name, or ``given`` for one that was listed by argument.
+        places: the arguments' dimensions that have this size.
+        plan: the fastest plan within the budget at that size.
+        next_peak_bytes: the least peak of any plan at the size above; ``None`` where there is no
+            such step, and ``limit`` says why.
+        limit: what stands against a larger size, in words.
+    """
+
+    size: int
+    dim: str
+    places: tuple[str, ...]
+    plan: Plan
+    next_peak_bytes: int | None
+    limit: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """The peak of the plan, at ``size``."""
+        return self.plan.peak_bytes
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget."""
+        assert self.plan.budget_bytes is not None
+        return self.plan.budget_bytes
+
+    def __str__(self) -> str:
+        room = f"{self.peak_bytes:,} of {self.budget_bytes:,} bytes"
+        return "\n".join(
+            [
+                f"fits         {self.dim} {self.size} ({', '.join(self.places)}): {room}",
+                f"above that   {self.limit}",
+                self.plan.summary(),
+            ]
+        )
+
+
+def fit(
+    model: nn.Module,
+    *args: Any,
+    budget: BudgetLike,
+    dim: DimLike = "batch",
+    policy: PolicyLike | None = None,
+    loss_fn: LossFn | None = None,
+    regions: tuple[str, ...] | None = None,
+) -> Fit:
+    """Find the largest size of one dimension for which some plan keeps to a budget.
+
+    The step is traced once with that size left symbolic, and the least peak at other sizes is
+    found without tracing again. The answer is confirmed on traces of its own, there and one above.
+    Nothing is computed. What only the data tell is not seen: a table of positions may be too short
+    for a sequence that fits.
+
+    Args:
+        model: the module.
+        args: its arguments; the size that they have now does not matter, but that a fraction as
+            ``budget`` is one of the peak at that size.
+        budget: as for :func:`ckpt_pass.make_backend`.
+        dim: ``"batch"`` (dimension 0) or ``"sequence"`` (dimension 1) of the first tensor that has
+            it, and of all tensors that have the same size there; or ``{argument index: dim}``.
+        policy, loss_fn, regions: as for :func:`ckpt_pass.plan`.
+
+    Raises:
+        InfeasibleBudgetError: not even size 1 fits.
+        UnknownDimensionError: there is no such dimension, or every size of it fits.
+        InvalidBudgetError, NotTraceableError, UnknownPolicyError: as for :func:`ckpt_pass.plan`.
+    """
+    check_budget(budget)
+    axis = _Axis.of(args, dim)
+    chosen = policy_for(policy, budget)
+    with capture(
+        model, *axis.resized(axis.distinct_size()), loss_fn=loss_fn, regions=regions, dynamic=True
+    ) as joint:
+        family = _Family.of(joint, chosen, axis)
+    plain = without_recompute(family.at(axis.size))
+    budget_bytes = resolve_budget(budget, plain.peak_bytes)
+
+    def planned(size: int) -> Plan:
+        options: dict[str, Any] = {"policy": policy, "loss_fn": loss_fn, "regions": regions}
+        return plan(model, *axis.resized(size), budget=budget_bytes, **options)
+
+    size = _search(lambda n: family.fits(n, budget_bytes), family.guess(budget_bytes, axis))
+    return _confirmed(axis, planned, size)
+
+
+def _confirmed(axis: _Axis, planned: Callable[[int], Plan], guess: int) -> Fit:
+    """The size that a trace of its own says fits, while the one above does not.
+
+    Raises:
+        InfeasibleBudgetError, NotTraceableError: there is no such size.
+    """
+    found: dict[int, Plan | InfeasibleBudgetError | NotTraceableError] = {}
+
+    def fits(size: int) -> bool:
+        if size not in found:
+            try:
+                found[size] = planned(size)
+            except (InfeasibleBudgetError, NotTraceableError) as error:
+                found[size] = error
+        return isinstance(found[size], Plan)
+
+    size = _search(fits, guess)
+    fits(size)  # 1 may not have been asked for
+    best = found[size]
+    if not isinstance(best, Plan):
+        raise best
+    above = found[size + 1]
+    if isinstance(above, InfeasibleBudgetError):
+        next_peak: int | None = above.least_feasible_bytes
+        limit = f"{axis.name} {size + 1} needs {next_peak:,} bytes at least"
+    else:
+        next_peak, limit = None, f"{axis.name} {size + 1} cannot be traced: {above}"
+    return Fit(size, axis.name, axis.places, best, next_peak, limit)
+
+
+def _search(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest size that fits, from a guess by steps that double, then by halving.
+
+    Where the guess is right, it and the size above are asked for, and nothing else. 1 if none fits.
+    """
+    low, high, step = 0, guess, 1
+    while fits(high):
+        low, high, step = high, high + step, step * 2
+    step = 1
+    while not low and high > 1:
+        below = max(high - step, 1)
+        if fits(below):
+            low = below
+        else:
+            high, step = below, step * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return max(low, 1)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The dimension that varies.
+
+    Attributes:
+        name: in words.
+        dims: the dimension of each argument that has it, by the argument's index.
+        size: what it is in the given arguments.
+        args: these.
+    """
+
+    name: str
+    dims: tuple[tuple[int, int], ...]
+    size: int
+    args: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], dim: DimLike) -> _Axis:
+        """Find a dimension in the arguments.
+
+        Raises:
+            UnknownDimensionError: they do not have it.
+        """
+        name = dim if isinstance(dim, str) else "given"
+        dims = _named(args, dim) if isinstance(dim, str) else tuple(dim.items())
+        for index, place in dims:
+            known = index < len(args) and isinstance(args[index], torch.Tensor)
+            if not known or not 0 <= place < args[index].dim():
+                raise UnknownDimensionError(
+                    f"There is no argument {index} with a dimension {place}: the arguments are "
+                    f"{_shapes(args)}. Expected {{argument index: dimension}} of tensors."
+                )
+        sizes = {args[index].shape[place] for index, place in dims}
+        if len(sizes) != 1:
+            raise UnknownDimensionError(
+                f"Got dim={dim!r}, of the sizes {sorted(sizes)}: the arguments are "
+                f"{_shapes(args)}. Expected dimensions of one size, which are to stay equal."
+            )
+        return cls(name, dims, int(sizes.pop()), args)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """As :class:`ckpt_pass.shapes.Dimension` calls them."""
+        return tuple(f"argument {index} dim {place}" for index, place in self.dims)
+
+    def distinct_size(self) -> int:
+        """A size of 2 or more that no other dimension has: torch gives equal sizes one symbol."""
+        others = {
+            size
+            for index, arg in enumerate(self.args)
+            if isinstance(arg, torch.Tensor)
+            for place, size in enumerate(arg.shape)
+            if (index, place) not in self.dims
+        }
+        found = max(self.size, 2)
+        while found in others:
+            found += 1
+        return found
+
+    def resized(self, size: int) -> tuple[Any, ...]:
+        """The arguments with another size; their contents are not looked at, and not set."""
+        found = list(self.args)
+        for index, place in self.dims:
+            old = found[index]
+            shape = [*old.shape[:place], size, *old.shape[place + 1 :]]
+            order = sorted(range(old.dim()), key=lambda d: -old.stride(d))
+            new = torch.empty_permuted(shape, order, dtype=old.dtype, device=old.device)
+            found[index] = new.requires_grad_(old.requires_grad)
+        return tuple(found)
+
+
+def _named(args: tuple[Any, ...], name: str) -> tuple[tuple[int, int], ...]:
+    if name not in DIMENSIONS:
+        raise UnknownDimensionError(
+            f"Got dim={name!r}.{nearest(name, DIMENSIONS)} Expected one of {', '.join(NAMES)}, or "
+            "{argument index: dimension}."
+        )
+    place = DIMENSIONS[name]
+    tensors = [
+        (index, arg)
+        for index, arg in enumerate(args)
+        if isinstance(arg, torch.Tensor) and arg.dim() > place
+    ]
+    if not tensors:
+        raise UnknownDimensionError(
+            f"No argument has a {name} (dimension {place}): the arguments are {_shapes(args)}. "
+            "Expected a tensor with that dimension, or {argument index: dimension}."
+        )
+    size = tensors[0][1].shape[place]
+    return tuple((index, place) for index, arg in tensors if arg.shape[place] == size)
+
+
+def _shapes(args: tuple[Any, ...]) -> str:
+    return ", ".join(
+        str(list(arg.shape)) if isinstance(arg, torch.Tensor) else type(arg).__name__
+        for arg in args
+    )
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The same step at any size of one dimension.
+
+    Attributes:
+        described: the step as it was traced.
+        borders: ops whose results cross from one layer to the next.
+        dimension: the symbol that varies.
+        dimensions: all of them.
+    """
+
+    described: GraphProblem
+    borders: tuple[int, ...]
+    dimension: Dimension
+    dimensions: tuple[Dimension, ...]
+
+    @classmethod
+    def of(cls, joint: JointGraph, policy: Policy, axis: _Axis) -> _Family:
+        """Read a joint graph with symbolic sizes; a policy's MUST_* decisions are tagged on it."""
+        described = decide(joint, policy).described
+        borders = borders_of(joint, described)
+        dimensions = dimensions_of(joint)
+        for dimension in dimensions:
+            if axis.places[0] in dimension.places:
+                return cls(described, borders, dimension, dimensions)
+        raise UnknownDimensionError(
+            f"The step does not depend on the size of {', '.join(axis.places)}, or works for the "
+            f"size {axis.size} alone: torch left no symbol for it. Name another dimension."
+        )
+
+    def at(self, size: int) -> Problem:
+        """The problem at another size. Times stay as traced: they do not matter to the peak."""
+        sizes = {**traced_sizes(self.dimensions), self.dimension.symbol: size}
+        known: dict[Bytes, int] = {}
+
+        def number(expression: Bytes) -> int:
+            if expression not in known:
+                known[expression] = at_sizes(expression, sizes)
+            return known[expression]
+
+        problem = self.described.problem
+        workspaces = (number(nbytes) for nbytes in self.described.workspace_sizes)
+        ops = tuple(
+            replace(op, workspace_bytes=nbytes) if op.workspace_bytes != nbytes else op
+            for op, nbytes in zip(problem.ops, workspaces, strict=True)
+        )
+        storages = tuple(number(nbytes) for nbytes in self.described.storage_sizes)
+        return replace(problem, ops=ops, storage_bytes=storages)
+
+    def fits(self, size: int, budget_bytes: int) -> bool:
+        """Whether a plan at that size keeps to the budget, as far as this trace tells."""
+        if self.dimension.most is not None and size > self.dimension.most:
+            return False
+        return self._least_bytes(self.at(size)) <= budget_bytes
+
+    def _least_bytes(self, problem: Problem) -> int:
+        """The least peak of all plans."""
+        try:
+            return solve(problem, 0, self.borders).peak_bytes
+        except InfeasibleBudgetError as error:
+            return error.least_feasible_bytes
+
+    def guess(self, budget_bytes: int, axis: _Axis) -> int:
+        """A size near the largest: the plan of least peak at the traced size, at other sizes.
+
+        Raises:
+            UnknownDimensionError: its peak is within the budget at every size.
+        """
+        problem = self.described.problem
+        found = solve(problem, self._least_bytes(problem), self.borders)
+        peak = symbolic_peak(self.described, found, self.dimensions)
+        size = largest(peak, self.dimensions, self.dimension, budget_bytes)
+        if size is not None:
+            return max(size, 1)
+        if self.dimension.most is not None:
+            return self.dimension.most
+        raise UnknownDimensionError(
+            f"Every size of {', '.join(axis.places)} fits {format_bytes(budget_bytes)}: the peak "
+            "does not depend on it. Name another dimension."
+        )
