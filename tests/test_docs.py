@@ -17,9 +17,9 @@ import pytest
 from tests.test_layers import LAYERS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"\]\((?P<page>[\w-]+\.md)(?:#(?P<part>[\w-]+))?\)")
+_LINK = re.compile(r"\]\((?P<page>[\w./-]+\.md)(?:#(?P<part>[\w-]+))?\)")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def test_fences_are_of_a_known_kind(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     for link in _LINK.finditer(path.read_text()):
-        target = DOCS / link["page"]
+        target = path.parent / link["page"]
         assert target.exists(), link.group()
         headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
         parts = {heading.lower().replace(" ", "-") for heading in headings}

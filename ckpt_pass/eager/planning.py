@@ -33,7 +33,7 @@ from ckpt_pass.version import __version__
 
 #: Kept free of the budget for what the record does not see: scalars that autograd makes while it
 #: runs. The largest difference seen between predicted and measured peak was 440 bytes on small
-#: models, and 4,096 of 79 million on a large one (docs/eager.md).
+#: models, and 4,096 of 79 million on a large one (docs/use/eager.md).
 RESERVE_BYTES = 1024
 RESERVE_SHARE = 0.00005
 #: The share with convolutions and mixed dtypes, whose kernels' workspaces are only measured alone.

@@ -52,7 +52,7 @@ class NotAnOpError(CkptPassError):
 
 
 class OpClass(enum.StrEnum):
-    """What an operator does; one class for each. ``docs/ops.md`` describes and counts them."""
+    """What an operator does; one class for each. The documentation of ops describes them all."""
 
     MATMUL = "matmul"
     CONVOLUTION = "convolution"

@@ -31,7 +31,7 @@ from ckpt_pass.tools.ahead import plan as make_plan
 LossFn = Callable[[Any], Tensor]
 
 #: How far the measured peak may be from the predicted one: what was seen on models with kernels'
-#: workspaces, whose prediction is a measurement of its own (docs/verify.md).
+#: workspaces, whose prediction is a measurement of its own (docs/use/verify.md).
 PEAK_SHARE = 0.01
 PEAK_BYTES = 4096
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ckpt_pass
 from ckpt_pass.measure.memory_profiler import MemoryProfiler
-from tests.test_cli import check_png
+from tests.cli.test_cli import check_png
 
 MIB = 2**20
 

@@ -20,8 +20,8 @@ from ckpt_pass.cli.commands import make_app
 from ckpt_pass.report.page import write_report
 from ckpt_pass.report.strategy_plots import plot_layers, plot_timelines, save_plots
 from ckpt_pass.report.strategy_table import cells
-from tests.test_cli import check_png
-from tests.test_plan_text import DEPTH, ROWS, WIDTH, Net
+from tests.cli.test_cli import check_png
+from tests.plans.test_plan_text import DEPTH, ROWS, WIDTH, Net
 
 X = torch.randn(ROWS, WIDTH)
 STRATEGIES = ("none", "all", "alternate", "segments-2", "all:save-matmul", "budget=0.7")
@@ -241,7 +241,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     factory = tmp_path / "model.py"
     factory.write_text(
-        "import torch\nfrom tests.test_plan_text import ROWS, WIDTH, Net\n"
+        "import torch\nfrom tests.plans.test_plan_text import ROWS, WIDTH, Net\n"
         "def made():\n    return Net(), torch.randn(ROWS, WIDTH)\n"
     )
     page, rows = tmp_path / "page.html", tmp_path / "rows.json"

@@ -1,7 +1,7 @@
 """What torch documents and tests of ``checkpoint`` and selective checkpointing, with ours in place.
 
-``docs/torch-behaviours.md`` lists each sentence and each of torch's tests with the test here (or
-elsewhere) that holds it. ``region`` is our ``checkpoint``; ``hooked`` is torch's with our
+``docs/understand/torch-behaviours.md`` lists each sentence and each of torch's tests with the test
+here (or elsewhere) that holds it. ``region`` is our ``checkpoint``; ``hooked`` is torch's with our
 ``context_fn``.
 """
 

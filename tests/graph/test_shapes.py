@@ -377,7 +377,7 @@ def test_fit_on_the_command_line(tmp_path: Any) -> None:
     from typer.testing import CliRunner
 
     (tmp_path / "nets.py").write_text(
-        "import torch\nfrom tests.test_shapes import Net\n"
+        "import torch\nfrom tests.graph.test_shapes import Net\n"
         "def make():\n    return Net(), torch.randn(4, 8, 16)\n"
     )
     found = ckpt_pass.fit(Net(), torch.randn(4, 8, 16), budget="200kB", dim="sequence")

@@ -13,7 +13,7 @@ from torch import nn
 import ckpt_pass
 from ckpt_pass.plans.text import LINES, format_seconds
 from ckpt_pass.plans.timeline import Timeline, text_plot
-from tests.test_cli import check_png
+from tests.cli.test_cli import check_png
 
 WIDTH, DEPTH, ROWS = 16, 4, 64
 

@@ -23,8 +23,8 @@ from ckpt_pass.report.sweeps import (
     recompute_share,
     sweep_text,
 )
-from tests.test_cli import check_png
-from tests.test_plan_text import DEPTH, ROWS, WIDTH, Net
+from tests.cli.test_cli import check_png
+from tests.plans.test_plan_text import DEPTH, ROWS, WIDTH, Net
 
 X = torch.randn(ROWS, WIDTH)
 SETTINGS = (1.0, 0.0)

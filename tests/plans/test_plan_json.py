@@ -233,7 +233,7 @@ def test_the_fingerprint_is_the_same_in_every_process() -> None:
         "ckpt_pass.plan(m, *a, budget=0.6, mode='eager').fingerprint)"
     )
     here = [plan_of("gpt2", budget=0.6, mode=mode).fingerprint for mode in ("compiled", "eager")]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(root)}
     found = subprocess.run(
         [sys.executable, "-c", program],

@@ -31,7 +31,7 @@ from ckpt_pass.planner.solvers import (
     run_solver,
     solver_names,
 )
-from tests.test_exact import steps
+from tests.planner.test_exact import steps
 
 
 def chain(length: int = 4, nbytes: int = 8) -> Problem:

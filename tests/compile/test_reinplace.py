@@ -22,7 +22,7 @@ from ckpt_pass.graph.reinplace import _makers, _variants, makes_anew, overwritab
 from ckpt_pass.planner.liveness import simulate
 from ckpt_pass.planner.problem import InvalidProblemError
 from ckpt_pass.planner.schedule import schedule
-from tests.test_planner import MIB, chain
+from tests.planner.test_planner import MIB, chain
 from tests.zoo import hf
 
 aten = torch.ops.aten

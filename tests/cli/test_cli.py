@@ -20,7 +20,7 @@ from ckpt_pass.demo import training, variants
 from ckpt_pass.demo.model import Llama, ModelConfig, ModelSizeError
 from ckpt_pass.drawing.memory import MemoryCurve, MissingExtraError, missing_extra, plot_memory
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FACTORY = '''
 """A model of two layers."""
 import dataclasses
