@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ckpt_pass.plans.value import Decision, Plan, format_bytes
+from ckpt_pass.plans.parts import Decision
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.rules import PolicyLike
 from ckpt_pass.tools.ahead import plan
 

@@ -117,7 +117,7 @@ class Backend:
             )
         cut = graph_break(gm)
         if cut:
-            made = [replace(plan, graph_break=cut) for plan in made]
+            made = [plan.cut_at(cut) for plan in made]
         self.plans.extend(made)
         return watch_sizes(compiled, made[-1], example_inputs) if made else compiled
 
@@ -236,11 +236,11 @@ def make_backend(
                 )
         if not isinstance(plan, Plan):
             plan = Plan.load(plan)
-        recipe = plan.recipe
-        made = replace(Backend(regions=recipe.regions), plan=plan)
-        options |= {"policy": recipe.policy, "budget": plan.budget_bytes}
-        if recipe.goal is not None:
-            goal = recipe.goal
+        asked = plan.asked
+        made = replace(Backend(regions=asked.regions), plan=plan)
+        options |= {"policy": asked.policy, "budget": plan.budget_bytes}
+        if asked.goal is not None:
+            goal = asked.goal
             options |= {"solver": goal.solver, "time_limit_s": goal.time_limit_s, "cost": goal.cost}
         return made.with_options(options)
     options |= {**how, "solver": solver, "cost": cost}

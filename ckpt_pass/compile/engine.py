@@ -30,7 +30,8 @@ from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.planner.solution import evaluate
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import Goal
-from ckpt_pass.plans.value import Plan, Replay
+from ckpt_pass.plans.parts import Replay
+from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.named import DEFAULT_POLICY, as_policy
 from ckpt_pass.policy.opinion import Opinion
 from ckpt_pass.policy.rules import FirstMatch, Policy, PolicyLike, Rule, first_match, recompute
@@ -112,6 +113,7 @@ def _anew(
 
 def _again(joint: JointGraph, plan: Plan, labels: dict[fx.Node, str]) -> Decided:
     """Carry out a plan's decisions."""
+    asked = plan.asked
     tags = tag(joint, OPEN)
     check_same_step(plan, joint, tags, labels)
     if plan.replay is not None:
@@ -123,8 +125,7 @@ def _again(joint: JointGraph, plan: Plan, labels: dict[fx.Node, str]) -> Decided
     for node, found in tags.items():
         tags[node] = replace(found, opinion=opinions.get(found.context.site, found.opinion))
     saved = _saved_as_tagged(joint)
-    recipe = plan.recipe
-    return settled(joint, recipe.policy, tags, saved, plan.sites, met, recipe.goal)
+    return settled(joint, asked.policy, tags, saved, plan.sites, met, asked.goal)
 
 
 def _saved_as_tagged(joint: JointGraph) -> SavedSet:

@@ -19,16 +19,10 @@ from ckpt_pass.graph.problem import GraphProblem
 from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.planner.solution import Solution
 from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.parts import Decision, Replay, SavedActivation, SavedActivations, Signature
+from ckpt_pass.plans.record import Asked, CompiledExecution, Predicted, Proven
 from ckpt_pass.plans.timeline import Timeline, timeline_of
-from ckpt_pass.plans.value import (
-    Decision,
-    Plan,
-    Recipe,
-    Replay,
-    SavedActivation,
-    SavedActivations,
-    Signature,
-)
+from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import Policy, describe
 from ckpt_pass.policy.sites import Bytes, CallSite, module_path
 from ckpt_pass.version import __version__
@@ -83,38 +77,51 @@ def solver_rule(solution: Solution) -> str:
 
 def record_plan(decided: Decided) -> Plan:
     """Describe the decisions for one graph."""
-    joint, found = decided.joint, decided.solution
-    policy = describe(decided.policy)
+    joint = decided.joint
+    words = describe(decided.policy)
     outputs = [node for node in joint.forward_outputs if node not in joint.primals]
-    dimensions = dimensions_of(joint)
-    ran = found.profile.schedule
-    ops = decided.described.problem.ops
+    asked = Asked(words, decided.policy, joint.regions_pattern, decided.goal, decided.budget_bytes)
+    found = decided.solution
+    budgeted = decided.budget_bytes is not None
     return Plan(
-        policy=policy,
-        fingerprint=fingerprint(joint, policy, str(decided.goal), __version__),
+        fingerprint=fingerprint(joint, words, str(decided.goal), __version__),
         decisions=_decisions(decided),
         saved=SavedActivations(_saved_activations(joint, decided.tags, decided.saved, outputs)),
-        output_bytes=held_bytes(outputs, joint.primals),
+        regions=tuple(dict.fromkeys(r for r in joint.regions.values() if r is not None)),
+        sites=decided.sites,
+        asked=asked,
+        predicted=_predicted(decided, outputs),
+        proven=Proven(found.solver if budgeted else "", found.status, found.lower_bound_s),
+        execution=_execution(decided),
+    )
+
+
+def _predicted(decided: Decided, outputs: list[fx.Node]) -> Predicted:
+    found = decided.solution
+    ran = found.profile.schedule
+    ops = decided.described.problem.ops
+    return Predicted(
         peak_bytes=found.peak_bytes,
         peak_at=_place(decided) if ran else "",
+        output_bytes=held_bytes(outputs, decided.joint.primals),
         recompute_flops=found.recompute_flops,
         step_flops=sum(ops[i].flops for i in ran) - found.recompute_flops,
         recompute_time_s=found.recompute_time_s,
         step_time_s=sum(ops[i].time_s for i in ran) - found.recompute_time_s,
-        budget_bytes=decided.budget_bytes,
-        solver=found.solver if decided.budget_bytes is not None else "",
-        status=found.status,
-        lower_bound_s=found.lower_bound_s,
-        regions=tuple(dict.fromkeys(r for r in joint.regions.values() if r is not None)),
         timeline=timeline_of(decided.described.problem, found.profile),
         plain_timeline=decided.plain,
-        peak_expression=symbolic_peak(decided.described, found, dimensions),
-        dimensions=dimensions,
-        sites=decided.sites,
-        recipe=Recipe(decided.policy, joint.regions_pattern, decided.goal),
         measured_workspaces=sum(1 for i in ran if ops[i].workspace_bytes),
+    )
+
+
+def _execution(decided: Decided) -> CompiledExecution:
+    assert decided.signature is not None and decided.script is not None
+    dimensions = dimensions_of(decided.joint)
+    return CompiledExecution(
         signature=decided.signature,
         replay=decided.script,
+        peak_expression=symbolic_peak(decided.described, decided.solution, dimensions),
+        dimensions=dimensions,
     )
 
 

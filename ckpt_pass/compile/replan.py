@@ -19,7 +19,9 @@ from ckpt_pass._torch import compilers
 from ckpt_pass.compile.engine import Partitioner
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels
 from ckpt_pass.planner.solution import InfeasibleBudgetError
-from ckpt_pass.plans.value import Plan, format_bytes
+from ckpt_pass.plans.record import InductorPeak
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.plans.wording import format_bytes
 
 #: Compilations of one graph at most: each takes as long as the first.
 _ROUNDS = 3
@@ -77,12 +79,7 @@ def compile_within(
         rounds += 1
         best = min(best, found, key=lambda r: r.peak_bytes)
     assert best.plan is not None
-    plan = replace(
-        best.plan,
-        budget_bytes=budget_bytes,
-        inner_peak_bytes=best.peak_bytes,
-        replans=rounds - 1,
-    )
+    plan = best.plan.within_inductor(budget_bytes, InductorPeak(best.peak_bytes, rounds - 1))
     if best.peak_bytes > budget_bytes:
         warnings.warn(
             f"Inductor's schedule peaks at {best.peak_bytes:,} bytes "
@@ -119,7 +116,8 @@ def _round(
         _workspaces_of,
     )
     plan = plans[-1] if plans else None
-    held = plan.output_bytes if plan and isinstance(plan.output_bytes, int) else 0
+    outputs = plan.predicted.output_bytes if plan else 0
+    held = outputs if isinstance(outputs, int) else 0
     return _Round(compiled, plan, _peak_bytes(halves, held))
 
 

@@ -17,6 +17,7 @@ from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.planner.solution import evaluate, without_recompute
+from ckpt_pass.plans.parts import Decision, Replay, Signature
 from ckpt_pass.plans.signature import (
     PlanMismatchError,
     looks,
@@ -24,7 +25,8 @@ from ckpt_pass.plans.signature import (
     signature_differences,
 )
 from ckpt_pass.plans.timeline import timeline_of
-from ckpt_pass.plans.value import Decision, Plan, Replay, Signature, format_bytes
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.sites import CallSite
 
 
@@ -111,7 +113,7 @@ def replay(
         labels: the graph's node labels.
     """
     kernels = Kernels()
-    goal = plan.recipe.goal
+    goal = plan.asked.goal
     what = WORKSPACE_AND_TIME if goal is not None and goal.cost == "measured" else WORKSPACE
     nodes = [node for node in joint.nodes if node.op == "call_function"]
     facts = kernels.facts(nodes, what) if plan.budget_bytes is not None else {}
@@ -125,7 +127,7 @@ def replay(
         node.meta["recompute"] = kept
     index = described.index
     pairs = [(index[anchor], index[maker]) for anchor, maker in drops]
-    words = plan.solver or "replayed"
+    words = plan.proven.solver or "replayed"
     solution = evaluate(described.problem, [index[node] for node in saved], words, pairs)
     _warn_if_over(plan, solution.peak_bytes)
     plain = without_recompute(described.problem)

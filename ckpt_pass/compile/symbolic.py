@@ -26,7 +26,8 @@ from ckpt_pass.graph.shapes import Dimension, at_sizes, in_words, traced_sizes
 from ckpt_pass.planner.liveness import simulate
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import Solution
-from ckpt_pass.plans.value import Plan, format_bytes
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.sites import Bytes, optimization_hint
 
 Ints = NDArray[np.int64]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,9 +23,11 @@ from ckpt_pass.planner.eager_solve import EagerSolution, solve_eager
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import resolve_budget
 from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.parts import Decision, SavedActivation, SavedActivations, Signature
+from ckpt_pass.plans.record import Asked, EagerExecution, Predicted, Proven
 from ckpt_pass.plans.signature import eager_signature
 from ckpt_pass.plans.timeline import Timeline
-from ckpt_pass.plans.value import Decision, Plan, Recipe, SavedActivation, SavedActivations
+from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import Policy
 from ckpt_pass.policy.sites import output_tensors
 from ckpt_pass.version import __version__
@@ -67,8 +68,8 @@ def plan_eager(
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     solution = _solved(problem, plain.peak_bytes, budget_bytes, _reserve_share(trace))
-    made = _Writer(trace, problem, solution).plan(policy, goal, budget_bytes, plain)
-    return replace(made, signature=eager_signature(model, args))
+    asked = Asked("open to the solver", policy, None, goal, budget_bytes)
+    return _Writer(trace, problem, solution).plan(asked, eager_signature(model, args), plain)
 
 
 def described(trace: EagerTrace, times: bool = False) -> EagerProblem:
@@ -142,43 +143,40 @@ class _Writer:
             region = problem.regions[index]
             self._region_of |= dict.fromkeys(range(*region.ops), region.name)
 
-    def plan(self, policy: Policy, goal: Goal, budget_bytes: int, plain: EagerProfile) -> Plan:
+    def plan(self, asked: Asked, signature: Signature, plain: EagerProfile) -> Plan:
         """The plan."""
-        problem, found = self._problem, self._solution.profile
-        names = [problem.regions[index].name for index in sorted(self._solution.plan.regions)]
-        saved = SavedActivations(self._saved())
-        described = "open to the solver"
-        graph = _fingerprint(self._trace, described, str(goal), __version__)
+        regions = [self._problem.regions[index] for index in sorted(self._solution.plan.regions)]
         return Plan(
-            policy=described,
-            fingerprint=graph,
+            fingerprint=_fingerprint(self._trace, asked.words, str(asked.goal), __version__),
             decisions=tuple(self._decisions()),
-            saved=saved,
-            output_bytes=0,
+            saved=SavedActivations(self._saved()),
+            regions=tuple(region.name for region in regions),
+            sites=frozenset(op.site for op in self._trace.ops if op.site is not None),
+            asked=asked,
+            predicted=self._predicted(plain),
+            proven=Proven(
+                f"eager (the fastest of {self._solution.tried} simulated plans that fits)",
+                self._solution.status,
+                lower_bound_s=0.0,
+            ),
+            execution=EagerExecution(
+                signature, frozenset(region.name for region in regions if region.extra_bytes)
+            ),
+        )
+
+    def _predicted(self, plain: EagerProfile) -> Predicted:
+        problem, found = self._problem, self._solution.profile
+        return Predicted(
             peak_bytes=found.peak_bytes,
             peak_at=self._place(found),
+            output_bytes=0,
             recompute_flops=found.recompute_flops,
             step_flops=sum(op.flops for op in problem.ops),
             recompute_time_s=found.recompute_time_s,
             step_time_s=problem.step_time_s,
-            budget_bytes=budget_bytes,
-            solver=f"eager (the fastest of {self._solution.tried} simulated plans that fits)",
-            status=self._solution.status,
-            lower_bound_s=0.0,
-            regions=tuple(names),
             timeline=self._timeline(found),
             plain_timeline=self._timeline(plain),
-            peak_expression=found.peak_bytes,
-            dimensions=(),
-            sites=frozenset(op.site for op in self._trace.ops if op.site is not None),
-            recipe=Recipe(policy, None, goal),
             measured_workspaces=sum(1 for op in problem.ops if op.workspace_bytes),
-            mode="eager",
-            random_regions=frozenset(
-                problem.regions[index].name
-                for index in self._solution.plan.regions
-                if problem.regions[index].extra_bytes
-            ),
         )
 
     def _timeline(self, profile: EagerProfile) -> Timeline:

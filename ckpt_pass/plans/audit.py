@@ -5,21 +5,19 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from ckpt_pass._errors import nearest
 from ckpt_pass.ops.taxonomy import OpClass, is_expensive
+from ckpt_pass.plans.parts import Decision
+from ckpt_pass.plans.record import CompiledExecution, PlanRecord
 from ckpt_pass.policy.named import POLICIES
 from ckpt_pass.policy.rules import SAVING, FirstMatch, Policy, Rule, name_matches
-
-if TYPE_CHECKING:
-    from ckpt_pass.plans.value import Decision, Plan
 
 #: Names of one warning; the rest are counted.
 _NAMED = 3
 
 
-def findings(plan: Plan) -> tuple[str, ...]:
+def findings(plan: PlanRecord) -> tuple[str, ...]:
     """One sentence for each surprise.
 
     A pattern or op of the policy that matched nothing; an expensive op that is recomputed because
@@ -27,7 +25,7 @@ def findings(plan: Plan) -> tuple[str, ...]:
     behind which the model goes on elsewhere. With a budget the solver recomputes what it chooses,
     and only a policy's own words are looked at.
     """
-    rules = list(_rules_of(plan.recipe.policy))
+    rules = list(_rules_of(plan.asked.policy))
     return tuple(
         [
             *_unmatched(plan, rules),
@@ -39,7 +37,7 @@ def findings(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def warning_lines(plan: Plan) -> list[str]:
+def warning_lines(plan: PlanRecord) -> list[str]:
     """The findings as lines of a summary."""
     return [f"WARNING      {finding}" for finding in findings(plan)]
 
@@ -52,8 +50,8 @@ def _rules_of(policy: Policy) -> Iterator[Rule]:
         yield policy
 
 
-def _unmatched(plan: Plan, rules: Iterable[Rule]) -> Iterator[str]:
-    if plan.recipe.policy in POLICIES.values():
+def _unmatched(plan: PlanRecord, rules: Iterable[Rule]) -> Iterator[str]:
+    if plan.asked.policy in POLICIES.values():
         return  # a preset is for any model: it may well name ops that this one lacks
     ops = sorted({decision.site.op for decision in plan.decisions})
     modules = sorted(_modules(plan))
@@ -78,7 +76,7 @@ def _unmatched_module(rule: Rule, modules: list[str]) -> Iterator[str]:
         yield f"no op ran in a module named {pattern}.{nearest(pattern, modules)}"
 
 
-def _unmatched_classes(rule: Rule, plan: Plan) -> Iterator[str]:
+def _unmatched_classes(rule: Rule, plan: PlanRecord) -> Iterator[str]:
     known = {decision.op_class for decision in plan.decisions}
     if rule.op_class and known.isdisjoint(map(str, rule.op_class)):
         yield f"no op of the step is of class {' or '.join(rule.op_class)}"
@@ -110,11 +108,11 @@ def _with_parents(fqn: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def _modules(plan: Plan) -> set[str]:
+def _modules(plan: PlanRecord) -> set[str]:
     return {name for site in plan.sites for name in _with_parents(site.fqn) if name}
 
 
-def _expensive(plan: Plan, rules: list[Rule]) -> Iterator[str]:
+def _expensive(plan: PlanRecord, rules: list[Rule]) -> Iterator[str]:
     if plan.budget_bytes is not None or not any(rule.decision in SAVING for rule in rules):
         return
     about = [rule for rule in rules if rule.op or rule.op_class or rule.module is not None]
@@ -131,7 +129,7 @@ def _expensive(plan: Plan, rules: list[Rule]) -> Iterator[str]:
         )
 
 
-def _unclassified(plan: Plan) -> Iterator[str]:
+def _unclassified(plan: PlanRecord) -> Iterator[str]:
     unknown = [d.site.op for d in plan.decisions if d.op_class == OpClass.UNCLASSIFIED]
     if unknown:
         yield (
@@ -140,7 +138,7 @@ def _unclassified(plan: Plan) -> Iterator[str]:
         )
 
 
-def _empty_regions(plan: Plan) -> Iterator[str]:
+def _empty_regions(plan: PlanRecord) -> Iterator[str]:
     computing = [d for d in plan.decisions if not (d.is_view and d.fate != "recomputed")]
     needed = Counter(d.region for d in computing if d.fate != "unused")
     again = {d.region for d in plan.decisions if d.fate == "recomputed"}
@@ -149,15 +147,16 @@ def _empty_regions(plan: Plan) -> Iterator[str]:
     if empty:
         yield f"regions that wrapped nothing which the backward needs: {_named(empty)}"
     modules = sorted(_modules(plan))
-    for pattern in plan.recipe.regions or ():
+    for pattern in plan.asked.regions or ():
         if not any(fnmatch.fnmatchcase(name.partition("@")[0], pattern) for name in plan.regions):
             yield f"the region pattern {pattern} wrapped nothing.{nearest(pattern, modules)}"
 
 
-def _breaks(plan: Plan) -> Iterator[str]:
-    if plan.graph_break:
+def _breaks(plan: PlanRecord) -> Iterator[str]:
+    step = plan.execution
+    if isinstance(step, CompiledExecution) and step.graph_break:
         yield (
-            f"graph break at {plan.graph_break}: what comes after it is not part of this graph, "
+            f"graph break at {step.graph_break}: what comes after it is not part of this graph, "
             "nor of its peak"
         )
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ckpt_pass.plans.goal import Goal
-from ckpt_pass.plans.text import format_bytes
-from ckpt_pass.policy.rules import Policy
+from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.sites import Bytes, CallSite
 
 
@@ -105,21 +103,6 @@ class SavedActivations(tuple[SavedActivation, ...]):
 def _total(items: object) -> Bytes:
     total: Bytes = sum(items)  # type: ignore[call-overload]
     return total
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a plan was asked for.
-
-    Attributes:
-        policy: the policy itself.
-        regions: FQN patterns of the layers; ``None`` where they were found.
-        goal: the budget and how it was to be met, if any.
-    """
-
-    policy: Policy
-    regions: tuple[str, ...] | None
-    goal: Goal | None
 
 
 @dataclass(frozen=True)

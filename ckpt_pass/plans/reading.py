@@ -13,13 +13,21 @@ from ckpt_pass.ops.taxonomy import OpClass
 from ckpt_pass.planner.solvers import SOLVERS, as_solver
 from ckpt_pass.plans.expressions import expression_from_data
 from ckpt_pass.plans.goal import COSTS, Goal
+from ckpt_pass.plans.old_format import grouped
 from ckpt_pass.plans.parts import (
     Decision,
-    Recipe,
     Replay,
     SavedActivation,
     SavedActivations,
     Signature,
+)
+from ckpt_pass.plans.record import (
+    Asked,
+    CompiledExecution,
+    EagerExecution,
+    InductorPeak,
+    Predicted,
+    Proven,
 )
 from ckpt_pass.plans.schema import CodePolicy, PlanFileError, Reader
 from ckpt_pass.plans.timeline import Timeline
@@ -69,11 +77,11 @@ def plan_from_json(text: str) -> dict[str, Any]:
         raise PlanFileError("the file", f"JSON ({error})", text[:40]) from error
     reader = Reader(data)
     found = reader["format"].value
-    if found != FORMAT or isinstance(found, bool):
-        raise PlanFileError("format", f"{FORMAT}, the one of ckpt_pass {__version__}", found)
+    if isinstance(found, bool) or found not in (1, FORMAT):
+        raise PlanFileError("format", f"{FORMAT}, the one of ckpt_pass {__version__}, or 1", found)
     if reader["checksum"].value != checksum(data):
         raise PlanFileError("checksum", "that of the rest of the file", reader["checksum"].value)
-    return _plan(reader)
+    return _plan(Reader(grouped(data)) if found == 1 else reader)
 
 
 def _no_constant(name: str) -> float:
@@ -84,38 +92,64 @@ def _plan(reader: Reader) -> dict[str, Any]:
     decisions = _decisions(reader)
     sites = [decision.site for decision in decisions]
     sites += [_site(item) for item in reader["merged_sites"].items()]
-    random_regions = reader["random_regions"].maybe(lambda found: frozenset(found.texts()))
+    eager = reader["mode"].one_of(_MODES) == "eager"
+    execution = reader["execution"]
     return dict(
-        policy=reader["policy"].text(),
         fingerprint=reader["fingerprint"].text(),
         decisions=decisions,
         saved=SavedActivations(_saved(reader)),
-        output_bytes=expression_from_data(reader["output_bytes"]),
-        peak_bytes=reader["peak_bytes"].whole(),
-        peak_at=reader["peak_at"].text(),
-        recompute_flops=reader["recompute_flops"].whole(),
-        step_flops=reader["step_flops"].whole(),
-        recompute_time_s=reader["recompute_time_s"].number(),
-        step_time_s=reader["step_time_s"].number(),
-        budget_bytes=reader["budget_bytes"].maybe(Reader.whole),
+        regions=reader["regions"].texts(),
+        sites=frozenset(sites),
+        asked=_asked(reader["asked"]),
+        predicted=_predicted(reader),
+        proven=_proven(reader["proven"]),
+        execution=_eager_execution(execution) if eager else _compiled_execution(execution),
+    )
+
+
+def _predicted(reader: Reader) -> Predicted:
+    found = reader["predicted"]
+    return Predicted(
+        peak_bytes=found["peak_bytes"].whole(),
+        peak_at=found["peak_at"].text(),
+        output_bytes=expression_from_data(found["output_bytes"]),
+        recompute_flops=found["recompute_flops"].whole(),
+        step_flops=found["step_flops"].whole(),
+        recompute_time_s=found["recompute_time_s"].number(),
+        step_time_s=found["step_time_s"].number(),
+        timeline=_timeline(reader["timeline"]),
+        plain_timeline=reader["plain_timeline"].maybe(_timeline),
+        measured_workspaces=found["measured_workspaces"].whole(),
+    )
+
+
+def _proven(reader: Reader) -> Proven:
+    return Proven(
         solver=reader["solver"].text(),
         status=reader["status"].one_of(_STATUSES),
         lower_bound_s=reader["lower_bound_s"].number(),
-        regions=reader["regions"].texts(),
-        timeline=_timeline(reader["timeline"]),
-        plain_timeline=reader["plain_timeline"].maybe(_timeline),
+    )
+
+
+def _compiled_execution(reader: Reader) -> CompiledExecution:
+    return CompiledExecution(
+        signature=_signature(reader["signature"]),
+        replay=_replay(reader["replay"]),
         peak_expression=expression_from_data(reader["peak_expression"]),
         dimensions=tuple(_dimension(item) for item in reader["dimensions"].items()),
-        sites=frozenset(sites),
-        recipe=_recipe(reader["recipe"]),
-        measured_workspaces=reader["measured_workspaces"].whole(),
-        inner_peak_bytes=reader["inner_peak_bytes"].maybe(Reader.whole),
-        replans=reader["replans"].whole(),
         graph_break=reader["graph_break"].text(),
-        mode=reader["mode"].one_of(_MODES),
-        random_regions=random_regions,
-        signature=reader["signature"].maybe(_signature),
-        replay=reader["replay"].maybe(_replay),
+        inductor=reader["inductor"].maybe(_inductor_peak),
+    )
+
+
+def _inductor_peak(reader: Reader) -> InductorPeak:
+    peak_bytes, replans = reader.items(2)
+    return InductorPeak(peak_bytes.whole(), replans.whole())
+
+
+def _eager_execution(reader: Reader) -> EagerExecution:
+    return EagerExecution(
+        _signature(reader["signature"]), frozenset(reader["random_regions"].texts())
     )
 
 
@@ -213,11 +247,13 @@ def _dimension(reader: Reader) -> Dimension:
     )
 
 
-def _recipe(reader: Reader) -> Recipe:
-    return Recipe(
-        _policy(reader["policy"], 0),
-        reader["regions"].maybe(Reader.texts),
-        reader["goal"].maybe(_goal),
+def _asked(reader: Reader) -> Asked:
+    return Asked(
+        words=reader["words"].text(),
+        policy=_policy(reader["policy"], 0),
+        regions=reader["regions"].maybe(Reader.texts),
+        goal=reader["goal"].maybe(_goal),
+        budget_bytes=reader["budget_bytes"].maybe(Reader.whole),
     )
 
 

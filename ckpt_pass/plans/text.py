@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from ckpt_pass.graph.shapes import shape_lines
+from ckpt_pass.plans.audit import warning_lines
+from ckpt_pass.plans.parts import Decision
+from ckpt_pass.plans.record import CompiledExecution, PlanRecord
 from ckpt_pass.plans.timeline import text_plot
+from ckpt_pass.plans.wording import format_bytes, format_seconds
 from ckpt_pass.policy.sites import Bytes
-
-if TYPE_CHECKING:
-    from ckpt_pass.plans.value import Decision, Plan
 
 #: Lines of a list of decisions; an engineer reads the first few.
 LINES = 10
@@ -22,71 +23,84 @@ _REASONS = 2
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-def format_bytes(nbytes: Bytes) -> str:
-    """Bytes for people: ``2.0 MiB``; an expression as it is."""
-    if not isinstance(nbytes, int):
-        return f"{nbytes} B"
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{int(size)} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError("unreachable")
+def summary(plan: PlanRecord) -> str:
+    """The plan in a few lines."""
+    counts = {fate: len(plan.with_fate(fate)) for fate in ("saved", "recomputed", "unused")}
+    found = plan.predicted
+    return "\n".join(
+        [
+            f"policy       {plan.policy}",
+            f"graph        {plan.fingerprint[:12]}, {len(plan.decisions)} ops, "
+            f"{len(plan.regions)} regions",
+            f"decisions    {counts['saved']} saved, {counts['recomputed']} recomputed, "
+            f"{counts['unused']} not needed by the backward",
+            f"saved bytes  {format_bytes(plan.saved_bytes)} (outputs "
+            f"{format_bytes(found.output_bytes)} more)",
+            f"peak         {format_bytes(found.peak_bytes)} predicted, {found.peak_at}",
+            *shape_lines(plan.peak_expression, plan.dimensions, plan.budget_bytes),
+            f"recompute    {_share(found.recompute_flops, found.step_flops)} of the flops, "
+            f"{_share(found.recompute_time_s, found.step_time_s)} of the modelled time",
+            *budget_lines(plan),
+            *warning_lines(plan),
+        ]
+    )
 
 
-def format_seconds(seconds: float) -> str:
-    """Seconds for people, from microseconds up."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.1f} µs"
-    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0.0 %"
 
 
-def budget_lines(plan: Plan) -> list[str]:
+def listing(plan: PlanRecord) -> str:
+    """The summary, and one line a decision; views that cost nothing are left out."""
+    shown = [d for d in plan.decisions if not (d.op_class == "view" and d.fate != "saved")]
+    return "\n".join([summary(plan), "", *map(str, shown)])
+
+
+def budget_lines(plan: PlanRecord) -> list[str]:
     """The budget, what it was met by, and how far the plan is from the fastest one."""
     if plan.budget_bytes is None:
         return []
     return [
-        f"budget       {format_bytes(plan.budget_bytes)}, met by: {plan.solver}",
+        f"budget       {format_bytes(plan.budget_bytes)}, met by: {plan.proven.solver}",
         f"bound        {_bound(plan)}",
         *_inner(plan),
     ]
 
 
-def _inner(plan: Plan) -> list[str]:
+def _inner(plan: PlanRecord) -> list[str]:
     lines = []
-    if plan.inner_peak_bytes is not None:
-        again = f", planned again {plan.replans} times" if plan.replans else ""
-        lines.append(
-            f"inductor     {format_bytes(plan.inner_peak_bytes)} by its own schedule{again}"
-        )
-    if plan.measured_workspaces:
-        lines.append(
-            f"workspaces   of {plan.measured_workspaces} kernels, measured on this machine"
-        )
+    found = plan.execution.inductor if isinstance(plan.execution, CompiledExecution) else None
+    if found is not None:
+        again = f", planned again {found.replans} times" if found.replans else ""
+        lines.append(f"inductor     {format_bytes(found.peak_bytes)} by its own schedule{again}")
+    measured = plan.predicted.measured_workspaces
+    if measured:
+        lines.append(f"workspaces   of {measured} kernels, measured on this machine")
     return lines
 
 
-def _bound(plan: Plan) -> str:
-    if not plan.recompute_time_s:
+def _bound(plan: PlanRecord) -> str:
+    found, again_s = plan.proven, plan.predicted.recompute_time_s
+    if not again_s:
         return "nothing that takes time is recomputed: no plan is faster"
-    if plan.status == "optimal":
+    if found.status == "optimal":
         return "optimal: no plan within the budget recomputes less"
-    stopped = "; the solver stopped at its time limit" if plan.status == "time limit" else ""
-    if not plan.lower_bound_s:
+    stopped = "; the solver stopped at its time limit" if found.status == "time limit" else ""
+    if not found.lower_bound_s:
         return f"not known how far this is from the fastest plan: no lower bound was found{stopped}"
     return (
-        f"{format_seconds(plan.lower_bound_s)} of recomputation at least, "
-        f"{format_seconds(plan.recompute_time_s)} here: the fastest plan's step is at most "
+        f"{format_seconds(found.lower_bound_s)} of recomputation at least, "
+        f"{format_seconds(again_s)} here: the fastest plan's step is at most "
         f"{100 * plan.gap:.1f} % shorter{stopped}"
     )
 
 
-def overview(plan: Plan) -> str:
+def overview(plan: PlanRecord) -> str:
     """The summary; for a plan with a budget also amounts, dear decisions and the timeline."""
     if plan.budget_bytes is None:
-        return plan.summary()
+        return summary(plan)
     blocks = [
-        plan.summary().splitlines(),
+        summary(plan).splitlines(),
         list(_amounts(plan)),
         list(_dearest("recomputed, most time first", plan, "recomputed", _time, _time_words)),
         list(_dearest("saved, most bytes first", plan, "saved", _bytes, _bytes_words)),
@@ -95,22 +109,20 @@ def overview(plan: Plan) -> str:
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _memory(plan: Plan) -> Iterator[str]:
-    if plan.timeline is None:
-        return
-    lines = text_plot(plan.timeline, plan.budget_bytes)
+def _memory(plan: PlanRecord) -> Iterator[str]:
+    timeline, before = plan.predicted.timeline, plan.predicted.plain_timeline
+    lines = text_plot(timeline, plan.budget_bytes)
     if not lines:
         return
-    before = plan.plain_timeline
     words = f"; nothing recomputed: {format_bytes(before.peak_bytes)}" if before is not None else ""
-    yield f"memory over the step's modelled {format_seconds(plan.timeline.duration_s)}{words}"
+    yield f"memory over the step's modelled {format_seconds(timeline.duration_s)}{words}"
     yield from lines
 
 
 # --- amounts --------------------------------------------------------------------------------
 
 
-def _amounts(plan: Plan) -> Iterator[str]:
+def _amounts(plan: PlanRecord) -> Iterator[str]:
     """Ops, views and bytes by what becomes of them, and why."""
     again = plan.with_fate("recomputed")
     most = max((decision.times for decision in again), default=0)
@@ -169,7 +181,7 @@ class _Alike:
 
 def _dearest(
     title: str,
-    plan: Plan,
+    plan: PlanRecord,
     fate: str,
     cost: Callable[[_Alike], float],
     words: Callable[[_Alike], str],

@@ -11,22 +11,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckpt_pass.planner.solvers import SOLVERS
 from ckpt_pass.plans.expressions import expression_to_data
-from ckpt_pass.plans.parts import Decision, Recipe, SavedActivation
+from ckpt_pass.plans.parts import Decision, Replay, SavedActivation, Signature
+from ckpt_pass.plans.record import (
+    Asked,
+    CompiledExecution,
+    EagerExecution,
+    PlanRecord,
+    Predicted,
+    Proven,
+)
 from ckpt_pass.plans.schema import CodePolicy
 from ckpt_pass.plans.timeline import Timeline
 from ckpt_pass.policy.rules import FirstMatch, Policy, Rule, describe
 from ckpt_pass.policy.sites import CallSite
 from ckpt_pass.version import __version__
 
-if TYPE_CHECKING:
-    from ckpt_pass.plans.value import Plan
-
-
-FORMAT = 1
+#: 1: all fields side by side; 2: in groups.
+FORMAT = 2
 #: Members of a group of decisions: module, call, region, and the rows.
 _GROUP = 4
 
@@ -45,7 +50,7 @@ class _Table:
         return [list(t) if isinstance(t, tuple) else t for t in self._numbers]
 
 
-def plan_to_json(plan: Plan) -> str:
+def plan_to_json(plan: PlanRecord) -> str:
     """The plan as JSON."""
     data = _plan_data(plan)
     data["checksum"] = checksum(data)
@@ -82,7 +87,7 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _plan_data(plan: Plan) -> dict[str, Any]:
+def _plan_data(plan: PlanRecord) -> dict[str, Any]:
     rules, times, words = _Table(), _Table(), _Table()
     saved = [_saved_data(item, words) for item in plan.saved]
     decisions = _decisions_data(plan.decisions, rules, times)
@@ -91,49 +96,61 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
         "format": FORMAT,
         "ckpt_pass": __version__,
         "mode": plan.mode,
-        "policy": plan.policy,
         "fingerprint": plan.fingerprint,
-        "budget_bytes": plan.budget_bytes,
-        "peak_bytes": plan.peak_bytes,
-        "peak_at": plan.peak_at,
-        "output_bytes": expression_to_data(plan.output_bytes),
-        "recompute_flops": plan.recompute_flops,
-        "step_flops": plan.step_flops,
-        "recompute_time_s": plan.recompute_time_s,
-        "step_time_s": plan.step_time_s,
-        "solver": plan.solver,
-        "status": plan.status,
-        "lower_bound_s": plan.lower_bound_s,
-        "measured_workspaces": plan.measured_workspaces,
-        "inner_peak_bytes": plan.inner_peak_bytes,
-        "replans": plan.replans,
-        "graph_break": plan.graph_break,
-        "recipe": _recipe_data(plan.recipe),
-        "signature": None
-        if plan.signature is None
-        else {
-            "torch": plan.signature.torch_version,
-            "arguments": list(plan.signature.arguments),
-            "parameters": list(plan.signature.parameters),
-            "ckpt_pass": plan.signature.library_version,
-        },
-        "peak_expression": expression_to_data(plan.peak_expression),
-        "dimensions": [
-            [d.symbol, list(d.places), d.traced, d.least, d.most] for d in plan.dimensions
-        ],
+        "asked": _asked_data(plan.asked),
+        "predicted": _predicted_data(plan.predicted),
+        "proven": {field.name: getattr(plan.proven, field.name) for field in fields(Proven)},
+        "execution": _execution_data(plan.execution),
         "regions": list(plan.regions),
-        "random_regions": None if plan.random_regions is None else sorted(plan.random_regions),
         "decisions": decisions,
         "rules": rules.things,
         "times_s": times.things,
         "merged_sites": [_site_data(site) for site in sorted(plan.sites - listed)],
         "saved": saved,
         "words": words.things,
-        "replay": _replay_data(plan),
-        "timeline": _timeline_data(plan.timeline),
+        "timeline": _timeline_data(plan.predicted.timeline),
         "plain_timeline": None
-        if plan.plain_timeline is None
-        else _timeline_data(plan.plain_timeline),
+        if plan.predicted.plain_timeline is None
+        else _timeline_data(plan.predicted.plain_timeline),
+    }
+
+
+def _predicted_data(found: Predicted) -> dict[str, Any]:
+    return {
+        "peak_bytes": found.peak_bytes,
+        "peak_at": found.peak_at,
+        "output_bytes": expression_to_data(found.output_bytes),
+        "recompute_flops": found.recompute_flops,
+        "step_flops": found.step_flops,
+        "recompute_time_s": found.recompute_time_s,
+        "step_time_s": found.step_time_s,
+        "measured_workspaces": found.measured_workspaces,
+    }
+
+
+def _execution_data(step: CompiledExecution | EagerExecution) -> dict[str, Any]:
+    data: dict[str, Any] = {"signature": _signature_data(step.signature)}
+    if isinstance(step, EagerExecution):
+        return {**data, "random_regions": sorted(step.random_regions)}
+    inner = step.inductor
+    return {
+        **data,
+        "peak_expression": expression_to_data(step.peak_expression),
+        "dimensions": [
+            [d.symbol, list(d.places), d.traced, d.least, d.most] for d in step.dimensions
+        ],
+        "graph_break": step.graph_break,
+        "inductor": None if inner is None else [inner.peak_bytes, inner.replans],
+        "replay": _replay_data(step.replay),
+    }
+
+
+def _signature_data(signature: Signature) -> dict[str, Any]:
+    return {
+        "torch": signature.torch_version,
+        "arguments": list(signature.arguments),
+        "parameters": list(signature.parameters),
+        "ckpt_pass": signature.library_version,
     }
 
 
@@ -179,14 +196,12 @@ def _size(size: object) -> Any:
     return size.node.expr if hasattr(size, "node") else size
 
 
-def _replay_data(plan: Plan) -> dict[str, Any] | None:
-    if plan.replay is None:
-        return None
+def _replay_data(replay: Replay) -> dict[str, Any]:
     labels = _Table()
-    saved = [labels.number(label) for label in plan.replay.saved]
+    saved = [labels.number(label) for label in replay.saved]
     pairs = {
         name: [[labels.number(one), labels.number(other)] for one, other in found]
-        for name, found in (("drops", plan.replay.drops), ("merged", plan.replay.merged))
+        for name, found in (("drops", replay.drops), ("merged", replay.merged))
     }
     return {"labels": labels.things, "saved": saved, **pairs}
 
@@ -208,12 +223,14 @@ def _timeline_data(timeline: Timeline) -> dict[str, Any]:
     }
 
 
-def _recipe_data(recipe: Recipe) -> dict[str, Any]:
-    goal = recipe.goal
+def _asked_data(asked: Asked) -> dict[str, Any]:
+    goal = asked.goal
     named = goal is not None and any(goal.solver is solver for solver in SOLVERS.values())
     return {
-        "policy": _policy_data(recipe.policy),
-        "regions": None if recipe.regions is None else list(recipe.regions),
+        "words": asked.words,
+        "budget_bytes": asked.budget_bytes,
+        "policy": _policy_data(asked.policy),
+        "regions": None if asked.regions is None else list(asked.regions),
         "goal": None
         if goal is None
         else {

@@ -18,7 +18,8 @@ from ckpt_pass.graph.capture import capture
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import Goal, as_goal
-from ckpt_pass.plans.value import Plan, SavedActivations
+from ckpt_pass.plans.parts import SavedActivations
+from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import PolicyLike
 
 MODES = ("compiled", "eager")

@@ -20,7 +20,8 @@ from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import InfeasibleBudgetError, without_recompute
 from ckpt_pass.planner.solve import solve
 from ckpt_pass.plans.budget import BudgetLike, check_budget, resolve_budget
-from ckpt_pass.plans.value import Plan, format_bytes
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.policy.sites import Bytes
 from ckpt_pass.tools.ahead import plan

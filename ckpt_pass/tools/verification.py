@@ -16,7 +16,8 @@ from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.signature import check_eager_step
-from ckpt_pass.plans.value import Plan, format_bytes
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import PolicyLike, describe
 from ckpt_pass.regions.wrapping import (
@@ -268,9 +269,9 @@ def _promises(plan: Plan, measured: Measurement) -> Iterator[Check]:
     if plan.budget_bytes is not None:
         within = f"at most {format_bytes(plan.budget_bytes)}"
         yield Check("peak, budget", within, format_bytes(peak), peak <= plan.budget_bytes)
-    got = measured.flops - plan.step_flops
-    exact = got == plan.recompute_flops
-    yield Check("recomputed flops", f"{plan.recompute_flops:,}", f"{got:,}", exact)
+    got = measured.flops - plan.predicted.step_flops
+    expected = plan.predicted.recompute_flops
+    yield Check("recomputed flops", f"{expected:,}", f"{got:,}", got == expected)
 
 
 def _not_above(plain: Measurement, measured: Measurement) -> Check:

@@ -220,7 +220,7 @@ def test_another_version_is_named_along_with_what_differs() -> None:
     plan = eager(model, args, 0.6)
     assert plan.signature is not None
     old = dataclasses.replace(plan.signature, torch_version="2.0.0", library_version="0.0.1")
-    dated = dataclasses.replace(plan, signature=old)
+    dated = dataclasses.replace(plan, execution=dataclasses.replace(plan.execution, signature=old))
     with dated.applied(model):  # by itself no reason to refuse
         pass
     found = ckpt_pass.plan_differences(plan, dated)

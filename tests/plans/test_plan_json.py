@@ -19,9 +19,13 @@ from torch import Tensor, nn
 
 import ckpt_pass
 from ckpt_pass import Plan, PlanFileError
+from ckpt_pass.plans.parts import Replay
+from ckpt_pass.plans.record import CompiledExecution, EagerExecution
 from ckpt_pass.plans.writing import checksum
 from tests.zoo import hf
 
+#: A compiled plan and an eager one of three small blocks, as the first version wrote them.
+OLD = sorted((Path(__file__).parent / "format_1").glob("*.json"))
 SMALL = {"gpt2": hf.gpt2, "resnet": hf.resnet, "mixtral": hf.mixtral}
 KINDS: dict[str, dict[str, Any]] = {
     "policy": {"policy": "save-matmul"},
@@ -57,14 +61,36 @@ def test_the_file_of_a_large_plan_is_small() -> None:
         assert Plan.from_json(text) == plan
 
 
+def test_files_of_the_first_format_are_read() -> None:
+    compiled, eager = (Plan.load(path) for path in OLD)
+    assert (compiled.mode, compiled.peak_bytes, compiled.budget_bytes) == ("compiled", 23912, 27960)
+    assert (eager.mode, eager.peak_bytes, eager.budget_bytes) == ("eager", 31944, 36896)
+    assert compiled.regions == ("0", "1", "2") and eager.regions == ("0", "1")
+    assert isinstance(compiled.execution, CompiledExecution)
+    assert compiled.symbols == {"argument 0 dim 0": str(compiled.dimensions[0].symbol)}
+    assert isinstance(eager.execution, EagerExecution) and not eager.execution.random_regions
+    for plan in (compiled, eager):
+        assert Plan.from_json(plan.to_json()) == plan
+        assert plan.proven.status in str(plan) or plan.gap > 0
+
+
+def test_fields_that_moved_are_found_by_their_old_names() -> None:
+    compiled, eager = (Plan.load(path) for path in OLD)
+    assert compiled.timeline is compiled.predicted.timeline
+    assert compiled.lower_bound_s == compiled.proven.lower_bound_s
+    assert (compiled.random_regions, eager.graph_break) == (None, None)
+    with pytest.raises(AttributeError, match="Did you mean 'peak_bytes'"):
+        _ = compiled.peak_byte  # type: ignore[attr-defined]
+
+
 def test_a_policy_that_is_code_leaves_its_words() -> None:
     def mine(site: ckpt_pass.SiteContext) -> None:
         return None
 
     plan = plan_of("gpt2", policy=mine)
     again = Plan.from_json(plan.to_json())
-    assert "mine" in repr(again.recipe.policy)
-    assert dataclasses.replace(again, recipe=plan.recipe) == plan
+    assert "mine" in repr(again.asked.policy)
+    assert dataclasses.replace(again, asked=plan.asked) == plan
 
 
 # --- replay ---------------------------------------------------------------------------------
@@ -133,10 +159,17 @@ def test_planning_leaves_a_module_with_two_names_as_it_is(mode: Any) -> None:
 def test_a_plan_that_is_over_its_budget_here_says_so() -> None:
     model, args = hf.gpt2()
     plan = ckpt_pass.plan(model, *args, budget=0.6)
-    less = dataclasses.replace(plan, budget_bytes=plan.peak_bytes - 1)
+    asked = dataclasses.replace(plan.asked, budget_bytes=plan.peak_bytes - 1)
+    less = dataclasses.replace(plan, asked=asked)
     backend = ckpt_pass.make_backend(plan=less, inner="aot_eager")
     with pytest.warns(ckpt_pass.BudgetExceededWarning, match="above its budget of"):
         torch.compile(model, backend=backend)(*args)
+
+
+def _replaying(plan: Plan, script: Replay) -> Plan:
+    """A plan with another script."""
+    assert isinstance(plan.execution, CompiledExecution)
+    return dataclasses.replace(plan, execution=dataclasses.replace(plan.execution, replay=script))
 
 
 @pytest.mark.parametrize("what", ["saved", "drops", "merged"])
@@ -146,9 +179,7 @@ def test_a_value_that_is_not_there_is_named(what: str) -> None:
     odd: Any = ("backward of:nothing",) if what == "saved" else (("backward of:nothing",) * 2,)
     assert plan.replay is not None
     script = dataclasses.replace(plan.replay, **{what: getattr(plan.replay, what) + odd})
-    backend = ckpt_pass.make_backend(
-        plan=dataclasses.replace(plan, replay=script), inner="aot_eager"
-    )
+    backend = ckpt_pass.make_backend(plan=_replaying(plan, script), inner="aot_eager")
     with pytest.raises(Exception, match=r"lacks 1 values of the plan \(first: backward of:nothing"):
         torch.compile(model, backend=backend)(*args)
 
@@ -159,7 +190,7 @@ def test_a_value_that_is_merged_away_cannot_be_saved() -> None:
     assert plan.replay is not None
     gone, _ = plan.replay.merged[0]
     script = dataclasses.replace(plan.replay, saved=(*plan.replay.saved, gone))
-    odd = dataclasses.replace(plan, replay=script)
+    odd = _replaying(plan, script)
     backend = ckpt_pass.make_backend(plan=odd, inner="aot_eager")
     with pytest.raises(Exception, match="lacks 1 values of the plan"):
         torch.compile(model, backend=backend)(*args)
@@ -257,11 +288,11 @@ def test_the_fingerprint_covers_what_was_asked_for() -> None:
 
 @pytest.fixture(scope="module")
 def written() -> dict[str, Any]:
-    """The data of two plans' files."""
+    """The data of two plans' files, and of two that an older version wrote."""
     found = {}
     for kind, how in (("budget", {"budget": 0.8, "dynamic": True}), ("eager", KINDS["eager"])):
         found[kind] = json.loads(plan_of("gpt2", **how).to_json())
-    return found
+    return found | {f"format 1, {path.stem}": json.loads(path.read_text()) for path in OLD}
 
 
 @pytest.mark.parametrize(
@@ -291,7 +322,7 @@ def test_no_text_at_all(tmp_path: Path) -> None:
 
 def test_a_changed_file_is_refused(written: dict[str, Any]) -> None:
     data = copy.deepcopy(written["budget"])
-    data["peak_bytes"] += 1
+    data["predicted"]["peak_bytes"] += 1
     with pytest.raises(PlanFileError, match="checksum"):
         Plan.from_json(json.dumps(data))
 
@@ -308,7 +339,7 @@ def test_expressions_are_not_evaluated(written: dict[str, Any]) -> None:
         ["max", ["symbol", "s0"], ["mul", ["pow", ["symbol", "s0"], -1], "x"]],
     ):
         data = copy.deepcopy(written["budget"])
-        data["peak_expression"] = hostile
+        data["execution"]["peak_expression"] = hostile
         data["checksum"] = checksum(data)
         with pytest.raises(PlanFileError, match="peak_expression"):
             Plan.from_json(json.dumps(data))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import ckpt_pass
-from ckpt_pass.plans.text import LINES, format_seconds
+from ckpt_pass.plans.text import LINES
 from ckpt_pass.plans.timeline import Timeline, text_plot
+from ckpt_pass.plans.wording import format_seconds
 from tests.cli.test_cli import check_png
 
 WIDTH, DEPTH, ROWS = 16, 4, 64
@@ -79,10 +81,20 @@ def test_plans_are_values() -> None:
 
 
 def test_the_gap_is_measured_against_the_bound() -> None:
-    plan = replace(tight(), status="feasible", step_time_s=6.0, recompute_time_s=2.0)
-    assert replace(plan, lower_bound_s=0.0).gap == 2 / 8
-    assert replace(plan, lower_bound_s=1.0).gap == 1 / 8
-    assert replace(plan, lower_bound_s=0.0, status="optimal").gap == 0.0
+    plan = _timed(status="feasible", step_time_s=6.0, recompute_time_s=2.0)
+    assert _proven(plan, lower_bound_s=0.0).gap == 2 / 8
+    assert _proven(plan, lower_bound_s=1.0).gap == 1 / 8
+    assert _proven(plan, lower_bound_s=0.0, status="optimal").gap == 0.0
+
+
+def _timed(status: str, step_time_s: float, recompute_time_s: float) -> ckpt_pass.Plan:
+    plan = tight()
+    times = {"step_time_s": step_time_s, "recompute_time_s": recompute_time_s}
+    return _proven(replace(plan, predicted=replace(plan.predicted, **times)), status=status)
+
+
+def _proven(plan: ckpt_pass.Plan, **how: Any) -> ckpt_pass.Plan:
+    return replace(plan, proven=replace(plan.proven, **how))
 
 
 # --- words --------------------------------------------------------------------------------------
@@ -98,14 +110,12 @@ def test_the_gap_is_measured_against_the_bound() -> None:
     ],
 )
 def test_the_bound_in_words(bound: float, status: str, words: str) -> None:
-    plan = replace(
-        tight(), lower_bound_s=bound, status=status, step_time_s=6.0, recompute_time_s=2.0
-    )
-    assert words in plan.summary()
+    plan = _timed(status, step_time_s=6.0, recompute_time_s=2.0)
+    assert words in _proven(plan, lower_bound_s=bound).summary()
 
 
 def test_a_plan_that_recomputes_nothing_is_the_fastest() -> None:
-    assert "no plan is faster" in replace(tight(), recompute_time_s=0.0).summary()
+    assert "no plan is faster" in _timed("feasible", 6.0, recompute_time_s=0.0).summary()
 
 
 def test_the_overview_counts_every_decision() -> None:
