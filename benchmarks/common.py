@@ -12,7 +12,7 @@ from ckpt_pass.demo.training import torch_threads as torch_threads
 from ckpt_pass.measure.timing import TimingRow as TimingRow
 from ckpt_pass.measure.timing import Variant as Variant
 from ckpt_pass.measure.timing import interleave as interleave
-from ckpt_pass.report.strategy_table import StrategyRow
+from ckpt_pass.report.strategy_rows import StrategyRow
 
 _aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForIma
 
 from benchmarks.common import Bar, ClaimRow, Result, StrategyOf, torch_threads
 from ckpt_pass import Comparison, Strategy, StrategyRow, compare_strategies
-from ckpt_pass.report.strategy_table import recompute_share
+from ckpt_pass.report.strategy_rows import recompute_share
 from ckpt_pass.report.sweeps import front
 from tests.zoo import Built, seeded
 from tests.zoo.hf import (

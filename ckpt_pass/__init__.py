@@ -146,9 +146,9 @@ from ckpt_pass.regions.wrapping import SegmentError as SegmentError
 from ckpt_pass.regions.wrapping import UnknownRegionError as UnknownRegionError
 from ckpt_pass.report.page import write_report as write_report
 from ckpt_pass.report.strategy_plots import plot_layers as plot_layers
+from ckpt_pass.report.strategy_rows import StrategyRow as StrategyRow
+from ckpt_pass.report.strategy_rows import UnknownStrategyError as UnknownStrategyError
 from ckpt_pass.report.strategy_table import Comparison as Comparison
-from ckpt_pass.report.strategy_table import StrategyRow as StrategyRow
-from ckpt_pass.report.strategy_table import UnknownStrategyError as UnknownStrategyError
 from ckpt_pass.report.sweeps import SweepRow as SweepRow
 from ckpt_pass.tools.ahead import NothingCompiledError as NothingCompiledError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError

@@ -17,7 +17,7 @@ from ckpt_pass.drawing.figures import (
 )
 from ckpt_pass.drawing.memory import MemoryCurve, plot_comparison
 from ckpt_pass.modules.layers.layer_profile import LayerProfile
-from ckpt_pass.report.strategy_table import Comparison, StrategyRow, recompute_share, time_s
+from ckpt_pass.report.strategy_rows import ComparisonRecord, StrategyRow, recompute_share, time_s
 from ckpt_pass.report.sweeps import front, label_points, renderer_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Cost = Callable[[StrategyRow], "float | None"]
 
 
 def save_plots(
-    found: Comparison, folder: Path, profiles: Sequence[LayerProfile] = ()
+    found: ComparisonRecord, folder: Path, profiles: Sequence[LayerProfile] = ()
 ) -> tuple[Path, ...]:
     """Draw everything into a folder, which is made: timelines, trade-off, bars, and layers.
 
@@ -53,7 +53,7 @@ def save_plots(
 # --- memory over time -----------------------------------------------------------------------
 
 
-def plot_timelines(found: Comparison, path: Path, names: Sequence[str] | None = None) -> Path:
+def plot_timelines(found: ComparisonRecord, path: Path, names: Sequence[str] | None = None) -> Path:
     """Draw memory over the step, plain and with strategies.
 
     Args:
@@ -82,7 +82,7 @@ def plot_timelines(found: Comparison, path: Path, names: Sequence[str] | None = 
 # --- the trade-off --------------------------------------------------------------------------
 
 
-def plot_tradeoff(found: Comparison, path: Path) -> Path:
+def plot_tradeoff(found: ComparisonRecord, path: Path) -> Path:
     """Draw peak against recomputed flops and against time; a line joins the Pareto front.
 
     Raises:
@@ -151,7 +151,7 @@ def _colour(row: StrategyRow) -> str:
 # --- bars -----------------------------------------------------------------------------------
 
 
-def plot_bars(found: Comparison, path: Path) -> Path:
+def plot_bars(found: ComparisonRecord, path: Path) -> Path:
     """Draw the peak of each strategy, measured and predicted, and its time.
 
     Raises:
