@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 
-from tests.test_layers import LAYERS
-
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -97,12 +95,6 @@ def test_links_lead_somewhere(path: Path) -> None:
         headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
         parts = {heading.lower().replace(" ", "-") for heading in headings}
         assert link["part"] is None or link["part"] in parts, link.group()
-
-
-def test_the_design_has_the_layer_table() -> None:
-    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", (DOCS / "design.md").read_text(), re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(len(LAYERS)))
-    assert [frozenset(re.findall(r"`(\w+)`", names)) for _, names in rows] == list(LAYERS)
 
 
 def test_the_check_sees_wrong_output() -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ckpt_pass.measure.notices import without_notices
+
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
@@ -57,9 +59,17 @@ class Recording:
         return found
 
 
-def profiled() -> profile:
-    """A profiler session that records allocations; to be entered."""
-    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+@contextmanager
+def profiled() -> Iterator[profile]:
+    """A profiler session that records allocations."""
+    session = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with without_notices():
+        session.start()
+    try:
+        yield session
+    finally:
+        with without_notices():
+            session.stop()
 
 
 def read_recording(
