@@ -97,6 +97,12 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert link["part"] is None or link["part"] in parts, link.group()
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_tests_that_are_named_are_there(path: Path) -> None:
+    for name in re.findall(r"`(tests/[\w/]+\.py)", path.read_text()):
+        assert (DOCS.parent / name).exists(), name
+
+
 def test_the_check_sees_wrong_output() -> None:
     page = "```python\nx = 1\nprint(x)\n```\n\n```text output\n2\n```\n"
     assert run(page, "page.md") == ["page.md:6 prints\n1\n"]
