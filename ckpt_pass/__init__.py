@@ -11,6 +11,7 @@ from ckpt_pass.compile.backend import Backend as Backend
 from ckpt_pass.compile.backend import UnknownOptionError as UnknownOptionError
 from ckpt_pass.compile.backend import ckpt_backend as ckpt_backend
 from ckpt_pass.compile.backend import make_backend as make_backend
+from ckpt_pass.compile.breaks import UncoveredBudgetWarning as UncoveredBudgetWarning
 from ckpt_pass.compile.budgeting import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
 from ckpt_pass.compile.replan import InductorPeakWarning as InductorPeakWarning
