@@ -8,9 +8,17 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+
+#: Raised by fake tensors that were asked for a value, or for a size that depends on values.
+NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 PackHook = Callable[[torch.Tensor], Any]
 UnpackHook = Callable[[Any], torch.Tensor]

@@ -175,15 +175,22 @@ def compiled_backend(compiled: Any) -> Any:
     callback = getattr(context, "callback", None) or getattr(
         compiled, "_torchdynamo_orig_backend", None
     )
+    return innermost_backend(callback)[0]
+
+
+def innermost_backend(callback: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The backend value inside torch's wrappers, and the options that one of them holds."""
+    options: Mapping[str, Any] = {}
     seen = 0
     while callback is not None and seen < 8:  # a handful of torch's own wrappers
         if hasattr(callback, "compiler_fn"):
+            options = (getattr(callback, "kwargs", None) or {}).get("options") or options
             callback = callback.compiler_fn
         elif hasattr(callback, "_torchdynamo_orig_backend"):
             callback = callback._torchdynamo_orig_backend
         elif hasattr(callback, "_torchdynamo_orig_callable"):
             callback = callback._torchdynamo_orig_callable
         else:
-            return callback
+            break
         seen += 1
-    return callback
+    return callback, options

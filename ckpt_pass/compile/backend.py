@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from ckpt_pass._errors import CkptPassError, nearest
-from ckpt_pass._torch import compilers
-from ckpt_pass.compile.breaks import graph_break
+from ckpt_pass._torch import compilers, frames
+from ckpt_pass.compile.breaks import Coverage, graph_break
 from ckpt_pass.compile.engine import Partitioner, policy_for
 from ckpt_pass.compile.replan import compile_within
 from ckpt_pass.compile.symbolic import watch_sizes
@@ -58,6 +59,7 @@ class Backend:
         solver, time_limit_s, cost: how it is to be met (:func:`make_backend`).
         plan: a plan whose decisions are carried out, if any; another graph is an error.
         plans: the plans made so far, one for each graph, oldest first (1,024 at most).
+        coverage: what was said of steps that the budget does not cover.
     """
 
     policy: Policy | None = None
@@ -70,9 +72,23 @@ class Backend:
     cost: str = "roofline"
     plan: Plan | None = None
     plans: deque[Plan] = field(default_factory=lambda: deque(maxlen=PLANS_KEPT), repr=False)
+    coverage: Coverage = field(default_factory=Coverage, repr=False)
 
     #: Read by torch.compile to name the compiler in its logs.
     compiler_name = "ckpt"
+
+    def __post_init__(self) -> None:
+        frames.listen(_told_of_skip)
+
+    @property
+    def __name__(self) -> str:
+        """The compiler's name for torch's logs.
+
+        ``torch.compile`` asks for it, and asks a backend for nothing else before it runs: if
+        dynamo then gives a function up, nobody calls the backend, which has to have listened.
+        """
+        frames.listen(_told_of_skip)
+        return self.compiler_name
 
     def __call__(
         self,
@@ -95,8 +111,11 @@ class Backend:
         goal = as_goal(backend.budget, backend.solver, backend.time_limit_s, backend.cost)
         policy = policy_for(backend.policy, backend.budget)
         in_place = backend.inner == "aot_eager"
+        part = self.coverage.is_part(gm)
+        if backend.budget is not None and backend.plan is None and torch.is_grad_enabled():
+            self.coverage.tell_of_cut(gm, backend.budget)
         partition = Partitioner(
-            policy, backend.regions, names, goal, made.append, backend.plan, in_place
+            policy, backend.regions, names, goal, made.append, backend.plan, in_place, part
         )
         if backend.inner == "aot_eager":
             if mode is not None:
@@ -119,6 +138,9 @@ class Backend:
         if cut:
             made = [plan.cut_at(cut) for plan in made]
         self.plans.extend(made)
+        if part and backend.budget is not None:
+            for plan in made:
+                self.coverage.tell_of_raised(gm, plan, backend.budget)
         return watch_sizes(compiled, made[-1], example_inputs) if made else compiled
 
     def with_options(self, options: Mapping[str, Any]) -> Backend:
@@ -150,6 +172,18 @@ class Backend:
 
     def __str__(self) -> str:
         return f"ckpt backend: {describe(policy_for(self.policy, self.budget))}; inner {self.inner}"
+
+
+def _told_of_skip(skipped: frames.SkippedFunction) -> None:
+    """Say so, where the function was to be compiled by a backend with a budget."""
+    if not isinstance(skipped.backend, Backend):
+        return
+    try:
+        backend = skipped.backend.with_options(skipped.options)
+    except CkptPassError:
+        return  # wrong options: an error once anything is compiled
+    if backend.budget is not None:
+        backend.coverage.tell_of_skip(skipped, backend.budget)
 
 
 def _as_patterns(regions: Any) -> tuple[str, ...] | None:

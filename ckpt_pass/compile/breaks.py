@@ -1,20 +1,129 @@
-"""Where dynamo cut a model into several graphs."""
+"""Where dynamo cut a model into several graphs, and what a budget does not cover then."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from torch import fx
 
+from ckpt_pass._torch import frames
+from ckpt_pass.plans.budget import BudgetLike
+from ckpt_pass.plans.value import Plan, format_bytes
+
+_CURE = (
+    "To plan the whole step ahead, whatever dynamo makes of it: plan = ckpt_pass.plan(model, "
+    "*inputs, budget=..., mode='eager'), then plan.apply(model). To have one graph, take the break "
+    "away: torch.compile(..., fullgraph=True) is an error at each."
+)
+
+
+class UncoveredBudgetWarning(UserWarning):
+    """A budget is not the whole step's: dynamo cut a function in parts, or did not compile it."""
+
+
+class Coverage:
+    """What was said of the steps that a backend's budget does not cover; each thing is said once.
+
+    A part of a function that was spoken of is not spoken of again: what follows a break, and what
+    the function calls.
+    """
+
+    def __init__(self) -> None:
+        self._cut: set[frames.Function] = set()
+        self._skipped: set[frames.Function] = set()
+        self._raised: set[frames.Function] = set()
+
+    def is_part(self, graph: fx.GraphModule) -> bool:
+        """Whether a graph that is being compiled is known to be one of several of a step."""
+        if frames.cut_after(graph) or frames.cut_before(graph):
+            return True
+        return _is_inside(self._cut | self._skipped)
+
+    def tell_of_cut(self, graph: fx.GraphModule, budget: BudgetLike) -> None:
+        """Say where dynamo cut the function that a graph is a part of, if it did."""
+        cut = frames.cut_after(graph) or frames.cut_before(graph)
+        function = frames.compiled_function()
+        if cut is None or function in self._cut or _is_inside(self._cut | self._skipped):
+            return
+        if function is not None:
+            self._cut.add(function)
+        name = function.name if function is not None else cut.within
+        warnings.warn_explicit(
+            f"The budget of {budget} was given to each graph of {name} alone: dynamo cut it at "
+            f"{place(cut)}. {_alone(budget)} What runs between the graphs is in no plan. {_CURE}",
+            UncoveredBudgetWarning,
+            *_line(cut),
+        )
+
+    def tell_of_skip(self, skipped: frames.SkippedFunction, budget: BudgetLike) -> None:
+        """Say that dynamo does not compile a function. Does not raise: dynamo is not ready for it.
+
+        A filter that makes errors of warnings leaves this one a warning.
+        """
+        function = skipped.function
+        if function in self._skipped or _is_inside(self._skipped):
+            return
+        self._skipped.add(function)
+        message = (
+            f"The budget of {budget} does not cover {function.name} "
+            f"({Path(function.filename).name}:{function.line}): dynamo does not compile it, because"
+            f" of {place(skipped.cut)}. It runs as it is, without a plan, and takes what it takes. "
+            f"What it calls may be compiled by itself, each graph with the budget alone. {_CURE}"
+        )
+        try:
+            warnings.warn_explicit(message, UncoveredBudgetWarning, *_line(skipped.cut))
+        except UncoveredBudgetWarning:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", UncoveredBudgetWarning)
+                warnings.warn_explicit(message, UncoveredBudgetWarning, *_line(skipped.cut))
+
+    def tell_of_raised(self, graph: fx.GraphModule, plan: Plan, budget: BudgetLike) -> None:
+        """Say that a part of a step got more than the fraction of its peak, if it did."""
+        plain, given = plan.plain_timeline, plan.budget_bytes
+        if not isinstance(budget, float) or plain is None or given is None:
+            return
+        function = frames.compiled_function()
+        if given <= int(budget * plain.peak_bytes) or function in self._raised:
+            return
+        if function is not None:
+            self._raised.add(function)
+        cut = frames.cut_after(graph) or frames.cut_before(graph) or frames.Cut("", 0, "", "")
+        name = function.name if function is not None else "a function"
+        warnings.warn_explicit(
+            f"A graph of {name} cannot run in {budget} of its own peak without recomputation, "
+            f"which is {format_bytes(plain.peak_bytes)}: it got its least, "
+            f"{format_bytes(given)}. Where that is little of the step it does not matter; else the "
+            f"step is above {budget} of its peak. {_CURE}",
+            UncoveredBudgetWarning,
+            *_line(cut),
+        )
+
 
 def graph_break(graph: fx.GraphModule) -> str:
     """Where dynamo cut the model after one of its graphs, and why; empty where it did not."""
-    reason = getattr(graph, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
-        return ""
-    words = str(reason.reason).strip().splitlines()
-    why = words[0] if words else "no reason given"
-    if not reason.user_stack:
-        return why
-    frame = reason.user_stack[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name} ({why})"
+    cut = frames.cut_after(graph)
+    return place(cut) if cut is not None else ""
+
+
+def place(cut: frames.Cut) -> str:
+    """A cut in words."""
+    if not cut.filename:
+        return cut.reason
+    why = f" ({cut.reason})" if cut.reason else ""
+    return f"{Path(cut.filename).name}:{cut.line} in {cut.within}{why}"
+
+
+def _line(cut: frames.Cut) -> tuple[str, int]:
+    """What a warning is said to come from."""
+    return cut.filename or __file__, cut.line
+
+
+def _alone(budget: BudgetLike) -> str:
+    if isinstance(budget, float):
+        return "It is that part of each graph's own peak, not of the step's."
+    return "What one graph saves stays while the others run, so that the step may take more."
+
+
+def _is_inside(functions: set[frames.Function]) -> bool:
+    return any(function in functions for function in frames.running_functions())

@@ -46,12 +46,19 @@ class Met:
     plain: Timeline
 
 
-def meet_budget(joint: JointGraph, goal: Goal) -> Met:
+def meet_budget(joint: JointGraph, goal: Goal, part: bool = False) -> Met:
     """Choose what a tagged joint graph saves so that its peak is within the budget.
 
     MUST_* tags bind; PREFER_* tags are open to the solver, which overwrites them. Kernels that may
     have a workspace of their own are run once on made-up data, unless that was done before
     (:mod:`ckpt_pass.graph.kernels`).
+
+    Args:
+        joint: the graph.
+        goal: the budget, and how it is to be met.
+        part: whether it is one of several graphs of a step. A fraction is the step's then, and
+            says little of one graph: a graph with nothing to give (an embedding, a loss) gets the
+            least that it can run in.
 
     Raises:
         InfeasibleBudgetError: no plan fits.
@@ -67,7 +74,14 @@ def meet_budget(joint: JointGraph, goal: Goal) -> Met:
     plain = without_recompute(problem)
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     borders = borders_of(joint, described)
-    solution = _solved(goal, problem, budget_bytes, borders, _is_inexact(joint))
+    inexact = _is_inexact(joint)
+    try:
+        solution = _solved(goal, problem, budget_bytes, borders, inexact)
+    except InfeasibleBudgetError as error:
+        if not (part and isinstance(goal.budget, float)):
+            raise
+        budget_bytes = error.least_feasible_bytes
+        solution = _solved(goal, problem, budget_bytes, borders, inexact)
     _write(joint, index, solution)
     _warn_of_unmeasured(kernels)
     nodes = described.nodes

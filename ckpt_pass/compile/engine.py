@@ -58,7 +58,11 @@ def policy_for(policy: PolicyLike | None, budget: BudgetLike | None) -> Policy:
 
 
 def decide(
-    joint: JointGraph, policy: Policy, goal: Goal | None = None, plan: Plan | None = None
+    joint: JointGraph,
+    policy: Policy,
+    goal: Goal | None = None,
+    plan: Plan | None = None,
+    part: bool = False,
 ) -> Decided:
     """Tag a joint graph and find what crosses from its forward to its backward.
 
@@ -67,6 +71,7 @@ def decide(
         policy: its MUST_* decisions bind; without a budget the others are carried out too.
         goal: the peak to stay within, and how.
         plan: decisions to carry out again; policy and goal are the plan's then.
+        part: whether it is one of several graphs of a step.
 
     Raises:
         InfeasibleBudgetError, InvalidBudgetError, SymbolicBytesError: see
@@ -86,13 +91,13 @@ def decide(
         decided = _again(joint, plan, labels)
         script = plan.replay
     else:
-        decided, merged = _anew(joint, policy, goal)
+        decided, merged = _anew(joint, policy, goal, part)
         script = _script(decided, labels, merged)
     return replace(decided, signature=signature, script=script)
 
 
 def _anew(
-    joint: JointGraph, policy: Policy, goal: Goal | None
+    joint: JointGraph, policy: Policy, goal: Goal | None, part: bool
 ) -> tuple[Decided, list[tuple[fx.Node, fx.Node]]]:
     tags = tag(joint, policy)
     sites = frozenset(found.context.site for found in tags.values())
@@ -102,7 +107,7 @@ def _anew(
         saved = choose_saved(joint, save_borders=goal is None)
     if goal is None:
         return settled(joint, policy, tags, saved, sites), merged
-    met = meet_budget(joint, goal)
+    met = meet_budget(joint, goal, part)
     for node, found in tags.items():
         decision = node.meta["recompute"]
         if decision is not found.opinion.decision:
@@ -187,6 +192,7 @@ class Partitioner(compilers.CustomPartitionerFn):
         on_plan: told about each plan as it is made.
         plan: a plan to carry out again, if any.
         in_place: whether what runs the backward takes ops that write over their inputs.
+        part: whether the graph is one of several of a step.
     """
 
     policy: Policy
@@ -196,6 +202,7 @@ class Partitioner(compilers.CustomPartitionerFn):
     on_plan: Callable[[Plan], None] | None = None
     plan: Plan | None = None
     in_place: bool = False
+    part: bool = False
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -209,7 +216,7 @@ class Partitioner(compilers.CustomPartitionerFn):
         static = kwargs.get("static_lifetime_input_indices") or ()
         joint = read_joint(gm, kwargs["num_fwd_outputs"], static, self.regions, self.input_names)
         joint.in_place = self.in_place
-        decided = decide(joint, self.policy, self.goal, self.plan)
+        decided = decide(joint, self.policy, self.goal, self.plan, self.part)
         if self.on_plan is not None:
             self.on_plan(record_plan(decided))
         return split(joint, decided.saved, decided.backward_order)
@@ -222,7 +229,8 @@ class Partitioner(compilers.CustomPartitionerFn):
         if not is_plain_data(self.policy) or (self.goal and not self.goal.is_plain_data):
             return None
         made = self.plan.fingerprint if self.plan is not None else None
-        return f"ckpt_pass/{source_hash()}/{self.policy!r}/{self.regions!r}/{self.goal!r}/{made}"
+        asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}"
+        return f"ckpt_pass/{source_hash()}/{asked}/{made}"
 
 
 def read_joint(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ckpt_pass._torch import autograd, functorch
+from ckpt_pass.eager.answers import Answers, asks, real_answers
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
     changed_tensors,
@@ -52,27 +54,62 @@ def trace_step(
 
     Raises:
         NothingToDifferentiateError: there is no backward.
+        OtherPathError: the forward goes another way when it is called again.
 
     Parameters, gradients, buffers and the random state of the model stay as they are. Whole
     numbers and masks that do not depend on parameters are real: models look at them (an attention
-    mask that masks nothing is left out), and would take another way if they were fake.
+    mask that masks nothing is left out), and would take another way if they were fake. Where the
+    forward looks at other values, it is run once for real (:mod:`ckpt_pass.eager.answers`); the
+    record is of the way that it goes with these inputs.
     """
-    mode = autograd.fake_mode()
+    step = _Step(model, args, loss_fn, dict(kwargs or {}))
+    try:
+        return step.recorded(None)
+    except autograd.NO_VALUES:
+        pass
+    return step.recorded(real_answers(step.real))
 
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        return autograd.as_fake(mode, tensor) if _is_number(tensor) else tensor
 
-    fakes = {name: fake(parameter) for name, parameter in model.named_parameters()}
-    buffers = {name: fake(b) if _is_number(b) else b.clone() for name, b in model.named_buffers()}
-    inputs, named = tree_map_only(torch.Tensor, fake, (args, dict(kwargs or {})))
+@dataclass(frozen=True)
+class _Step:
+    """A step that can be run on tensors of either kind; the model's own are not touched."""
 
-    def step() -> Any:
-        output = functorch.call_with(model, {**fakes, **buffers}, inputs, named)
-        return loss_fn(output) if loss_fn is not None else output
+    model: nn.Module
+    args: tuple[Any, ...]
+    loss_fn: Callable[[Any], torch.Tensor] | None
+    kwargs: Mapping[str, Any]
 
-    statistics = frozenset(buffers[n].untyped_storage()._cdata for n in statistics_of(model))
-    with torch.random.fork_rng(devices=[]):
-        return Recorder(model, mode, statistics).record(step)
+    def recorded(self, answers: Answers | None) -> EagerTrace:
+        """The record of the step on fake tensors."""
+        mode = autograd.fake_mode()
+
+        def fake(tensor: torch.Tensor) -> torch.Tensor:
+            return autograd.as_fake(mode, tensor) if _is_number(tensor) else tensor
+
+        parameters = {name: fake(p) for name, p in self.model.named_parameters()}
+        buffers = {
+            name: fake(b) if _is_number(b) else b.clone() for name, b in self.model.named_buffers()
+        }
+        inputs = tree_map_only(torch.Tensor, fake, (self.args, self.kwargs))
+        moved = statistics_of(self.model)
+        statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
+        recorder = Recorder(self.model, mode, statistics, answers)
+        with torch.random.fork_rng(devices=[]):
+            return recorder.record(lambda: self._run({**parameters, **buffers}, inputs))
+
+    def real(self) -> Any:
+        """The forward on copies of what it could change."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return self._run(buffers, tree_map_only(torch.Tensor, _copied, (self.args, self.kwargs)))
+
+    def _run(self, tensors: Mapping[str, torch.Tensor], inputs: Any) -> Any:
+        args, kwargs = inputs
+        output = functorch.call_with(self.model, dict(tensors), args, kwargs)
+        return self.loss_fn(output) if self.loss_fn is not None else output
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _is_number(tensor: torch.Tensor) -> bool:
@@ -99,9 +136,14 @@ class Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(
-        self, model: nn.Module, fakes: Any, statistics: frozenset[int] = frozenset()
+        self,
+        model: nn.Module,
+        fakes: Any,
+        statistics: frozenset[int] = frozenset(),
+        answers: Answers | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._answers = answers
         self._fakes = fakes
         self._statistics = statistics
         self._model = model
@@ -231,6 +273,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]
     ) -> Any:
         """Run an op on fake tensors, and on real ones where it makes whole numbers of such."""
+        if self._answers is not None and not self._backward and asks(func):
+            return self._answered(self._answers, func, args, kwargs, given)
         if any(autograd.is_fake(tensor) for tensor in given):
             return with_known_shape(func, args, kwargs)
         if not given:
@@ -238,6 +282,21 @@ class Recorder(TorchDispatchMode):
                 output = func(*args, **kwargs)
             if any(_is_number(tensor) for tensor in output_tensors(output)):
                 return output
+        return func(*args, **kwargs)
+
+    def _answered(
+        self,
+        answers: Answers,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: list[torch.Tensor],
+    ) -> Any:
+        """What an op that asks for values answered in the real forward, of fake tensors."""
+        with self._fakes:
+            answer = answers.next(func)
+        if any(autograd.is_fake(tensor) for tensor in given) or not list(output_tensors(answer)):
+            return answer
         return func(*args, **kwargs)
 
     @staticmethod

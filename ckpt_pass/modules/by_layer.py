@@ -10,6 +10,7 @@ from torch import nn
 
 from ckpt_pass.modules.choice import Choice, ModuleChoice, PlacementError, Segment
 from ckpt_pass.modules.layers.find import Layers, find_layers
+from ckpt_pass.modules.segments import by_units
 from ckpt_pass.policy.rules import PolicyLike
 
 
@@ -43,7 +44,7 @@ class NoLayers:
 
 @dataclass(frozen=True)
 class AllLayers:
-    """Every layer a region of its own.
+    """Every layer a region of its own; bare layers of an ``nn.Sequential`` several at a time.
 
     Attributes:
         policy: what they keep, if :func:`ckpt_pass.apply` is given none.
@@ -56,7 +57,10 @@ class AllLayers:
 
     def choose(self, model: nn.Module) -> Choice:
         """Decide (:class:`~ckpt_pass.modules.choice.Placement`)."""
-        choice = by_position(self.name, find_layers(model), lambda number: "every layer is")
+        layers = find_layers(model)
+        if layers.has_bare:
+            return by_units(self.name, layers).with_policy(self.policy)
+        choice = by_position(self.name, layers, lambda number: "every layer is")
         return choice.with_policy(self.policy)
 
 

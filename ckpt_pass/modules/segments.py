@@ -65,6 +65,9 @@ def optimal_segment_count(
 
     The peak is a boundary value for each segment and for each layer of the longest segment, and the
     activations of the longest segment: ``segments * output + longest * (activation + output)``.
+    Of equal ones the larger number is taken: it holds less at once where a layer's activations are
+    more than its output, and recomputes no more. So two layers make two segments, and no layers
+    that are alike make one, which would hold all of them at once.
 
     Args:
         layers: how many there are.
@@ -82,7 +85,7 @@ def optimal_segment_count(
         longest = -(-layers // segments)
         return segments * output_bytes + longest * (activation_bytes + output_bytes)
 
-    return min(range(1, layers + 1), key=peak)
+    return min(range(layers, 0, -1), key=peak)
 
 
 def by_segments(
@@ -91,6 +94,7 @@ def by_segments(
     spans: tuple[tuple[int, int], ...],
     nested: bool = False,
     why: str = "",
+    note: str = "",
 ) -> Choice:
     """Choose segments of layers.
 
@@ -100,16 +104,40 @@ def by_segments(
         spans: the first layer of each segment and the one after its last; layers in none are out.
         nested: see :class:`~ckpt_pass.modules.choice.Segment`.
         why: the reason of layers that are out.
+        note: what is said besides of those that are in.
     """
     place = {n: k for k, (start, stop) in enumerate(spans) for n in range(start, stop)}
     found = []
     for number, (name, kind) in enumerate(zip(layers.names, layers.kinds, strict=True)):
         inside = number in place
         start, stop = spans[place[number]] if inside else (0, 0)
-        reason = f"segment {place[number]}: layers {start} to {stop - 1}" if inside else why
+        reason = f"segment {place[number]}: layers {start} to {stop - 1}{note}" if inside else why
         found.append(ModuleChoice(name, kind, inside, reason))
     segments = tuple(Segment(layers.names[start:stop], nested) for start, stop in spans)
     return Choice(placement, tuple(found), segments)
+
+
+def by_units(placement: str, layers: Layers, nested: bool = False) -> Choice:
+    """Choose regions where some layers are bare ones, that are steps of an ``nn.Sequential``.
+
+    A region keeps its input, and a bare layer (``nn.Linear``, ``nn.ReLU``) saves no more than
+    that, or its output, which the next one keeps: alone it frees nothing and costs a second run.
+    So bare layers in a row are cut into about the square root of their number of segments, each
+    from a layer with weights on; of two alike the smaller number, as such layers hold little
+    besides what lies between them. Other layers are regions of their own.
+    """
+    spans: list[tuple[int, int]] = []
+    runs = [list(run) for _, run in itertools.groupby(layers.units, lambda unit: unit.bare)]
+    for run in runs:
+        if not run[0].bare:
+            spans += [(unit.start, unit.stop) for unit in run]
+        elif len(run) > 1 or len(runs) == 1:
+            count = min(range(1, len(run) + 1), key=lambda n: n - (-len(run) // n))
+            cut = segment_boundaries(len(run), count)
+            spans += [(run[first].start, run[last - 1].stop) for first, last in cut]
+    alone = "a bare layer: a region would keep as much as it frees"
+    note = "; bare layers free something together only" if any(u.bare for u in layers.units) else ""
+    return by_segments(placement, layers, tuple(spans), nested, alone, note)
 
 
 @dataclass(frozen=True)
@@ -154,6 +182,8 @@ class SqrtSegments:
     def choose(self, model: nn.Module) -> Choice:
         """Decide (:class:`~ckpt_pass.modules.choice.Placement`)."""
         layers = find_layers(model)
+        if layers.has_bare:
+            return by_units(self.name, layers, self.nested)
         count = optimal_segment_count(len(layers.names), activation_bytes=0)
         spans = segment_boundaries(len(layers.names), count)
         return by_segments(self.name, layers, spans, self.nested)

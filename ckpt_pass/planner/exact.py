@@ -52,6 +52,7 @@ def solve_exact(
     time_limit_s: float | None = None,
     node_limit: int | None = None,
     known: Solution | None = None,
+    known_bytes: int | None = None,
 ) -> Solution:
     """The plan of least recompute time within a budget.
 
@@ -62,6 +63,7 @@ def solve_exact(
         node_limit: the same in nodes of the search, the same on every machine.
         known: a plan within the budget, where one is known already: what a limit falls back on.
             It must keep the rules (:func:`broken_rule`).
+        known_bytes: the least peak that is known of plans, where none within the budget is.
 
     Returns:
         The plan; its status is ``optimal`` or ``time limit``.
@@ -85,23 +87,39 @@ def solve_exact(
             "solver='layers' meanwhile."
         )
     if answer.status == "infeasible":
-        raise InfeasibleBudgetError(budget_bytes, least_peak(problem, time_limit_s, node_limit))
+        raise InfeasibleBudgetError(
+            budget_bytes, least_peak(problem, time_limit_s, node_limit, known_bytes)
+        )
     fitting = [plan for plan in (found, known) if plan is not None]
     best = min(fitting, key=lambda plan: plan.recompute_time_s, default=None)
     if best is None:
-        raise InfeasibleBudgetError(budget_bytes, least_peak(problem, time_limit_s, node_limit))
+        raise InfeasibleBudgetError(
+            budget_bytes, least_peak(problem, time_limit_s, node_limit, known_bytes)
+        )
     return replace(best, status="time limit", lower_bound_s=answer.bound_s)
 
 
 def least_peak(
-    problem: Problem, time_limit_s: float | None = None, node_limit: int | None = None
+    problem: Problem,
+    time_limit_s: float | None = None,
+    node_limit: int | None = None,
+    known_bytes: int | None = None,
 ) -> int:
-    """The least peak that a plan has, or the least that was found within a limit."""
-    answer = _ask(Program(Contracted.of(problem), None), time_limit_s, node_limit)
-    found = [] if answer.status == "optimal" else [_layered_least(problem)]
-    if answer.saved is not None and answer.drops is not None:
-        found.append(evaluate(problem, answer.saved, "exact", answer.drops).peak_bytes)
-    return min(found)
+    """The least peak that a plan has, or the least that was found within a limit.
+
+    Args:
+        problem: the step.
+        time_limit_s, node_limit: see :func:`solve_exact`.
+        known_bytes: a peak that some plan has, which spares the search all that is above it; the
+            layered solver's least where ``None``.
+    """
+    if known_bytes is None:
+        known_bytes = _layered_least(problem)
+    program = Program(Contracted.of(problem), None, at_most_bytes=known_bytes)
+    answer = _ask(program, time_limit_s, node_limit)
+    if answer.saved is None or answer.drops is None:
+        return known_bytes
+    return min(known_bytes, evaluate(problem, answer.saved, "exact", answer.drops).peak_bytes)
 
 
 def broken_rule(problem: Problem, plan: Solution) -> str | None:

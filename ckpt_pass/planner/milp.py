@@ -34,6 +34,7 @@ class Program(PlanRows):
         small: the problem.
         budget_bytes: the budget; ``None`` to look for the least peak instead.
         at_most_s: a recompute time that some plan within the budget is known to have.
+        at_most_bytes: where the least peak is looked for, one that some plan is known to have.
 
     Attributes:
         upper, integer: of each variable; all are at least 0.
@@ -43,13 +44,18 @@ class Program(PlanRows):
     """
 
     def __init__(
-        self, small: Contracted, budget_bytes: int | None, at_most_s: float | None = None
+        self,
+        small: Contracted,
+        budget_bytes: int | None,
+        at_most_s: float | None = None,
+        at_most_bytes: int | None = None,
     ) -> None:
         self._sizes, self._unit = _scaled_bytes(small)
         super().__init__(small, self._sizes.keys())
         self._budget = math.inf if budget_bytes is None else budget_bytes // self._unit
         self._variable(0.0)  # HiGHS wants at least one
-        self._peak = self._variable(math.inf) if budget_bytes is None else None
+        known = math.inf if at_most_bytes is None else at_most_bytes // self._unit
+        self._peak = self._variable(known) if budget_bytes is None else None
         self._plan()
         self._bytes_of_forward()
         self._bytes_of_backward()

@@ -127,8 +127,9 @@ def _exact(
     time_limit_s: float | None,
 ) -> Solution:
     """The plan of least recompute time, for small steps; begins with the layered solver's."""
-    known, _ = _layered(problem, budget_bytes, borders)
-    return solve_exact(problem, budget_bytes, time_limit_s, known=known)
+    known, least_bytes = _layered(problem, budget_bytes, borders)
+    known_bytes = least_bytes if least_bytes > budget_bytes else None
+    return solve_exact(problem, budget_bytes, time_limit_s, known=known, known_bytes=known_bytes)
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ class Auto:
         least_bytes: int,
     ) -> Solution:
         try:
-            found = solve_exact(problem, budget_bytes, time_limit_s, self.nodes, known)
+            known_bytes = least_bytes if least_bytes > budget_bytes else None
+            found = solve_exact(problem, budget_bytes, time_limit_s, self.nodes, known, known_bytes)
         except InfeasibleBudgetError as error:
             least_bytes = min(least_bytes, error.least_feasible_bytes)
             raise InfeasibleBudgetError(budget_bytes, least_bytes) from None

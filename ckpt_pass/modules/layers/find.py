@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -43,16 +43,37 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """Layers that belong together: one, or a bare one with weights and what follows it without.
+
+    Attributes:
+        start, stop: the number of the first layer, and that of the one after the last.
+        bare: whether all of them are bare (:func:`is_bare`).
+    """
+
+    start: int
+    stop: int
+    bare: bool
+
+
+@dataclass(frozen=True)
 class Layers:
     """The layers of a model, in the order in which they are declared (encoders before decoders).
 
     Attributes:
         groups: the rows that they stand in.
         kinds: the class names of all of them, in order.
+        units: those that belong together; one each where empty.
     """
 
     groups: tuple[LayerGroup, ...]
     kinds: tuple[str, ...]
+    units: tuple[Unit, ...] = ()
+
+    @property
+    def has_bare(self) -> bool:
+        """Whether steps of an ``nn.Sequential`` stand for layers, and some are bare."""
+        return any(unit.bare for unit in self.units)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,7 +103,8 @@ def find_layers(model: nn.Module) -> Layers:
     Raises:
         NoLayersError: there are none; the message says what was looked for, and what is there.
     """
-    groups = _groups(model, "") or _longest_sequential(model)
+    in_rows = _groups(model, "")
+    groups = in_rows or _longest_sequential(model)
     if not groups:
         raise NoLayersError(
             f"No layers were found in {type(model).__name__}. Looked for modules with submodules "
@@ -93,7 +115,31 @@ def find_layers(model: nn.Module) -> Layers:
     modules = dict(model.named_modules(remove_duplicate=False))
     groups = sorted(groups, key=lambda group: _rank(group.names[0]))
     kinds = tuple(type(modules[name]).__name__ for group in groups for name in group.names)
-    return Layers(tuple(groups), kinds)
+    steps = [] if in_rows else [modules[name] for group in groups for name in group.names]
+    return Layers(tuple(groups), kinds, _units(steps))
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module is one of torch's that run a single op, such as ``nn.Linear``."""
+    own = type(module).__module__.startswith("torch.nn.modules.")
+    return own and not isinstance(module, nn.RNNBase) and not any(True for _ in module.children())
+
+
+def _units(steps: Sequence[nn.Module]) -> tuple[Unit, ...]:
+    found: list[Unit] = []
+    for number, step in enumerate(steps):
+        bare = is_bare(step)
+        last = found[-1] if found else None
+        if bare and last is not None and last.bare and not _begins(step):
+            found[-1] = replace(last, stop=number + 1)
+        else:
+            found.append(Unit(number, number + 1, bare))
+    return tuple(found)
+
+
+def _begins(bare: nn.Module) -> bool:
+    """Whether a bare layer has weights that multiply; norms and activations follow such a one."""
+    return any(parameter.dim() > 1 for parameter in bare.parameters())
 
 
 def _inventory(model: nn.Module) -> str:

@@ -1,0 +1,107 @@
+"""What a step answers when its own Python looks at values: found by running its forward for real.
+
+Fake tensors have no values. Where a model branches on one (``if x.isfinite().all()``, a mask that
+is looked at, a layer that is dropped by chance) or makes a tensor whose size depends on values
+(``x[x > 0]``), the forward is run once on real tensors, and a recording on fake ones is given the
+same answers in the same order. The forward's values are let go as soon as Python does, so that it
+takes the memory of a forward without gradients.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
+
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass.ops.taxonomy import op_name
+
+_ASKING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class OtherPathError(CkptPassError):
+    """A recording on fake tensors did not follow the forward that was run for real."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a tensor looks like, without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def made(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+def asks(func: Any) -> bool:
+    """Whether what an op returns, or the size of it, depends on values."""
+    return any(tag in getattr(func, "tags", ()) for tag in _ASKING)
+
+
+class Answers:
+    """What the ops that ask answered, in order; given out once each."""
+
+    def __init__(self) -> None:
+        self._given: deque[tuple[Any, Any]] = deque()
+
+    def note(self, func: Any, output: Any) -> None:
+        """Keep an answer: numbers as they are, tensors by their look."""
+        look = tree_map_only(
+            torch.Tensor,
+            lambda t: _Look(tuple(t.shape), t.stride(), t.dtype, t.device),
+            output,
+        )
+        self._given.append((func, look))
+
+    def next(self, func: Any) -> Any:
+        """The answer to an op, tensors as new ones.
+
+        Raises:
+            OtherPathError: it is not the op that was asked next in the real forward.
+        """
+        expected, look = self._given.popleft() if self._given else (None, None)
+        if expected is not func:
+            there = op_name(expected) if expected is not None else "the end of the forward"
+            raise OtherPathError(
+                f"On fake tensors the forward came to {op_name(func)}, where it came to {there} on "
+                "real ones. Expected a forward that takes the same way twice with the same inputs "
+                "and random state: no counters or caches of its own may turn it."
+            )
+        return tree_map(lambda found: found.made() if isinstance(found, _Look) else found, look)
+
+
+class _Asked(TorchDispatchMode):
+    """Notes the answers of a real forward."""
+
+    def __init__(self, answers: Answers) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._answers = answers
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if asks(func):
+            self._answers.note(func, output)
+        return output
+
+
+def real_answers(forward: Callable[[], Any]) -> Answers:
+    """Run a forward on real tensors and note what it was told of their values.
+
+    Autograd records as in a step, but holds no values: there is no backward. The random state is
+    afterwards what it was before.
+    """
+    answers = Answers()
+    nothing_held = torch.autograd.graph.saved_tensors_hooks(lambda value: None, lambda held: held)
+    with torch.random.fork_rng(), _Asked(answers), nothing_held:
+        forward()
+    return answers
