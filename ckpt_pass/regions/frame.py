@@ -55,10 +55,12 @@ class RegionOptions:
     checked: bool = True
 
 
-class _Complete(BaseException):
+class _Complete(Exception):  # noqa: N818  nothing is wrong where it is raised
     """Ends a recomputation that has made all that the backward needs.
 
-    Not an ``Exception``: a region's own ``except Exception`` must let it through.
+    An ``Exception``, as torch's is: hooks of modules that are to be called always are called for
+    these alone. A region's own ``except Exception`` may catch it; then the recomputation runs on,
+    and what it saves from there on is let go.
     """
 
 
@@ -96,15 +98,17 @@ class Frame:
         devices = self._arguments.devices
         self._ambient = Ambient.now(devices)
         before = None if options.draws is False else RandomState.now(devices)
+        self._random = before  # for a backward inside the region
         if options.contexts is None:
             output = self._run(args, kwargs)
         else:
             self._contexts = options.contexts()
             with self._contexts[0] or contextlib.nullcontext():
                 output = self._run(args, kwargs)
-        if before is not None and (options.draws or before.differs(RandomState.now(devices))):
-            self._random = before
+        if before is not None and not options.draws:
+            self._random = before if before.differs(RandomState.now(devices)) else None
         self._complete = True
+        self._store = []  # what a backward inside the region had made and left
         return output
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -141,9 +145,8 @@ class Frame:
         Returns:
             The region's output; ``None`` if it was not run to its end.
         """
-        # A backward inside the region's own forward: how much there will be is not known.
-        stops = self._complete and self._stops_early and not to_end
-        complete = _stop if stops else _go_on
+        complete = _stop if self._stops_early and not to_end else _go_on
+        self._store = []
         rerun = Recomputation(
             self._options.name, self._saved.looks, complete, self._options.checked
         )
@@ -166,10 +169,9 @@ class Frame:
             finally:
                 autograd.pop_saved_hooks()
                 autograd.set_grad_enabled(was_enabled)
+                made = rerun.handed_over()
         rerun.check_count(exactly=self._complete and not self._stops_early)
-        # Values hold their history, and that holds `rerun`: values that no backward asks for would
-        # hold themselves. Only a backward that is differentiated itself goes on along the history.
-        self._store = rerun.store if was_enabled else rerun.handed_over()
+        self._store = made
         return output
 
 

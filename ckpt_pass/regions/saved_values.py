@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import autograd
 from ckpt_pass.regions.region import RecomputeMismatchError
+
+
+class EndedRecomputationError(CkptPassError, RuntimeError):
+    """A backward goes through a graph that a recomputation has left behind."""
+
 
 Looks = tuple[torch.Size, torch.dtype]
 
@@ -36,6 +43,10 @@ class SavedLooks:
 class Recomputation:
     """Collects what autograd saves while a region runs again, and compares it with the forward.
 
+    Values are kept without their history. Autograd gives a value that it asks for the history which
+    the forward's graph has of it, and a value that led to the recomputation's graph, whose hooks
+    lead to where values are kept, would hold itself: no collector sees through autograd's nodes.
+
     Args:
         name: of the region.
         expected: what the forward saved looked like.
@@ -43,7 +54,7 @@ class Recomputation:
         checked: whether looks are compared.
     """
 
-    __slots__ = ("_checked", "_complete", "_count", "_expected", "_name", "store")
+    __slots__ = ("_checked", "_complete", "_count", "_expected", "_name", "_seen", "_store")
 
     def __init__(
         self,
@@ -52,7 +63,8 @@ class Recomputation:
         complete: Callable[[], None],
         checked: bool = True,
     ) -> None:
-        self.store: list[torch.Tensor | None] = []
+        self._store: list[torch.Tensor | None] = []
+        self._seen = 0
         self._name = name
         self._expected = expected
         self._count = len(expected)
@@ -62,29 +74,48 @@ class Recomputation:
     def pack(self, value: torch.Tensor) -> int:
         """Keep a value; a hook for autograd.
 
-        The value keeps its own history.
-
         Raises:
             RecomputeMismatchError: the forward saved another shape or dtype here.
         """
-        store = self.store
-        number = len(store)
+        number = self._seen
         if self._checked and number < self._count and _looks(value) != self._expected[number]:
             raise self._mismatch(number, value)
-        store.append(value)
+        self._store.append(autograd.without_history(value))
+        self._seen = number + 1
         if number + 1 == self._count:
             self._complete()
         return number
 
     def unpack(self, number: int) -> torch.Tensor:
-        """Give a value to a backward inside the region itself; a hook for autograd."""
-        value = self.store[number]
+        """Give a value to a backward inside the region itself; a hook for autograd.
+
+        Raises:
+            EndedRecomputationError: such a backward comes after the recomputation.
+        """
+        if number >= len(self._store):
+            raise EndedRecomputationError(
+                f"A backward goes through the graph that the recomputation of {self._name} made, "
+                "but that has ended, and its values are let go. Expected a backward through what "
+                "the forward returned, or inside the region: look for code that puts a tensor of "
+                "the region where a later one takes it, and let it keep the forward's."
+            )
+        value = self._store[number]
         assert value is not None
         return value
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that the forward saved has come."""
+        return self._seen >= self._count
+
     def handed_over(self) -> list[torch.Tensor | None]:
-        """The values, which are let go here."""
-        store, self.store = self.store, []
+        """The values that the forward saved, at the end.
+
+        All are let go here: where the region's code has put a tensor away, the graph of the
+        recomputation stays with it, and would keep every value.
+        """
+        store, self._store = self._store, []
+        del store[self._count :]
         return store
 
     def check_count(self, exactly: bool = False) -> None:
@@ -96,10 +127,10 @@ class Recomputation:
         Raises:
             RecomputeMismatchError: the recomputation saved less than the forward, or more.
         """
-        if len(self.store) < self._count or (exactly and len(self.store) > self._count):
+        if not self.is_complete or (exactly and self._seen > self._count):
             raise RecomputeMismatchError(
                 f"The recomputation of {self._name} saved a different number of tensors "
-                f"({len(self.store)}) than its forward ({self._count}). Expected the same ops in "
+                f"({self._seen}) than its forward ({self._count}). Expected the same ops in "
                 "both: look for code that depends on global state, on a counter, or on values "
                 "that changed between forward and backward."
             )
