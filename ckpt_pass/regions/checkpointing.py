@@ -85,7 +85,7 @@ def checkpoint(
     takes, at about half of its cost on small regions: hooks on saved values, and no stash of the
     random state where nothing random was drawn. Regions nest, with torch's too. Under
     ``torch.compile`` this is torch's ``checkpoint`` with our ``context_fn``; under ``torch.func``
-    transforms, which allow no hooks, ``fn`` simply runs.
+    transforms, which allow no hooks, and in ``torch.export``, ``fn`` simply runs.
 
     Args:
         fn: a module or function. It runs twice: it must do the same both times.
@@ -181,7 +181,7 @@ def run_region(
     link: Link | None = None,
 ) -> Any:
     """The same, with options that were made before; ``link`` is its place in a segment."""
-    if not torch.is_grad_enabled() or autograd.transforms_active():
+    if not torch.is_grad_enabled() or _leaves_no_region():
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling() or functorch.proxy_graph() is not None:
         traced: dict[str, Any] = {} if options.traced is None else {"context_fn": options.traced}
@@ -195,6 +195,14 @@ def run_region(
         )
     frame = Frame(fn, options) if link is None else link.frame(fn, options)
     return frame.forward(args, kwargs)
+
+
+def _leaves_no_region() -> bool:
+    """Whether what runs now is transformed, or written down, into what knows no regions.
+
+    ``torch.func`` allows no hooks; ``torch.export`` makes a graph that has no backward.
+    """
+    return autograd.transforms_active() or functorch.traces_before_autograd()
 
 
 def options_for(

@@ -53,7 +53,13 @@ class LightHooks:
         self._stops_early = True
 
     def enter_forward(self) -> bool:
-        """Push hooks, if those below are torch's for a region; return whether they were."""
+        """Push hooks, if those below are torch's for a region; return whether they were.
+
+        Not where calls are written down for a graph that has no recomputation: torch's hooks are
+        called here, and what they call would stay in it.
+        """
+        if functorch.traces_before_autograd():
+            return False
         hooks = autograd.saved_hooks()
         frame = autograd.frame_of_checkpoint(hooks[0]) if hooks else None
         if hooks is None or frame is None:
