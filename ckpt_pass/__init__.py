@@ -138,6 +138,7 @@ from ckpt_pass.regions.region import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.regions.region import MutatedActivationError as MutatedActivationError
 from ckpt_pass.regions.region import RecomputeMismatchError as RecomputeMismatchError
 from ckpt_pass.regions.sac import context_fn as context_fn
+from ckpt_pass.regions.saved_values import EndedRecomputationError as EndedRecomputationError
 from ckpt_pass.regions.watch import RegionRecord as RegionRecord
 from ckpt_pass.regions.watch import watch_regions as watch_regions
 from ckpt_pass.regions.wrapping import AlreadyAppliedError as AlreadyAppliedError

@@ -55,7 +55,7 @@ class RegionOptions:
     checked: bool = True
 
 
-class _Complete(Exception):  # noqa: N818  nothing is wrong where it is raised
+class _Complete(Exception):
     """Ends a recomputation that has made all that the backward needs.
 
     An ``Exception``, as torch's is: hooks of modules that are to be called always are called for
