@@ -112,11 +112,7 @@ def checkpoint(
         RecomputeMismatchError, MutatedArgumentError, MutatedActivationError, BackwardTwiceError:
             come in the backward.
     """
-    if use_reentrant:
-        raise ReentrantRegionError(
-            "Got use_reentrant=True, expected False: regions of this library have no reentrant "
-            "variant. Leave it out, or call torch.utils.checkpoint.checkpoint."
-        )
+    refuse_reentrance(use_reentrant)
     if determinism_check not in DETERMINISM_CHECKS:
         raise DeterminismCheckError(
             f"Got determinism_check={determinism_check!r}, expected one of "
@@ -140,6 +136,19 @@ def checkpoint(
         checked = determinism_check != "none"
         options = replace(options, stops_early=early_stop, checked=checked)
     return run_region(fn, args, kwargs, options)
+
+
+def refuse_reentrance(use_reentrant: bool | None) -> None:
+    """Raise where torch's other variant is asked for.
+
+    Raises:
+        ReentrantRegionError: it is.
+    """
+    if use_reentrant:
+        raise ReentrantRegionError(
+            "Got use_reentrant=True, expected False: regions of this library have no reentrant "
+            "variant. Leave it out, or call the function of torch.utils.checkpoint."
+        )
 
 
 def _check_one_of(given: dict[str, object]) -> None:

@@ -20,7 +20,7 @@ from torch.autograd.profiler import record_function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import autograd, functorch
+from ckpt_pass._torch import autograd, functorch, modules
 from ckpt_pass.regions.ambient import Ambient, RandomState, accelerators, drawing_from
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
 
@@ -55,12 +55,18 @@ class RegionOptions:
     checked: bool = True
 
 
-class _Complete(Exception):
+class _Complete(BaseException):
     """Ends a recomputation that has made all that the backward needs.
 
-    An ``Exception``, as torch's is: hooks of modules that are to be called always are called for
-    these alone. A region's own ``except Exception`` may catch it; then the recomputation runs on,
-    and what it saves from there on is let go.
+    Not an ``Exception``: a region's own ``except Exception`` must let it through.
+    """
+
+
+class _CompleteAmongHooks(Exception):
+    """The same, among hooks of modules that are to be called always.
+
+    ``nn.Module`` calls them for an ``Exception`` alone, as torch's early stop is. A region that
+    catches it runs on, and what it saves from there on is let go.
     """
 
 
@@ -164,7 +170,7 @@ class Frame:
             autograd.push_saved_hooks(rerun.pack, rerun.unpack)
             try:
                 output = self._fn(*args, **kwargs)
-            except _Complete:
+            except (_Complete, _CompleteAmongHooks):
                 pass
             finally:
                 autograd.pop_saved_hooks()
@@ -176,6 +182,8 @@ class Frame:
 
 
 def _stop() -> None:
+    if modules.hooks_wait_for_errors(until=Frame._rerun.__code__):
+        raise _CompleteAmongHooks
     raise _Complete
 
 

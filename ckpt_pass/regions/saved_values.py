@@ -8,7 +8,12 @@ import torch
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
-from ckpt_pass.regions.region import RecomputeMismatchError
+from ckpt_pass.regions.region import (
+    MORE_SAVED,
+    OTHER_METADATA,
+    OTHER_NUMBER,
+    RecomputeMismatchError,
+)
 
 
 class EndedRecomputationError(CkptPassError, RuntimeError):
@@ -129,23 +134,25 @@ class Recomputation:
         """
         if not self.is_complete or (exactly and self._seen > self._count):
             raise RecomputeMismatchError(
-                f"The recomputation of {self._name} saved a different number of tensors "
-                f"({self._seen}) than its forward ({self._count}). Expected the same ops in "
-                "both: look for code that depends on global state, on a counter, or on values "
-                "that changed between forward and backward."
+                f"{OTHER_NUMBER if self._seen < self._count else MORE_SAVED}\n"
+                f"Number of tensors saved during forward: {self._count}\n"
+                f"Number of tensors saved during recomputation: {self._seen}\n"
+                f"The region is {self._name}. Expected the same ops in both: look for code that "
+                "depends on global state, on a counter, or on values that changed between forward "
+                "and backward."
             )
 
     def _mismatch(self, number: int, got: torch.Tensor) -> RecomputeMismatchError:
         made_by = f", made by {got.grad_fn.name()}" if got.grad_fn is not None else ""
         return RecomputeMismatchError(
-            f"The recomputation of {self._name} saved a tensor with different metadata: value "
-            f"{number} is {_words(_looks(got))}{made_by}, but in the forward it was "
-            f"{_words(self._expected[number])}. Expected the same in both: look for routing or "
-            "code that depends on global state, or save what decides it (topk, argmax, counts) "
-            "with a policy."
+            f"{OTHER_METADATA}\n"
+            f"tensor at position {number}{made_by}:\n"
+            f"saved metadata: {_words(self._expected[number])}\n"
+            f"recomputed metadata: {_words(_looks(got))}\n"
+            f"The region is {self._name}. Expected the same in both: look for routing or code that "
+            "depends on global state, or save what decides it (topk, argmax, counts) with a policy."
         )
 
 
 def _words(looks: Looks) -> str:
-    shape, dtype = looks
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+    return str(dict(zip(("shape", "dtype"), looks, strict=True)))

@@ -2,14 +2,13 @@
 
 Values that hold themselves through autograd's nodes are never collected. So each use of a region is
 gone through with each way to make one, and afterwards none of the inputs and none of the values
-that any of its runs has made may be alive. Gradients are those of the plain step, or refused where
-a value that a policy has kept is asked for twice.
+that any of its runs has made may be alive, also without the collector. Gradients are those of the
+plain step, or refused where a value that a policy has kept is asked for twice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import ckpt_pass
 from ckpt_pass.regions.keeps import Keeps
 from ckpt_pass.regions.wrapping import RegionSpec, apply_regions
+from tests.zoo.surroundings import no_collector
 
 Fn = Callable[..., Any]
 Way = Callable[[Fn, Tensor], Any]
@@ -125,7 +125,6 @@ class Watched:
 
     def alive(self) -> tuple[int, int]:
         """How many inputs, and how many values of a region."""
-        gc.collect()
         inputs, storages = (
             sum(r() is not None for r in refs) for refs in (self.inputs, self.storages)
         )
@@ -299,12 +298,10 @@ USES = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def young_objects_alone() -> Iterator[None]:
-    """Let the collector look at what these tests make, not at all that torch has made."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def reference_counts_alone() -> Iterator[None]:
+    """Without the collector: memory must not wait for it either."""
+    with no_collector():
+        yield
 
 
 def result(use: Callable[..., None], way: Way) -> tuple[Gradients | None, Watched]:
