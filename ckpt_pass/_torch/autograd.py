@@ -52,6 +52,20 @@ def frame_of_checkpoint(pack: Any) -> Any:
     return _closed_over(pack, "frame")
 
 
+def without_history(value: torch.Tensor) -> torch.Tensor:
+    """An alias of ``value`` that leads to no graph; ``value`` itself where it has none.
+
+    Modes of dispatch do not see it made of a plain tensor: a trip into Python for each saved value
+    would cost more than all else that is done with it.
+    """
+    if not value.requires_grad:
+        return value
+    if torch._C._len_torch_dispatch_stack() and type(value) is torch.Tensor:
+        with torch._C._DisableTorchDispatch():
+            return value.data
+    return value.data
+
+
 def _closed_over(fn: Any, name: str) -> Any:
     cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
     return cells[name].cell_contents if name in cells else None

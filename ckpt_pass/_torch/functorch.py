@@ -230,15 +230,26 @@ def _compiling() -> Iterator[None]:
 # --- tracing and dispatch modes -------------------------------------------------------------
 
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
 def proxy_graph() -> fx.Graph | None:
     """The FX graph that is being traced now by AOTAutograd, or ``None`` when nothing is."""
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None:
+    if torch._C._get_dispatch_mode(_PROXY) is None:
         return None
     probe = getattr(torch.compiler, "_is_non_strict_tracing", None)
     if probe is not None and probe():
         return None
     mode = get_proxy_mode()
     return mode.tracer.graph if mode is not None else None
+
+
+def traces_before_autograd() -> bool:
+    """Whether calls are written down before autograd sees them, as ``torch.export`` does.
+
+    Switching gradients off and on is a call that stays in the graph then.
+    """
+    return torch._ops._get_dispatch_mode_pre_dispatch(_PROXY) is not None
 
 
 def below_autograd_views() -> contextlib.AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from torch import nn
 from ckpt_pass.modules.choice import PlacementError
 from ckpt_pass.modules.segments import optimal_segment_count, segment_boundaries
 from ckpt_pass.policy.rules import PolicyLike
-from ckpt_pass.regions.checkpointing import options_for, run_region
+from ckpt_pass.regions.checkpointing import options_for, refuse_reentrance, run_region
 
 Step = Callable[[Any], Any]
 
@@ -37,6 +37,7 @@ def checkpoint_sequential(
     input: Any,
     policy: PolicyLike | None = None,
     preserve_rng_state: bool = True,
+    use_reentrant: bool | None = False,
 ) -> Any:
     """Run a chain of functions in segments that are recomputed as a whole.
 
@@ -50,6 +51,7 @@ def checkpoint_sequential(
         input: what the first one gets.
         policy: what each segment keeps, as for :func:`ckpt_pass.context_fn`.
         preserve_rng_state: draw the same random numbers in both runs.
+        use_reentrant: ``False``; there is no other way.
 
     Returns:
         What the last one returns.
@@ -57,7 +59,9 @@ def checkpoint_sequential(
     Raises:
         NotSequentialError: ``functions`` is no chain.
         SegmentCountError: more segments than functions.
+        ReentrantRegionError: the reentrant variant was asked for.
     """
+    refuse_reentrance(use_reentrant)
     steps = _steps(functions)
     count = optimal_segment_count(len(steps), 0) if segments is None else segments
     spans = segment_boundaries(len(steps), count)

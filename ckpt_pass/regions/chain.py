@@ -122,14 +122,14 @@ class ChainedFrame(Frame):
 
     def _fill(self) -> None:
         chain = list(reversed(list(self._back_to_what_is_there())))
-        # The history of values must be whole where the backward is differentiated itself.
-        nested = self._nested and not torch.is_grad_enabled()
         made = chain[0]._ready
         for frame, following in pairwise(chain):
-            made = _tensors(frame._rerun(*frame._filled_in(made), to_end=True))
-            if nested:
+            outputs = _tensors(frame._rerun(*frame._filled_in(made), to_end=True))
+            made = list(map(autograd.without_history, outputs))
+            del outputs  # and the graph that made them
+            if self._nested:
                 frame._store = []
-                following._ready = made = [tensor.detach() for tensor in made]
+                following._ready = made
         self._rerun(*self._filled_in(made))
         self._ready = None
 
@@ -149,8 +149,7 @@ class ChainedFrame(Frame):
         def real(value: Any) -> Any:
             if not isinstance(value, _Made):
                 return value
-            found = tensors[value.number]
-            return found if found.requires_grad else found.requires_grad_(value.requires_grad)
+            return tensors[value.number].requires_grad_(value.requires_grad)
 
         return tuple(map(real, args)), {key: real(value) for key, value in kwargs.items()}
 

@@ -85,7 +85,7 @@ def checkpoint(
     takes, at about half of its cost on small regions: hooks on saved values, and no stash of the
     random state where nothing random was drawn. Regions nest, with torch's too. Under
     ``torch.compile`` this is torch's ``checkpoint`` with our ``context_fn``; under ``torch.func``
-    transforms, which allow no hooks, ``fn`` simply runs.
+    transforms, which allow no hooks, and in ``torch.export``, ``fn`` simply runs.
 
     Args:
         fn: a module or function. It runs twice: it must do the same both times.
@@ -112,11 +112,7 @@ def checkpoint(
         RecomputeMismatchError, MutatedArgumentError, MutatedActivationError, BackwardTwiceError:
             come in the backward.
     """
-    if use_reentrant:
-        raise ReentrantRegionError(
-            "Got use_reentrant=True, expected False: regions of this library have no reentrant "
-            "variant. Leave it out, or call torch.utils.checkpoint.checkpoint."
-        )
+    refuse_reentrance(use_reentrant)
     if determinism_check not in DETERMINISM_CHECKS:
         raise DeterminismCheckError(
             f"Got determinism_check={determinism_check!r}, expected one of "
@@ -140,6 +136,19 @@ def checkpoint(
         checked = determinism_check != "none"
         options = replace(options, stops_early=early_stop, checked=checked)
     return run_region(fn, args, kwargs, options)
+
+
+def refuse_reentrance(use_reentrant: bool | None) -> None:
+    """Raise where torch's other variant is asked for.
+
+    Raises:
+        ReentrantRegionError: it is.
+    """
+    if use_reentrant:
+        raise ReentrantRegionError(
+            "Got use_reentrant=True, expected False: regions of this library have no reentrant "
+            "variant. Leave it out, or call the function of torch.utils.checkpoint."
+        )
 
 
 def _check_one_of(given: dict[str, object]) -> None:
@@ -181,7 +190,7 @@ def run_region(
     link: Link | None = None,
 ) -> Any:
     """The same, with options that were made before; ``link`` is its place in a segment."""
-    if not torch.is_grad_enabled() or autograd.transforms_active():
+    if not torch.is_grad_enabled() or _leaves_no_region():
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling() or functorch.proxy_graph() is not None:
         traced: dict[str, Any] = {} if options.traced is None else {"context_fn": options.traced}
@@ -195,6 +204,14 @@ def run_region(
         )
     frame = Frame(fn, options) if link is None else link.frame(fn, options)
     return frame.forward(args, kwargs)
+
+
+def _leaves_no_region() -> bool:
+    """Whether what runs now is transformed, or written down, into what knows no regions.
+
+    ``torch.func`` allows no hooks; ``torch.export`` makes a graph that has no backward.
+    """
+    return autograd.transforms_active() or functorch.traces_before_autograd()
 
 
 def options_for(

@@ -20,7 +20,7 @@ from torch.autograd.profiler import record_function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import autograd, functorch
+from ckpt_pass._torch import autograd, functorch, modules
 from ckpt_pass.regions.ambient import Ambient, RandomState, accelerators, drawing_from
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
 
@@ -62,6 +62,14 @@ class _Complete(BaseException):
     """
 
 
+class _CompleteAmongHooks(Exception):
+    """The same, among hooks of modules that are to be called always.
+
+    ``nn.Module`` calls them for an ``Exception`` alone, as torch's early stop is. A region that
+    catches it runs on, and what it saves from there on is let go.
+    """
+
+
 class Frame:
     """The state of one run of a region; lives as long as autograd holds one of its values."""
 
@@ -96,15 +104,17 @@ class Frame:
         devices = self._arguments.devices
         self._ambient = Ambient.now(devices)
         before = None if options.draws is False else RandomState.now(devices)
+        self._random = before  # for a backward inside the region
         if options.contexts is None:
             output = self._run(args, kwargs)
         else:
             self._contexts = options.contexts()
             with self._contexts[0] or contextlib.nullcontext():
                 output = self._run(args, kwargs)
-        if before is not None and (options.draws or before.differs(RandomState.now(devices))):
-            self._random = before
+        if before is not None and not options.draws:
+            self._random = before if before.differs(RandomState.now(devices)) else None
         self._complete = True
+        self._store = []  # what a backward inside the region had made and left
         return output
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -141,9 +151,8 @@ class Frame:
         Returns:
             The region's output; ``None`` if it was not run to its end.
         """
-        # A backward inside the region's own forward: how much there will be is not known.
-        stops = self._complete and self._stops_early and not to_end
-        complete = _stop if stops else _go_on
+        complete = _stop if self._stops_early and not to_end else _go_on
+        self._store = []
         rerun = Recomputation(
             self._options.name, self._saved.looks, complete, self._options.checked
         )
@@ -161,19 +170,20 @@ class Frame:
             autograd.push_saved_hooks(rerun.pack, rerun.unpack)
             try:
                 output = self._fn(*args, **kwargs)
-            except _Complete:
+            except (_Complete, _CompleteAmongHooks):
                 pass
             finally:
                 autograd.pop_saved_hooks()
                 autograd.set_grad_enabled(was_enabled)
+                made = rerun.handed_over()
         rerun.check_count(exactly=self._complete and not self._stops_early)
-        # Values hold their history, and that holds `rerun`: values that no backward asks for would
-        # hold themselves. Only a backward that is differentiated itself goes on along the history.
-        self._store = rerun.store if was_enabled else rerun.handed_over()
+        self._store = made
         return output
 
 
 def _stop() -> None:
+    if modules.hooks_wait_for_errors(until=Frame._rerun.__code__):
+        raise _CompleteAmongHooks
     raise _Complete
 
 

@@ -53,7 +53,13 @@ class LightHooks:
         self._stops_early = True
 
     def enter_forward(self) -> bool:
-        """Push hooks, if those below are torch's for a region; return whether they were."""
+        """Push hooks, if those below are torch's for a region; return whether they were.
+
+        Not where calls are written down for a graph that has no recomputation: torch's hooks are
+        called here, and what they call would stay in it.
+        """
+        if functorch.traces_before_autograd():
+            return False
         hooks = autograd.saved_hooks()
         frame = autograd.frame_of_checkpoint(hooks[0]) if hooks else None
         if hooks is None or frame is None:
@@ -61,13 +67,14 @@ class LightHooks:
         self._checked = frame.metadata_fn is None or frame.metadata_fn(_VALUE) is not None
         self._stops_early = bool(frame.early_stop)
         self._in_use = True
-        unpack = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
-        autograd.push_saved_hooks(self._saved.pack, unpack)
+        asked = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
+        autograd.push_saved_hooks(self._saved.pack, asked)
         return True
 
     def exit_forward(self) -> None:
-        """Pop them."""
+        """Pop them; what a backward inside the region had made and left is let go."""
         self._complete = True
+        self._store = []
         autograd.pop_saved_hooks()
 
     def take(self, number: int) -> torch.Tensor | None:
@@ -86,6 +93,7 @@ class LightHooks:
             self._range = record_function(f"recompute {self.name}")
             self._range.__enter__()
         pack = hooks[0]
+        self._store = []
         self._rerun = Recomputation(
             self.name, self._saved.looks, lambda: pack(_VALUE), self._checked
         )
@@ -93,7 +101,7 @@ class LightHooks:
         return True
 
     def exit_recompute(self, failed: bool) -> None:
-        """Pop them; what was collected is there for the backward.
+        """Pop them; what was collected is there for the backward, if it is all that it needs.
 
         Raises:
             RecomputeMismatchError: less was saved than in the forward, or more in a run to the end.
@@ -103,7 +111,10 @@ class LightHooks:
             self._range.__exit__(None, None, None)
             self._range = None
         assert self._rerun is not None
-        self._store, rerun, self._rerun = self._rerun.store, self._rerun, None
+        rerun, self._rerun = self._rerun, None
+        made = rerun.handed_over()
+        if rerun.is_complete:  # torch's early stop is an error here too
+            self._store = made
         if not failed:
             rerun.check_count(exactly=self._complete and not self._stops_early)
 

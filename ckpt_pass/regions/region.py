@@ -15,16 +15,36 @@ from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.policy.sites import output_tensors
 from ckpt_pass.regions.draws import Draw
 
+# What torch says of the same, for code that looks for its words (``torch.utils.checkpoint``).
+EXTRA_BACKWARD = (
+    "Trying to backward an extra time. You are only allowed to backward once on any region "
+    "computed under selective activation checkpoint."
+)
+MUTATED = "Tensor cached during selective activation checkpoint has been mutated"
+NOT_IN_STORAGE = "encountered during backward but not found in storage."
+OTHER_NUMBER = (
+    "torch.utils.checkpoint: A different number of tensors was saved during the original forward "
+    "and recomputation."
+)
+MORE_SAVED = (
+    "torch.utils.checkpoint: trying to save more tensors during recomputation than during the "
+    "original forward pass."
+)
+OTHER_METADATA = (
+    "torch.utils.checkpoint: Recomputed values for the following tensors have different metadata "
+    "than during the forward pass."
+)
+
 
 class RecomputeMismatchError(CkptPassError, CheckpointError):
     """The recomputation ran other ops than the forward; torch's ``CheckpointError`` too."""
 
 
-class BackwardTwiceError(CkptPassError, RuntimeError):
+class BackwardTwiceError(CkptPassError, CheckpointError):
     """A second backward needs values that the first one has used up; torch: ``RuntimeError``."""
 
 
-class MutatedActivationError(CkptPassError, RuntimeError):
+class MutatedActivationError(CkptPassError, CheckpointError):
     """A saved value was changed in place after its region had ended; torch: ``RuntimeError``."""
 
 
@@ -85,15 +105,16 @@ class Saved:
         """
         if self.taken:
             raise BackwardTwiceError(
-                f"The saved output of {op_name(op)} is needed by a second backward through a "
-                "checkpoint region, but the first backward has used it. Call backward once for "
-                "each forward; retain_graph=True does not keep a region's saved values."
+                f"{EXTRA_BACKWARD} The saved output of {op_name(op)} is needed by a second "
+                "backward through a checkpoint region, but the first backward has used it. Call "
+                "backward once for each forward; retain_graph=True does not keep a region's saved "
+                "values."
             )
         if _versions(self._value) != self._versions:
             raise MutatedActivationError(
-                f"The saved output of {op_name(op)} was changed in place after its checkpoint "
-                "region had ended, so the backward would see the changed values. Clone it before "
-                "the in-place op, or let the policy recompute this op."
+                f"{MUTATED}: the saved output of {op_name(op)} was changed in place after its "
+                "checkpoint region had ended, so the backward would see the changed values. Clone "
+                "it before the in-place op, or let the policy recompute this op."
             )
         value, self._value, self.taken = self._value, None, True
         if self._draw is not None:
@@ -163,6 +184,7 @@ class RegionMemory:
         self._seen[key] = index + 1
         if index >= len(entries):
             raise RecomputeMismatchError(
+                f"{_name(key)} invocation index {index} {NOT_IN_STORAGE} "
                 f"The recomputation of a checkpoint region runs {_name(key)} {index + 1} times or "
                 f"more, but its forward ran it {len(entries)} times. Expected the "
                 "same ops in both: look for code that depends on global state, on a counter, or "

@@ -6,7 +6,19 @@ from collections.abc import Callable
 
 import torch
 
-from ckpt_pass.regions.region import RecomputeMismatchError
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import autograd
+from ckpt_pass.regions.region import (
+    MORE_SAVED,
+    OTHER_METADATA,
+    OTHER_NUMBER,
+    RecomputeMismatchError,
+)
+
+
+class EndedRecomputationError(CkptPassError, RuntimeError):
+    """A backward goes through a graph that a recomputation has left behind."""
+
 
 Looks = tuple[torch.Size, torch.dtype]
 
@@ -36,6 +48,10 @@ class SavedLooks:
 class Recomputation:
     """Collects what autograd saves while a region runs again, and compares it with the forward.
 
+    Values are kept without their history. Autograd gives a value that it asks for the history which
+    the forward's graph has of it, and a value that led to the recomputation's graph, whose hooks
+    lead to where values are kept, would hold itself: no collector sees through autograd's nodes.
+
     Args:
         name: of the region.
         expected: what the forward saved looked like.
@@ -43,7 +59,7 @@ class Recomputation:
         checked: whether looks are compared.
     """
 
-    __slots__ = ("_checked", "_complete", "_count", "_expected", "_name", "store")
+    __slots__ = ("_checked", "_complete", "_count", "_expected", "_name", "_seen", "_store")
 
     def __init__(
         self,
@@ -52,7 +68,8 @@ class Recomputation:
         complete: Callable[[], None],
         checked: bool = True,
     ) -> None:
-        self.store: list[torch.Tensor | None] = []
+        self._store: list[torch.Tensor | None] = []
+        self._seen = 0
         self._name = name
         self._expected = expected
         self._count = len(expected)
@@ -62,29 +79,48 @@ class Recomputation:
     def pack(self, value: torch.Tensor) -> int:
         """Keep a value; a hook for autograd.
 
-        The value keeps its own history.
-
         Raises:
             RecomputeMismatchError: the forward saved another shape or dtype here.
         """
-        store = self.store
-        number = len(store)
+        number = self._seen
         if self._checked and number < self._count and _looks(value) != self._expected[number]:
             raise self._mismatch(number, value)
-        store.append(value)
+        self._store.append(autograd.without_history(value))
+        self._seen = number + 1
         if number + 1 == self._count:
             self._complete()
         return number
 
     def unpack(self, number: int) -> torch.Tensor:
-        """Give a value to a backward inside the region itself; a hook for autograd."""
-        value = self.store[number]
+        """Give a value to a backward inside the region itself; a hook for autograd.
+
+        Raises:
+            EndedRecomputationError: such a backward comes after the recomputation.
+        """
+        if number >= len(self._store):
+            raise EndedRecomputationError(
+                f"A backward goes through the graph that the recomputation of {self._name} made, "
+                "but that has ended, and its values are let go. Expected a backward through what "
+                "the forward returned, or inside the region: look for code that puts a tensor of "
+                "the region where a later one takes it, and let it keep the forward's."
+            )
+        value = self._store[number]
         assert value is not None
         return value
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that the forward saved has come."""
+        return self._seen >= self._count
+
     def handed_over(self) -> list[torch.Tensor | None]:
-        """The values, which are let go here."""
-        store, self.store = self.store, []
+        """The values that the forward saved, at the end.
+
+        All are let go here: where the region's code has put a tensor away, the graph of the
+        recomputation stays with it, and would keep every value.
+        """
+        store, self._store = self._store, []
+        del store[self._count :]
         return store
 
     def check_count(self, exactly: bool = False) -> None:
@@ -96,25 +132,27 @@ class Recomputation:
         Raises:
             RecomputeMismatchError: the recomputation saved less than the forward, or more.
         """
-        if len(self.store) < self._count or (exactly and len(self.store) > self._count):
+        if not self.is_complete or (exactly and self._seen > self._count):
             raise RecomputeMismatchError(
-                f"The recomputation of {self._name} saved a different number of tensors "
-                f"({len(self.store)}) than its forward ({self._count}). Expected the same ops in "
-                "both: look for code that depends on global state, on a counter, or on values "
-                "that changed between forward and backward."
+                f"{OTHER_NUMBER if self._seen < self._count else MORE_SAVED}\n"
+                f"Number of tensors saved during forward: {self._count}\n"
+                f"Number of tensors saved during recomputation: {self._seen}\n"
+                f"The region is {self._name}. Expected the same ops in both: look for code that "
+                "depends on global state, on a counter, or on values that changed between forward "
+                "and backward."
             )
 
     def _mismatch(self, number: int, got: torch.Tensor) -> RecomputeMismatchError:
         made_by = f", made by {got.grad_fn.name()}" if got.grad_fn is not None else ""
         return RecomputeMismatchError(
-            f"The recomputation of {self._name} saved a tensor with different metadata: value "
-            f"{number} is {_words(_looks(got))}{made_by}, but in the forward it was "
-            f"{_words(self._expected[number])}. Expected the same in both: look for routing or "
-            "code that depends on global state, or save what decides it (topk, argmax, counts) "
-            "with a policy."
+            f"{OTHER_METADATA}\n"
+            f"tensor at position {number}{made_by}:\n"
+            f"saved metadata: {_words(self._expected[number])}\n"
+            f"recomputed metadata: {_words(_looks(got))}\n"
+            f"The region is {self._name}. Expected the same in both: look for routing or code that "
+            "depends on global state, or save what decides it (topk, argmax, counts) with a policy."
         )
 
 
 def _words(looks: Looks) -> str:
-    shape, dtype = looks
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+    return str(dict(zip(("shape", "dtype"), looks, strict=True)))

@@ -371,7 +371,7 @@ def test_other_shapes_and_fewer_values_in_the_recomputation() -> None:
     (x,) = values((4, 8))
     sizes = iter([4, 2])
     y = checkpoint(lambda v: v[: next(sizes)].sin().exp(), x)
-    with pytest.raises(ckpt_pass.RecomputeMismatchError, match=r"different metadata.*\[2, 8\]"):
+    with pytest.raises(ckpt_pass.RecomputeMismatchError, match=r"(?s)different metadata.*\[2, 8\]"):
         y.sum().backward()
     deep = iter([3, 1])
 
@@ -381,7 +381,7 @@ def test_other_shapes_and_fewer_values_in_the_recomputation() -> None:
         return v
 
     y = checkpoint(fn, x)
-    with pytest.raises(ckpt_pass.RecomputeMismatchError, match=r"number of tensors \(1\)"):
+    with pytest.raises(ckpt_pass.RecomputeMismatchError, match=r"during recomputation: 1\b"):
         y.sum().backward()
 
 

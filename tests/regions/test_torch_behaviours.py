@@ -307,12 +307,14 @@ def test_only_one_thing_says_what_is_kept() -> None:
 
 @every
 def test_the_composition_of_checkpoint_sequential(ours: Region) -> None:
-    """``checkpoint_sequential`` takes no context; segments by hand are the same."""
+    """Segments by hand, ``ckpt_pass.checkpoint_sequential`` and torch's are the same."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)))
     x = leaf(2, 4)
     wanted = grads(checkpoint_sequential(model, 2, x, use_reentrant=False), x, *model.parameters())
-    out = model[2:](ours(model[:2], x))
-    assert same(grads(out, x, *model.parameters()), wanted)
+    by_hand = model[2:](ours(model[:2], x))
+    whole = ckpt_pass.checkpoint_sequential(model, 2, x, use_reentrant=False)
+    for out in (by_hand, whole):
+        assert same(grads(out, x, *model.parameters()), wanted)
 
 
 @every
