@@ -266,6 +266,11 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
+def resize_fake_storage(tensor: torch.Tensor, nbytes: int | torch.SymInt) -> None:
+    """Give the storage behind a fake tensor another size; its views see it too."""
+    torch.ops.inductor.resize_storage_bytes_(tensor, nbytes)
+
+
 def profiler_is_running() -> bool:
     """Whether a profiler session is open in this thread; a second one inside would break both."""
     return bool(torch.autograd._profiler_enabled())

@@ -13,6 +13,7 @@ from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import borders_of, build_problem, check_sizes
+from ckpt_pass.graph.real_looks import tell_real_sizes
 from ckpt_pass.ops.taxonomy import OpClass, classify
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, without_recompute
@@ -62,6 +63,7 @@ def meet_budget(joint: JointGraph, goal: Goal) -> Met:
     kernels = Kernels()
     what = WORKSPACE_AND_TIME if goal.cost == "measured" else WORKSPACE
     facts = kernels.facts([n for n in joint.nodes if n.op == "call_function"], what)
+    tell_real_sizes(facts)
     described = build_problem(joint, facts)
     problem, index = described.problem, described.index
     plain = without_recompute(problem)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -30,8 +30,11 @@ from ckpt_pass.eager.trace_ops import (
     is_dense,
     statistics_of,
     with_known_shape,
+    with_real_looks,
 )
 from ckpt_pass.graph.capture import no_gradient
+from ckpt_pass.graph.kernel_call import MADE_BY
+from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
@@ -41,14 +44,20 @@ from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_ten
 _SAVING_NUMBERS = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
 _NUMBER_BYTES = 8
 
+MadeBy: TypeAlias = tuple[fx.Node, int]
+"""The call that made a value, and which of its outputs that is."""
+
 
 def trace_step(
     model: nn.Module,
     args: tuple[Any, ...],
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
+    kernels: Kernels | None = None,
 ) -> EagerTrace:
     """Record forward and backward of ``loss_fn(model(*args, **kwargs))`` on fake tensors.
+
+    What kernels return is made to look as it really does: some are run for that, on made-up data.
 
     Raises:
         NothingToDifferentiateError: there is no backward.
@@ -72,7 +81,7 @@ def trace_step(
 
     statistics = frozenset(buffers[n].untyped_storage()._cdata for n in statistics_of(model))
     with torch.random.fork_rng(devices=[]):
-        return Recorder(model, mode, statistics).record(step)
+        return Recorder(model, mode, statistics, kernels or Kernels()).record(step)
 
 
 def _is_number(tensor: torch.Tensor) -> bool:
@@ -82,11 +91,14 @@ def _is_number(tensor: torch.Tensor) -> bool:
 class _Packed:
     """What autograd holds instead of a value; tells when it lets go."""
 
-    __slots__ = ("number", "recorder", "spec")
+    __slots__ = ("made_by", "number", "recorder", "spec")
 
-    def __init__(self, recorder: Recorder, number: int, value: torch.Tensor) -> None:
+    def __init__(
+        self, recorder: Recorder, number: int, value: torch.Tensor, made_by: MadeBy | None
+    ) -> None:
         self.recorder = recorder
         self.number = number
+        self.made_by = made_by
         self.spec = (tuple(value.shape), value.stride(), value.dtype, value.device)
 
     def __del__(self) -> None:
@@ -99,9 +111,11 @@ class Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(
-        self, model: nn.Module, fakes: Any, statistics: frozenset[int] = frozenset()
+        self, model: nn.Module, fakes: Any, statistics: frozenset[int], kernels: Kernels
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._kernels = kernels
+        self._opaque: dict[int, MadeBy] = {}
         self._fakes = fakes
         self._statistics = statistics
         self._model = model
@@ -189,7 +203,8 @@ class Recorder(TorchDispatchMode):
     def _pack(self, value: torch.Tensor) -> _Packed:
         storage = self._live.get(value.untyped_storage()._cdata, -1)
         self.trace.saved.append(SavedRecord(storage, self.moment))
-        return _Packed(self, len(self.trace.saved) - 1, value)
+        made_by = self._opaque.get(value.untyped_storage()._cdata)
+        return _Packed(self, len(self.trace.saved) - 1, value, made_by)
 
     def _unpack(self, packed: _Packed) -> torch.Tensor:
         self.trace.asked.setdefault(packed.number, self.moment)
@@ -197,9 +212,18 @@ class Recorder(TorchDispatchMode):
         self._resting = True  # the value is described again, not allocated
         try:
             with self._fakes:
-                return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
         finally:
             self._resting = False
+        if packed.made_by is not None:
+            self._note_opaque(value, packed.made_by)
+        return value
+
+    def _note_opaque(self, value: torch.Tensor, made_by: MadeBy) -> None:
+        """Remember, while it lives, which call made a value whose bytes only kernels can read."""
+        storage = value.untyped_storage()
+        self._opaque[storage._cdata] = made_by
+        weakref.finalize(storage, self._opaque.pop, storage._cdata, None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -222,8 +246,9 @@ class Recorder(TorchDispatchMode):
             numbers = sum(isinstance(value, (int, float)) for value in args)
             self.trace.storages += [StorageRecord(_NUMBER_BYTES, index) for _ in range(numbers)]
         record = self.trace.ops[index]
-        record.makes = tuple(self._born(output, known, index))
         record.call = self._call(func, args, kwargs, output)
+        output = self._as_really(record.call, output, known)
+        record.makes = tuple(self._born(output, known, index))
         record.effects = self._has_effects(func, record, args, kwargs)
         return output
 
@@ -239,6 +264,30 @@ class Recorder(TorchDispatchMode):
             if any(_is_number(tensor) for tensor in output_tensors(output)):
                 return output
         return func(*args, **kwargs)
+
+    def _as_really(self, call: fx.Node, output: Any, known: set[int]) -> Any:
+        """An op's fake outputs, made to look as its kernel's do."""
+        self._resting = True
+        try:
+            with self._fakes:
+                found = with_real_looks(output, self._kernels.outputs(call), known)
+        finally:
+            self._resting = False
+        if found is not output:
+            call.meta["val"] = tree_map_only(torch.Tensor, self._copied, found)
+        if isinstance(found, (tuple, list)):
+            for index, value in enumerate(found):
+                if index and isinstance(value, torch.Tensor) and value.dtype is torch.uint8:
+                    self._note_opaque(value, (call, index))
+        return found
+
+    def _copied(self, value: torch.Tensor) -> torch.Tensor:
+        self._resting = True
+        try:
+            with self._fakes:
+                return copied(value)
+        finally:
+            self._resting = False
 
     @staticmethod
     def _adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -312,7 +361,7 @@ class Recorder(TorchDispatchMode):
     def _call(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
         """The node that stands for this call and all equal ones."""
         flat, spec = tree_flatten((args, kwargs))
-        key = (func, spec, tuple(described(value) for value in flat))
+        key = (func, spec, tuple((described(value), self._origin(value)) for value in flat))
         found = self._nodes.get(key)
         if found is None:
             self._resting = True
@@ -324,10 +373,18 @@ class Recorder(TorchDispatchMode):
             self._nodes[key] = found
         return found
 
+    def _origin(self, value: Any) -> MadeBy | None:
+        if not isinstance(value, torch.Tensor) or value.dtype is not torch.uint8:
+            return None
+        return self._opaque.get(value.untyped_storage()._cdata)
+
     def _node(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
         def placeholder(value: torch.Tensor) -> fx.Node:
             node = self._graph.placeholder(f"value_{len(self._graph.nodes)}")
             node.meta["val"] = copied(value)
+            made_by = self._origin(value)
+            if made_by is not None:
+                node.meta[MADE_BY] = made_by
             return node
 
         nodes = tree_map_only(torch.Tensor, placeholder, (args, kwargs))
