@@ -11,7 +11,6 @@ from ckpt_pass.compile.backend import Backend as Backend
 from ckpt_pass.compile.backend import UnknownOptionError as UnknownOptionError
 from ckpt_pass.compile.backend import ckpt_backend as ckpt_backend
 from ckpt_pass.compile.backend import make_backend as make_backend
-from ckpt_pass.compile.budgeting import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
 from ckpt_pass.compile.replan import InductorPeakWarning as InductorPeakWarning
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
@@ -19,6 +18,7 @@ from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTag
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
+from ckpt_pass.graph.kernels import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.graph.shapes import Dimension as Dimension
 from ckpt_pass.graph.shapes import SizeError as SizeError
 from ckpt_pass.measure.gradients import GradientComparison as GradientComparison

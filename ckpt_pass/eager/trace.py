@@ -33,9 +33,9 @@ from ckpt_pass.eager.trace_ops import (
     with_real_looks,
 )
 from ckpt_pass.graph.capture import no_gradient
-from ckpt_pass.graph.kernel_call import MADE_BY
+from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD
 from ckpt_pass.graph.kernels import Kernels
-from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
+from ckpt_pass.ops.taxonomy import OpClass, classify, draws_random, never_recompute, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
 
@@ -390,4 +390,6 @@ class Recorder(TorchDispatchMode):
         nodes = tree_map_only(torch.Tensor, placeholder, (args, kwargs))
         call = self._graph.call_function(func, *nodes)
         call.meta["val"] = tree_map_only(torch.Tensor, copied, output)
+        if classify(func) is OpClass.RECURRENT:
+            call.meta[WITH_GRAD] = torch.is_grad_enabled()
         return call

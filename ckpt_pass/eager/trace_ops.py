@@ -57,9 +57,7 @@ def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
 
 
-def with_real_looks(
-    output: Any, outputs: Sequence[OutputFacts] | None, known: set[int]
-) -> Any:
+def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: set[int]) -> Any:
     """Fake outputs, each in the place of one that looks otherwise than the kernel's.
 
     Args:
@@ -79,11 +77,11 @@ def with_real_looks(
         if found.storage_bytes is None or fake.untyped_storage()._cdata in known:
             return fake
         look = (found.size, found.stride, getattr(torch, found.dtype))
-        if look != (tuple(fake.shape), fake.stride(), fake.dtype):
-            if fake.numel() or found.storage_bytes:
-                same = False
-                size, stride, dtype = look
-                fake = torch.empty_strided(size, stride, dtype=dtype, device=fake.device)
+        differs = look != (tuple(fake.shape), fake.stride(), fake.dtype)
+        if differs and (fake.numel() or found.storage_bytes):
+            same = False
+            size, stride, dtype = look
+            fake = torch.empty_strided(size, stride, dtype=dtype, device=fake.device)
         if fake.untyped_storage().nbytes() != found.storage_bytes:
             functorch.resize_fake_storage(fake, found.storage_bytes)
         return fake

@@ -222,10 +222,7 @@ def _write(path: Path, entries: Entries) -> None:
     data = {
         "format": FORMAT,
         "environments": {
-            place: {
-                call: _as_json(facts)
-                for call, facts in sorted(calls.items())
-            }
+            place: {call: _as_json(facts) for call, facts in sorted(calls.items())}
             for place, calls in sorted(entries.items())
         },
     }

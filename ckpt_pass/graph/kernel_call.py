@@ -27,6 +27,8 @@ Run: TypeAlias = Callable[[], tuple[Any, set[int]]]
 
 #: Where a placeholder that stands for an output of another call says so: (its node, which output).
 MADE_BY = "ckpt_pass_made_by"
+#: Where a node says that its kernel runs while gradients are enabled.
+WITH_GRAD = "ckpt_pass_with_grad"
 NOTHING: Mapping[fx.Node, Any] = MappingProxyType({})
 
 #: Arguments that split the rows of another into groups: they rise to the number of rows.
@@ -94,16 +96,22 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Call:
-    """A call to be made: the op, and its arguments with :class:`TensorSpec` for tensors."""
+    """A call to be made: the op, and its arguments with :class:`TensorSpec` for tensors.
+
+    Attributes:
+        with_grad: whether gradients are enabled meanwhile; some kernels ask for that.
+    """
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     device: torch.device
+    with_grad: bool = False
 
     def __str__(self) -> str:
         named = [f"{name}={_text(value)}" for name, value in sorted(self.kwargs.items())]
-        return f"{op_name(self.target)}({', '.join([*map(_text, self.args), *named])})"
+        grad = " with gradients" if self.with_grad else ""
+        return f"{op_name(self.target)}({', '.join([*map(_text, self.args), *named])}){grad}"
 
     def with_wide_statistics(self) -> Call:
         """The same with saved statistics in fp32.
@@ -152,7 +160,12 @@ class Call:
         args = _mapped(self.args, make)
         kwargs = {name: _mapped(value, make) for name, value in self.kwargs.items()}
         given = {tensor.untyped_storage()._cdata for tensor in tensors}
-        return lambda: (self.target(*args, **kwargs), given)
+
+        def run() -> tuple[Any, set[int]]:
+            with torch.set_grad_enabled(self.with_grad):
+                return self.target(*args, **kwargs), given
+
+        return run
 
 
 def _specs(value: Any) -> Iterator[TensorSpec]:
@@ -198,7 +211,8 @@ def call_of(node: fx.Node, really: Mapping[fx.Node, Any] = NOTHING) -> Call:
                 filled = replace(offsets, rows=_rows(args))
                 args = tuple(filled if value is offsets else value for value in args)
                 kwargs = {k: filled if v is offsets else v for k, v in kwargs.items()}
-    return Call(node.target, args, kwargs, _device(node, args, kwargs))
+    device = _device(node, args, kwargs)
+    return Call(node.target, args, kwargs, device, node.meta.get(WITH_GRAD, False))
 
 
 def _argument(node: fx.Node, really: Mapping[fx.Node, Any], argument: Any) -> Any:

@@ -56,11 +56,14 @@ def measure(calls: Mapping[str, Call], what: frozenset[str]) -> tuple[Facts, Rea
         reason = "a profiler is running already; torch has one at a time"
         return {}, dict.fromkeys(calls, reason)
     failed: Reasons = {}
-    with functorch.real_tensors(), quiet_collector(collect_first=False):
-        with torch.random.fork_rng(devices=_devices(calls.values())):
-            outputs = _outputs(calls, failed) if "outputs" in what else {}
-            memory = _memory(calls, failed) if "workspace" in what else {}
-            times = _times(calls, failed) if "time" in what else {}
+    with (
+        functorch.real_tensors(),
+        quiet_collector(collect_first=False),
+        torch.random.fork_rng(devices=_devices(calls.values())),
+    ):
+        outputs = _outputs(calls, failed) if "outputs" in what else {}
+        memory = _memory(calls, failed) if "workspace" in what else {}
+        times = _times(calls, failed) if "time" in what else {}
     found = {}
     for key in calls.keys() - failed.keys():
         workspace_bytes, looks = memory.get(key, (None, outputs.get(key)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ from ckpt_pass.ops.taxonomy import op_name
 WORKSPACE = frozenset({"workspace"})
 WORKSPACE_AND_TIME = frozenset({"workspace", "time"})
 _OUTPUTS = frozenset({"outputs"})
+
+
+class WorkspaceWarning(UserWarning):
+    """The peak of a plan holds a guess of what kernels allocate for themselves."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,21 @@ class Kernels:
             found, _ = _measure({key: call}, _OUTPUTS)
             self._outputs[key] = found[key].outputs if key in found else None
         return self._outputs[key]
+
+
+def warn_of_unmeasured(kernels: Kernels) -> None:
+    """Say which kernels of a plan are not measured, and what stands in the place of that."""
+    if not kernels.unmeasured:
+        return
+    first = kernels.unmeasured[0]
+    more = f" and {len(kernels.unmeasured) - 1} more" if len(kernels.unmeasured) > 1 else ""
+    warnings.warn(
+        f"The kernel of {first.name} ({first.op}){more} could not be run alone ({first.reason}). "
+        "The plan's peak takes it to allocate as much again as its outputs while it runs; where it "
+        "needs more, the measured peak may exceed the budget. Give a budget with some room.",
+        WorkspaceWarning,
+        stacklevel=3,
+    )
 
 
 def _calls(
