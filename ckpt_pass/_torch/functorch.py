@@ -49,6 +49,11 @@ def is_opaque(node: fx.Node) -> bool:
     return bool(probe is not None and probe(node))
 
 
+def is_backward_state(node: fx.Node) -> bool:
+    """The input through which compiled hooks reach the backward; it is no tensor."""
+    return bool(partitioners._is_backward_state(node))
+
+
 def must_be_in_backward(node: fx.Node) -> bool:
     """A node that AOTAutograd has fixed to the backward, such as a mutation made there."""
     return bool(partitioners._must_be_in_backward(node))
