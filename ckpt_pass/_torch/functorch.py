@@ -271,6 +271,19 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
+def storages_of(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, ...]:
+    """The memory behind a tensor: of a sparse one that of its indices and values.
+
+    Of other layouts (``mkldnn``, nested ones) nothing is known.
+    """
+    if tensor.layout is torch.strided:
+        return (tensor.untyped_storage(),)
+    if tensor.layout is torch.sparse_coo:
+        with _disable_current_modes(), torch.no_grad():
+            return tensor._indices().untyped_storage(), tensor._values().untyped_storage()
+    return ()
+
+
 def resize_fake_storage(tensor: torch.Tensor, nbytes: int | torch.SymInt) -> None:
     """Give the storage behind a fake tensor another size; its views see it too."""
     torch.ops.inductor.resize_storage_bytes_(tensor, nbytes)

@@ -28,6 +28,7 @@ from ckpt_pass.eager.trace_ops import (
     copied,
     described,
     is_dense,
+    storage_ids,
     statistics_of,
     with_known_shape,
     with_real_looks,
@@ -187,7 +188,7 @@ class Recorder(TorchDispatchMode):
             call.ops = (call.ops[0], self.moment)
             call.values = (call.values[0], len(self.trace.saved))
             tensors = [t for t in tree_flatten(output)[0] if isinstance(t, torch.Tensor)]
-            keys = {t.untyped_storage()._cdata for t in tensors}
+            keys = storage_ids(tensors)
             call.outputs = tuple(sorted(self._live[key] for key in keys & self._live.keys()))
 
         handles = [
@@ -201,10 +202,10 @@ class Recorder(TorchDispatchMode):
                 handle.remove()
 
     def _pack(self, value: torch.Tensor) -> _Packed:
-        storage = self._live.get(value.untyped_storage()._cdata, -1)
+        storages = functorch.storages_of(value)
+        storage = self._live.get(storages[0]._cdata, -1) if storages else -1
         self.trace.saved.append(SavedRecord(storage, self.moment))
-        made_by = self._opaque.get(value.untyped_storage()._cdata)
-        return _Packed(self, len(self.trace.saved) - 1, value, made_by)
+        return _Packed(self, len(self.trace.saved) - 1, value, self._origin(value))
 
     def _unpack(self, packed: _Packed) -> torch.Tensor:
         self.trace.asked.setdefault(packed.number, self.moment)
@@ -234,7 +235,7 @@ class Recorder(TorchDispatchMode):
         if self._backward and self._adds_up(func, args, kwargs):
             func = torch.ops.aten.add_.Tensor
         given = [t for t in output_tensors((*args, *kwargs.values()))]
-        known = {t.untyped_storage()._cdata for t in given}
+        known = storage_ids(given)
         uses = tuple(sorted({self._live[key] for key in known if key in self._live}))
         changes = tuple(self._changed(func, args, kwargs))
         site = self._site(func)
@@ -302,8 +303,10 @@ class Recorder(TorchDispatchMode):
         if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
             return False
         alike = first.shape == second.shape and first.dtype == second.dtype
-        alone = autograd.storage_holders(first.untyped_storage()) == 2
-        return alike and alone and is_dense(first)
+        if not alike or first.layout is not torch.strided or second.layout is not torch.strided:
+            return False
+        alone = autograd.storage_holders(functorch.storages_of(first)[0]) == 2
+        return alone and is_dense(first)
 
     def _site(self, func: Any) -> CallSite | None:
         if self._backward:
@@ -322,11 +325,12 @@ class Recorder(TorchDispatchMode):
                 for tensor in output_tensors(
                     value if isinstance(value, (list, tuple)) else [value]
                 ):
-                    yield self._live.get(tensor.untyped_storage()._cdata, -1)
+                    for storage in functorch.storages_of(tensor):
+                        yield self._live.get(storage._cdata, -1)
 
     def _born(self, output: Any, known: set[int], index: int) -> Iterator[int]:
-        for tensor in output_tensors(output):
-            storage = tensor.untyped_storage()
+        tensors = output_tensors(output)
+        for storage in (part for tensor in tensors for part in functorch.storages_of(tensor)):
             key = storage._cdata
             if key in known or key in self._live:
                 continue
@@ -356,7 +360,7 @@ class Recorder(TorchDispatchMode):
         if not never_recompute(func, record.call.args, record.call.kwargs):
             return False
         moved = changed_tensors(func, args, kwargs)
-        return not moved or any(t.untyped_storage()._cdata not in self._statistics for t in moved)
+        return not moved or not storage_ids(moved) <= self._statistics
 
     def _call(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
         """The node that stands for this call and all equal ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ def changed_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             found += output_tensors(value if isinstance(value, (list, tuple)) else [value])
     return found
+
+
+def storage_ids(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """What tells the memory behind tensors apart."""
+    return {s._cdata for tensor in tensors for s in functorch.storages_of(tensor)}
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -92,7 +97,8 @@ def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: s
 
 def described(value: Any) -> object:
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.stride(), value.dtype, value.device
+        stride = value.stride() if value.layout is torch.strided else value.layout
+        return tuple(value.shape), stride, value.dtype, value.device
     try:
         hash(value)
     except TypeError:
@@ -101,7 +107,9 @@ def described(value: Any) -> object:
 
 
 def copied(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same look with a storage of its own."""
+    """A tensor of the same look with a storage of its own; of a sparse one an empty one."""
+    if value.layout is not torch.strided:
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
     return torch.empty_strided(
         tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
     )

@@ -108,7 +108,10 @@ def _outputs(calls: Mapping[str, Call], failed: Reasons) -> dict[str, Outputs]:
 
 
 def _looks(output: Any, given: set[int]) -> Outputs:
-    """The tensors of an output; memory that is behind several is the first one's."""
+    """The tensors of an output; memory that is behind several is the first one's.
+
+    Nothing where one is sparse, say, and has no strides.
+    """
     found, known = [], set(given)
     for tensor in output_tensors(output):
         if tensor.layout is not torch.strided:
@@ -137,22 +140,26 @@ def _memory(calls: Mapping[str, Call], failed: Reasons) -> dict[str, tuple[int, 
         return found
     names = {f"ckpt_pass::kernel {number}": key for number, key in enumerate(on_cpu)}
     looks: dict[str, Outputs] = {}
+    output_bytes: dict[str, int] = {}
     with profiled() as session:
         for name, key in names.items():
             with _noted(key, failed):
                 run = _warmed_up(on_cpu[key])
                 with record_function(name):
                     result = run()
-                looks[name] = _looks(*result)
+                looks[name], output_bytes[name] = _looks(*result), _new_bytes(*result)
                 del result, run  # before the next call's inputs are made
     peaks = read_recording(session, torch.device("cpu"), looks.__contains__).peaks()
     for name, outputs in looks.items():
-        found[names[name]] = (max(0, peaks[name] - _new_bytes(outputs)), outputs)
+        found[names[name]] = (max(0, peaks[name] - output_bytes[name]), outputs)
     return found
 
 
-def _new_bytes(outputs: Outputs) -> int:
-    return sum(output.storage_bytes or 0 for output in outputs)
+def _new_bytes(output: Any, given: set[int]) -> int:
+    """Bytes of the storages of an output that are not those of an input."""
+    tensors = output_tensors(output)
+    storages = [storage for tensor in tensors for storage in functorch.storages_of(tensor)]
+    return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in given}.values())
 
 
 def _cuda_memory(call: Call) -> tuple[int, Outputs]:
@@ -170,8 +177,7 @@ def _cuda_memory(call: Call) -> tuple[int, Outputs]:
     # An allocator that does not know what was requested says 0.
     kind = "requested_bytes" if after["requested_bytes.all.peak"] else "allocated_bytes"
     peak = after[f"{kind}.all.peak"] - before[f"{kind}.all.current"]
-    outputs = _looks(*result)
-    return max(0, int(peak) - _new_bytes(outputs)), outputs
+    return max(0, int(peak) - _new_bytes(*result)), _looks(*result)
 
 
 def _times(calls: Mapping[str, Call], failed: Reasons) -> dict[str, float]:
