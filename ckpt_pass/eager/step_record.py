@@ -61,6 +61,7 @@ class CallRecord:
         ops, values: the ops and saved values inside, as ranges.
         trains: whether all of it is in training mode.
         outputs: the storages that it returned.
+        given: those among its arguments, of which a region holds all, used or not.
     """
 
     name: str
@@ -69,6 +70,7 @@ class CallRecord:
     values: tuple[int, int]
     trains: bool
     outputs: tuple[int, ...] = ()
+    given: tuple[int, ...] = ()
 
 
 @dataclass

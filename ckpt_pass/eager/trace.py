@@ -187,19 +187,30 @@ class Recorder(TorchDispatchMode):
             call = self.trace.calls[self._open.pop()]
             call.ops = (call.ops[0], self.moment)
             call.values = (call.values[0], len(self.trace.saved))
-            tensors = [t for t in tree_flatten(output)[0] if isinstance(t, torch.Tensor)]
-            keys = storage_ids(tensors)
-            call.outputs = tuple(sorted(self._live[key] for key in keys & self._live.keys()))
+            call.outputs = self._storages(output)
+
+        def note_arguments(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.trace.calls[self._open[-1]].given = self._storages((args, kwargs))
 
         handles = [
             register_module_forward_pre_hook(enter),
             register_module_forward_hook(leave, always_call=True),
+            # Hooks on all modules at once are not told keyword arguments.
+            *(
+                part.register_forward_pre_hook(note_arguments, with_kwargs=True, prepend=True)
+                for part in self._model.modules()
+            ),
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _storages(self, value: Any) -> tuple[int, ...]:
+        """The storages of the step among the tensors of a value."""
+        keys = storage_ids(t for t in tree_flatten(value)[0] if isinstance(t, torch.Tensor))
+        return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
 
     def _pack(self, value: torch.Tensor) -> _Packed:
         storages = functorch.storages_of(value)
