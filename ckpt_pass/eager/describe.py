@@ -53,7 +53,7 @@ def eager_problem(trace: EagerTrace, kernels: Mapping[fx.Node, KernelFacts]) -> 
         _op(op, index < trace.forward_length, costs[op.call], overwritten)
         for index, op in enumerate(trace.ops)
     )
-    storages = tuple(EagerStorage(s.nbytes, s.born, s.dies) for s in trace.storages)
+    storages = tuple(EagerStorage(s.nbytes, s.born, s.dies, s.of_graph) for s in trace.storages)
     values = tuple(SavedValue(v.storage, v.released) for v in trace.saved)
     keeping_s = KEEPING_S
     if all(kernels.get(call, _NOT_MEASURED).time_s is None for call in costs):

@@ -14,11 +14,12 @@ NEVER = 1 << 60
 
 @dataclass
 class StorageRecord:
-    """A storage that an op of the step allocated."""
+    """A storage that an op of the step allocated, or autograd for its graph (``of_graph``)."""
 
     nbytes: int
     born: int
     dies: int = NEVER
+    of_graph: bool = False
 
 
 @dataclass

@@ -256,7 +256,9 @@ class Recorder(TorchDispatchMode):
         output = self._run(func, args, kwargs, given)
         if not self._backward and func in _SAVING_NUMBERS:
             numbers = sum(isinstance(value, (int, float)) for value in args)
-            self.trace.storages += [StorageRecord(_NUMBER_BYTES, index) for _ in range(numbers)]
+            self.trace.storages += [
+                StorageRecord(_NUMBER_BYTES, index, of_graph=True) for _ in range(numbers)
+            ]
         record = self.trace.ops[index]
         record.call = self._call(func, args, kwargs, output)
         output = self._as_really(record.call, output, known)

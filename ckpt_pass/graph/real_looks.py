@@ -9,7 +9,7 @@ fake storages are given their real sizes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -75,7 +75,9 @@ def _carried_on(node: fx.Node, found: Mapping[fx.Node, Any]) -> Any:
             return found[source]
         return tree_map_only(torch.Tensor, _described, source.meta.get("val"))
 
-    args, kwargs = fx.map_arg((node.args, node.kwargs), given)
+    args, kwargs = cast(
+        "tuple[tuple[Any, ...], dict[str, Any]]", fx.map_arg((node.args, node.kwargs), given)
+    )
     if is_multi_output_access(node):
         return args[0][args[1]]
     args, kwargs = tree_map_only(torch.SymInt, optimization_hint, (args, kwargs))
