@@ -11,7 +11,6 @@ from typing import Any
 
 from ckpt_pass._errors import CkptPassError as CkptPassError
 from ckpt_pass.compile.backend import UnknownOptionError as UnknownOptionError
-from ckpt_pass.compile.budgeting import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
 from ckpt_pass.compile.replan import InductorPeakWarning as InductorPeakWarning
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
@@ -25,6 +24,7 @@ from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.graph.kernel_cache import KernelCacheWarning as KernelCacheWarning
 from ckpt_pass.graph.kernel_call import KernelError as KernelError
+from ckpt_pass.graph.kernels import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.graph.shapes import SizeError as SizeError
 from ckpt_pass.measure.gradients import GradientMismatchError as GradientMismatchError
 from ckpt_pass.measure.gradients import NoLossError as NoLossError

@@ -49,6 +49,11 @@ def is_opaque(node: fx.Node) -> bool:
     return bool(probe is not None and probe(node))
 
 
+def is_backward_state(node: fx.Node) -> bool:
+    """The input through which compiled hooks reach the backward; it is no tensor."""
+    return bool(partitioners._is_backward_state(node))
+
+
 def must_be_in_backward(node: fx.Node) -> bool:
     """A node that AOTAutograd has fixed to the backward, such as a mutation made there."""
     return bool(partitioners._must_be_in_backward(node))
@@ -275,6 +280,24 @@ def real_tensors() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         yield
+
+
+def storages_of(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, ...]:
+    """The memory behind a tensor: of a sparse one that of its indices and values.
+
+    Of other layouts (``mkldnn``, nested ones) nothing is known.
+    """
+    if tensor.layout is torch.strided:
+        return (tensor.untyped_storage(),)
+    if tensor.layout is torch.sparse_coo:
+        with _disable_current_modes(), torch.no_grad():
+            return tensor._indices().untyped_storage(), tensor._values().untyped_storage()
+    return ()
+
+
+def resize_fake_storage(tensor: torch.Tensor, nbytes: int | torch.SymInt) -> None:
+    """Give the storage behind a fake tensor another size; its views see it too."""
+    torch.ops.inductor.resize_storage_bytes_(tensor, nbytes)
 
 
 def profiler_is_running() -> bool:

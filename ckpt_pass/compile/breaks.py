@@ -9,7 +9,8 @@ from torch import fx
 
 from ckpt_pass._torch import frames
 from ckpt_pass.plans.budget import BudgetLike
-from ckpt_pass.plans.value import Plan, format_bytes
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.plans.wording import format_bytes
 
 _CURE = (
     "To plan the whole step ahead, whatever dynamo makes of it: plan = ckpt_pass.plan(model, "
@@ -80,7 +81,7 @@ class Coverage:
 
     def tell_of_raised(self, graph: fx.GraphModule, plan: Plan, budget: BudgetLike) -> None:
         """Say that a part of a step got more than the fraction of its peak, if it did."""
-        plain, given = plan.plain_timeline, plan.budget_bytes
+        plain, given = plan.predicted.plain_timeline, plan.budget_bytes
         if not isinstance(budget, float) or plain is None or given is None:
             return
         function = frames.compiled_function()

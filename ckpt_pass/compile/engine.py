@@ -25,8 +25,10 @@ from ckpt_pass.compile.record import Decided, record_plan, solver_rule
 from ckpt_pass.compile.replay import check_same_step, replay, signature_of
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.graph.joint import JointGraph, input_name
+from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.graph.labels import node_labels
 from ckpt_pass.graph.problem import build_problem
+from ckpt_pass.graph.real_looks import tell_real_sizes
 from ckpt_pass.planner.solution import evaluate
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import Goal
@@ -119,6 +121,8 @@ def _anew(
 def _again(joint: JointGraph, plan: Plan, labels: dict[fx.Node, str]) -> Decided:
     """Carry out a plan's decisions."""
     asked = plan.asked
+    if plan.budget_bytes is not None:  # bytes were written down as kernels really make them
+        tell_real_sizes(Kernels().facts(joint.nodes))
     tags = tag(joint, OPEN)
     check_same_step(plan, joint, tags, labels)
     if plan.replay is not None:

@@ -32,12 +32,15 @@ class SavedSet:
     Attributes:
         values: saved forward values (bases, not views), each with the reason in words.
         inputs: primals that the backward reads; they exist anyway.
+        handed: primals that the backward is handed although it does not read them as values: those
+            that it writes into, and states of hooks (``BackwardState``).
         symbols, opaque: sizes and non-tensor objects that cross.
         recomputed: forward ops that run again in the backward, views among them.
     """
 
     values: dict[fx.Node, str] = field(default_factory=dict)
     inputs: dict[fx.Node, None] = field(default_factory=dict)
+    handed: dict[fx.Node, None] = field(default_factory=dict)
     symbols: dict[fx.Node, None] = field(default_factory=dict)
     opaque: dict[fx.Node, None] = field(default_factory=dict)
     recomputed: dict[fx.Node, None] = field(default_factory=dict)
@@ -51,6 +54,8 @@ def choose_saved(joint: JointGraph, *, save_borders: bool = True) -> SavedSet:
         save_borders: save what crosses from one region to another, whatever its tag.
     """
     found = SavedSet()
+    written = [_as_node(node.args[0]) for node in joint.backward_effects if is_epilogue(node)]
+    found.handed.update(dict.fromkeys(written))
     seen: set[fx.Node] = set()
     stack = _backward_reads(joint)
     while stack:
@@ -64,15 +69,7 @@ def choose_saved(joint: JointGraph, *, save_borders: bool = True) -> SavedSet:
 
 def _backward_reads(joint: JointGraph) -> list[fx.Node]:
     """Forward values and primals that a live node of the backward reads directly."""
-    live = [
-        node
-        for node in joint.nodes
-        if node not in joint.forward_set
-        and node.op == "call_function"
-        and node.is_impure(impure_random=False)
-        and not is_epilogue(node)
-    ]
-    stack, seen, reads = [*joint.backward_outputs, *live], set(), []
+    stack, seen, reads = [*joint.backward_outputs, *joint.backward_effects], set(), []
     while stack:
         node = stack.pop()
         if node in seen:
@@ -80,9 +77,16 @@ def _backward_reads(joint: JointGraph) -> list[fx.Node]:
         seen.add(node)
         if node in joint.forward_set or (node.op == "placeholder" and functorch.is_primal(node)):
             reads.append(node)
+        elif is_epilogue(node):
+            stack.append(_as_node(node.args[1]))  # what it writes into it does not read
         else:
             stack.extend(node.all_input_nodes)
     return reads
+
+
+def _as_node(value: object) -> fx.Node:
+    assert isinstance(value, fx.Node)
+    return value
 
 
 def _visit(
@@ -94,6 +98,8 @@ def _visit(
             found.opaque[node] = None
         elif functorch.is_sym_node(node):
             found.symbols[node] = None
+        elif functorch.is_backward_state(node):
+            found.handed[node] = None
         else:
             found.inputs[node] = None
         return ()
@@ -147,6 +153,7 @@ def _in_graph_order(joint: JointGraph, found: SavedSet) -> SavedSet:
     return SavedSet(
         {node: found.values[node] for node in by_order(found.values)},
         by_order(found.inputs),
+        by_order(found.handed),
         by_order(found.symbols),
         by_order(found.opaque),
         by_order(found.recomputed),
@@ -208,12 +215,17 @@ def split(
     """
     forward, backward, num_symbols = functorch.extract_forward_backward(
         joint.module,
-        [*saved.inputs, *saved.values],
+        [
+            *saved.inputs,
+            *(node for node in saved.handed if node not in saved.inputs),
+            *saved.values,
+        ],
         [*saved.symbols],
         [*saved.opaque],
         joint.num_fwd_outputs,
         joint.static_inputs,
     )
+    _remove_effects_of_forward(joint, saved, backward.graph)
     copies = {node.name: node for node in backward.graph.nodes}
     random = set(random_recomputed(saved))
     if random:
@@ -234,6 +246,19 @@ def split(
     if joint.in_place:
         overwrite_in_place(backward)
     return forward, backward
+
+
+def _remove_effects_of_forward(joint: JointGraph, saved: SavedSet, backward: fx.Graph) -> None:
+    """Take out of the backward what the forward has done, and no gradient needs.
+
+    Torch leaves an assertion, say, in both halves if both have what it reads; in the backward it
+    would stand last, and hold that until then.
+    """
+    forward = {node.name for node in joint.forward if node not in saved.recomputed}
+    for node in reversed(backward.nodes):
+        if node.op == "call_function" and not node.users and node.name in forward:
+            backward.erase_node(node)
+    backward.eliminate_dead_code()
 
 
 def _replaced(before: list[fx.Node], after: list[fx.Node]) -> dict[str, fx.Node]:

@@ -16,6 +16,7 @@ from ckpt_pass.graph.cost import own_bytes
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import build_problem
+from ckpt_pass.graph.real_looks import tell_real_sizes
 from ckpt_pass.planner.solution import evaluate, without_recompute
 from ckpt_pass.plans.parts import Decision, Replay, Signature
 from ckpt_pass.plans.signature import (
@@ -117,6 +118,7 @@ def replay(
     what = WORKSPACE_AND_TIME if goal is not None and goal.cost == "measured" else WORKSPACE
     nodes = [node for node in joint.nodes if node.op == "call_function"]
     facts = kernels.facts(nodes, what) if plan.budget_bytes is not None else {}
+    tell_real_sizes(facts)
     described = build_problem(joint, facts)
     named = {label: node for node, label in labels.items()}
     script = plan.replay if plan.replay is not None else _script(plan, tags, labels)

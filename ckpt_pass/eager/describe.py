@@ -53,7 +53,7 @@ def eager_problem(trace: EagerTrace, kernels: Mapping[fx.Node, KernelFacts]) -> 
         _op(op, index < trace.forward_length, costs[op.call], overwritten)
         for index, op in enumerate(trace.ops)
     )
-    storages = tuple(EagerStorage(s.nbytes, s.born, s.dies) for s in trace.storages)
+    storages = tuple(EagerStorage(s.nbytes, s.born, s.dies, s.of_graph) for s in trace.storages)
     values = tuple(SavedValue(v.storage, v.released) for v in trace.saved)
     keeping_s = KEEPING_S
     if all(kernels.get(call, _NOT_MEASURED).time_s is None for call in costs):
@@ -148,7 +148,7 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
         return None
     ops = trace.ops[first:last]
     used = {storage for op in ops for storage in op.uses}
-    used |= {trace.saved[number].storage for number in inside}
+    used |= {trace.saved[number].storage for number in inside} | {*call.given}
     outside = sorted(s for s in used if s >= 0 and trace.storages[s].born < first)
     # What draws nothing in evaluation may do so in training, where the plan may be used.
     draws = any(op.draws for op in ops) or not call.trains

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +15,15 @@ from ckpt_pass.eager.describe import eager_problem
 from ckpt_pass.eager.step_record import EagerTrace, OpRecord
 from ckpt_pass.eager.trace import trace_step
 from ckpt_pass.graph.capture import untraceable
-from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
-from ckpt_pass.ops.taxonomy import OpClass, classify, op_name
+from ckpt_pass.graph.kernels import (
+    WORKSPACE,
+    WORKSPACE_AND_TIME,
+    Kernels,
+    warn_of_unmeasured,
+)
+from ckpt_pass.ops.taxonomy import classify, op_name
 from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem, EagerProfile
 from ckpt_pass.planner.eager_solve import EagerSolution, solve_eager
-from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import resolve_budget
 from ckpt_pass.plans.goal import Goal
 from ckpt_pass.plans.parts import Decision, SavedActivation, SavedActivations, Signature
@@ -31,14 +34,6 @@ from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import Policy
 from ckpt_pass.policy.sites import output_tensors
 from ckpt_pass.version import __version__
-
-#: Kept free of the budget for what the record does not see: scalars that autograd makes while it
-#: runs. The largest difference seen between predicted and measured peak was 440 bytes on small
-#: models, and 4,096 of 79 million on a large one (docs/use/eager.md).
-RESERVE_BYTES = 1024
-RESERVE_SHARE = 0.00005
-#: The share with convolutions and mixed dtypes, whose kernels' workspaces are only measured alone.
-INEXACT_SHARE = 0.001
 
 
 def plan_eager(
@@ -63,25 +58,30 @@ def plan_eager(
         InfeasibleBudgetError: no plan fits the budget.
         InvalidBudgetError: the budget is no amount of memory.
     """
-    trace = traced(model, args, loss_fn)
-    problem = described(trace, times=goal.cost == "measured")
+    kernels = Kernels()
+    trace = traced(model, args, loss_fn, kernels=kernels)
+    problem = described(trace, times=goal.cost == "measured", kernels=kernels)
+    warn_of_unmeasured(kernels)
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
-    solution = _solved(problem, plain.peak_bytes, budget_bytes, _reserve_share(trace))
+    solution = _solved(problem, plain.peak_bytes, budget_bytes)
     asked = Asked("open to the solver", policy, None, goal, budget_bytes)
     return _Writer(trace, problem, solution).plan(asked, eager_signature(model, args), plain)
 
 
-def described(trace: EagerTrace, times: bool = False) -> EagerProblem:
-    """A recorded step as a problem; kernels with a workspace are run once, alone.
+def described(
+    trace: EagerTrace, times: bool = False, kernels: Kernels | None = None
+) -> EagerProblem:
+    """A recorded step as a problem; kernels that may have a workspace are run once, alone.
 
     Args:
         trace: the record.
         times: whether kernels are timed as well.
+        kernels: what measures them.
     """
     what = WORKSPACE_AND_TIME if times else WORKSPACE
     calls = list(dict.fromkeys(op.call for op in trace.ops))
-    return eager_problem(trace, Kernels().facts(calls, what))
+    return eager_problem(trace, (kernels or Kernels()).facts(calls, what))
 
 
 def traced(
@@ -89,6 +89,7 @@ def traced(
     args: tuple[Any, ...],
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
+    kernels: Kernels | None = None,
 ) -> EagerTrace:
     """The record of a step (:func:`ckpt_pass.eager.trace.trace_step`).
 
@@ -97,37 +98,17 @@ def traced(
         NothingToDifferentiateError: there is no backward.
     """
     try:
-        return trace_step(model, args, loss_fn, kwargs)
+        return trace_step(model, args, loss_fn, kwargs, kernels)
     except CkptPassError:
         raise
     except Exception as error:  # whatever the model's own code raises, with the place
         raise untraceable(model, error) from error
 
 
-def _reserve_share(trace: EagerTrace) -> float:
-    """What share of a budget is kept free for a step."""
-    calls = {op.call for op in trace.ops}
-    dtypes = {
-        tensor.dtype
-        for call in calls
-        for tensor in output_tensors(call.meta.get("val"))
-        if tensor.dtype.is_floating_point
-    }
-    targets = [call.target for call in calls if callable(call.target)]
-    convolves = any(classify(target) is OpClass.CONVOLUTION for target in targets)
-    return INEXACT_SHARE if convolves or len(dtypes) > 1 else RESERVE_SHARE
-
-
-def _solved(
-    problem: EagerProblem, plain_bytes: int, budget_bytes: int, share: float
-) -> EagerSolution:
+def _solved(problem: EagerProblem, plain_bytes: int, budget_bytes: int) -> EagerSolution:
     if plain_bytes <= budget_bytes:
         return EagerSolution(EagerPlan(), problem.simulate(EagerPlan()), 1)
-    try:
-        return solve_eager(problem, max(int(budget_bytes * (1 - share)) - RESERVE_BYTES, 1))
-    except InfeasibleBudgetError as error:
-        least = error.least_feasible_bytes + RESERVE_BYTES + 1
-        raise InfeasibleBudgetError(budget_bytes, math.ceil(least / (1 - share))) from None
+    return solve_eager(problem, budget_bytes)
 
 
 class _Writer:

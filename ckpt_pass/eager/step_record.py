@@ -14,11 +14,12 @@ NEVER = 1 << 60
 
 @dataclass
 class StorageRecord:
-    """A storage that an op of the step allocated."""
+    """A storage that an op of the step allocated, or autograd for its graph (``of_graph``)."""
 
     nbytes: int
     born: int
     dies: int = NEVER
+    of_graph: bool = False
 
 
 @dataclass
@@ -61,6 +62,7 @@ class CallRecord:
         ops, values: the ops and saved values inside, as ranges.
         trains: whether all of it is in training mode.
         outputs: the storages that it returned.
+        given: those among its arguments, of which a region holds all, used or not.
     """
 
     name: str
@@ -69,6 +71,7 @@ class CallRecord:
     values: tuple[int, int]
     trains: bool
     outputs: tuple[int, ...] = ()
+    given: tuple[int, ...] = ()
 
 
 @dataclass

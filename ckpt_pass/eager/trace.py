@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -31,10 +31,14 @@ from ckpt_pass.eager.trace_ops import (
     described,
     is_dense,
     statistics_of,
+    storage_ids,
     with_known_shape,
+    with_real_looks,
 )
 from ckpt_pass.graph.capture import no_gradient
-from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
+from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD
+from ckpt_pass.graph.kernels import Kernels
+from ckpt_pass.ops.taxonomy import OpClass, classify, draws_random, never_recompute, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
 
@@ -43,14 +47,20 @@ from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_ten
 _SAVING_NUMBERS = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
 _NUMBER_BYTES = 8
 
+MadeBy: TypeAlias = tuple[fx.Node, int]
+"""The call that made a value, and which of its outputs that is."""
+
 
 def trace_step(
     model: nn.Module,
     args: tuple[Any, ...],
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
+    kernels: Kernels | None = None,
 ) -> EagerTrace:
     """Record forward and backward of ``loss_fn(model(*args, **kwargs))`` on fake tensors.
+
+    What kernels return is made to look as it really does: some are run for that, on made-up data.
 
     Raises:
         NothingToDifferentiateError: there is no backward.
@@ -62,7 +72,7 @@ def trace_step(
     forward looks at other values, it is run once for real (:mod:`ckpt_pass.eager.answers`); the
     record is of the way that it goes with these inputs.
     """
-    step = _Step(model, args, loss_fn, dict(kwargs or {}))
+    step = _Step(model, args, loss_fn, dict(kwargs or {}), kernels or Kernels())
     try:
         return step.recorded(None)
     except autograd.NO_VALUES:
@@ -78,6 +88,7 @@ class _Step:
     args: tuple[Any, ...]
     loss_fn: Callable[[Any], torch.Tensor] | None
     kwargs: Mapping[str, Any]
+    kernels: Kernels
 
     def recorded(self, answers: Answers | None) -> EagerTrace:
         """The record of the step on fake tensors."""
@@ -93,7 +104,7 @@ class _Step:
         inputs = tree_map_only(torch.Tensor, fake, (self.args, self.kwargs))
         moved = statistics_of(self.model)
         statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
-        recorder = Recorder(self.model, mode, statistics, answers)
+        recorder = Recorder(self.model, mode, statistics, self.kernels, answers)
         with torch.random.fork_rng(devices=[]):
             return recorder.record(lambda: self._run({**parameters, **buffers}, inputs))
 
@@ -119,11 +130,14 @@ def _is_number(tensor: torch.Tensor) -> bool:
 class _Packed:
     """What autograd holds instead of a value; tells when it lets go."""
 
-    __slots__ = ("number", "recorder", "spec")
+    __slots__ = ("made_by", "number", "recorder", "spec")
 
-    def __init__(self, recorder: Recorder, number: int, value: torch.Tensor) -> None:
+    def __init__(
+        self, recorder: Recorder, number: int, value: torch.Tensor, made_by: MadeBy | None
+    ) -> None:
         self.recorder = recorder
         self.number = number
+        self.made_by = made_by
         self.spec = (tuple(value.shape), value.stride(), value.dtype, value.device)
 
     def __del__(self) -> None:
@@ -139,11 +153,14 @@ class Recorder(TorchDispatchMode):
         self,
         model: nn.Module,
         fakes: Any,
-        statistics: frozenset[int] = frozenset(),
+        statistics: frozenset[int],
+        kernels: Kernels,
         answers: Answers | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._kernels = kernels
         self._answers = answers
+        self._opaque: dict[int, MadeBy] = {}
         self._fakes = fakes
         self._statistics = statistics
         self._model = model
@@ -214,13 +231,19 @@ class Recorder(TorchDispatchMode):
             call = self.trace.calls[self._open.pop()]
             call.ops = (call.ops[0], self.moment)
             call.values = (call.values[0], len(self.trace.saved))
-            tensors = [t for t in tree_flatten(output)[0] if isinstance(t, torch.Tensor)]
-            keys = {t.untyped_storage()._cdata for t in tensors}
-            call.outputs = tuple(sorted(self._live[key] for key in keys & self._live.keys()))
+            call.outputs = self._storages(output)
+
+        def note_arguments(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.trace.calls[self._open[-1]].given = self._storages((args, kwargs))
 
         handles = [
             register_module_forward_pre_hook(enter),
             register_module_forward_hook(leave, always_call=True),
+            # Hooks on all modules at once are not told keyword arguments.
+            *(
+                part.register_forward_pre_hook(note_arguments, with_kwargs=True, prepend=True)
+                for part in self._model.modules()
+            ),
         ]
         try:
             yield
@@ -228,10 +251,16 @@ class Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    def _storages(self, value: Any) -> tuple[int, ...]:
+        """The storages of the step among the tensors of a value."""
+        keys = storage_ids(t for t in tree_flatten(value)[0] if isinstance(t, torch.Tensor))
+        return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
+
     def _pack(self, value: torch.Tensor) -> _Packed:
-        storage = self._live.get(value.untyped_storage()._cdata, -1)
+        storages = functorch.storages_of(value)
+        storage = self._live.get(storages[0]._cdata, -1) if storages else -1
         self.trace.saved.append(SavedRecord(storage, self.moment))
-        return _Packed(self, len(self.trace.saved) - 1, value)
+        return _Packed(self, len(self.trace.saved) - 1, value, self._origin(value))
 
     def _unpack(self, packed: _Packed) -> torch.Tensor:
         self.trace.asked.setdefault(packed.number, self.moment)
@@ -239,9 +268,18 @@ class Recorder(TorchDispatchMode):
         self._resting = True  # the value is described again, not allocated
         try:
             with self._fakes:
-                return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
         finally:
             self._resting = False
+        if packed.made_by is not None:
+            self._note_opaque(value, packed.made_by)
+        return value
+
+    def _note_opaque(self, value: torch.Tensor, made_by: MadeBy) -> None:
+        """Remember, while it lives, which call made a value whose bytes only kernels can read."""
+        storage = value.untyped_storage()
+        self._opaque[storage._cdata] = made_by
+        weakref.finalize(storage, self._opaque.pop, storage._cdata, None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -252,7 +290,7 @@ class Recorder(TorchDispatchMode):
         if self._backward and self._adds_up(func, args, kwargs):
             func = torch.ops.aten.add_.Tensor
         given = [t for t in output_tensors((*args, *kwargs.values()))]
-        known = {t.untyped_storage()._cdata for t in given}
+        known = storage_ids(given)
         uses = tuple(sorted({self._live[key] for key in known if key in self._live}))
         changes = tuple(self._changed(func, args, kwargs))
         site = self._site(func)
@@ -262,10 +300,13 @@ class Recorder(TorchDispatchMode):
         output = self._run(func, args, kwargs, given)
         if not self._backward and func in _SAVING_NUMBERS:
             numbers = sum(isinstance(value, (int, float)) for value in args)
-            self.trace.storages += [StorageRecord(_NUMBER_BYTES, index) for _ in range(numbers)]
+            self.trace.storages += [
+                StorageRecord(_NUMBER_BYTES, index, of_graph=True) for _ in range(numbers)
+            ]
         record = self.trace.ops[index]
-        record.makes = tuple(self._born(output, known, index))
         record.call = self._call(func, args, kwargs, output)
+        output = self._as_really(record.call, output, known)
+        record.makes = tuple(self._born(output, known, index))
         record.effects = self._has_effects(func, record, args, kwargs)
         return output
 
@@ -299,6 +340,30 @@ class Recorder(TorchDispatchMode):
             return answer
         return func(*args, **kwargs)
 
+    def _as_really(self, call: fx.Node, output: Any, known: set[int]) -> Any:
+        """An op's fake outputs, made to look as its kernel's do."""
+        self._resting = True
+        try:
+            with self._fakes:
+                found = with_real_looks(output, self._kernels.outputs(call), known)
+        finally:
+            self._resting = False
+        if found is not output:
+            call.meta["val"] = tree_map_only(torch.Tensor, self._copied, found)
+        if isinstance(found, (tuple, list)):
+            for index, value in enumerate(found):
+                if index and isinstance(value, torch.Tensor) and value.dtype is torch.uint8:
+                    self._note_opaque(value, (call, index))
+        return found
+
+    def _copied(self, value: torch.Tensor) -> torch.Tensor:
+        self._resting = True
+        try:
+            with self._fakes:
+                return copied(value)
+        finally:
+            self._resting = False
+
     @staticmethod
     def _adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the engine adds two gradients, the first of which it owns alone.
@@ -312,8 +377,10 @@ class Recorder(TorchDispatchMode):
         if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
             return False
         alike = first.shape == second.shape and first.dtype == second.dtype
-        alone = autograd.storage_holders(first.untyped_storage()) == 2
-        return alike and alone and is_dense(first)
+        if not alike or first.layout is not torch.strided or second.layout is not torch.strided:
+            return False
+        alone = autograd.storage_holders(functorch.storages_of(first)[0]) == 2
+        return alone and is_dense(first)
 
     def _site(self, func: Any) -> CallSite | None:
         if self._backward:
@@ -332,11 +399,12 @@ class Recorder(TorchDispatchMode):
                 for tensor in output_tensors(
                     value if isinstance(value, (list, tuple)) else [value]
                 ):
-                    yield self._live.get(tensor.untyped_storage()._cdata, -1)
+                    for storage in functorch.storages_of(tensor):
+                        yield self._live.get(storage._cdata, -1)
 
     def _born(self, output: Any, known: set[int], index: int) -> Iterator[int]:
-        for tensor in output_tensors(output):
-            storage = tensor.untyped_storage()
+        tensors = output_tensors(output)
+        for storage in (part for tensor in tensors for part in functorch.storages_of(tensor)):
             key = storage._cdata
             if key in known or key in self._live:
                 continue
@@ -366,12 +434,12 @@ class Recorder(TorchDispatchMode):
         if not never_recompute(func, record.call.args, record.call.kwargs):
             return False
         moved = changed_tensors(func, args, kwargs)
-        return not moved or any(t.untyped_storage()._cdata not in self._statistics for t in moved)
+        return not moved or not storage_ids(moved) <= self._statistics
 
     def _call(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
         """The node that stands for this call and all equal ones."""
         flat, spec = tree_flatten((args, kwargs))
-        key = (func, spec, tuple(described(value) for value in flat))
+        key = (func, spec, tuple((described(value), self._origin(value)) for value in flat))
         found = self._nodes.get(key)
         if found is None:
             self._resting = True
@@ -383,13 +451,23 @@ class Recorder(TorchDispatchMode):
             self._nodes[key] = found
         return found
 
+    def _origin(self, value: Any) -> MadeBy | None:
+        if not isinstance(value, torch.Tensor) or value.dtype is not torch.uint8:
+            return None
+        return self._opaque.get(value.untyped_storage()._cdata)
+
     def _node(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
         def placeholder(value: torch.Tensor) -> fx.Node:
             node = self._graph.placeholder(f"value_{len(self._graph.nodes)}")
             node.meta["val"] = copied(value)
+            made_by = self._origin(value)
+            if made_by is not None:
+                node.meta[MADE_BY] = made_by
             return node
 
         nodes = tree_map_only(torch.Tensor, placeholder, (args, kwargs))
         call = self._graph.call_function(func, *nodes)
         call.meta["val"] = tree_map_only(torch.Tensor, copied, output)
+        if classify(func) is OpClass.RECURRENT:
+            call.meta[WITH_GRAD] = torch.is_grad_enabled()
         return call

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map_only
 
+from ckpt_pass._torch import functorch
+from ckpt_pass.graph.kernel_cache import OutputFacts
 from ckpt_pass.policy.sites import output_tensors
 
 
@@ -33,6 +36,11 @@ def changed_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return found
 
 
+def storage_ids(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """What tells the memory behind tensors apart."""
+    return {s._cdata for tensor in tensors for s in functorch.storages_of(tensor)}
+
+
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor's elements fill its memory without overlap."""
     expected = 1
@@ -54,9 +62,43 @@ def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
 
 
+def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: set[int]) -> Any:
+    """Fake outputs, each in the place of one that looks otherwise than the kernel's.
+
+    Args:
+        output: what the rules for fake tensors say.
+        outputs: what the kernel returns; ``None`` where the rules are right.
+        known: the storages that were there before; what is in them stays as it is.
+    """
+    fakes = list(output_tensors(output))
+    if outputs is None or len(fakes) != len(outputs):
+        return output
+    real = iter(outputs)
+    same = True
+
+    def one(fake: torch.Tensor) -> torch.Tensor:
+        nonlocal same
+        found = next(real)
+        if found.storage_bytes is None or fake.untyped_storage()._cdata in known:
+            return fake
+        look = (found.size, found.stride, getattr(torch, found.dtype))
+        differs = look != (tuple(fake.shape), fake.stride(), fake.dtype)
+        if differs and (fake.numel() or found.storage_bytes):
+            same = False
+            size, stride, dtype = look
+            fake = torch.empty_strided(size, stride, dtype=dtype, device=fake.device)
+        if fake.untyped_storage().nbytes() != found.storage_bytes:
+            functorch.resize_fake_storage(fake, found.storage_bytes)
+        return fake
+
+    looks = tree_map_only(torch.Tensor, one, output)
+    return output if same else looks
+
+
 def described(value: Any) -> object:
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.stride(), value.dtype, value.device
+        stride = value.stride() if value.layout is torch.strided else value.layout
+        return tuple(value.shape), stride, value.dtype, value.device
     try:
         hash(value)
     except TypeError:
@@ -65,7 +107,9 @@ def described(value: Any) -> object:
 
 
 def copied(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same look with a storage of its own."""
+    """A tensor of the same look with a storage of its own; of a sparse one an empty one."""
+    if value.layout is not torch.strided:
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
     return torch.empty_strided(
         tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
     )

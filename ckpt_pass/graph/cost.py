@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import functorch
 from ckpt_pass.graph.joint import JointGraph, StorageKey
 from ckpt_pass.ops.flops import flop_formula
 from ckpt_pass.ops.taxonomy import op_name
@@ -157,8 +158,8 @@ def storage_sizes(value: Any) -> dict[StorageKey, int | torch.SymInt]:
     """The storages behind a node's value and the bytes of each."""
     found: dict[StorageKey, int | torch.SymInt] = {}
     for tensor in output_tensors(value):
-        storage = tensor.untyped_storage()
-        found[storage._cdata] = storage.nbytes()
+        for storage in functorch.storages_of(tensor):
+            found[storage._cdata] = storage.nbytes()
     return found
 
 

@@ -94,6 +94,18 @@ class JointGraph:
                 assert isinstance(producer, fx.Node)
                 self.regions[node] = self.regions.get(producer)
         self._owners = _storage_owners(self.nodes)
+        #: What the backward runs though no gradient needs it: it has an effect of its own.
+        self.backward_effects = [
+            node
+            for node in self.nodes
+            if node not in self.forward_set
+            and node.op == "call_function"
+            and node.is_impure(impure_random=False)
+            and (functorch.must_be_in_backward(node) or not is_epilogue(node))
+        ]
+        copies = [node for node in self.backward_effects if is_epilogue(node)]
+        #: What the backward writes into inputs at its end.
+        self.written_in_backward = [n for copy in copies for n in copy.all_input_nodes[1:]]
         #: What the caller holds from the end of the forward on: the bases of its outputs.
         self.returned = frozenset(self.owner(node) for node in self.forward_outputs)
 

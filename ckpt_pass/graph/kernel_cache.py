@@ -13,12 +13,14 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 #: Written into the file; a file of another layout is replaced.
-FORMAT = "ckpt_pass kernels 1"
+FORMAT = "ckpt_pass kernels 2"
 FILE_NAME = "kernels.json"
 #: Names another folder.
 ENVIRONMENT_VARIABLE = "CKPT_PASS_CACHE"
@@ -29,16 +31,34 @@ class KernelCacheWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
+class OutputFacts:
+    """A tensor that a kernel returned, as it really is.
+
+    Attributes:
+        dtype: its name, without ``torch.``.
+        storage_bytes: of the memory behind it, which may be more than its elements need; ``None``
+            where that is an argument's.
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    storage_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class KernelFacts:
     """What was measured of one call of a kernel; ``None`` where it was not asked for.
 
     Attributes:
         workspace_bytes: allocated while it runs, besides its outputs, at the worst moment.
         time_s: median seconds of a call.
+        outputs: the tensors that it returns, measured together with the workspace.
     """
 
     workspace_bytes: int | None = None
     time_s: float | None = None
+    outputs: tuple[OutputFacts, ...] | None = None
 
     def knows(self, what: frozenset[str]) -> bool:
         """Whether it answers all of ``what`` (``"workspace"``, ``"time"``)."""
@@ -47,9 +67,11 @@ class KernelFacts:
 
     def only(self, what: frozenset[str]) -> KernelFacts:
         """What answers ``what``, and nothing else."""
+        memory = "workspace" in what
         return KernelFacts(
-            self.workspace_bytes if "workspace" in what else None,
+            self.workspace_bytes if memory else None,
             self.time_s if "time" in what else None,
+            self.outputs if memory else None,
         )
 
     def joined(self, other: KernelFacts) -> KernelFacts:
@@ -57,6 +79,7 @@ class KernelFacts:
         return KernelFacts(
             self.workspace_bytes if other.workspace_bytes is None else other.workspace_bytes,
             self.time_s if other.time_s is None else other.time_s,
+            self.outputs if other.outputs is None else other.outputs,
         )
 
 
@@ -145,7 +168,7 @@ def _read(path: Path) -> tuple[Entries, str]:
 
 def _facts(value: Any) -> KernelFacts:
     """Check the numbers of one entry."""
-    if not isinstance(value, dict) or not value.keys() <= {"workspace_bytes", "time_s"}:
+    if not isinstance(value, dict) or not value.keys() <= {"workspace_bytes", "time_s", "outputs"}:
         raise ValueError(f"unknown entry {value!r}")
     workspace, time_s = value.get("workspace_bytes"), value.get("time_s")
     if workspace is not None and (type(workspace) is not int or workspace < 0):
@@ -154,7 +177,44 @@ def _facts(value: Any) -> KernelFacts:
         if type(time_s) not in (int, float) or not math.isfinite(time_s) or time_s < 0:
             raise ValueError(f"time_s {time_s!r}")
         time_s = float(time_s)
-    return KernelFacts(workspace, time_s)
+    outputs = value.get("outputs")
+    if (workspace is None) != (outputs is None):
+        raise ValueError("workspace_bytes without outputs, or outputs without")
+    return KernelFacts(workspace, time_s, None if outputs is None else outputs_of_json(outputs))
+
+
+def outputs_as_json(outputs: tuple[OutputFacts, ...]) -> list[list[Any]]:
+    """Outputs as plain lists: of whole numbers, a name, and a whole number or nothing."""
+    return [[list(o.size), list(o.stride), o.dtype, o.storage_bytes] for o in outputs]
+
+
+def outputs_of_json(value: Any) -> tuple[OutputFacts, ...]:
+    """The outputs that :func:`outputs_as_json` wrote.
+
+    Raises:
+        ValueError: it did not.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f"outputs {value!r}")
+    return tuple(map(_output, value))
+
+
+def _output(value: Any) -> OutputFacts:
+    if not isinstance(value, list) or len(value) != 4:
+        raise ValueError(f"output {value!r}")
+    size, stride, dtype, nbytes = value
+    numbers = [*size, *stride] if isinstance(size, list) and isinstance(stride, list) else [None]
+    numbers += [] if nbytes is None else [nbytes]
+    known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+    if not known or any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"output {value!r}")
+    return OutputFacts(tuple(size), tuple(stride), dtype, nbytes)
+
+
+def _as_json(facts: KernelFacts) -> dict[str, Any]:
+    known = {"workspace_bytes": facts.workspace_bytes, "time_s": facts.time_s}
+    found: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
+    return found if facts.outputs is None else found | {"outputs": outputs_as_json(facts.outputs)}
 
 
 def _write(path: Path, entries: Entries) -> None:
@@ -162,10 +222,7 @@ def _write(path: Path, entries: Entries) -> None:
     data = {
         "format": FORMAT,
         "environments": {
-            place: {
-                call: {name: v for name, v in asdict(facts).items() if v is not None}
-                for call, facts in sorted(calls.items())
-            }
+            place: {call: _as_json(facts) for call, facts in sorted(calls.items())}
             for place, calls in sorted(entries.items())
         },
     }
@@ -173,7 +230,7 @@ def _write(path: Path, entries: Entries) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
+            json.dump(data, file, separators=(",", ":"))
         os.replace(name, path)
     except OSError:
         Path(name).unlink(missing_ok=True)

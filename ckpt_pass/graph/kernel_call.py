@@ -8,8 +8,9 @@ the sizes of groups, is one case of many.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +24,12 @@ from ckpt_pass.policy.sites import optimization_hint, output_tensors
 
 #: Runs a kernel; returns its output and the storages of its inputs.
 Run: TypeAlias = Callable[[], tuple[Any, set[int]]]
+
+#: Where a placeholder that stands for an output of another call says so: (its node, which output).
+MADE_BY = "ckpt_pass_made_by"
+#: Where a node says that its kernel runs while gradients are enabled.
+WITH_GRAD = "ckpt_pass_with_grad"
+NOTHING: Mapping[fx.Node, Any] = MappingProxyType({})
 
 #: Arguments that split the rows of another into groups: they rise to the number of rows.
 OFFSET_ARGUMENTS = ("offs",)
@@ -47,6 +54,8 @@ class TensorSpec:
     Attributes:
         rows: of an offsets argument, what it rises to.
         statistic: whether it is a further output of an op with several, such as a saved mean.
+        source: what really makes it, and which output of that it is, where its bytes are opaque:
+            they mean something to the kernel that wrote them alone.
     """
 
     size: tuple[int, ...]
@@ -55,14 +64,20 @@ class TensorSpec:
     device: torch.device
     rows: int | None = None
     statistic: bool = False
+    source: tuple[Call, int] | None = None
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f" to {self.rows}"
+        made = "" if self.source is None else f" = {self.source[0]}#{self.source[1]}"
         name = str(self.dtype).removeprefix("torch.")
-        return f"{name}{list(self.size)}/{list(self.stride)}@{self.device.type}{rows}"
+        return f"{name}{list(self.size)}/{list(self.stride)}@{self.device.type}{rows}{made}"
 
     def make(self) -> torch.Tensor:
         """A tensor of these sizes and strides; elements overlap where strides make them."""
+        if self.source is not None:
+            call, index = self.source
+            made: torch.Tensor = call.prepared()()[0][index]
+            return made
         extent = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True)) + 1
         count = extent if all(self.size) else 0
         flat = torch.empty(count, dtype=self.dtype, device=self.device)
@@ -81,16 +96,22 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Call:
-    """A call to be made: the op, and its arguments with :class:`TensorSpec` for tensors."""
+    """A call to be made: the op, and its arguments with :class:`TensorSpec` for tensors.
+
+    Attributes:
+        with_grad: whether gradients are enabled meanwhile; some kernels ask for that.
+    """
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     device: torch.device
+    with_grad: bool = False
 
     def __str__(self) -> str:
         named = [f"{name}={_text(value)}" for name, value in sorted(self.kwargs.items())]
-        return f"{op_name(self.target)}({', '.join([*map(_text, self.args), *named])})"
+        grad = " with gradients" if self.with_grad else ""
+        return f"{op_name(self.target)}({', '.join([*map(_text, self.args), *named])}){grad}"
 
     def with_wide_statistics(self) -> Call:
         """The same with saved statistics in fp32.
@@ -107,6 +128,25 @@ class Call:
         kwargs = {name: _mapped(value, widen) for name, value in self.kwargs.items()}
         return replace(self, args=_mapped(self.args, widen), kwargs=kwargs)
 
+    @property
+    def has_opaque_arguments(self) -> bool:
+        """Whether made-up bytes would stand for what only a kernel knows to read.
+
+        A ``uint8`` argument of a builtin backward or recurrent kernel is such, if nothing says
+        what makes it: a kernel that believes it may read anywhere.
+        """
+        return any(
+            spec.dtype is torch.uint8 and spec.source is None
+            for spec in _specs((self.args, dict(self.kwargs)))
+        )
+
+    @property
+    def has_whole_numbers(self) -> bool:
+        """Whether tensors of whole numbers or bytes are among the arguments."""
+        specs = _specs((self.args, dict(self.kwargs)))
+        floats = (spec.dtype.is_floating_point or spec.dtype.is_complex for spec in specs)
+        return not all(floats)
+
     def prepared(self) -> Run:
         """Make the inputs; return what runs the kernel on them, as often as one likes."""
         tensors: list[torch.Tensor] = []
@@ -120,7 +160,20 @@ class Call:
         args = _mapped(self.args, make)
         kwargs = {name: _mapped(value, make) for name, value in self.kwargs.items()}
         given = {tensor.untyped_storage()._cdata for tensor in tensors}
-        return lambda: (self.target(*args, **kwargs), given)
+
+        def run() -> tuple[Any, set[int]]:
+            with torch.set_grad_enabled(self.with_grad):
+                return self.target(*args, **kwargs), given
+
+        return run
+
+
+def _specs(value: Any) -> Iterator[TensorSpec]:
+    if isinstance(value, TensorSpec):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _specs(item)
 
 
 def _text(value: Any) -> str:
@@ -136,14 +189,19 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
-def call_of(node: fx.Node) -> Call:
+def call_of(node: fx.Node, really: Mapping[fx.Node, Any] = NOTHING) -> Call:
     """The call that a node stands for; symbolic sizes have their values at the traced shape.
+
+    Args:
+        node: with a fake tensor, or several, in ``meta["val"]``, as its arguments have.
+        really: tensors of any device that look as those of these nodes really do, where their
+            fake ones look otherwise.
 
     Raises:
         KernelError: an argument is none that can be made up.
     """
     assert callable(node.target)
-    read: Callable[[Any], Any] = functools.partial(_argument, node)
+    read: Callable[[Any], Any] = functools.partial(_argument, node, really)
     args: tuple[Any, ...] = _mapped(node.args, read)
     kwargs = {name: _mapped(value, read) for name, value in node.kwargs.items()}
     if isinstance(node.target, OpOverload):
@@ -153,10 +211,11 @@ def call_of(node: fx.Node) -> Call:
                 filled = replace(offsets, rows=_rows(args))
                 args = tuple(filled if value is offsets else value for value in args)
                 kwargs = {k: filled if v is offsets else v for k, v in kwargs.items()}
-    return Call(node.target, args, kwargs, _device(node, args, kwargs))
+    device = _device(node, args, kwargs)
+    return Call(node.target, args, kwargs, device, node.meta.get(WITH_GRAD, False))
 
 
-def _argument(node: fx.Node, argument: Any) -> Any:
+def _argument(node: fx.Node, really: Mapping[fx.Node, Any], argument: Any) -> Any:
     """What stands for an argument: a tensor's metadata, or a number at the traced shape."""
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
     if isinstance(value, torch.SymInt):
@@ -169,13 +228,25 @@ def _argument(node: fx.Node, argument: Any) -> Any:
         raise KernelError(node, f"its input {argument.name} is a {type(value).__name__}")
     if value.layout is not torch.strided or value.device.type == "meta":
         raise KernelError(node, f"its input {argument.name} is {value.layout} on {value.device}")
+    look = really.get(argument, value)
     return TensorSpec(
-        tuple(map(optimization_hint, value.shape)),
-        tuple(map(optimization_hint, value.stride())),
-        value.dtype,
+        tuple(map(optimization_hint, look.shape)),
+        tuple(map(optimization_hint, look.stride())),
+        look.dtype,
         value.device,
         statistic=is_multi_output_access(argument) and argument.args[1:] != (0,),
+        source=_source(argument, really) if look.dtype is torch.uint8 else None,
     )
+
+
+def _source(argument: fx.Node, really: Mapping[fx.Node, Any]) -> tuple[Call, int] | None:
+    """The call that makes an argument whose bytes only kernels know to read, and which output."""
+    made = argument.meta.get(MADE_BY)
+    if made is None and is_multi_output_access(argument):
+        made = argument.args
+    if made is None or made[1] == 0:
+        return None
+    return call_of(made[0], really), made[1]
 
 
 def _rows(args: tuple[Any, ...]) -> int:

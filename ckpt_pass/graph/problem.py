@@ -24,7 +24,7 @@ from ckpt_pass.graph.cost import (
     storage_sizes,
     workspace_size,
 )
-from ckpt_pass.graph.joint import JointGraph, StorageKey, is_multi_output_access
+from ckpt_pass.graph.joint import JointGraph, StorageKey, is_epilogue, is_multi_output_access
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.reinplace import makes_anew, overwritable_inputs
 from ckpt_pass.ops.taxonomy import draws_random, never_recompute
@@ -137,6 +137,7 @@ def build_problem(
             facts = kernels.get(node, NOT_MEASURED)
             ops.append(_op(joint, node, index, table, regions.of(node), facts))
     gradients = [node for node in joint.backward_outputs if node in index]
+    effects = [node for node in joint.backward_effects if node in index]
     returned = [node for node in joint.forward_outputs if node in index]
     # What writes into inputs, a buffer's copy_ say, runs whether or not an output needs it.
     impure = [n for n in joint.forward if n in index and n.is_impure(impure_random=False)]
@@ -145,7 +146,7 @@ def build_problem(
         storage_bytes=tuple(table.nbytes),
         forward_outputs=_union(table, returned),
         forward_roots=tuple(index[node] for node in dict.fromkeys([*returned, *impure])),
-        backward_outputs=tuple(index[node] for node in gradients),
+        backward_outputs=tuple(index[node] for node in dict.fromkeys([*gradients, *effects])),
         output_storages=_union(table, gradients),
         given=tuple(given),
     )
@@ -240,9 +241,12 @@ def _op(
     savable = forward and isinstance(value, torch.Tensor) and joint.owner(node) is node
     # What the caller holds anyway is saved for nothing.
     returned = savable and node in joint.returned and tag is not CheckpointPolicy.MUST_RECOMPUTE
+    needed = node.all_input_nodes
+    if is_epilogue(node) and not forward:  # nothing else may read what it overwrites
+        needed = [*needed, *joint.backward_outputs, *joint.written_in_backward]
     return Op(
         name=node.name,
-        inputs=tuple(index[s] for s in node.all_input_nodes if s in index and not is_size),
+        inputs=tuple(index[s] for s in dict.fromkeys(needed) if s in index and not is_size),
         makes=makes,
         holds=holds,
         touches=touches,

@@ -91,6 +91,12 @@ def overwritable_inputs(node: fx.Node) -> Iterator[fx.Node]:
                 yield source
 
 
+def is_elementwise(op: object) -> bool:
+    """Whether an op is one of those whose kernel goes element by element (``_ELEMENTWISE``)."""
+    variant = _variants().get(op) if isinstance(op, OpOverload) else None
+    return variant is not None and not variant[1]
+
+
 def makes_anew(node: fx.Node) -> bool:
     """Whether the memory of a node's result is surely its own, whatever its kernel does."""
     if node.op == "call_function" and node.target is operator.getitem:

@@ -51,11 +51,13 @@ class EagerStorage:
         nbytes: its size.
         born: the op that allocates it.
         dies: the moment from which only autograd may hold it (the end, where something else does).
+        of_graph: whether autograd's graph holds it itself, in a region until that is done with.
     """
 
     nbytes: int
     born: int
     dies: int
+    of_graph: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,7 @@ class _Table:
         self.nbytes = _ints(s.nbytes for s in problem.storages)
         self.born = _ints(s.born for s in problem.storages)
         self.dies = _ints(s.dies for s in problem.storages)
+        self.of_graph = np.array([s.of_graph for s in problem.storages], dtype=bool)
         known = [(i, v) for i, v in enumerate(problem.values) if v.storage >= 0]
         self.value_number = _ints(i for i, _ in known)
         self.value_storage = _ints(v.storage for _, v in known)
@@ -230,6 +233,8 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     again = (born_in >= 0) & ~kept
     length = int(before_op[count])
     begin2, end2, bytes2 = _second_lives(problem, table, again, born_in, starts)
+    held = np.nonzero(table.of_graph[bytes2])[0]
+    end2[held] = np.maximum(end2[held], before_death[done[born_in[bytes2[held]]]])
     order = np.full(len(problem.storages), -1, dtype=np.int64)
     order[bytes2] = np.arange(len(bytes2))
     dropped = own & ~kept[table.value_storage]

@@ -79,7 +79,8 @@ class Problem:
             (parameters, inputs).
         forward_outputs: storages that the caller holds from the end of the forward on.
         forward_roots: ops that the forward runs for its outputs, or to write into inputs.
-        backward_outputs: ops whose results are the gradients, in the order they are returned.
+        backward_outputs: ops whose results are the gradients, in the order they are returned, and
+            then those that the backward runs for an effect.
         output_storages: storages of the gradients, which live to the end.
         given: storages that the backward starts with besides what was saved: tangents.
     """
