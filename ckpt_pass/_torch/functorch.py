@@ -254,7 +254,7 @@ def traces_before_autograd() -> bool:
 
     Switching gradients off and on is a call that stays in the graph then.
     """
-    return torch._ops._get_dispatch_mode_pre_dispatch(_PROXY) is not None
+    return torch._ops.mode_stack_state_for_pre_dispatch().get(0) is not None
 
 
 def below_autograd_views() -> contextlib.AbstractContextManager[None]:

@@ -46,8 +46,10 @@ class Ambient:
     @classmethod
     def now(cls, devices: tuple[torch.device, ...]) -> Ambient:
         """Look around."""
-        kinds = ("cpu", *dict.fromkeys(device.type for device in devices))
-        known = tuple((kind, _autocast_state(kind)) for kind in kinds)
+        known: tuple[tuple[str, AutocastState], ...] = (("cpu", _autocast_state("cpu")),)
+        if devices:
+            kinds = dict.fromkeys(device.type for device in devices)
+            known = (*known, *((kind, _autocast_state(kind)) for kind in kinds))
         return cls(known, autograd.device_context())
 
     def restore(self, stack: contextlib.ExitStack) -> None:
@@ -75,6 +77,8 @@ class RandomState:
     @classmethod
     def now(cls, devices: tuple[torch.device, ...]) -> RandomState:
         """Read them."""
+        if not devices:
+            return cls(torch.default_generator.get_state(), ())
         read = tuple(
             (device, torch.get_device_module(device).get_rng_state(device)) for device in devices
         )
@@ -82,10 +86,12 @@ class RandomState:
 
     def differs(self, other: RandomState) -> bool:
         """Whether any random number was drawn between the two."""
+        if not torch.equal(self.cpu, other.cpu):
+            return True
+        if not self.devices:
+            return False
         pairs = zip(self.devices, other.devices, strict=True)
-        return not torch.equal(self.cpu, other.cpu) or any(
-            not torch.equal(mine, theirs) for (_, mine), (_, theirs) in pairs
-        )
+        return any(not torch.equal(mine, theirs) for (_, mine), (_, theirs) in pairs)
 
     def set(self) -> None:
         """Set the generators to it."""

@@ -311,12 +311,11 @@ class RecomputeMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in IGNORED:
-            return func(*args, **kwargs)
         if self._buffers and is_mutable(func):
             args = self._with_copies(func, args, kwargs)
         key = func if isinstance(func, OpOverload) else functorch.selective_key(func, args)
-        if not self._memory.counts(key) or is_cached_cast(func, args):
+        # What is ignored is never counted; asked first, since each look at an op takes time.
+        if not self._memory.counts(key) or func in IGNORED or is_cached_cast(func, args):
             return _run_again(func, args, kwargs)
         entry = self._memory.next(key)
         if entry is None:

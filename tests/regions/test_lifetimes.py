@@ -329,6 +329,26 @@ def test_nothing_stays(use: Callable[..., None], way: Way) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+def test_a_gradient_inside_draws_what_the_forward_drew(way: Way) -> None:
+    """Its values are made again while the forward still runs."""
+
+    def forces(x: Tensor) -> Tensor:
+        hidden = torch.dropout(torch.tanh(x @ WEIGHTS[0]), 0.5, True)
+        return torch.autograd.grad((hidden @ WEIGHTS[1]).square().sum(), x, create_graph=True)[0]
+
+    found = []
+    for each in (plain, way):
+        torch.manual_seed(0)
+        x = Watched().input()
+        with contextlib.suppress(ckpt_pass.BackwardTwiceError):
+            found.append(torch.autograd.grad(each(forces, x).square().sum(), [x, *WEIGHTS[:2]]))
+    if len(found) == 1:
+        assert way in KEEPING
+    else:
+        assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 def test_nothing_is_kept_between_forward_and_backward(way: Way) -> None:
     """Not what a gradient inside has made again either."""
     kept: dict[Way, int] = {}
