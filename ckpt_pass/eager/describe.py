@@ -148,7 +148,7 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
         return None
     ops = trace.ops[first:last]
     used = {storage for op in ops for storage in op.uses}
-    used |= {trace.saved[number].storage for number in inside}
+    used |= {trace.saved[number].storage for number in inside}.union(call.arguments)
     outside = sorted(s for s in used if s >= 0 and trace.storages[s].born < first)
     # What draws nothing in evaluation may do so in training, where the plan may be used.
     draws = any(op.draws for op in ops) or not call.trains

@@ -60,7 +60,8 @@ class Predictor:
         first, last = calls[segment[0]][0], calls[segment[-1]][0]
         ops, values = (first.ops[0], last.ops[1]), (first.values[0], last.values[1])
         trains = all(found[0].trains for found in calls.values())
-        return region_of(self.trace, CallRecord(segment[0], -1, ops, values, trains))
+        call = CallRecord(segment[0], -1, ops, values, trains, arguments=first.arguments)
+        return region_of(self.trace, call)
 
     def _calls(self, name: str) -> list[CallRecord]:
         return [call for call in self.trace.calls if call.name == name]

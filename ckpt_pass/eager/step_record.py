@@ -61,6 +61,7 @@ class CallRecord:
         ops, values: the ops and saved values inside, as ranges.
         trains: whether all of it is in training mode.
         outputs: the storages that it returned.
+        arguments: those that it was given; a region holds them, whether they are used or not.
     """
 
     name: str
@@ -69,6 +70,7 @@ class CallRecord:
     values: tuple[int, int]
     trains: bool
     outputs: tuple[int, ...] = ()
+    arguments: tuple[int, ...] = ()
 
 
 @dataclass

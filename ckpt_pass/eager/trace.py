@@ -214,19 +214,28 @@ class Recorder(TorchDispatchMode):
             call = self.trace.calls[self._open.pop()]
             call.ops = (call.ops[0], self.moment)
             call.values = (call.values[0], len(self.trace.saved))
-            tensors = [t for t in tree_flatten(output)[0] if isinstance(t, torch.Tensor)]
-            keys = {t.untyped_storage()._cdata for t in tensors}
-            call.outputs = tuple(sorted(self._live[key] for key in keys & self._live.keys()))
+            call.outputs = self._storages_of(output)
+
+        def given(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.trace.calls[self._open[-1]].arguments = self._storages_of((args, kwargs))
 
         handles = [
             register_module_forward_pre_hook(enter),
             register_module_forward_hook(leave, always_call=True),
+            # Hooks for all modules are not told of keywords.
+            *(m.register_forward_pre_hook(given, with_kwargs=True) for m in self._model.modules()),
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _storages_of(self, values: Any) -> tuple[int, ...]:
+        """The storages of the step among some values."""
+        tensors = [t for t in tree_flatten(values)[0] if isinstance(t, torch.Tensor)]
+        keys = {t.untyped_storage()._cdata for t in tensors}
+        return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
 
     def _pack(self, value: torch.Tensor) -> _Packed:
         storage = self._live.get(value.untyped_storage()._cdata, -1)
