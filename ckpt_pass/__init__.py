@@ -17,6 +17,7 @@ from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
 from ckpt_pass.compile.replan import InductorPeakWarning as InductorPeakWarning
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError
+from ckpt_pass.eager.answers import OtherPathError as OtherPathError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
