@@ -1,4 +1,4 @@
-"""Eager plans of models whose Python looks at values: planned, met, and the model left as it was."""
+"""Eager plans of models whose Python looks at values; planning leaves the model as it was."""
 
 from __future__ import annotations
 
