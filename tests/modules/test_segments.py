@@ -8,7 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
+from torch import nn
 
+import ckpt_pass
 from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.modules.optimal import LayerProfileError, plan_segments
 from ckpt_pass.modules.segments import (
@@ -170,3 +173,48 @@ def test_bad_profiles() -> None:
         plan_segments([LayerProfile("a", -1, 1)], 10)
     with pytest.raises(InfeasibleBudgetError):
         plan_segments([LayerProfile("a", 5, 1)], 0)
+
+
+# --- few layers, and bare ones --------------------------------------------------------------
+
+
+def bare(depth: int, activation: type[nn.Module]) -> nn.Sequential:
+    return nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(32, 32), activation())))
+
+
+def peak_of(model: nn.Module, placement: str) -> int:
+    x = torch.randn(512, 32)
+    with ckpt_pass.applied(model, placement):
+        step = ckpt_pass.measure_step(lambda: model(x).square().mean(), repeats=1)
+    return step.peak_bytes
+
+
+def test_few_layers_are_never_one_segment() -> None:
+    counts = [optimal_segment_count(n, activation_bytes=0) for n in (2, 3, 4, 5, 6, 8, 12, 16)]
+    assert counts == [2, 3, 2, 3, 3, 4, 4, 4]
+    model = nn.Sequential(*(bare(2, nn.GELU) for _ in range(2)))
+    assert peak_of(model, "sqrt-segments") < 0.75 * peak_of(model, "none")
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+@pytest.mark.parametrize("placement", ["all", "sqrt-segments"])
+def test_bare_layers_are_cut_together(activation: type[nn.Module], placement: str) -> None:
+    model = bare(6, activation)
+    assert peak_of(model, placement) <= 0.65 * peak_of(model, "none")
+    choice = ckpt_pass.as_placement(placement).choose(model)
+    assert [segment.names[0] for segment in choice.segments] == ["0", "6"]
+    assert "bare layers" in str(choice)
+
+
+def test_blocks_among_bare_layers_are_regions_of_their_own() -> None:
+    model = nn.Sequential(
+        nn.Linear(8, 8),
+        bare(1, nn.GELU),
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.Linear(8, 8),
+    )
+    choice = ckpt_pass.AllLayers().choose(model)
+    assert [segment.names for segment in choice.segments] == [("1",), ("2", "3", "4", "5")]
+    assert not choice.modules[0].inside and "as much as it frees" in choice.modules[0].why

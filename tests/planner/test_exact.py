@@ -340,3 +340,13 @@ def test_what_it_cannot_describe_is_named() -> None:
     problem = Problem(ops, (1, 1, 1), (1,), (1,), (2,), (2,))
     with pytest.raises(UnsupportedProblemError, match=r"Op 1 \(b\) holds storages that others"):
         Contracted.of(problem)
+
+
+@given(problem=steps(), above=st.sampled_from([0, 1, 1 << 40]))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_known_peak_spares_the_search_and_changes_nothing(problem: Problem, above: int) -> None:
+    try:
+        least = least_peak(problem)
+    except UnsupportedProblemError:
+        return
+    assert least_peak(problem, known_bytes=least + above) == least

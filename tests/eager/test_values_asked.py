@@ -1,0 +1,123 @@
+"""Eager plans of models whose Python looks at values; planning leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_pass
+
+
+class Asking(nn.Module):
+    """Layers, a norm with statistics and dropout; subclasses look at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(3)
+        )
+        self.norm, self.dropout = nn.BatchNorm1d(16), nn.Dropout(0.1)
+
+    def look(self, x: Tensor, number: int) -> bool:
+        return True
+
+    def pick(self, x: Tensor, labels: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            if self.look(x, number):
+                x = x + layer(x)
+        return self.pick(self.dropout(self.norm(x)), labels).square().mean()
+
+
+class Finite(Asking):
+    def look(self, x: Tensor, number: int) -> bool:
+        return bool(x.isfinite().all())
+
+
+class DropsLayers(Asking):
+    def look(self, x: Tensor, number: int) -> bool:
+        return bool(torch.rand([]) < 0.7)
+
+
+class PicksRows(Asking):
+    def pick(self, x: Tensor, labels: Tensor) -> Tensor:
+        return x[labels > 3]
+
+
+class PicksByValue(Asking):
+    def pick(self, x: Tensor, labels: Tensor) -> Tensor:
+        return x[(x.sum(-1) > 0).nonzero()[:, 0]] / (labels.max().item() + 1)
+
+
+class Masked(Asking):
+    def __init__(self, boolean: bool = False) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.boolean = boolean
+
+    def pick(self, x: Tensor, labels: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(len(x))
+        masked: Tensor = self.encoder(x[None], mask=mask.isinf() if self.boolean else mask)
+        return masked
+
+
+class Counting(Asking):
+    """Goes another way each time that it is called."""
+
+    calls = 0
+
+    def look(self, x: Tensor, number: int) -> bool:
+        self.calls += 1
+        return self.calls % 2 == 0 or bool(x.sum() > -1e9)
+
+
+def step(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    torch.manual_seed(3)
+    model.zero_grad()
+    model(x, labels).backward()
+    return tuple(torch.zeros(()) if p.grad is None else p.grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [Finite, DropsLayers, PicksRows, PicksByValue, Masked, lambda: Masked(boolean=True)],
+)
+def test_the_plan_is_made_and_met(build: type[Asking]) -> None:
+    torch.manual_seed(0)
+    model, x, labels = build(), torch.randn(96, 16), torch.arange(96) % 7
+    x.requires_grad_()
+    before = copy.deepcopy(dict(model.state_dict()))
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    plan = ckpt_pass.plan(model, x, labels, budget=0.75, mode="eager")
+    assert torch.equal(state, torch.get_rng_state()) and plan.regions
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()) and x.grad is None
+
+    plain = step(copy.deepcopy(model), x.detach(), labels)
+    with plan.applied(model):
+        torch.manual_seed(3)
+        measured = ckpt_pass.measure_step(lambda: model(x, labels), repeats=1)
+        model.load_state_dict(before)
+        ours = step(model, x.detach(), labels)
+    assert plan.budget_bytes is not None and measured.peak_bytes <= plan.budget_bytes
+    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+
+
+def test_a_mask_that_no_layer_reads_counts_while_regions_hold_it() -> None:
+    model, x, labels = Masked(), torch.randn(64, 16), torch.arange(64)
+    plan = ckpt_pass.plan(model, x, labels, budget=0.75, mode="eager")
+    with plan.applied(model):
+        measured = ckpt_pass.measure_step(lambda: model(x, labels), repeats=1)
+    assert abs(measured.peak_bytes - plan.peak_bytes) <= 256  # one mask is 16 kB
+
+
+def test_a_forward_that_goes_another_way_is_refused() -> None:
+    with pytest.raises(ckpt_pass.OtherPathError, match="takes the same way twice"):
+        ckpt_pass.plan(Counting(), torch.randn(8, 16), torch.arange(8), budget=0.9, mode="eager")
