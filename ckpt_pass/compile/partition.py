@@ -215,7 +215,11 @@ def split(
     """
     forward, backward, num_symbols = functorch.extract_forward_backward(
         joint.module,
-        [*saved.inputs, *(node for node in saved.handed if node not in saved.inputs), *saved.values],
+        [
+            *saved.inputs,
+            *(node for node in saved.handed if node not in saved.inputs),
+            *saved.values,
+        ],
         [*saved.symbols],
         [*saved.opaque],
         joint.num_fwd_outputs,

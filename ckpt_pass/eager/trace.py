@@ -28,8 +28,8 @@ from ckpt_pass.eager.trace_ops import (
     copied,
     described,
     is_dense,
-    storage_ids,
     statistics_of,
+    storage_ids,
     with_known_shape,
     with_real_looks,
 )
