@@ -82,7 +82,7 @@ def test_what_is_not_measured_allocates_what_its_fake_outputs_say(
 
 
 class Columns(nn.Module):
-    """Blocks whose kernels need more than their outputs, and a loss that is larger than it looks."""
+    """Blocks whose kernels need more than their outputs; a loss that is larger than it looks."""
 
     def __init__(self) -> None:
         super().__init__()
