@@ -74,7 +74,7 @@ def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: s
     if outputs is None or len(fakes) != len(outputs):
         return output
     real = iter(outputs)
-    same = True
+    same, given = True, set[int]()
 
     def one(fake: torch.Tensor) -> torch.Tensor:
         nonlocal same
@@ -82,13 +82,15 @@ def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: s
         if found.storage_bytes is None or fake.untyped_storage()._cdata in known:
             return fake
         look = (found.size, found.stride, getattr(torch, found.dtype))
-        differs = look != (tuple(fake.shape), fake.stride(), fake.dtype)
+        shared = fake.untyped_storage()._cdata in given  # two outputs of an LSTM's backward, say
+        differs = shared or look != (tuple(fake.shape), fake.stride(), fake.dtype)
         if differs and (fake.numel() or found.storage_bytes):
             same = False
             size, stride, dtype = look
             fake = torch.empty_strided(size, stride, dtype=dtype, device=fake.device)
         if fake.untyped_storage().nbytes() != found.storage_bytes:
             functorch.resize_fake_storage(fake, found.storage_bytes)
+        given.add(fake.untyped_storage()._cdata)
         return fake
 
     looks = tree_map_only(torch.Tensor, one, output)

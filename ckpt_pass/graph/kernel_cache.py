@@ -62,7 +62,7 @@ class KernelFacts:
 
     def knows(self, what: frozenset[str]) -> bool:
         """Whether it answers all of ``what`` (``"workspace"``, ``"time"``)."""
-        lacks_workspace = "workspace" in what and self.workspace_bytes is None
+        lacks_workspace = "workspace" in what and None in (self.workspace_bytes, self.outputs)
         return not (lacks_workspace or ("time" in what and self.time_s is None))
 
     def only(self, what: frozenset[str]) -> KernelFacts:
@@ -178,8 +178,6 @@ def _facts(value: Any) -> KernelFacts:
             raise ValueError(f"time_s {time_s!r}")
         time_s = float(time_s)
     outputs = value.get("outputs")
-    if (workspace is None) != (outputs is None):
-        raise ValueError("workspace_bytes without outputs, or outputs without")
     return KernelFacts(workspace, time_s, None if outputs is None else outputs_of_json(outputs))
 
 
