@@ -136,10 +136,12 @@ from ckpt_pass.errors import ConfigKeyError as ConfigKeyError
 from ckpt_pass.errors import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.errors import ContradictoryTagsError as ContradictoryTagsError
 from ckpt_pass.errors import DeterminismCheckError as DeterminismCheckError
+from ckpt_pass.errors import EndedRecomputationError as EndedRecomputationError
 from ckpt_pass.errors import EstimateArgumentError as EstimateArgumentError
 from ckpt_pass.errors import GradientMismatchError as GradientMismatchError
 from ckpt_pass.errors import InactiveRegionsWarning as InactiveRegionsWarning
 from ckpt_pass.errors import InductorPeakWarning as InductorPeakWarning
+from ckpt_pass.errors import InexpressibleError as InexpressibleError
 from ckpt_pass.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.errors import InvalidBudgetError as InvalidBudgetError
 from ckpt_pass.errors import InvalidRuleError as InvalidRuleError
@@ -159,6 +161,7 @@ from ckpt_pass.errors import NothingChosenError as NothingChosenError
 from ckpt_pass.errors import NothingCompiledError as NothingCompiledError
 from ckpt_pass.errors import NothingRecordedError as NothingRecordedError
 from ckpt_pass.errors import NothingToDifferentiateError as NothingToDifferentiateError
+from ckpt_pass.errors import OtherPathError as OtherPathError
 from ckpt_pass.errors import PlacementError as PlacementError
 from ckpt_pass.errors import PlanFileError as PlanFileError
 from ckpt_pass.errors import PlanMismatchError as PlanMismatchError
@@ -178,6 +181,7 @@ from ckpt_pass.errors import StrategyError as StrategyError
 from ckpt_pass.errors import SweepArgumentError as SweepArgumentError
 from ckpt_pass.errors import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.errors import UnclassifiedOpWarning as UnclassifiedOpWarning
+from ckpt_pass.errors import UncoveredBudgetWarning as UncoveredBudgetWarning
 from ckpt_pass.errors import UnknownCostError as UnknownCostError
 from ckpt_pass.errors import UnknownDimensionError as UnknownDimensionError
 from ckpt_pass.errors import UnknownOptionError as UnknownOptionError

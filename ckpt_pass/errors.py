@@ -11,6 +11,7 @@ from typing import Any
 
 from ckpt_pass._errors import CkptPassError as CkptPassError
 from ckpt_pass.compile.backend import UnknownOptionError as UnknownOptionError
+from ckpt_pass.compile.breaks import UncoveredBudgetWarning as UncoveredBudgetWarning
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
 from ckpt_pass.compile.replan import InductorPeakWarning as InductorPeakWarning
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
@@ -19,6 +20,7 @@ from ckpt_pass.distributed import NoProcessGroupError as NoProcessGroupError
 from ckpt_pass.distributed import PlansDivergeError as PlansDivergeError
 from ckpt_pass.distributed import RankMissingError as RankMissingError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
+from ckpt_pass.eager.answers import OtherPathError as OtherPathError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
@@ -56,6 +58,7 @@ from ckpt_pass.planner.solvers import InvalidTimeLimitError as InvalidTimeLimitE
 from ckpt_pass.planner.solvers import UnknownSolverError as UnknownSolverError
 from ckpt_pass.planner.solvers import WrongSolutionError as WrongSolutionError
 from ckpt_pass.plans.budget import InvalidBudgetError as InvalidBudgetError
+from ckpt_pass.plans.expressions import InexpressibleError as InexpressibleError
 from ckpt_pass.plans.goal import UnknownCostError as UnknownCostError
 from ckpt_pass.plans.schema import PlanFileError as PlanFileError
 from ckpt_pass.plans.signature import PlanMismatchError as PlanMismatchError
@@ -70,6 +73,7 @@ from ckpt_pass.regions.frame import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.regions.region import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.regions.region import MutatedActivationError as MutatedActivationError
 from ckpt_pass.regions.region import RecomputeMismatchError as RecomputeMismatchError
+from ckpt_pass.regions.saved_values import EndedRecomputationError as EndedRecomputationError
 from ckpt_pass.regions.wrapping import AlreadyAppliedError as AlreadyAppliedError
 from ckpt_pass.regions.wrapping import NotAppliedError as NotAppliedError
 from ckpt_pass.regions.wrapping import SegmentError as SegmentError
