@@ -141,7 +141,6 @@ from ckpt_pass.errors import EstimateArgumentError as EstimateArgumentError
 from ckpt_pass.errors import GradientMismatchError as GradientMismatchError
 from ckpt_pass.errors import InactiveRegionsWarning as InactiveRegionsWarning
 from ckpt_pass.errors import InductorPeakWarning as InductorPeakWarning
-from ckpt_pass.errors import InexpressibleError as InexpressibleError
 from ckpt_pass.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.errors import InvalidBudgetError as InvalidBudgetError
 from ckpt_pass.errors import InvalidRuleError as InvalidRuleError

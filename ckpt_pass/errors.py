@@ -21,8 +21,8 @@ from ckpt_pass.distributed import PlansDivergeError as PlansDivergeError
 from ckpt_pass.distributed import RankMissingError as RankMissingError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
-from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
+from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.graph.kernel_cache import KernelCacheWarning as KernelCacheWarning
 from ckpt_pass.graph.kernel_call import KernelError as KernelError
@@ -58,7 +58,6 @@ from ckpt_pass.planner.solvers import InvalidTimeLimitError as InvalidTimeLimitE
 from ckpt_pass.planner.solvers import UnknownSolverError as UnknownSolverError
 from ckpt_pass.planner.solvers import WrongSolutionError as WrongSolutionError
 from ckpt_pass.plans.budget import InvalidBudgetError as InvalidBudgetError
-from ckpt_pass.plans.expressions import InexpressibleError as InexpressibleError
 from ckpt_pass.plans.goal import UnknownCostError as UnknownCostError
 from ckpt_pass.plans.schema import PlanFileError as PlanFileError
 from ckpt_pass.plans.signature import PlanMismatchError as PlanMismatchError
