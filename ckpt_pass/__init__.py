@@ -18,6 +18,7 @@ from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWa
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
+from ckpt_pass.graph.capture import SeveralGraphsError as SeveralGraphsError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.graph.shapes import Dimension as Dimension
 from ckpt_pass.graph.shapes import SizeError as SizeError
@@ -152,6 +153,7 @@ from ckpt_pass.report.strategy_table import UnknownStrategyError as UnknownStrat
 from ckpt_pass.report.sweeps import SweepRow as SweepRow
 from ckpt_pass.tools.ahead import NothingCompiledError as NothingCompiledError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError
+from ckpt_pass.tools.ahead import StepArgumentError as StepArgumentError
 from ckpt_pass.tools.ahead import explain as explain
 from ckpt_pass.tools.ahead import plan as plan
 from ckpt_pass.tools.ahead import saved_activations as saved_activations

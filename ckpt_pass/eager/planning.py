@@ -46,12 +46,13 @@ def plan_eager(
     policy: Policy,
     goal: Goal,
     loss_fn: Callable[[Any], torch.Tensor] | None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Plan a step of ``loss_fn(model(*args))`` in eager mode.
+    """Plan a step of ``loss_fn(model(*args, **kwargs))`` in eager mode.
 
     Args:
         model: the module; its forward runs once, on fake tensors.
-        args: its arguments.
+        args, kwargs: its arguments.
         policy: recorded in the plan; every safe recomputation is open.
         goal: the budget; its solver is not used, the eager one is.
         loss_fn: applied to the model's output, where that is no loss.
@@ -62,13 +63,13 @@ def plan_eager(
         InfeasibleBudgetError: no plan fits the budget.
         InvalidBudgetError: the budget is no amount of memory.
     """
-    trace = traced(model, args, loss_fn)
+    trace = traced(model, args, loss_fn, kwargs)
     problem = described(trace, times=goal.cost == "measured")
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     solution = _solved(problem, plain.peak_bytes, budget_bytes, _reserve_share(trace))
     made = _Writer(trace, problem, solution).plan(policy, goal, budget_bytes, plain)
-    return replace(made, signature=eager_signature(model, args))
+    return replace(made, signature=eager_signature(model, args, kwargs))
 
 
 def described(trace: EagerTrace, times: bool = False) -> EagerProblem:

@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ckpt_pass._torch import autograd, functorch
+from ckpt_pass._torch import ahead, autograd
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
     changed_tensors,
@@ -32,6 +32,8 @@ from ckpt_pass.eager.trace_ops import (
     with_known_shape,
 )
 from ckpt_pass.graph.capture import no_gradient
+from ckpt_pass.graph.holders import Reached
+from ckpt_pass.graph.untouched import untouched
 from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
@@ -53,26 +55,26 @@ def trace_step(
     Raises:
         NothingToDifferentiateError: there is no backward.
 
-    Parameters, gradients, buffers and the random state of the model stay as they are. Whole
-    numbers and masks that do not depend on parameters are real: models look at them (an attention
-    mask that masks nothing is left out), and would take another way if they were fake.
+    The model, its arguments and the random state stay as they are. Whole numbers and masks that do
+    not depend on parameters are real: models look at them (an attention mask that masks nothing is
+    left out), and would take another way if they were fake.
     """
-    mode = autograd.fake_mode()
+    named = dict(kwargs or {})
+    fakes = ahead.Fakes(Reached((model, loss_fn, args, named)).tensors)
 
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        return autograd.as_fake(mode, tensor) if _is_number(tensor) else tensor
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+        real = not (_is_number(tensor) or autograd.is_fake(tensor) or tensor.is_meta)
+        return tensor.detach().clone() if real else fakes(tensor)
 
-    fakes = {name: fake(parameter) for name, parameter in model.named_parameters()}
-    buffers = {name: fake(b) if _is_number(b) else b.clone() for name, b in model.named_buffers()}
-    inputs, named = tree_map_only(torch.Tensor, fake, (args, dict(kwargs or {})))
+    with untouched(model, loss_fn, args, named, stand_in=stand_in) as (_, _, inputs, others):
 
-    def step() -> Any:
-        output = functorch.call_with(model, {**fakes, **buffers}, inputs, named)
-        return loss_fn(output) if loss_fn is not None else output
+        def step() -> Any:
+            output = model(*inputs, **others)
+            return loss_fn(output) if loss_fn is not None else output
 
-    statistics = frozenset(buffers[n].untyped_storage()._cdata for n in statistics_of(model))
-    with torch.random.fork_rng(devices=[]):
-        return Recorder(model, mode, statistics).record(step)
+        buffers = dict(model.named_buffers())
+        statistics = frozenset(buffers[n].untyped_storage()._cdata for n in statistics_of(model))
+        return Recorder(model, fakes.mode, statistics).record(step)
 
 
 def _is_number(tensor: torch.Tensor) -> bool:
