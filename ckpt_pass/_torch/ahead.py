@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo import pgo
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
+
+from ckpt_pass._torch import compilers
 
 
 @dataclass(frozen=True)
@@ -171,24 +170,10 @@ def step_graphs(
     on fake tensors.
     """
     graphs = Graphs()
-    options: dict[str, Any] = {"backend": graphs, "dynamic": dynamic}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        options["isolate_recompiles"] = True  # the step's own compilations are another matter
     whole = contextlib.suppress(_Whole)
-    with whole, _disable_current_modes(), mode, _own_profile(), _resting_collector():
-        torch.compile(step, **options)(*args, **kwargs)
+    with whole, _disable_current_modes(), mode, compilers.own_profile(), _resting_collector():
+        compilers.compile_apart(step, graphs, dynamic)(*args, **kwargs)
     return graphs
-
-
-@contextlib.contextmanager
-def _own_profile() -> Iterator[None]:
-    """Let dynamo neither read nor write what it remembers of shapes between compilations."""
-    before = pgo._CODE_STATE, pgo._INIT_CODE_STATE
-    pgo._CODE_STATE, pgo._INIT_CODE_STATE = defaultdict(pgo.CodeState), None
-    try:
-        yield
-    finally:
-        pgo._CODE_STATE, pgo._INIT_CODE_STATE = before
 
 
 @contextlib.contextmanager
