@@ -78,10 +78,10 @@ class Graphs:
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         placeholders = tuple(gm.graph.find_nodes(op="placeholder"))
         examples = tuple(_example(node) for node in placeholders)
+        found = _joint_of(gm, inputs)  # may ask dynamo to begin anew, by an exception
         index = len(self.seen)
         self.seen.append(gm)
         self.runs.append(0)
-        found = _joint_of(gm, inputs)
         if found.module is not None:
             self.captured.append(Captured(found.module, found.options, placeholders, examples, gm))
         if index == 0 and _holds_the_step(gm):
