@@ -40,7 +40,8 @@ def untouched(
     reached = Reached(roots)
     grads = [(tensor, tensor.grad) for tensor in reached.tensors if tensor.is_leaf]
     flags = [(t, t.requires_grad) for t in reached.tensors if t.is_leaf]
-    copies = [_copied(tensor) for tensor in reached.tensors if values and _may_change(tensor)]
+    written = [tensor for tensor in reached.tensors if values and _may_change(tensor)]
+    copies = [(tensor, tensor.detach().clone()) for tensor in written]
     generators = [(generator, generator.get_state()) for generator in reached.generators]
     with random_state_restored():
         try:
@@ -60,8 +61,9 @@ def untouched(
             for tensor, flag in flags:
                 if tensor.requires_grad is not flag:
                     tensor.requires_grad_(flag)
-            for tensor, version, content in copies:
-                if tensor._version != version:
+            for tensor, content in copies:
+                # Not asked by version: batch normalisation writes its statistics without a trace.
+                if not torch.equal(tensor, content):
                     with torch.no_grad():
                         tensor.copy_(content)
             for generator, state in generators:
@@ -88,10 +90,6 @@ class _Once:
 def _may_change(tensor: torch.Tensor) -> bool:
     plain = not isinstance(tensor, torch.nn.Parameter) and tensor.layout is torch.strided
     return plain and tensor.device.type != "meta" and not tensor.is_inference()
-
-
-def _copied(tensor: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
-    return tensor, tensor._version, tensor.detach().clone()
 
 
 @contextlib.contextmanager
