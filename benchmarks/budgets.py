@@ -24,7 +24,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import ckpt_pass
 from benchmarks.common import Bar, BudgetRow, Cost, Result, torch_threads
-from ckpt_pass.compile.engine import read_joint
+from ckpt_pass.graph.joint import read_joint
 from ckpt_pass.graph.problem import build_problem
 from tests.zoo import Built, hf
 

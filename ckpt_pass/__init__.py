@@ -172,10 +172,12 @@ from ckpt_pass.errors import RecomputeMismatchError as RecomputeMismatchError
 from ckpt_pass.errors import ReentrantRegionError as ReentrantRegionError
 from ckpt_pass.errors import SegmentCountError as SegmentCountError
 from ckpt_pass.errors import SegmentError as SegmentError
+from ckpt_pass.errors import SeveralGraphsError as SeveralGraphsError
 from ckpt_pass.errors import SharedModuleError as SharedModuleError
 from ckpt_pass.errors import SharedModuleWarning as SharedModuleWarning
 from ckpt_pass.errors import SizeError as SizeError
 from ckpt_pass.errors import SnapshotError as SnapshotError
+from ckpt_pass.errors import StepArgumentError as StepArgumentError
 from ckpt_pass.errors import StrategyError as StrategyError
 from ckpt_pass.errors import SweepArgumentError as SweepArgumentError
 from ckpt_pass.errors import SymbolicBytesError as SymbolicBytesError

@@ -21,8 +21,9 @@ from ckpt_pass.distributed import PlansDivergeError as PlansDivergeError
 from ckpt_pass.distributed import RankMissingError as RankMissingError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
-from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
+from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
+from ckpt_pass.graph.capture import SeveralGraphsError as SeveralGraphsError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.graph.kernel_cache import KernelCacheWarning as KernelCacheWarning
 from ckpt_pass.graph.kernel_call import KernelError as KernelError
@@ -80,6 +81,7 @@ from ckpt_pass.regions.wrapping import UnknownRegionError as UnknownRegionError
 from ckpt_pass.report.strategy_rows import UnknownStrategyError as UnknownStrategyError
 from ckpt_pass.tools.ahead import NothingCompiledError as NothingCompiledError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError
+from ckpt_pass.tools.ahead import StepArgumentError as StepArgumentError
 from ckpt_pass.tools.fitting import UnknownDimensionError as UnknownDimensionError
 from ckpt_pass.tools.strategies import StrategyError as StrategyError
 from ckpt_pass.tools.sweeping import SweepArgumentError as SweepArgumentError

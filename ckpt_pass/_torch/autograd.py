@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
 )
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -120,17 +119,6 @@ def device_context() -> AbstractContextManager[Any] | None:
 def storage_holders(storage: torch.UntypedStorage) -> int:
     """How many tensors (and others) share a storage, the Python object itself not counted."""
     return int(torch._C._storage_Use_Count(storage._cdata))
-
-
-def fake_mode() -> AbstractContextManager[Any]:
-    """Fake tensors beside real ones, with static shapes."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def as_fake(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor that looks like a real one; a leaf where that is one."""
-    found: torch.Tensor = mode.from_tensor(tensor, static_shapes=True)
-    return found
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._dynamo import pgo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as functorch_config
@@ -158,6 +162,31 @@ def stock_backend(inner: str, memory_budget: float) -> Callable[..., CompiledFn]
     """Torch's own backend; ``activation_memory_budget`` is set only while it compiles."""
     patched = functorch_config.patch(activation_memory_budget=memory_budget)
     return cast(Callable[..., CompiledFn], patched(torch._dynamo.lookup_backend(inner)))
+
+
+def compile_apart(
+    step: Callable[..., Any], backend: Any, dynamic: bool | None
+) -> Callable[..., Any]:
+    """``torch.compile``, whose compilations do not count among the user's own of the same code.
+
+    Dynamo gives a function up after so many of them. Torch before 2.13 counts them all.
+    """
+    options: dict[str, Any] = {"backend": backend, "dynamic": dynamic}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    compiled: Callable[..., Any] = torch.compile(step, **options)
+    return compiled
+
+
+@contextlib.contextmanager
+def own_profile() -> Iterator[None]:
+    """Let dynamo neither read nor write what it remembers of shapes between compilations."""
+    before = pgo._CODE_STATE, pgo._INIT_CODE_STATE
+    pgo._CODE_STATE, pgo._INIT_CODE_STATE = defaultdict(pgo.CodeState), None
+    try:
+        yield
+    finally:
+        pgo._CODE_STATE, pgo._INIT_CODE_STATE = before
 
 
 def placeholder_source(node: fx.Node) -> str:

@@ -12,17 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-import torch.utils._pytree as pytree
 import torch.utils.checkpoint
 from torch import fx
 from torch._functorch import partitioners
 from torch._functorch._aot_autograd.functional_utils import _is_functional_graph
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.compile_utils import raise_getitems
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, is_sym_node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -168,68 +164,6 @@ def finish_partition(
         forward = thread(forward, is_backward=False)
         backward = thread(backward, is_backward=True)
     return forward, backward
-
-
-# --- capture --------------------------------------------------------------------------------
-
-
-def export_joint(
-    stack: contextlib.ExitStack, module: torch.nn.Module, args: tuple[Any, ...], dynamic: bool
-) -> tuple[fx.GraphModule, int]:
-    """Trace forward and backward of ``module`` with fake tensors, without dynamo.
-
-    Returns:
-        The functional joint graph, with descriptors on its inputs and outputs, and the number
-        of its forward outputs.
-    """
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with mode:
-        fake_args = pytree.tree_map_only(
-            torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=not dynamic), args
-        )
-    with _compiling():
-        joint = aot_export_joint_with_descriptors(
-            stack, module, fake_args, keep_inference_input_mutations=True
-        )
-    metadata = joint._aot_state.fw_metadata
-    # As AOTAutograd counts them before it partitions (``_aot_stage2a_partition``).
-    num_fwd_outputs = (
-        len(metadata.mutated_inp_runtime_indices)
-        + metadata.num_outputs
-        + metadata.num_intermediate_bases
-        + metadata.num_outputs_rng_offset
-        + len(metadata.tokens)
-    )
-    return joint.graph_module, int(num_fwd_outputs)
-
-
-def call_with(
-    module: torch.nn.Module,
-    tensors: dict[str, torch.Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any] | None = None,
-) -> Any:
-    """Call a module with other parameters and buffers, under all of their names.
-
-    ``torch.func.functional_call`` puts them back in the order in which it took them; of a module
-    with two names, the stand-in is put back last, and stays. The other order is right.
-    """
-    with _reparametrize_module(module, tensors, tie_weights=True, stack_weights=True):
-        return module(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _compiling() -> Iterator[None]:
-    """Let ``torch.compiler.is_compiling()`` say so, as torch does while it compiles.
-
-    Models ask it before they look at values, and take another branch.
-    """
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
 
 
 # --- tracing and dispatch modes -------------------------------------------------------------

@@ -24,7 +24,7 @@ from ckpt_pass.compile.partition import (
 from ckpt_pass.compile.record import Decided, record_plan, solver_rule
 from ckpt_pass.compile.replay import check_same_step, replay, signature_of
 from ckpt_pass.compile.tagging import Tag, tag
-from ckpt_pass.graph.joint import JointGraph, input_name
+from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.graph.labels import node_labels
 from ckpt_pass.graph.problem import build_problem
@@ -235,20 +235,6 @@ class Partitioner(compilers.CustomPartitionerFn):
         made = self.plan.fingerprint if self.plan is not None else None
         asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}"
         return f"ckpt_pass/{source_hash()}/{asked}/{made}"
-
-
-def read_joint(
-    module: fx.GraphModule,
-    num_fwd_outputs: int,
-    static_indices: Sequence[int],
-    regions: tuple[str, ...] | None,
-    input_names: Sequence[str],
-) -> JointGraph:
-    """Read a joint graph as AOTAutograd hands it over."""
-    primals = [n for n in module.graph.find_nodes(op="placeholder") if functorch.is_primal(n)]
-    names = {node.name: input_name(node, input_names) for node in primals}
-    static = tuple(primals[index] for index in static_indices if index < len(primals))
-    return JointGraph(module, num_fwd_outputs, names, static, regions)
 
 
 def is_plain_data(policy: Policy) -> bool:

@@ -205,7 +205,7 @@ def _below_a_mean(row: NDArray[np.float64], others: NDArray[np.float64]) -> bool
 
 
 def dimensions_of(joint: JointGraph) -> tuple[Dimension, ...]:
-    """The symbolic sizes of a graph's inputs, and where they are found."""
+    """The symbolic sizes of a graph's inputs in their order, and where they are found."""
     found: dict[sympy.Symbol, tuple[torch.SymInt, list[str]]] = {}
     for node in joint.primals:
         value = node.meta.get("val")
@@ -213,10 +213,7 @@ def dimensions_of(joint: JointGraph) -> tuple[Dimension, ...]:
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 name = f"{joint.input_names.get(node.name, node.name)} dim {place}"
                 found.setdefault(size.node.expr, (size, []))[1].append(name)
-    return tuple(
-        _dimension(symbol, size, places)
-        for symbol, (size, places) in sorted(found.items(), key=lambda item: str(item[0]))
-    )
+    return tuple(_dimension(symbol, size, places) for symbol, (size, places) in found.items())
 
 
 def _dimension(symbol: sympy.Symbol, size: torch.SymInt, places: Sequence[str]) -> Dimension:

@@ -42,12 +42,13 @@ def plan_eager(
     policy: Policy,
     goal: Goal,
     loss_fn: Callable[[Any], torch.Tensor] | None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Plan a step of ``loss_fn(model(*args))`` in eager mode.
+    """Plan a step of ``loss_fn(model(*args, **kwargs))`` in eager mode.
 
     Args:
         model: the module; its forward runs once, on fake tensors.
-        args: its arguments.
+        args, kwargs: its arguments.
         policy: recorded in the plan; every safe recomputation is open.
         goal: the budget; its solver is not used, the eager one is.
         loss_fn: applied to the model's output, where that is no loss.
@@ -59,14 +60,15 @@ def plan_eager(
         InvalidBudgetError: the budget is no amount of memory.
     """
     kernels = Kernels()
-    trace = traced(model, args, loss_fn, kernels=kernels)
+    trace = traced(model, args, loss_fn, kwargs, kernels=kernels)
     problem = described(trace, times=goal.cost == "measured", kernels=kernels)
     warn_of_unmeasured(kernels)
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     solution = _solved(problem, plain.peak_bytes, budget_bytes)
     asked = Asked("open to the solver", policy, None, goal, budget_bytes)
-    return _Writer(trace, problem, solution).plan(asked, eager_signature(model, args), plain)
+    signature = eager_signature(model, args, kwargs)
+    return _Writer(trace, problem, solution).plan(asked, signature, plain)
 
 
 def described(

@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ckpt_pass._torch import autograd, functorch
+from ckpt_pass._torch import ahead, autograd, functorch
 from ckpt_pass.eager.answers import Answers, asks, real_answers
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
@@ -36,8 +36,10 @@ from ckpt_pass.eager.trace_ops import (
     with_real_looks,
 )
 from ckpt_pass.graph.capture import no_gradient
+from ckpt_pass.graph.holders import Reached
 from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD
 from ckpt_pass.graph.kernels import Kernels
+from ckpt_pass.graph.untouched import untouched
 from ckpt_pass.ops.taxonomy import OpClass, classify, draws_random, never_recompute, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
@@ -66,11 +68,11 @@ def trace_step(
         NothingToDifferentiateError: there is no backward.
         OtherPathError: the forward goes another way when it is called again.
 
-    Parameters, gradients, buffers and the random state of the model stay as they are. Whole
-    numbers and masks that do not depend on parameters are real: models look at them (an attention
-    mask that masks nothing is left out), and would take another way if they were fake. Where the
-    forward looks at other values, it is run once for real (:mod:`ckpt_pass.eager.answers`); the
-    record is of the way that it goes with these inputs.
+    The model, its arguments and the random state stay as they are. Whole numbers and masks that do
+    not depend on parameters are real: models look at them (an attention mask that masks nothing is
+    left out), and would take another way if they were fake. Where the forward looks at other
+    values, it is run once for real (:mod:`ckpt_pass.eager.answers`); the record is of the way that
+    it goes with these inputs.
     """
     step = _Step(model, args, loss_fn, dict(kwargs or {}), kernels or Kernels())
     try:
@@ -82,7 +84,7 @@ def trace_step(
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that can be run on tensors of either kind; the model's own are not touched."""
+    """A step that can be run on tensors of either kind; nothing of it is changed."""
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -92,35 +94,28 @@ class _Step:
 
     def recorded(self, answers: Answers | None) -> EagerTrace:
         """The record of the step on fake tensors."""
-        mode = autograd.fake_mode()
+        roots = self.model, self.loss_fn, self.args, self.kwargs
+        fakes = ahead.Fakes(Reached(roots).tensors)
 
-        def fake(tensor: torch.Tensor) -> torch.Tensor:
-            return autograd.as_fake(mode, tensor) if _is_number(tensor) else tensor
+        def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+            real = not (_is_number(tensor) or autograd.is_fake(tensor) or tensor.is_meta)
+            return tensor.detach().clone() if real else fakes(tensor)
 
-        parameters = {name: fake(p) for name, p in self.model.named_parameters()}
-        buffers = {
-            name: fake(b) if _is_number(b) else b.clone() for name, b in self.model.named_buffers()
-        }
-        inputs = tree_map_only(torch.Tensor, fake, (self.args, self.kwargs))
-        moved = statistics_of(self.model)
-        statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
-        recorder = Recorder(self.model, mode, statistics, self.kernels, answers)
-        with torch.random.fork_rng(devices=[]):
-            return recorder.record(lambda: self._run({**parameters, **buffers}, inputs))
+        with untouched(*roots, stand_in=stand_in) as (_, _, args, kwargs):
+            buffers = dict(self.model.named_buffers())
+            moved = statistics_of(self.model)
+            statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
+            recorder = Recorder(self.model, fakes.mode, statistics, self.kernels, answers)
+            return recorder.record(lambda: self._run(args, kwargs))
 
     def real(self) -> Any:
-        """The forward on copies of what it could change."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return self._run(buffers, tree_map_only(torch.Tensor, _copied, (self.args, self.kwargs)))
+        """The forward on real tensors."""
+        with untouched(self.model, self.loss_fn, self.args, self.kwargs, values=True):
+            return self._run(self.args, self.kwargs)
 
-    def _run(self, tensors: Mapping[str, torch.Tensor], inputs: Any) -> Any:
-        args, kwargs = inputs
-        output = functorch.call_with(self.model, dict(tensors), args, kwargs)
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        output = self.model(*args, **kwargs)
         return self.loss_fn(output) if self.loss_fn is not None else output
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _is_number(tensor: torch.Tensor) -> bool:

@@ -1,26 +1,25 @@
 """Capture: a training step as a joint graph, without running it.
 
-The trace is non-strict: the model's own Python runs, once, on fake tensors, so that nothing is
-computed and no graph break can hide a part of the model. Module names come from hooks that are in
-place during the trace only.
+The trace is dynamo's own, of the model with fake tensors in the place of its own: what a backend of
+``torch.compile`` will see is what is planned. Nothing is computed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator
-from functools import partial
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import functorch
-from ckpt_pass.graph.joint import JointGraph, input_name
-from ckpt_pass.policy.module_stack import ModuleStack
+from ckpt_pass._torch import ahead, compilers
+from ckpt_pass.graph.holders import Reached
+from ckpt_pass.graph.joint import JointGraph, read_joint
+from ckpt_pass.graph.untouched import untouched
 
 LossFn = Callable[[Any], torch.Tensor]
 
@@ -33,84 +32,116 @@ class NothingToDifferentiateError(CkptPassError):
     """No output of the model depends on anything that requires a gradient."""
 
 
-class _WithLoss(nn.Module):
-    """The model followed by the user's loss function."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-
-    def forward(self, *args: Any) -> torch.Tensor:
-        return self.loss_fn(self.model(*args))
+class SeveralGraphsError(NotTraceableError):
+    """``torch.compile`` makes no single graph of the step, so that no plan is of all of it."""
 
 
-class _TiesKept(nn.Module):
-    """A model with each of its tensors once, under the first of their names.
+def whole_step(model: nn.Module, loss_fn: LossFn | None) -> Callable[..., Any]:
+    """The model followed by the user's loss function, named as the model alone is.
 
-    torch's export takes tied tensors for several, so that their gradients stay apart. Here the
-    tensors are in a tree of holders, and stand in for the model's own, which is no submodule.
+    Every call makes code of its own: dynamo counts compilations by code.
     """
+    if loss_fn is None:
+        return model
+    apply_loss = loss_fn
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._call = partial(functorch.call_with, model)
-        for name, parameter in model.named_parameters():
-            holder, leaf = self._holder_of(name)
-            holder.register_parameter(leaf, parameter)
-        for name, buffer in model.named_buffers():
-            holder, leaf = self._holder_of(name)
-            holder.register_buffer(leaf, buffer)
+    def step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return apply_loss(model(*args, **kwargs))
 
-    def _holder_of(self, name: str) -> tuple[nn.Module, str]:
-        *path, leaf = name.split(".")
-        holder: nn.Module = self
-        for part in path:
-            if part not in holder._modules:
-                holder.add_module(part, nn.Module())
-            holder = holder.get_submodule(part)
-        return holder, leaf
-
-    def __call__(self, *args: Any) -> Any:  # not ``forward``: this is no call of the model's
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        return self._call(tensors, args)
+    step.__code__ = step.__code__.replace()
+    return step
 
 
 @contextlib.contextmanager
 def capture(
     model: nn.Module,
     *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
     loss_fn: LossFn | None = None,
     dynamic: bool = False,
     regions: tuple[str, ...] | None = None,
 ) -> Iterator[JointGraph]:
-    """Trace forward and backward of ``model(*args)``; nothing is computed and nothing kept.
+    """The joint graph that ``torch.compile`` makes of ``model(*args, **kwargs)``.
 
-    The graph is valid inside the ``with`` block.
+    Nothing is computed, and everything is left as it was (:mod:`ckpt_pass.graph.untouched`).
+    Where dynamo cuts the step, the code between its graphs runs on fake tensors.
 
     Args:
         model: the module; its parameters are untouched.
-        args: its arguments; tensors stand for their shapes and dtypes only.
+        args, kwargs: its arguments; tensors stand for their shapes and dtypes only, real, fake and
+            ``meta`` ones alike.
         loss_fn: applied to the model's output, where the model does not return a loss.
-        dynamic: leave the sizes of ``args`` symbolic.
+        dynamic: leave sizes symbolic, as ``torch.compile(dynamic=True)``.
         regions: FQN patterns of the layers.
 
     Raises:
         NotTraceableError: the trace failed; the message says where in the user's code.
+        SeveralGraphsError: dynamo cuts the step; the message says where.
         NothingToDifferentiateError: there is no backward to look at.
     """
-    root = model if loss_fn is None else _WithLoss(model, loss_fn)
-    with contextlib.ExitStack() as stack:
-        with ModuleStack(model).recorded_in_graph():
-            try:
-                module, num_fwd_outputs = functorch.export_joint(
-                    stack, _TiesKept(root), args, dynamic
-                )
-            except CkptPassError:
-                raise
-            except Exception as error:  # re-raised with the place in the user's code
-                raise untraceable(model, error) from error
-        yield _read(model, module, num_fwd_outputs, regions)
+    named = dict(kwargs or {})
+    fakes = ahead.Fakes(Reached((model, loss_fn, args, named)).tensors)
+    with untouched(model, loss_fn, args, named, stand_in=fakes) as (_, _, fake_args, fake_named):
+        words = _words(model, fake_args, fake_named)
+        try:
+            step = whole_step(model, loss_fn)
+            graphs = ahead.step_graphs(step, fake_args, fake_named, fakes.mode, dynamic)
+        except CkptPassError:
+            raise
+        except Exception as error:  # re-raised with the place in the user's code
+            raise untraceable(model, error) from error
+        found = _only(model, graphs)
+        names = [
+            words.get(id(example)) or compilers.placeholder_source(node)
+            for node, example in zip(found.placeholders, found.examples, strict=True)
+        ]
+    found.module.graph.eliminate_dead_code()
+    static = found.options.get("static_lifetime_input_indices") or ()
+    joint = read_joint(found.module, found.options["num_fwd_outputs"], static, regions, names)
+    joint.graph_break = "" if graphs.whole else "; ".join(graphs.breaks())
+    yield joint
+
+
+def _words(model: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
+    """What the tensors of a step are, in the user's words."""
+    given = [*enumerate(args), *kwargs.items()]
+    found: dict[int, str] = {}
+    for key, value in given:
+        for path, leaf in tree_leaves_with_path(value):
+            found.setdefault(id(leaf), f"argument {key}{keystr(path)}")
+    for name, buffer in model.named_buffers():
+        found[id(buffer)] = f"buffer {name}"
+    for name, parameter in model.named_parameters():
+        found[id(parameter)] = f"parameter {name}"
+    return found
+
+
+def _only(model: nn.Module, graphs: ahead.Graphs) -> ahead.Captured:
+    """The graph that has the step's backward.
+
+    Raises:
+        NothingToDifferentiateError, NotTraceableError, SeveralGraphsError: there is not one.
+    """
+    if not graphs.seen:
+        raise NotTraceableError(
+            f"torch.compile made no graph of {type(model).__name__}. Expected a step that it "
+            "compiles: look for torch.compiler.disable, for a stance other than the default, and "
+            "for what torch never compiles (RNN modules). TORCH_LOGS=graph_breaks says more; "
+            "mode='eager' plans the step as it runs without torch.compile."
+        )
+    if not graphs.captured:
+        raise no_gradient(model)
+    if graphs.whole or (len(graphs.captured) == 1 and graphs.breaks() and max(graphs.runs) == 1):
+        return graphs.captured[0]
+    places = graphs.breaks() or ["a place in code that it leaves to Python"]
+    raise SeveralGraphsError(
+        f"torch.compile makes {len(graphs.seen)} graphs of {type(model).__name__}, "
+        f"{len(graphs.captured)} with a backward: it cuts the step at {'; at '.join(places)}. "
+        "A plan is of one graph, and would not cover the others, nor what runs between them. "
+        "Expected a step without graph breaks (torch.compile(..., fullgraph=True) is an error at "
+        "each, TORCH_LOGS=graph_breaks lists them). Take them away, plan the whole step as it runs "
+        "without torch.compile (mode='eager'), or let make_backend(...) plan each graph."
+    )
 
 
 def no_gradient(model: nn.Module) -> NothingToDifferentiateError:
@@ -121,37 +152,30 @@ def no_gradient(model: nn.Module) -> NothingToDifferentiateError:
     )
 
 
-def _read(
-    model: nn.Module, module: Any, num_fwd_outputs: int, regions: tuple[str, ...] | None
-) -> JointGraph:
-    placeholders = module.graph.find_nodes(op="placeholder")
-    if not any(functorch.is_backward_input(node) for node in placeholders):
-        raise no_gradient(model)
-    module.graph.eliminate_dead_code()
-    primals = [node for node in placeholders if functorch.is_primal(node)]
-    names = {node.name: input_name(node, ()) for node in primals}
-    static = tuple(node for node in primals if not names[node.name].startswith("argument"))
-    return JointGraph(module, num_fwd_outputs, names, static, regions)
-
-
 def untraceable(model: nn.Module, error: BaseException) -> NotTraceableError:
     """The error for a model whose trace failed, with the place in the user's code."""
-    frame = _user_frame(error.__traceback__)
+    frame = _user_frame(error)
     place = f" at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" if frame else ""
+    cause = getattr(error, "inner_exception", error)  # what dynamo wraps
+    words = str(cause).strip().splitlines()
     return NotTraceableError(
-        f"{type(model).__name__} cannot be traced{place} ({type(error).__name__}: "
-        f"{str(error).splitlines()[0] if str(error) else 'no message'}). Expected a model whose "
+        f"{type(model).__name__} cannot be traced{place} ({type(cause).__name__}: "
+        f"{words[0] if words else 'no message'}). Expected a model whose "
         "Python does not look at tensor values; keep .item(), data-dependent shapes and calls "
         "into other libraries out of the traced step, or wrap them in a custom op."
     )
 
 
-def _user_frame(trace: TracebackType | None) -> traceback.FrameSummary | None:
-    """The innermost frame outside torch and this library."""
+def _user_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The innermost frame outside torch and this library: of dynamo's trace, or of what ran."""
     own = __name__.partition(".")[0]
+    traced = getattr(error, "real_stack", None)
+    if traced:
+        frame: traceback.FrameSummary = traced[-1]
+        return frame
     frames = [
         frame
-        for frame, _ in traceback.walk_tb(trace)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", own, "contextlib")
     ]
     if not frames:
@@ -159,6 +183,6 @@ def _user_frame(trace: TracebackType | None) -> traceback.FrameSummary | None:
     found = frames[-1]
     return next(
         summary
-        for summary in reversed(traceback.extract_tb(trace))
+        for summary in reversed(traceback.extract_tb(error.__traceback__))
         if summary.filename == found.f_code.co_filename and summary.name == found.f_code.co_name
     )

@@ -54,6 +54,7 @@ class JointGraph:
         static_inputs: primals that live on between steps: parameters and buffers.
         in_place: whether the backward may write over values of its own
             (:mod:`ckpt_pass.graph.reinplace`). Inductor wants functional graphs; it does so itself.
+        graph_break: where dynamo cut the step that the graph is a part of; empty for a whole one.
     """
 
     module: fx.GraphModule
@@ -62,6 +63,7 @@ class JointGraph:
     static_inputs: tuple[fx.Node, ...] = ()
     regions_pattern: tuple[str, ...] | None = None
     in_place: bool = True
+    graph_break: str = ""
 
     def __post_init__(self) -> None:
         self.refresh()
@@ -187,6 +189,26 @@ def _is_cheap(node: fx.Node) -> bool:
         or never_recompute(node.target, node.args, node.kwargs)
         or draws_random(node.target, node.args, node.kwargs)
     )
+
+
+def read_joint(
+    module: fx.GraphModule,
+    num_fwd_outputs: int,
+    static_indices: Sequence[int],
+    regions: tuple[str, ...] | None,
+    input_names: Sequence[str],
+) -> JointGraph:
+    """Read a joint graph as AOTAutograd hands it over.
+
+    Args:
+        module, num_fwd_outputs, static_indices: what a partition function is given.
+        regions: FQN patterns of the layers.
+        input_names: what each placeholder of dynamo's graph is, in order.
+    """
+    primals = [n for n in module.graph.find_nodes(op="placeholder") if functorch.is_primal(n)]
+    names = {node.name: input_name(node, input_names) for node in primals}
+    static = tuple(primals[index] for index in static_indices if index < len(primals))
+    return JointGraph(module, num_fwd_outputs, names, static, regions)
 
 
 def input_name(node: fx.Node, dynamo_names: Sequence[str]) -> str:

@@ -59,8 +59,8 @@ def bytes_at(expression: Bytes, dimensions: Sequence[Dimension], sizes: Mapping[
         return int(expression)
     missing = {str(symbol) for symbol in expression.free_symbols} - values.keys()
     if missing:
-        known = {dimension.symbol: str(dimension) for dimension in dimensions}
-        names = ", ".join(known.get(name, name) for name in sorted(missing))
+        known = {d.symbol: str(d) for d in dimensions if d.symbol in missing}
+        names = ", ".join([*known.values(), *sorted(missing - known.keys())])
         raise SizeError(
             f"The peak depends on {names}, and no size is given for it; got {dict(sizes)!r}. "
             "Give every size, by symbol or by place."

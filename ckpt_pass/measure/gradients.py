@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass.graph.untouched import untouched
 
 
 class NoLossError(CkptPassError):
@@ -141,7 +142,7 @@ def _loss_and_state(
     """Run ``fn`` and its backward; return its loss, and gradients and buffers by name."""
     for leaf in named.values():
         leaf.grad = None
-    with rng_restored(None), buffers_restored(module):
+    with rng_restored(None), untouched(module, values=True):
         torch.manual_seed(seed)
         loss = fn()
         if not is_loss(loss):
@@ -151,23 +152,6 @@ def _loss_and_state(
         if module is not None:
             state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
     return loss.detach(), state
-
-
-@contextmanager
-def buffers_restored(module: nn.Module | None) -> Iterator[None]:
-    """Give a module's buffers their values back at the end, and the very same tensors."""
-    if module is None:
-        yield
-        return
-    kept = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers()}
-    try:
-        yield
-    finally:
-        for name, (buffer, values) in kept.items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, buffer)
-            with torch.no_grad():
-                buffer.copy_(values)
 
 
 def _comparable(a: Tensor | None, b: Tensor | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,9 +33,12 @@ def signature(arguments: Iterable[str], parameters: Iterable[str]) -> Signature:
     return Signature(str(torch.__version__), *found, library_version=__version__)
 
 
-def eager_signature(model: nn.Module, args: tuple[Any, ...]) -> Signature:
-    """What a step of ``model(*args)`` takes; parameters by name."""
-    tensors = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
+def eager_signature(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> Signature:
+    """What a step of ``model(*args, **kwargs)`` takes; parameters by name."""
+    given = (args, dict(kwargs or {}))
+    tensors = [value for value in tree_leaves(given) if isinstance(value, torch.Tensor)]
     return signature(map(looks, tensors), _parameters(model))
 
 
@@ -68,7 +71,10 @@ def _some(values: set[str]) -> str:
 
 
 def check_eager_step(
-    planned: Signature | None, model: nn.Module, args: tuple[Any, ...] | None = None
+    planned: Signature | None,
+    model: nn.Module,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise unless a model, and its arguments where given, look as those of an eager plan.
 
@@ -79,7 +85,8 @@ def check_eager_step(
     """
     if planned is None:
         return
-    arguments = planned.arguments if args is None else eager_signature(model, args).arguments
+    given = None if args is None else eager_signature(model, args, kwargs)
+    arguments = planned.arguments if given is None else given.arguments
     here = signature(arguments, _parameters(model))
     reasons = signature_differences(planned, here)
     if (here.arguments, here.parameters) != (planned.arguments, planned.parameters):

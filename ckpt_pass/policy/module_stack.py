@@ -1,4 +1,4 @@
-"""Which module calls are under way: FQNs for eager code and for non-strict traces.
+"""Which module calls are under way: FQNs for eager code.
 
 The hooks are torch's own global module hooks, in place only inside a ``with`` block and active
 only on the thread that entered it (``torch.utils.module_tracker`` works the same way).
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import torch.fx.traceback as fx_traceback
 from torch import nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -61,7 +60,6 @@ class ModuleStack:
         self._thread = threading.get_ident()
         self._calls: dict[str, int] = {}
         self._path: list[ModuleCall] = []
-        self._classes: list[type] = []
         for module in outer:
             self._enter(module)
 
@@ -81,11 +79,9 @@ class ModuleStack:
         call = self._calls.get(name, 0)
         self._calls[name] = call + 1
         self._path.append((name, call))
-        self._classes.append(type(module))
 
     def _leave(self) -> None:
         self._path.pop()
-        self._classes.pop()
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[ModuleStack]:
@@ -109,32 +105,4 @@ class ModuleStack:
         finally:
             for handle in handles:
                 handle.remove()
-            del self._path[depth:], self._classes[depth:]
-
-    @contextlib.contextmanager
-    def recorded_in_graph(self) -> Iterator[ModuleStack]:
-        """Also write the calls to the meta of FX nodes traced inside the ``with`` block."""
-
-        def write(*_: Any) -> None:
-            if threading.get_ident() == self._thread:
-                fx_traceback.current_meta["nn_module_stack"] = self._as_meta()
-
-        with self.followed(), fx_traceback.preserve_node_meta():
-            handles = [
-                register_module_forward_pre_hook(write),
-                register_module_forward_hook(write, always_call=True),
-            ]
-            try:
-                yield self
-            finally:
-                for handle in handles:
-                    handle.remove()
-                fx_traceback.current_meta.pop("nn_module_stack", None)
-
-    def _as_meta(self) -> dict[str, tuple[str, type]]:
-        """The path in the form of dynamo's ``nn_module_stack``."""
-        return {
-            f"{name}@{call}" if call else name: (name, cls)
-            for (name, call), cls in zip(self._path, self._classes, strict=True)
-            if name
-        }
+            del self._path[depth:]

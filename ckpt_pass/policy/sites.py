@@ -29,6 +29,8 @@ ModulePath = tuple[ModuleCall, ...]
 _ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")
 # A wrapped forward is named by the way to it; behind it stands the module that it belongs to.
 _WRAPPED = re.compile(r"\.(?:forward|__call__)\..*?\b__self__(?=\.|$)")
+# A class with a __getattr__ of its own is read by way of the dict of the object's attributes.
+_OWN_DICT = re.compile(r"(?:^|\.)__dict__\['([^']*)'\]")
 _SUBSCRIPT = re.compile(r"(?:\._(?:modules|parameters|buffers))?\['?([^'\]]*)'?\]")
 
 
@@ -159,7 +161,7 @@ class CallNumbers:
 
 def clean_fqn(name: str) -> str:
     """Turn dynamo's source name (``L['self'].layers.0``) into a plain FQN (``layers.0``)."""
-    name = _WRAPPED.sub("", _ROOT.sub("", name))
+    name = _OWN_DICT.sub(r".\1", _WRAPPED.sub("", _ROOT.sub("", name)))
     return _SUBSCRIPT.sub(r".\1", name).lstrip(".")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ class PlanModeError(CkptPassError):
     """A mode of planning that there is not, or that does not go with an argument."""
 
 
+class StepArgumentError(CkptPassError):
+    """The arguments of a step are not those that the model takes."""
+
+
 class NothingCompiledError(CkptPassError):
     """A compiled model or backend has no plan to show."""
 
@@ -45,16 +50,21 @@ def plan(
     regions: tuple[str, ...] | None = None,
     dynamic: bool = False,
     mode: str = "compiled",
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Plan:
-    """What a policy or a budget decides for a training step of ``model(*args)``, ahead of time.
+    """What a policy or a budget decides for a training step of a model, ahead of time.
 
-    The step is traced with fake tensors. Nothing is computed, but that with a budget kernels that
-    may have a workspace of their own are run once, alone, on made-up data. The decisions are those
-    that ``torch.compile(model, backend=make_backend(policy))`` acts on.
+    The step is traced by dynamo with fake tensors. Nothing is computed, but that with a budget
+    kernels that may have a workspace of their own are run once, alone, on made-up data. The
+    decisions are those that ``torch.compile(model, backend=make_backend(policy))`` acts on. The
+    model and its arguments are left as they were.
 
     Args:
-        model: the module; its own ``torch.utils.checkpoint`` regions are traced as plain code.
-        args: its arguments.
+        model: the module.
+        args, named: its arguments; real, fake and ``meta`` tensors give the same plan (a ``meta``
+            tensor stands for one on the device of the others, else on torch's default device).
+        kwargs: further keyword arguments of the model, such as have the name of one of these.
         policy: as for :func:`ckpt_pass.make_backend`.
         budget, solver, time_limit_s, cost: likewise.
         loss_fn: applied to the model's output, where the model does not return a loss.
@@ -66,16 +76,65 @@ def plan(
 
     Raises:
         PlanModeError: an unknown mode, or arguments that it does not take.
-        NotTraceableError, NothingToDifferentiateError: see :func:`ckpt_pass.graph.capture.capture`.
+        StepArgumentError: the model's forward does not take these arguments.
+        NotTraceableError, SeveralGraphsError, NothingToDifferentiateError: see
+            :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
     """
     goal = as_goal(budget, solver, time_limit_s, cost)
     chosen = policy_for(policy, budget)
+    inputs = step_arguments(model, plan, args, kwargs, named)
     if mode != "compiled":
         taken = {"policy": policy, "regions": regions, "dynamic": dynamic or None}
-        return plan_eager(model, args, chosen, _eager_goal(mode, goal, taken), loss_fn)
-    with capture(model, *args, loss_fn=loss_fn, regions=regions, dynamic=dynamic) as joint:
-        return record_plan(decide(joint, chosen, goal))
+        eager_goal = _eager_goal(mode, goal, taken)
+        return plan_eager(model, args, chosen, eager_goal, loss_fn, inputs)
+    how: dict[str, Any] = {"loss_fn": loss_fn, "regions": regions, "dynamic": dynamic}
+    with capture(model, *args, kwargs=inputs, **how) as joint:
+        found = record_plan(decide(joint, chosen, goal))
+        return found.cut_at(joint.graph_break) if joint.graph_break else found
+
+
+def step_arguments(
+    model: nn.Module,
+    tool: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    named: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The keyword arguments of a model, from a call of a function of ours.
+
+    Args:
+        model: it gets them.
+        tool: the function that was called; a name that is no argument of the model's may be an
+            option of it, misspelt.
+        args: the model's positional arguments.
+        kwargs, named: its keyword arguments, as a mapping and by name.
+
+    Raises:
+        StepArgumentError: the model's forward does not take them.
+    """
+    found = {**named, **(kwargs or {})}
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # code without a signature
+        return found
+    try:
+        signature.bind(*args, **found)
+    except TypeError as error:
+        options = [
+            parameter.name
+            for parameter in inspect.signature(tool).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        unknown = [name for name in named if name not in signature.parameters]
+        near = nearest(unknown[0], [*options, *signature.parameters]) if unknown else ""
+        raise StepArgumentError(
+            f"{type(model).__name__}.forward{signature} does not take the arguments given: {error}."
+            f"{near} Expected the arguments of one call of the model; the options of "
+            f"{tool.__name__} are {', '.join(options)}. An argument of the model that has one of "
+            "these names goes into kwargs={...}."
+        ) from None
+    return found
 
 
 def _eager_goal(mode: str, goal: Goal | None, taken: Mapping[str, object]) -> Goal:

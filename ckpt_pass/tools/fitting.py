@@ -24,10 +24,10 @@ from ckpt_pass.plans.value import Plan
 from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.policy.sites import Bytes
-from ckpt_pass.tools.ahead import plan
+from ckpt_pass.tools.ahead import plan, step_arguments
 
-#: ``"batch"``, ``"sequence"``, or for each argument's index the dimension that varies.
-DimLike: TypeAlias = str | Mapping[int, int]
+#: ``"batch"``, ``"sequence"``, or for each argument's index or name the dimension that varies.
+DimLike: TypeAlias = str | Mapping[int | str, int]
 
 #: Names of dimensions, and where tensors have them.
 DIMENSIONS = {"batch": 0, "sequence": 1}
@@ -90,6 +90,8 @@ def fit(
     policy: PolicyLike | None = None,
     loss_fn: LossFn | None = None,
     regions: tuple[str, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Fit:
     """Find the largest size of one dimension for which some plan keeps to a budget.
 
@@ -100,12 +102,13 @@ def fit(
 
     Args:
         model: the module.
-        args: its arguments; the size that they have now does not matter, but that a fraction as
-            ``budget`` is one of the peak at that size.
+        args, named: its arguments; the size that they have now does not matter, but that a
+            fraction as ``budget`` is one of the peak at that size.
         budget: as for :func:`ckpt_pass.make_backend`.
         dim: ``"batch"`` (dimension 0) or ``"sequence"`` (dimension 1) of the first tensor that has
-            it, and of all tensors that have the same size there; or ``{argument index: dim}``.
-        policy, loss_fn, regions: as for :func:`ckpt_pass.plan`.
+            it, and of all tensors that have the same size there; or the dimension of each
+            argument, by its index or name, as ``{0: 1, "labels": 1}``.
+        policy, loss_fn, regions, kwargs: as for :func:`ckpt_pass.plan`.
 
     Raises:
         InfeasibleBudgetError: not even size 1 fits.
@@ -113,18 +116,22 @@ def fit(
         InvalidBudgetError, NotTraceableError, UnknownPolicyError: as for :func:`ckpt_pass.plan`.
     """
     check_budget(budget)
-    axis = _Axis.of(args, dim)
+    inputs = step_arguments(model, fit, args, kwargs, named)
+    given: dict[int | str, Any] = {**dict(enumerate(args))}
+    given.update(inputs)
+    axis = _Axis.of(given, dim)
     chosen = policy_for(policy, budget)
-    with capture(
-        model, *axis.resized(axis.distinct_size()), loss_fn=loss_fn, regions=regions, dynamic=True
-    ) as joint:
+    distinct, distinct_named = axis.resized(axis.distinct_size())
+    how: dict[str, Any] = {"loss_fn": loss_fn, "regions": regions, "dynamic": True}
+    with capture(model, *distinct, kwargs=distinct_named, **how) as joint:
         family = _Family.of(joint, chosen, axis)
     plain = without_recompute(family.at(axis.size))
     budget_bytes = resolve_budget(budget, plain.peak_bytes)
 
     def planned(size: int) -> Plan:
         options: dict[str, Any] = {"policy": policy, "loss_fn": loss_fn, "regions": regions}
-        return plan(model, *axis.resized(size), budget=budget_bytes, **options)
+        resized, resized_named = axis.resized(size)
+        return plan(model, *resized, budget=budget_bytes, kwargs=resized_named, **options)
 
     size = _search(lambda n: family.fits(n, budget_bytes), family.guess(budget_bytes, axis))
     return _confirmed(axis, planned, size)
@@ -187,18 +194,18 @@ class _Axis:
 
     Attributes:
         name: in words.
-        dims: the dimension of each argument that has it, by the argument's index.
+        dims: the dimension of each argument that has it, by the argument's index or name.
         size: what it is in the given arguments.
-        args: these.
+        args: these, by index or name.
     """
 
     name: str
-    dims: tuple[tuple[int, int], ...]
+    dims: tuple[tuple[int | str, int], ...]
     size: int
-    args: tuple[Any, ...]
+    args: Mapping[int | str, Any]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], dim: DimLike) -> _Axis:
+    def of(cls, args: Mapping[int | str, Any], dim: DimLike) -> _Axis:
         """Find a dimension in the arguments.
 
         Raises:
@@ -207,7 +214,7 @@ class _Axis:
         name = dim if isinstance(dim, str) else "given"
         dims = _named(args, dim) if isinstance(dim, str) else tuple(dim.items())
         for index, place in dims:
-            known = index < len(args) and isinstance(args[index], torch.Tensor)
+            known = isinstance(args.get(index), torch.Tensor)
             if not known or not 0 <= place < args[index].dim():
                 raise UnknownDimensionError(
                     f"There is no argument {index} with a dimension {place}: the arguments are "
@@ -230,7 +237,7 @@ class _Axis:
         """A size of 2 or more that no other dimension has: torch gives equal sizes one symbol."""
         others = {
             size
-            for index, arg in enumerate(self.args)
+            for index, arg in self.args.items()
             if isinstance(arg, torch.Tensor)
             for place, size in enumerate(arg.shape)
             if (index, place) not in self.dims
@@ -240,19 +247,20 @@ class _Axis:
             found += 1
         return found
 
-    def resized(self, size: int) -> tuple[Any, ...]:
+    def resized(self, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with another size; their contents are not looked at, and not set."""
-        found = list(self.args)
+        found = dict(self.args)
         for index, place in self.dims:
             old = found[index]
             shape = [*old.shape[:place], size, *old.shape[place + 1 :]]
             order = sorted(range(old.dim()), key=lambda d: -old.stride(d))
             new = torch.empty_permuted(shape, order, dtype=old.dtype, device=old.device)
             found[index] = new.requires_grad_(old.requires_grad)
-        return tuple(found)
+        positional = tuple(value for key, value in found.items() if isinstance(key, int))
+        return positional, {key: v for key, v in found.items() if isinstance(key, str)}
 
 
-def _named(args: tuple[Any, ...], name: str) -> tuple[tuple[int, int], ...]:
+def _named(args: Mapping[int | str, Any], name: str) -> tuple[tuple[int | str, int], ...]:
     if name not in DIMENSIONS:
         raise UnknownDimensionError(
             f"Got dim={name!r}.{nearest(name, DIMENSIONS)} Expected one of {', '.join(NAMES)}, or "
@@ -261,7 +269,7 @@ def _named(args: tuple[Any, ...], name: str) -> tuple[tuple[int, int], ...]:
     place = DIMENSIONS[name]
     tensors = [
         (index, arg)
-        for index, arg in enumerate(args)
+        for index, arg in args.items()
         if isinstance(arg, torch.Tensor) and arg.dim() > place
     ]
     if not tensors:
@@ -273,10 +281,10 @@ def _named(args: tuple[Any, ...], name: str) -> tuple[tuple[int, int], ...]:
     return tuple((index, place) for index, arg in tensors if arg.shape[place] == size)
 
 
-def _shapes(args: tuple[Any, ...]) -> str:
+def _shapes(args: Mapping[int | str, Any]) -> str:
     return ", ".join(
         str(list(arg.shape)) if isinstance(arg, torch.Tensor) else type(arg).__name__
-        for arg in args
+        for arg in args.values()
     )
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.eager.prediction import Predictor, predictor
 from ckpt_pass.graph.capture import NotTraceableError
-from ckpt_pass.measure.gradients import buffers_restored, gradients_restored, rng_restored
+from ckpt_pass.graph.untouched import untouched
+from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.measure.timing import Variant, clock_for, interleave, resting_collector
 from ckpt_pass.modules.applying import choose
@@ -177,9 +178,8 @@ def compare_strategies(
     work = Told(progress, len(chosen) + rounds + 3)
     with (
         resting_collector(),  # each measurement collects garbage: fast where the rest is frozen
+        untouched(model, loss_fn, args, values=True),
         gradients_restored(step.leaves),
-        buffers_restored(model),
-        rng_restored(step.device),
     ):
         known = _predictor(step, work) if predict else None
         found = [_measured(step, strategy, known, work) for strategy in chosen]

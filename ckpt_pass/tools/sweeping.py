@@ -7,7 +7,7 @@ them torch's ``activation_memory_budget`` and a checkpoint around every layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers
 from ckpt_pass.compile.backend import make_backend
 from ckpt_pass.graph.capture import capture
-from ckpt_pass.measure.gradients import gradients_restored, rng_restored
+from ckpt_pass.graph.untouched import untouched
+from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.measure.timing import Variant, clock_for, interleave
 from ckpt_pass.planner.solution import InfeasibleBudgetError
@@ -29,7 +31,7 @@ from ckpt_pass.plans.budget import BudgetLike, check_budget, resolve_budget
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import PolicyLike
 from ckpt_pass.report.sweeps import BLOCKS, OURS, TORCH, SweepRow, plot_sweep, sweep_text
-from ckpt_pass.tools.ahead import plan
+from ckpt_pass.tools.ahead import plan, step_arguments
 
 #: torch's knob, from "recompute only what is nearly free" to "recompute everything".
 TORCH_BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -106,15 +108,17 @@ def sweep(
     loss_fn: LossFn | None = None,
     rounds: int = ROUNDS,
     progress: Progress = lambda what, done, total: None,
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Sweep:
-    """Measure what a row of budgets costs a training step of ``model(*args)``.
+    """Measure what a row of budgets costs a training step of a model.
 
-    The model is trained nowhere, but run: gradients and random states are given back at the end,
-    buffers that a forward changes are not.
+    The model is trained nowhere, but run; it and its arguments are left as they were.
 
     Args:
         model: the module; returns a scalar loss, unless there is a ``loss_fn``.
-        args: its arguments.
+        args, named: its arguments.
+        kwargs: further keyword arguments of the model, such as have the name of one of these.
         points: budgets from the least that a plan reaches to the peak with nothing recomputed, in
             equal ratios. That last one is always measured: the others are compared with it.
         budgets: these budgets in the place of ``points``.
@@ -138,14 +142,15 @@ def sweep(
     for budget in budgets or ():
         check_budget(budget)
     make_backend(policy, inner=inner)  # what is misspelt is said before anything runs
-    step = UsersStep(model, args, loss_fn)
+    inputs = step_arguments(model, sweep, args, kwargs, named)
+    step = UsersStep(model, args, loss_fn, inputs)
     progress("the least peak", 0, 1)
     amounts = _budgets(step, policy, points, budgets)
     todo = [_ours(amount, policy, inner) for amount in amounts[:-1]]
     todo.append(_unbounded(amounts[-1], policy, inner))
     todo += _torch_points(step, inner, torch_budgets) if with_torch else []
     tell = Told(progress, len(todo) + rounds + 1)
-    with gradients_restored(step.leaves), rng_restored(step.device):
+    with untouched(model, loss_fn, args, inputs, values=True), gradients_restored(step.leaves):
         measured = [_measured(step, point, tell) for point in todo]
         tell("timing")
         rows = _timed(step, measured, rounds, tell)
@@ -170,9 +175,16 @@ class Told:
 class UsersStep:
     """The user's step, and whose gradients it fills."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], loss_fn: LossFn | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        loss_fn: LossFn | None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model, self.args, self.loss_fn = model, args, loss_fn
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        self.kwargs = dict(kwargs or {})
+        tensors = [t for t in tree_leaves((args, self.kwargs)) if isinstance(t, Tensor)]
         self.leaves = [t for t in (*model.parameters(), *tensors) if t.requires_grad]
         self.device = self.leaves[0].device if self.leaves else torch.device("cpu")
 
@@ -183,14 +195,15 @@ class UsersStep:
         ninth; so each point has one of its own, and the model's is left alone.
         """
         model, args, loss_fn = self.model, self.args, self.loss_fn
+        kwargs = self.kwargs
 
-        def step(*inputs: Any) -> Any:
-            output = model(*inputs)
+        def step(*inputs: Any, **named: Any) -> Any:
+            output = model(*inputs, **named)
             return output if loss_fn is None else loss_fn(output)
 
         step.__code__ = step.__code__.replace()  # another object, the same code
         made = torch.compile(step, backend=backend, dynamic=False)
-        return lambda: made(*args)
+        return lambda: made(*args, **kwargs)
 
     def clear(self) -> None:
         """Drop the gradients."""
@@ -229,7 +242,8 @@ def _budgets(
     step: UsersStep, policy: PolicyLike | None, points: int, asked: Sequence[BudgetLike] | None
 ) -> list[int]:
     """Bytes, falling; the peak with nothing recomputed comes last."""
-    planned = partial(plan, step.model, *step.args, policy=policy, loss_fn=step.loss_fn)
+    how: dict[str, Any] = {"policy": policy, "loss_fn": step.loss_fn, "kwargs": step.kwargs}
+    planned = partial(plan, step.model, *step.args, **how)
     plain = planned(budget=1.0).budget_bytes
     assert plain is not None
     if asked is not None:
@@ -271,7 +285,7 @@ def _torch_points(step: UsersStep, inner: str, budgets: Sequence[float]) -> list
 
 def _layers(step: UsersStep) -> list[nn.Module]:
     """The repeated layers, as the library finds them."""
-    with capture(step.model, *step.args, loss_fn=step.loss_fn) as joint:
+    with capture(step.model, *step.args, kwargs=step.kwargs, loss_fn=step.loss_fn) as joint:
         regions = [r.partition("@")[0] for r in joint.regions.values() if r is not None]
     named = dict(step.model.named_modules())
     return [named[fqn] for fqn in dict.fromkeys(regions) if fqn in named]

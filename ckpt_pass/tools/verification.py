@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import compilers
 from ckpt_pass.compile.backend import make_backend
+from ckpt_pass.graph.capture import whole_step
+from ckpt_pass.graph.untouched import untouched
 from ckpt_pass.measure.gradients import GradientComparison, NoLossError, compare_gradients
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
@@ -28,6 +30,7 @@ from ckpt_pass.regions.wrapping import (
     remove_regions,
 )
 from ckpt_pass.tools.ahead import plan as make_plan
+from ckpt_pass.tools.ahead import step_arguments
 
 LossFn = Callable[[Any], Tensor]
 
@@ -109,50 +112,79 @@ def verify(
     loss_fn: LossFn | None = None,
     rtol: float = 0.0,
     atol: float = 0.0,
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Verdict:
     """Run the step as it is and as planned; compare loss, gradients, buffers, peak and flops.
 
     A compiled plan runs under ``torch.compile`` with ``aot_eager`` halves, beside torch's own
     ``aot_eager``; an eager plan runs on the model itself, its regions applied meanwhile. Both
-    sides start from the same random state; parameters, gradients and buffers are left as they were.
+    sides start from the same state; the model and its arguments are left as they were.
 
     Args:
-        model, args: the step; what the model returns is a loss, unless there is ``loss_fn``.
+        model, args, named: the step; what the model returns is a loss, unless there is ``loss_fn``.
         plan: the plan; or one is made of ``policy``, ``budget`` and ``mode`` as by
             :func:`ckpt_pass.plan`. ``mode="eager"`` with a policy and no budget makes each layer a
             region with that policy, of which no peak is predicted.
         loss_fn: makes a loss of the model's output.
         rtol, atol: how far gradients may be apart; bit by bit equal by default.
+        kwargs: further keyword arguments of the model, such as have the name of one of these.
 
     Raises:
         NoLossError: the step returns no scalar.
+        StepArgumentError: the model's forward does not take these arguments.
         NoRegionsError: no layers were found for an eager policy.
         PlanMismatchError, UnknownRegionError: the plan is for another step.
         UnknownPolicyError, InfeasibleBudgetError and others: see :func:`ckpt_pass.plan`.
     """
-    step = step_of(model, args, loss_fn)
-    if plan is None and mode == "eager" and budget is None:
-        words = "none" if policy is None else describe(as_policy(policy))
-        title = f"eager regions, policy {words}"
-        specs = {name: RegionSpec(policy=policy) for name in layers_of(model)}
-        plain = measure_step(step, repeats=1)
-        same = _same(compare_with_regions(model, specs, step, rtol, atol), rtol, atol)
-        with applied_regions(model, specs):
-            measured = measure_step(step, repeats=1)
-        return Verdict(title, (*same, _not_above(plain, measured)))
-    if plan is None:
-        how: dict[str, Any] = {"policy": policy, "budget": budget, "loss_fn": loss_fn}
-        plan = make_plan(model, *args, mode=mode, **how)
-    if plan.mode == "eager":
-        return _verify_eager(plan, model, args, step, rtol, atol)
-    return _verify_compiled(plan, model, args, loss_fn, rtol, atol)
+    inputs = step_arguments(model, verify, args, kwargs, named)
+    used = _Used(model, args, inputs, loss_fn, rtol, atol)
+    with untouched(model, loss_fn, args, inputs, values=True):
+        if plan is None and mode == "eager" and budget is None:
+            return _verify_policy(policy, used)
+        if plan is None:
+            how: dict[str, Any] = {"policy": policy, "budget": budget, "loss_fn": loss_fn}
+            plan = make_plan(model, *args, mode=mode, kwargs=inputs, **how)
+        if plan.mode == "eager":
+            return _verify_eager(plan, used)
+        return _verify_compiled(plan, used)
+
+
+@dataclass(frozen=True)
+class _Used:
+    """The step that is verified, and how far gradients may be apart."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    loss_fn: LossFn | None
+    rtol: float
+    atol: float
+
+    @property
+    def step(self) -> Callable[[], Tensor]:
+        """The plain step."""
+        return step_of(self.model, self.args, self.loss_fn, self.kwargs)
+
+    def same(self, found: GradientComparison) -> tuple[Check, Check]:
+        """What a comparison says."""
+        return _same(found, self.rtol, self.atol)
+
+    def with_regions(self, specs: Mapping[str, RegionSpec]) -> tuple[Check, Check]:
+        """The plain step beside the one with regions."""
+        return self.same(compare_with_regions(self.model, specs, self.step, self.rtol, self.atol))
 
 
 def step_of(
-    model: nn.Module, args: tuple[Any, ...], loss_fn: LossFn | None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    loss_fn: LossFn | None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Callable[[], Tensor]:
+    named = dict(kwargs or {})
+
     def step() -> Tensor:
-        output = model(*args)
+        output = model(*args, **named)
         loss = output if loss_fn is None else loss_fn(output)
         if not isinstance(loss, Tensor):
             raise NoLossError(loss)
@@ -175,54 +207,38 @@ def layers_of(model: nn.Module) -> tuple[str, ...]:
         ) from None
 
 
-def _verify_eager(
-    plan: Plan,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    step: Callable[[], Tensor],
-    rtol: float,
-    atol: float,
-) -> Verdict:
-    check_eager_step(plan.signature, model, args)
-    same = _same(compare_with_regions(model, plan.region_specs(), step, rtol, atol), rtol, atol)
-    with plan.applied(model):
-        measured = measure_step(step, repeats=1)
+def _verify_policy(policy: PolicyLike | None, used: _Used) -> Verdict:
+    """Each layer as a region with one policy."""
+    words = "none" if policy is None else describe(as_policy(policy))
+    specs = {name: RegionSpec(policy=policy) for name in layers_of(used.model)}
+    plain = measure_step(used.step, repeats=1)
+    same = used.with_regions(specs)
+    with applied_regions(used.model, specs):
+        measured = measure_step(used.step, repeats=1)
+    return Verdict(f"eager regions, policy {words}", (*same, _not_above(plain, measured)))
+
+
+def _verify_eager(plan: Plan, used: _Used) -> Verdict:
+    check_eager_step(plan.signature, used.model, used.args, used.kwargs)
+    same = used.with_regions(plan.region_specs())
+    with plan.applied(used.model):
+        measured = measure_step(used.step, repeats=1)
     return Verdict(f"eager plan {plan.fingerprint[:12]}", (*same, *_promises(plan, measured)))
 
 
-def _verify_compiled(
-    plan: Plan,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    loss_fn: LossFn | None,
-    rtol: float,
-    atol: float,
-) -> Verdict:
+def _verify_compiled(plan: Plan, used: _Used) -> Verdict:
     backend = make_backend(plan=plan, inner="aot_eager")
-    # A second model with the same code gets open sizes otherwise, which a plan of fixed ones is not
-    # for (dynamo's automatic dynamic shapes).
-    dynamic = None if plan.dimensions else False
+    dynamic = bool(plan.dimensions)
     steps = []
-    for used in ("aot_eager", backend):
-        whole = model if loss_fn is None else _WithLoss(model, loss_fn)
-        compiled = torch.compile(whole, backend=used, dynamic=dynamic)
-        steps.append(lambda c=compiled: c(*args))
+    for compiler in ("aot_eager", backend):
+        whole = whole_step(used.model, used.loss_fn)
+        compiled = compilers.compile_apart(whole, compiler, dynamic)
+        steps.append(lambda c=compiled: c(*used.args, **used.kwargs))
     plain, planned = steps
-    same = _same(compare_gradients(plain, planned, model, rtol=rtol, atol=atol), rtol, atol)
-    promises = _promises(plan, measure_step(planned, repeats=1))
-    return Verdict(f"plan {plan.fingerprint[:12]}", (*same, *promises))
-
-
-class _WithLoss(nn.Module):
-    """The model and its loss, compiled together as they were planned."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-
-    def forward(self, *args: Any) -> Tensor:
-        return self.loss_fn(self.model(*args))
+    with compilers.own_profile():
+        found = compare_gradients(plain, planned, used.model, rtol=used.rtol, atol=used.atol)
+        promises = tuple(_promises(plan, measure_step(planned, repeats=1)))
+    return Verdict(f"plan {plan.fingerprint[:12]}", (*used.same(found), *promises))
 
 
 def compare_with_regions(

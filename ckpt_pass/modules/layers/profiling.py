@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.eager.planning import traced
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace
-from ckpt_pass.measure.gradients import buffers_restored, gradients_restored, rng_restored
+from ckpt_pass.graph.untouched import untouched
+from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.timing import clock_for, resting_collector
 from ckpt_pass.modules.layers.find import find_layers
 from ckpt_pass.modules.layers.layer_profile import LayerProfile
@@ -253,9 +254,8 @@ class _Step:
         """Seconds of the forward and the backward of each layer: medians over the rounds."""
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
         with (
+            untouched(self._model, self._loss_fn, self._args, self._kwargs, values=True),
             gradients_restored(self._leaves),
-            buffers_restored(self._model),
-            rng_restored(self._device),
             resting_collector(),
         ):
             for number in range(rounds + 1 if rounds else 0):

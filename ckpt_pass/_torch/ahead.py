@@ -1,0 +1,237 @@
+"""Dynamo and AOTAutograd on fake tensors: the joint graphs of a step, and nothing run or kept."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ckpt_pass._torch import compilers
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One of dynamo's graphs of a step, that has a backward.
+
+    Attributes:
+        module: its joint graph, before anything was decided.
+        options: what AOTAutograd passes to a partition function.
+        placeholders: those of dynamo's graph, in order.
+        examples: what each of them is in the step.
+        graph: dynamo's graph.
+    """
+
+    module: fx.GraphModule
+    options: Mapping[str, Any]
+    placeholders: tuple[fx.Node, ...]
+    examples: tuple[Any, ...]
+    graph: fx.GraphModule
+
+
+class _Joint(BaseException):
+    """Ends AOTAutograd's work when the joint graph is there; no ``Exception``: nobody catches it.
+
+    Args:
+        module, options: what the partition function was called with; ``None`` without a backward.
+    """
+
+    def __init__(self, module: fx.GraphModule | None, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.options = options
+
+
+class _Whole(BaseException):
+    """Ends dynamo's work when one graph holds the whole step."""
+
+
+class Graphs:
+    """The backend that keeps joint graphs and compiles nothing.
+
+    Attributes:
+        captured: the graphs that have a backward, in order.
+        seen: all graphs that dynamo made, in order, those without a backward among them.
+        runs: how often each of them ran, which is never where one graph holds the whole step.
+        whole: whether one does.
+    """
+
+    #: Read by torch.compile to name the compiler in its logs.
+    compiler_name = "ckpt_ahead"
+
+    def __init__(self) -> None:
+        self.captured: list[Captured] = []
+        self.seen: list[fx.GraphModule] = []
+        self.runs: list[int] = []
+        self.whole = False
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        placeholders = tuple(gm.graph.find_nodes(op="placeholder"))
+        examples = tuple(_example(node) for node in placeholders)
+        found = _joint_of(gm, inputs)  # may ask dynamo to begin anew, by an exception
+        index = len(self.seen)
+        self.seen.append(gm)
+        self.runs.append(0)
+        if found.module is not None:
+            self.captured.append(Captured(found.module, found.options, placeholders, examples, gm))
+        if index == 0 and _holds_the_step(gm):
+            self.whole = True
+            raise _Whole
+
+        def run(*values: Any) -> Any:
+            self.runs[index] += 1
+            return gm.forward(*values)
+
+        return run
+
+    def breaks(self) -> list[str]:
+        """Where dynamo ended a graph before the end of the step, and why."""
+        reasons = (getattr(gm, "compile_subgraph_reason", None) for gm in self.seen)
+        found = [_place(reason) for reason in reasons if reason is not None and reason.graph_break]
+        return list(dict.fromkeys(found))
+
+
+def _place(reason: Any) -> str:
+    words = str(reason.reason).strip().splitlines()
+    why = words[0] if words else "no reason given"
+    if not reason.user_stack:
+        return why
+    frame = reason.user_stack[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name} ({why})"
+
+
+def _joint_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> _Joint:
+    """What ``aot_eager`` would hand to its partition function."""
+
+    def partition(module: fx.GraphModule, _inputs: Any, **options: Any) -> Any:
+        raise _Joint(module, options)
+
+    def without_backward(_module: fx.GraphModule, _inputs: Any) -> Any:
+        raise _Joint(None, {})
+
+    backend = aot_autograd(
+        fw_compiler=without_backward,
+        bw_compiler=without_backward,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
+    )
+    try:
+        backend(gm, inputs)
+    except _Joint as found:
+        return found.with_traceback(None)
+    return _Joint(None, {})  # an empty graph is not compiled
+
+
+def _example(node: fx.Node) -> Any:
+    return getattr(node.meta.get("grapharg"), "example", None)
+
+
+#: Where the frames between a call of something compiled and dynamo's own are found.
+_CALLING = ("torch._dynamo", "torch.nn.modules.module", "contextlib", "torch._compile")
+
+
+def _holds_the_step(gm: fx.GraphModule) -> bool:
+    """Whether a first graph ends with the step, and none of the step's code is being run.
+
+    Code is run where dynamo has left a frame to Python and compiles what that frame calls.
+    """
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or reason.graph_break:
+        return False
+    names: list[str] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not step_graphs.__code__:
+        names.append(str(frame.f_globals.get("__name__", "")))
+        frame = frame.f_back
+    last = max(index for index, name in enumerate(names) if name == "torch._dynamo.convert_frame")
+    return all(name.startswith(_CALLING) for name in names[last:])
+
+
+def step_graphs(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mode: FakeTensorMode,
+    dynamic: bool,
+) -> Graphs:
+    """Run dynamo over ``step(*args, **kwargs)``, whose tensors are fakes of ``mode``.
+
+    It ends when a graph holds the whole step. Only after a graph break the step's own code runs,
+    on fake tensors.
+    """
+    graphs = Graphs()
+    whole = contextlib.suppress(_Whole)
+    with whole, _disable_current_modes(), mode, compilers.own_profile(), _resting_collector():
+        compilers.compile_apart(step, graphs, dynamic)(*args, **kwargs)
+    return graphs
+
+
+@contextlib.contextmanager
+def _resting_collector() -> Iterator[None]:
+    """A trace makes objects by the million, nearly all of which stay until it is over."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+# --- stand-ins ------------------------------------------------------------------------------
+
+
+class Fakes:
+    """Fake tensors of one mode for the tensors of a step.
+
+    A ``meta`` tensor stands for one of a device: that of the step's other tensors, else torch's
+    default one, else the CPU.
+
+    Args:
+        tensors: all tensors of the step.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._device = _device_of(tensors)
+        self._bases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        with _disable_current_modes():
+            if tensor.device.type == "meta" and tensor.layout is torch.strided:
+                return self._placed(tensor)
+            return self.mode.from_tensor(tensor, static_shapes=True)
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fake tensor on the step's device; views share the memory of their base."""
+        key = (tensor.untyped_storage()._cdata, tensor.dtype)
+        with self.mode, torch.no_grad():
+            if key not in self._bases:
+                count = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self._bases[key] = torch.empty(count, dtype=tensor.dtype, device=self._device)
+            base = self._bases[key]
+            found = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            found = found.detach()
+        found.requires_grad_(tensor.requires_grad)
+        if isinstance(tensor, torch.nn.Parameter):
+            found._is_param = True
+        return found
+
+
+def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
+    """The device that ``meta`` tensors stand for; an accelerator goes before the CPU."""
+    default = torch.get_default_device()
+    devices = [tensor.device for tensor in tensors if tensor.device.type != "meta"]
+    accelerators = [device for device in devices if device.type != "cpu"]
+    fallback = default if default.type != "meta" else torch.device("cpu")
+    return next(iter([*accelerators, *devices]), fallback)

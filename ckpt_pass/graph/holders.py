@@ -1,0 +1,190 @@
+"""What a model and its arguments hold: every place that running them may change.
+
+A *holder* is such a place: a dict, a list, a deque, a set, the attributes of an object, a closure's
+cell. Holders are found from the modules, by way of their attributes (parameters, buffers, hooks,
+submodules, the training flag and whatever else is there), containers in these, functions' closures,
+and objects of the user's own classes. Objects of torch's and of Python's own library are not looked
+into, nor are globals, the attributes of classes, and what a ``functools.cache`` keeps.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+Replace = Callable[[torch.Tensor], torch.Tensor]
+
+_PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType)
+_OBJECTS_OF = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "numpy"}
+
+
+class Holder:
+    """One place, with what it held when it was found.
+
+    Args:
+        place: a dict, list, deque, set or cell.
+    """
+
+    def __init__(self, place: Any) -> None:
+        self.place = place
+        self._before = self._content()
+
+    def _content(self) -> list[Any]:
+        place = self.place
+        if isinstance(place, dict):
+            return list(_kind(place).items(place))
+        if isinstance(place, types.CellType):
+            return [place.cell_contents] if _is_filled(place) else []
+        return list(place)
+
+    def values(self) -> Iterator[Any]:
+        """What it held when it was found."""
+        yield from (pair[1] for pair in self._before) if self._is_dict else self._before
+
+    @property
+    def _is_dict(self) -> bool:
+        return isinstance(self.place, dict)
+
+    def restore(self) -> None:
+        """Put back what it held, the very same objects in the same order."""
+        now = self._content()
+        if _identical(now, self._before):
+            return
+        place, before = self.place, self._before
+        if isinstance(place, dict):
+            kind = _kind(place)
+            kind.clear(place)
+            for key, value in before:
+                kind.__setitem__(place, key, value)
+        elif isinstance(place, types.CellType):
+            if before:
+                place.cell_contents = before[0]
+            else:
+                del place.cell_contents
+        elif isinstance(place, set):
+            set.clear(place)
+            set.update(place, before)
+        else:
+            sequence: Any = list if isinstance(place, list) else deque
+            sequence.clear(place)
+            sequence.extend(place, before)
+
+    def replace(self, replace: Replace) -> None:
+        """Put other tensors in the place of the tensors, those in tuples among them."""
+        place = self.place
+        if isinstance(place, dict):
+            for key, value in self._before:
+                other = replaced(value, replace)
+                if other is not value:
+                    _kind(place).__setitem__(place, key, other)
+        elif isinstance(place, types.CellType):
+            if self._before:
+                other = replaced(self._before[0], replace)
+                if other is not self._before[0]:
+                    place.cell_contents = other
+        elif not isinstance(place, set):
+            sequence: Any = list if isinstance(place, list) else deque
+            for index, value in enumerate(self._before):
+                other = replaced(value, replace)
+                if other is not value:
+                    sequence.__setitem__(place, index, other)
+
+
+def _kind(place: dict[Any, Any]) -> type[dict[Any, Any]]:
+    """The class whose methods do nothing but hold: a subclass may do more when it is written to."""
+    return OrderedDict if isinstance(place, OrderedDict) else dict
+
+
+def _identical(now: list[Any], before: list[Any]) -> bool:
+    """Whether two contents are the same objects; the pairs of a dict are made anew each time."""
+    if len(now) != len(before):
+        return False
+    for one, other in zip(now, before, strict=True):
+        same = one is other
+        if not same and isinstance(one, tuple) and isinstance(other, tuple):
+            same = len(one) == len(other) == 2 and one[0] is other[0] and one[1] is other[1]
+        if not same:
+            return False
+    return True
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  (an empty cell raises)
+    except ValueError:
+        return False
+    return True
+
+
+def replaced(value: Any, replace: Replace) -> Any:
+    """A tensor's stand-in, a tuple with those of its tensors, or the value itself."""
+    if isinstance(value, torch.Tensor):
+        return replace(value)
+    if isinstance(value, tuple):
+        items = [replaced(item, replace) for item in value]
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            named = hasattr(type(value), "_fields")
+            return type(value)(*items) if named else type(value)(items)
+    return value
+
+
+class Reached:
+    """Everything that is reached from some values.
+
+    Attributes:
+        holders: each place once.
+        tensors: each tensor once.
+        generators: random generators.
+    """
+
+    def __init__(self, roots: Iterable[Any]) -> None:
+        self.holders: list[Holder] = []
+        self.tensors: list[torch.Tensor] = []
+        self.generators: list[torch.Generator] = []
+        self._seen: dict[int, Any] = {}
+        stack = list(roots)
+        while stack:
+            value = stack.pop()
+            if isinstance(value, _PLAIN) or id(value) in self._seen:
+                continue
+            self._seen[id(value)] = value  # kept, so that no other object gets this id
+            stack.extend(self._inside(value))
+
+    def _inside(self, value: Any) -> Iterator[Any]:
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(value)
+            yield vars(value)
+        elif isinstance(value, torch.Generator):
+            self.generators.append(value)
+        elif isinstance(value, (dict, list, deque, set, types.CellType)):
+            holder = Holder(value)
+            self.holders.append(holder)
+            yield from holder.values()
+        elif isinstance(value, (tuple, frozenset)):
+            yield from value
+        elif isinstance(value, types.MethodType):
+            yield from (value.__self__, value.__func__)
+        elif isinstance(value, types.FunctionType):
+            yield from value.__closure__ or ()
+            yield from (value.__defaults__, value.__kwdefaults__, vars(value))
+        elif isinstance(value, functools.partial):
+            yield from (value.func, value.args, value.keywords)
+        if _is_open(value):
+            yield vars(value)
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a value is an object whose attributes are to be looked at."""
+    if isinstance(value, (torch.Tensor, types.FunctionType, types.MethodType, torch.Generator)):
+        return False
+    if not hasattr(value, "__dict__"):
+        return False
+    container = isinstance(value, (nn.Module, dict, list, deque, set, types.SimpleNamespace))
+    return container or type(value).__module__.partition(".")[0] not in _OBJECTS_OF

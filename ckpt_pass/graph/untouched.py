@@ -1,0 +1,109 @@
+"""Leave a model, its arguments and the random state as they were, whatever ran them.
+
+Whatever runs a model in order to look at it (a trace, a recorded step, a timed one, a comparison)
+does so inside :func:`untouched`. Everything that :mod:`ckpt_pass.graph.holders` reaches holds the
+very same objects afterwards, also when the run failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ckpt_pass._torch import autograd
+from ckpt_pass.graph.holders import Reached, replaced
+
+StandIn = Callable[[torch.Tensor], torch.Tensor]
+
+
+@contextlib.contextmanager
+def untouched(
+    *roots: Any, stand_in: StandIn | None = None, values: bool = False
+) -> Iterator[tuple[Any, ...]]:
+    """Give everything back at the end as it was at the beginning.
+
+    Args:
+        roots: models, arguments, and containers of them.
+        stand_in: makes what stands in for each tensor inside the ``with`` block: once for each, so
+            that tied tensors stay tied.
+        values: also give tensors their contents back, parameters apart: for steps on real tensors.
+
+    Yields:
+        The roots; a tensor, or a tuple with tensors, is replaced by its stand-in. Whatever else has
+        tensors has their stand-ins while the block runs.
+    """
+    reached = Reached(roots)
+    grads = [(tensor, tensor.grad) for tensor in reached.tensors if tensor.is_leaf]
+    flags = [(t, t.requires_grad) for t in reached.tensors if t.is_leaf]
+    written = [tensor for tensor in reached.tensors if values and _may_change(tensor)]
+    copies = [(tensor, tensor.detach().clone()) for tensor in written]
+    generators = [(generator, generator.get_state()) for generator in reached.generators]
+    with random_state_restored():
+        try:
+            if stand_in is None:
+                yield roots
+            else:
+                once = _Once(stand_in)
+                for holder in reached.holders:
+                    holder.replace(once)
+                yield tuple(replaced(root, once) for root in roots)
+        finally:
+            for holder in reached.holders:
+                holder.restore()
+            for tensor, grad in grads:
+                if tensor.grad is not grad:
+                    tensor.grad = grad
+            for tensor, flag in flags:
+                if tensor.requires_grad is not flag:
+                    tensor.requires_grad_(flag)
+            for tensor, content in copies:
+                # Not asked by version: batch normalisation writes its statistics without a trace.
+                if not torch.equal(tensor, content):
+                    with torch.no_grad():
+                        tensor.copy_(content)
+            for generator, state in generators:
+                generator.set_state(state)
+
+
+class _Once:
+    """One stand-in for each tensor, with the attributes that the user gave the tensor."""
+
+    def __init__(self, stand_in: StandIn) -> None:
+        self._stand_in = stand_in
+        self._made: dict[int, torch.Tensor] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        found = self._made.get(id(tensor))
+        if found is None:
+            found = self._made[id(tensor)] = self._stand_in(tensor)
+            given = {} if autograd.is_fake(tensor) else vars(tensor)
+            for name, value in given.items():
+                vars(found).setdefault(name, value)
+        return found
+
+
+def _may_change(tensor: torch.Tensor) -> bool:
+    plain = not isinstance(tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.device.type != "meta" and not tensor.is_inference()
+
+
+@contextlib.contextmanager
+def random_state_restored() -> Iterator[None]:
+    """Give torch's, Python's and numpy's default generators their states back at the end."""
+    numpy = sys.modules.get("numpy")
+    of_numpy = numpy.random.get_state() if numpy is not None else None
+    of_python = random.getstate()
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    devices = list(range(torch.cuda.device_count())) if used else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            if numpy is not None:
+                numpy.random.set_state(of_numpy)
