@@ -133,7 +133,8 @@ from ckpt_pass.regions.checkpointing import ContradictoryRegionError as Contradi
 from ckpt_pass.regions.checkpointing import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.regions.checkpointing import ReentrantRegionError as ReentrantRegionError
 from ckpt_pass.regions.checkpointing import checkpoint as checkpoint
-from ckpt_pass.regions.frame import MutatedArgumentError as MutatedArgumentError
+from ckpt_pass.regions.arguments import MutatedArgumentError as MutatedArgumentError
+from ckpt_pass.regions.outside import MutatedStateError as MutatedStateError
 from ckpt_pass.regions.region import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.regions.region import MutatedActivationError as MutatedActivationError
 from ckpt_pass.regions.region import RecomputeMismatchError as RecomputeMismatchError

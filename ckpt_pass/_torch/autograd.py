@@ -114,3 +114,8 @@ def as_fake(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a fake one."""
     return isinstance(tensor, FakeTensor)
+
+
+def is_distributed(value: Any) -> bool:
+    """Whether a value is a DTensor (``torch.distributed.tensor``, which is not imported here)."""
+    return type(value).__name__ == "DTensor"

@@ -112,6 +112,15 @@ class ModuleStack:
             del self._path[depth:], self._classes[depth:]
 
     @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Count no calls that are made inside the ``with`` block, wherever they end."""
+        path, classes, calls = list(self._path), list(self._classes), dict(self._calls)
+        try:
+            yield
+        finally:
+            self._path[:], self._classes[:], self._calls = path, classes, calls
+
+    @contextlib.contextmanager
     def recorded_in_graph(self) -> Iterator[ModuleStack]:
         """Also write the calls to the meta of FX nodes traced inside the ``with`` block."""
 

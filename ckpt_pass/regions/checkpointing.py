@@ -133,7 +133,7 @@ def checkpoint(
         options = replace(options, draws=spec.draws if preserve_rng_state else False)
     elif context_fn is not None:
         draws = None if preserve_rng_state else False
-        options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws)
+        options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws, root=fn)
     else:
         options = options_for(fn, policy, None, name, preserve_rng_state)
     if not early_stop or determinism_check == "none":
@@ -219,7 +219,7 @@ def options_for(
     elif (owner := _owner_of_buffers(fn)) is not None:
         eager = functools.partial(rerun_context, owner)
     draws = None if preserve_rng_state else False
-    return RegionOptions(_shown(fn, name), eager, traced, draws)
+    return RegionOptions(_shown(fn, name), eager, traced, draws, root=fn)
 
 
 def _shown(fn: Callable[..., Any], name: str | None) -> str:

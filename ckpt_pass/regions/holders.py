@@ -1,0 +1,349 @@
+"""Find what holds the state that a region reads besides its arguments.
+
+That is whatever its function leads to: the attributes, parameters, buffers and hooks of modules,
+closures, the globals that its own code names, class attributes, and the containers and plain
+objects among them. Walked before every run of a region, so that the common case (modules whose
+attributes are numbers) must take a microsecond or two a module.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+#: What every module has; its contents are looked at one by one.
+_INTERNAL = frozenset(nn.Module().__dict__)
+_FORWARD_HOOKS = tuple(name for name in _INTERNAL if "forward" in name and "hooks" in name)
+#: Objects found in objects are followed so far: deeper lies what a region does not work on.
+_OBJECT_DEPTH = 3
+#: Standard modules whose instances are containers.
+_PLAIN_OBJECTS = frozenset({"collections", "types"})
+#: Libraries whose objects are no state of a region.
+_LIBRARIES = frozenset({"torch", "numpy", "ckpt_pass"})
+
+ATOMS: frozenset[type] = frozenset(
+    (int, float, bool, complex, str, bytes, type(None), type(...), slice, range)
+    + (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator)
+    + (type, types.ModuleType, types.BuiltinFunctionType, staticmethod, classmethod, property)
+    + (types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType)
+    + (types.MethodDescriptorType, torch.finfo, torch.iinfo)
+)
+
+
+class _Kind(Enum):
+    IGNORED = auto()
+    TENSOR = auto()
+    MODULE = auto()
+    DICT = auto()
+    LIST = auto()
+    TUPLE = auto()
+    SET = auto()
+    FUNCTION = auto()
+    METHOD = auto()
+    PARTIAL = auto()
+    OBJECT = auto()
+
+
+_KINDS: tuple[tuple[type | tuple[type, ...], _Kind], ...] = (
+    (torch.Tensor, _Kind.TENSOR),
+    (nn.Module, _Kind.MODULE),
+    (dict, _Kind.DICT),
+    ((list, collections.deque), _Kind.LIST),
+    ((tuple, frozenset), _Kind.TUPLE),
+    (set, _Kind.SET),
+    (types.FunctionType, _Kind.FUNCTION),
+    (types.MethodType, _Kind.METHOD),
+    (functools.partial, _Kind.PARTIAL),
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind(cls: type) -> _Kind:
+    if cls in ATOMS or issubclass(cls, type):
+        return _Kind.IGNORED
+    for base, kind in _KINDS:
+        if issubclass(cls, base):
+            return kind
+    if issubclass(cls, (threading.local, Enum, BaseException)):
+        return _Kind.IGNORED
+    library = cls.__module__.partition(".")[0]
+    known = library in _LIBRARIES or library in sys.stdlib_module_names
+    plain = library in _PLAIN_OBJECTS or dataclasses.is_dataclass(cls) or library == "__main__"
+    return _Kind.IGNORED if known and not plain else _Kind.OBJECT
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots(cls: type) -> tuple[str, ...]:
+    """The names of an object's fields that are in no ``__dict__``."""
+    found = [name for base in cls.__mro__ for name in _as_names(vars(base).get("__slots__", ()))]
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+
+
+def _as_names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(code: types.CodeType) -> tuple[str, ...]:
+    """The global names (and others) in a function's code, and in the functions that it makes."""
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return tuple(dict.fromkeys([*code.co_names, *(n for c in inner for n in _names_in(c))]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Class:
+    """What is known of a class of modules.
+
+    Attributes:
+        managed: its attributes are its library's (FSDP, compiled and scripted modules).
+        norm: its buffers are running statistics.
+        bases: its classes that are not torch's own: their attributes may be state.
+        code: the functions of those, for the globals that they read.
+    """
+
+    managed: bool
+    norm: bool
+    bases: tuple[type, ...]
+    code: tuple[types.FunctionType, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _class(cls: type) -> _Class:
+    managed = cls.__module__.startswith(("torch.distributed.", "torch._dynamo."))
+    bases = tuple(
+        base
+        for base in cls.__mro__
+        if base is not object and base.__module__.partition(".")[0] not in ("torch", "typing")
+    )
+    code = tuple(fn for base in bases for fn in vars(base).values() if type(fn) is _FUNCTION)
+    scripted = issubclass(cls, torch.jit.ScriptModule)
+    return _Class(managed or scripted, issubclass(cls, _NormBase), bases, code)
+
+
+_FUNCTION = types.FunctionType
+#: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
+Spot = tuple[Any, str, Any]
+
+
+class Holders:
+    """The holders that some values lead to, each once.
+
+    Attributes:
+        attributes: dicts of attributes, of buffers and of submodules.
+        parameters: the modules' dicts of parameters.
+        maps, lists, sets: containers.
+        cells: variables of closures.
+        spots: single names in namespaces that belong to others too, and what they hold.
+        tensors: the tensors that are held; some more than once.
+    """
+
+    __slots__ = (
+        "_seen",
+        "_todo",
+        "attributes",
+        "cells",
+        "lists",
+        "maps",
+        "parameters",
+        "sets",
+        "spots",
+        "tensors",
+    )
+
+    def __init__(self, *roots: Any) -> None:
+        self.attributes: list[dict[str, Any]] = []
+        self.parameters: list[dict[str, Any]] = []
+        self.maps: list[dict[Any, Any]] = []
+        self.lists: list[Any] = []
+        self.sets: list[set[Any]] = []
+        self.cells: list[types.CellType] = []
+        self.spots: list[Spot] = []
+        self.tensors: list[torch.Tensor] = []
+        self._seen: set[Any] = set()
+        self._todo: list[tuple[Any, int]] = []
+        self.add(*roots)
+
+    def add(self, *roots: Any) -> None:
+        """Follow more values."""
+        for root in roots:
+            if isinstance(root, nn.Module):
+                self._module(root)
+            elif isinstance(root, _FUNCTION):
+                self._globals(root)
+                self._todo.append((root, 0))
+            elif isinstance(root, (types.MethodType, functools.partial)):
+                inner = root.__func__ if isinstance(root, types.MethodType) else root.func
+                self.add(inner)
+                self._todo.append((root, 0))
+            else:
+                self._todo.append((root, 0))
+        while self._todo:
+            self._follow(*self._todo.pop())
+
+    def has(self, container: Any) -> bool:
+        """Whether a container is among the holders."""
+        return id(container) in self._seen
+
+    def _module(self, root: nn.Module) -> None:
+        seen, todo = self._seen, [root]
+        while todo:
+            module = todo.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            own = module.__dict__
+            known = _class(type(module))
+            children = own.get("_modules")
+            if children:
+                todo += [child for child in children.values() if child is not None]
+            if known.managed:
+                continue
+            self.attributes.append(own)
+            if children:
+                self.attributes.append(children)
+            parameters = own["_parameters"]
+            if parameters:
+                self.parameters.append(parameters)
+                self.tensors += [p for p in parameters.values() if p is not None]
+            buffers = own["_buffers"]
+            if buffers:
+                self.attributes.append(buffers)
+                # Running statistics are written in training, and not read: each run moves them on.
+                if not (known.norm and own["training"]):
+                    self.tensors += [b for b in buffers.values() if b is not None]
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                self._todo += [(own[name], 0) for name in _FORWARD_HOOKS]
+            for key in own.keys() - _INTERNAL:
+                value = own[key]
+                if type(value) not in ATOMS:
+                    self._todo.append((value, 0))
+            if known.bases and type(module) not in seen:
+                seen.add(type(module))
+                self._class(known)
+
+    def _class(self, known: _Class) -> None:
+        for base in known.bases:
+            if base in self._seen and base is not known.bases[0]:
+                continue
+            self._seen.add(base)
+            for name, value in vars(base).items():
+                if type(value) is not _FUNCTION and not name.startswith("__"):
+                    self._spot(base, name, value)
+        for fn in known.code:
+            self._globals(fn)
+
+    def _globals(self, fn: types.FunctionType) -> None:
+        """The globals that a function names, and those of its file's functions that it names."""
+        code, found = fn.__code__, fn.__globals__
+        if code in self._seen:
+            return
+        self._seen.add(code)
+        for name in _names_in(code):
+            value = found.get(name)
+            if type(value) is _FUNCTION:
+                if value.__globals__ is found:
+                    self._globals(value)
+                    self._todo.append((value, 0))
+            elif type(value) not in _NAMED_CODE:
+                self._spot(found, name, value)
+
+    def _spot(self, space: Any, name: str, value: Any) -> None:
+        kind = _kind(type(value))
+        if kind is _Kind.IGNORED and type(value) not in _NUMBERS:
+            return
+        self.spots.append((space, name, value))
+        if kind is not _Kind.IGNORED:
+            self._todo.append((value, 0))
+
+    def _follow(self, value: Any, depth: int) -> None:
+        kind = _kind(type(value))
+        if kind is _Kind.IGNORED:
+            return
+        if kind is _Kind.TENSOR:
+            self.tensors.append(value)
+            return
+        if kind is _Kind.MODULE:
+            if depth < _OBJECT_DEPTH:
+                self._module(value)
+            return
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        self._into(kind, value, depth)
+
+    def _into(self, kind: _Kind, value: Any, depth: int) -> None:
+        """Note a holder and follow what it holds."""
+        if kind is _Kind.DICT:
+            self.maps.append(value)
+            self._contents(dict.values(value), depth)
+        elif kind is _Kind.LIST:
+            self.lists.append(value)
+            self._contents(value, depth)
+        elif kind is _Kind.TUPLE:
+            self._contents(value, depth)
+        elif kind is _Kind.SET:
+            self.sets.append(value)
+            self._contents(value, depth)
+        elif kind is _Kind.FUNCTION:
+            self._closure(value, depth)
+        elif kind is _Kind.METHOD:
+            self._contents((value.__func__, value.__self__), depth)
+        elif kind is _Kind.PARTIAL:
+            self._contents((value.func, value.args, value.keywords), depth)
+        if kind is _Kind.OBJECT or (kind in (_Kind.DICT, _Kind.LIST) and _has_fields(value)):
+            self._object(value, depth)
+
+    def _closure(self, fn: types.FunctionType, depth: int) -> None:
+        for cell in fn.__closure__ or ():
+            if id(cell) not in self._seen:
+                self._seen.add(id(cell))
+                self.cells.append(cell)
+                self._contents(tuple(contents_of(cell)), depth)
+
+    def _object(self, value: Any, depth: int) -> None:
+        if depth >= _OBJECT_DEPTH:
+            return
+        own = getattr(value, "__dict__", None)
+        if type(own) is dict and id(own) not in self._seen:
+            self._seen.add(id(own))
+            self.attributes.append(own)
+            # A module behind an object (a trainer, a parent) is more than what the region runs.
+            found = [v for v in own.values() if not isinstance(v, nn.Module)]
+            self._contents(found, depth + 1)
+        for name in _slots(type(value)):
+            held = getattr(value, name, None)
+            self.spots.append((value, name, held))
+            self._contents((held,), depth + 1)
+
+    def _contents(self, values: Any, depth: int) -> None:
+        if set(map(type, values)) - ATOMS:  # large tables of numbers are left at once
+            self._todo += [(value, depth) for value in values if type(value) not in ATOMS]
+
+
+#: What a name in code mostly stands for: code.
+_NAMED_CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, torch.dtype))
+#: Globals and class attributes that count something.
+_NUMBERS = frozenset((int, float, bool, complex, type(None)))
+
+
+def _has_fields(value: Any) -> bool:
+    return type(value) not in (dict, list, collections.deque) and hasattr(value, "__dict__")
+
+
+def contents_of(cell: types.CellType) -> Iterator[Any]:
+    """What a variable of a closure holds; nothing where it is not bound yet."""
+    try:
+        yield cell.cell_contents
+    except ValueError:
+        return

@@ -1,0 +1,380 @@
+"""What a region reads besides its arguments, put back for the time of its recomputation.
+
+A recomputation must read what the forward read. So the holders of a region's state (attributes,
+parameters, buffers, hooks, containers, closures, globals) are copied, one level each and by
+reference, when the forward begins. For the recomputation they hold that again, and afterwards what
+they held before it. Tensors that were changed in place are another matter: what the forward itself
+is known to overwrite is copied before it does, and stands in for the tensor in the recomputation.
+Whatever else has changed is an error with the tensor's name.
+"""
+
+from __future__ import annotations
+
+import collections
+import types
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import autograd
+from ckpt_pass.regions.holders import Holders, contents_of
+
+_MISSING = object()
+
+
+class MutatedStateError(CkptPassError, RuntimeError):
+    """What a region reads was changed in place before its recomputation; torch: ``RuntimeError``.
+
+    A parameter, a buffer, or a tensor on an attribute, in a container, closure or global.
+    """
+
+
+class _Contents:
+    """What a number of holders hold at a moment, by reference."""
+
+    __slots__ = ("attributes", "cells", "lists", "maps", "parameters", "sets", "spots")
+
+    def __init__(self, holders: Holders) -> None:
+        self.attributes: list[dict[str, Any]] = list(map(dict, holders.attributes))
+        self.parameters: list[dict[str, Any]] = list(map(dict, holders.parameters))
+        self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
+        self.lists: list[list[Any]] = list(map(list, holders.lists))
+        self.sets: list[set[Any]] = list(map(set, holders.sets))
+        self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
+        self.spots = [_read(space, name) for space, name, _ in holders.spots]
+
+    def held_by(self, holders: Holders) -> bool:
+        """Whether they hold the same now, object by object."""
+        now, was = holders, self
+        return (
+            _same_values(now.attributes, was.attributes)
+            and _same_values(now.parameters, was.parameters)
+            and (not was.maps or (_same_values(now.maps, was.maps) and _same(now.maps, was.maps)))
+            and (not was.lists or _same(now.lists, was.lists))
+            and (not was.sets or all(a == b for a, b in zip(now.sets, was.sets, strict=True)))
+            and (not was.cells or _same(map(contents_of, now.cells), was.cells))
+            and all(
+                _read(space, name) is value
+                for (space, name, _), value in zip(now.spots, was.spots, strict=True)
+            )
+        )
+
+    def put_into(self, holders: Holders) -> None:
+        """Make them hold this again."""
+        for own, held in zip(holders.attributes, self.attributes, strict=True):
+            if not _same_values([own], [held]):
+                for key in own.keys() - held.keys():
+                    del own[key]
+                own.update(held)
+        for parameters, held in zip(holders.parameters, self.parameters, strict=True):
+            for key, value in held.items():
+                now = parameters.get(key)
+                if now is not value and not _sharded(now, value):
+                    parameters[key] = value
+        for mapping, held in zip(holders.maps, self.maps, strict=True):
+            if not (_same_values([mapping], [held]) and _same([mapping], [held])):
+                _fill_mapping(mapping, held)
+        for sequence, kept in zip(holders.lists, self.lists, strict=True):
+            if not _same([sequence], [kept]):
+                _fill_sequence(sequence, kept)
+        for members, group in zip(holders.sets, self.sets, strict=True):
+            if members != group:
+                members.clear()
+                members.update(group)
+        for cell, contents in zip(holders.cells, self.cells, strict=True):
+            if not _same([contents_of(cell)], [contents]):
+                _fill_cell(cell, contents)
+        for (space, name, _), value in zip(holders.spots, self.spots, strict=True):
+            if _read(space, name) is not value:
+                _write(space, name, value)
+
+
+def _same_values(now: list[dict[Any, Any]], was: list[dict[Any, Any]]) -> bool:
+    return list(map(len, now)) == list(map(len, was)) and all(
+        map(is_, chain.from_iterable(map(dict.values, now)), chain.from_iterable(map(dict.values, was)))
+    )
+
+
+def _same(now: Iterable[Iterable[Any]], was: Iterable[Iterable[Any]]) -> bool:
+    """Whether iterables give the same objects."""
+    return all(
+        len(a) == len(b) and all(map(is_, a, b))
+        for a, b in zip(map(list, now), map(list, was), strict=True)
+    )
+
+
+def _sharded(*values: Any) -> bool:
+    """Whether a parameter's place is FSDP2's, which puts whole and sharded ones there in turn."""
+    return any(autograd.is_distributed(value) for value in values)
+
+
+def _read(space: Any, name: str) -> Any:
+    if isinstance(space, dict):
+        return space.get(name, _MISSING)
+    if isinstance(space, type):
+        return vars(space).get(name, _MISSING)
+    return getattr(space, name, _MISSING)
+
+
+def _write(space: Any, name: str, value: Any) -> None:
+    if value is _MISSING:
+        if isinstance(space, dict):
+            del space[name]
+        else:
+            delattr(space, name)
+    elif isinstance(space, dict):
+        space[name] = value
+    elif isinstance(space, type):
+        setattr(space, name, value)
+    else:
+        object.__setattr__(space, name, value)  # of frozen dataclasses too
+
+
+def _fill_mapping(mapping: dict[Any, Any], held: dict[Any, Any]) -> None:
+    # A subclass may refuse changes, as transformers' outputs do.
+    base: Any = collections.OrderedDict if isinstance(mapping, collections.OrderedDict) else dict
+    base.clear(mapping)
+    for key, value in held.items():
+        base.__setitem__(mapping, key, value)
+
+
+def _fill_sequence(sequence: Any, held: list[Any]) -> None:
+    base: Any = list if isinstance(sequence, list) else collections.deque
+    base.clear(sequence)
+    base.extend(sequence, held)
+
+
+def _fill_cell(cell: types.CellType, contents: tuple[Any, ...]) -> None:
+    if contents:
+        cell.cell_contents = contents[0]
+    else:
+        del cell.cell_contents
+
+
+class Outside:
+    """The state around one run of a region.
+
+    Args:
+        roots: the region's function.
+        overwritten: names of tensors that its forward overwrites, which are copied now; names that
+            turn out to be missing are added.
+    """
+
+    __slots__ = ("_before", "_copies", "_held", "_holders", "_overwritten", "_roots", "_versions")
+
+    def __init__(self, *roots: Any, overwritten: set[str]) -> None:
+        self._roots = roots
+        self._overwritten = overwritten
+        self._holders = Holders(*roots)
+        #: Copies of storages as they were when the forward began, by the storage's address.
+        self._copies: dict[int, torch.UntypedStorage] = {}
+        self._before: _Contents | None = None
+        self._settle()
+        if overwritten:
+            self._copy_overwritten()
+
+    def add(self, *arguments: Any) -> None:
+        """Hold what arguments lead to as well."""
+        self._holders.add(*arguments)
+        self._settle()
+
+    def has(self, container: Any) -> bool:
+        """Whether a container's contents are put back."""
+        return self._holders.has(container)
+
+    def _settle(self) -> None:
+        self._held = _Contents(self._holders)
+        self._versions = _versions(self._holders.tensors)
+
+    def storages(self) -> dict[int, torch.Tensor]:
+        """One tensor for each storage that is held, by the storage's address."""
+        found = filter(_has_storage, self._holders.tensors)
+        return {t.untyped_storage()._cdata: t for t in found}
+
+    def about_to_change(self, tensor: torch.Tensor) -> None:
+        """Copy the storage of a tensor that the forward overwrites; once."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._copies:
+            self._copies[storage._cdata] = storage.clone()
+
+    def overwritten(self) -> Iterator[str]:
+        """The names of the tensors that are copied."""
+        for tensor in self._holders.tensors:
+            if self._copied(tensor) is not None:
+                yield self.name_of(tensor)
+
+    def _copy_overwritten(self) -> None:
+        for tensor in self.storages().values():
+            if self.name_of(tensor) in self._overwritten:
+                self.about_to_change(tensor)
+
+    def _copied(self, tensor: torch.Tensor) -> torch.UntypedStorage | None:
+        if not self._copies or not _has_storage(tensor):
+            return None
+        return self._copies.get(tensor.untyped_storage()._cdata)
+
+    def put_in(self, differentiable: bool = False) -> None:
+        """Make the holders hold what the forward began with; :meth:`put_back` ends that.
+
+        Args:
+            differentiable: whether the recomputation's own history is differentiated.
+
+        Raises:
+            MutatedStateError: a tensor has other values now, and no copy of it is there.
+        """
+        holders, held = self._holders, self._held
+        moved = self._copies or _versions(holders.tensors) != self._versions
+        if not moved and held.held_by(holders):
+            self._before = held
+            return
+        before = _Contents(holders)
+        held.put_into(holders)
+        self._before = before
+        if moved:
+            try:
+                self._substitute(differentiable)
+            except MutatedStateError:
+                self.put_back()
+                raise
+
+    def put_back(self) -> None:
+        """Make the holders hold what they held before :meth:`put_in`."""
+        before, self._before = self._before, None
+        if before is not None and not before.held_by(self._holders):
+            before.put_into(self._holders)
+
+    def _substitute(self, differentiable: bool) -> None:
+        """Put copies in the places of tensors that were changed in place."""
+        copies = {address: storage.clone() for address, storage in self._copies.items()}
+        stand_ins: dict[int, torch.Tensor] = {}
+        present = {id(value) for value in self._present()}
+        for tensor, version in zip(self._holders.tensors, self._versions, strict=True):
+            if id(tensor) not in present or id(tensor) in stand_ins:
+                continue
+            address = tensor.untyped_storage()._cdata if _has_storage(tensor) else 0
+            if address in copies and not (differentiable and tensor.requires_grad):
+                stand_ins[id(tensor)] = _alias(tensor, copies[address])
+            elif _version(tensor) != version or address in copies:
+                raise self._moved(tensor)
+        if stand_ins:
+            self._replace(stand_ins)
+
+    def _present(self) -> Iterator[Any]:
+        """What the holders hold now, those that FSDP2 has taken away excepted."""
+        holders = self._holders
+        for mapping in (*holders.attributes, *holders.parameters, *holders.maps):
+            yield from dict.values(mapping)
+        for sequence in (*holders.lists, *holders.sets):
+            yield from sequence
+        for cell in holders.cells:
+            yield from contents_of(cell)
+        for space, name, _ in holders.spots:
+            yield _read(space, name)
+
+    def _replace(self, stand_ins: dict[int, torch.Tensor]) -> None:
+        holders = self._holders
+        for mapping in (*holders.attributes, *holders.parameters, *holders.maps):
+            found = {k: stand_ins[id(v)] for k, v in dict.items(mapping) if id(v) in stand_ins}
+            for key, value in found.items():
+                dict.__setitem__(mapping, key, value)
+        for sequence in holders.lists:
+            for index, value in enumerate(list(sequence)):
+                if id(value) in stand_ins:
+                    sequence[index] = stand_ins[id(value)]
+        for cell in holders.cells:
+            for value in tuple(contents_of(cell)):
+                if id(value) in stand_ins:
+                    cell.cell_contents = stand_ins[id(value)]
+        for space, name, _ in holders.spots:
+            value = _read(space, name)
+            if id(value) in stand_ins:
+                _write(space, name, stand_ins[id(value)])
+
+    def _moved(self, tensor: torch.Tensor) -> MutatedStateError:
+        if not isinstance(tensor, nn.Parameter):
+            self._overwritten.add(self.name_of(tensor))
+        return MutatedStateError(
+            f"{self.name_of(tensor)} (shape {list(tensor.shape)}), which a checkpoint region "
+            "reads, was changed in place between the region's forward and its recomputation, so "
+            "the recomputation would read other values. Expected the same values in both. Make "
+            "the change after the backward, put a new tensor in its place (x = x + 1 in place of "
+            "x += 1), or take the module out of the region."
+        )
+
+    def name_of(self, tensor: torch.Tensor) -> str:
+        """A name for a tensor that is held."""
+        for root in self._roots:
+            for name, module in _modules(root):
+                for kind, key, value in _members(module):
+                    if value is tensor:
+                        where = f"{name}.{key}" if name else str(key)
+                        return f"{kind} {where!r} of {type(module).__name__}"
+        for space, name, value in self._holders.spots:
+            if value is tensor:
+                kind = "The global" if isinstance(space, dict) else "The attribute"
+                return f"{kind} {name!r}"
+        for sequence, held in zip(self._holders.lists, self._held.lists, strict=True):
+            for index, value in enumerate(held):
+                if value is tensor:
+                    return f"Element {index} of a {type(sequence).__name__}"
+        for mapping, entries in zip(self._holders.maps, self._held.maps, strict=True):
+            for key, value in entries.items():
+                if value is tensor:
+                    return f"Entry {key!r} of a {type(mapping).__name__}"
+        return "A tensor"
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _versions(tensors: list[torch.Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # inference tensors have none
+        return list(map(_version, tensors))
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
+    return plain and tensor.layout is torch.strided
+
+
+def _alias(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    """A leaf like a tensor, over another storage."""
+    with torch.no_grad():
+        made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        made.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(made, tensor.requires_grad)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def _modules(root: Any) -> Iterator[tuple[str, nn.Module]]:
+    owner = root if isinstance(root, nn.Module) else getattr(root, "__self__", None)
+    if isinstance(owner, nn.Module):
+        yield from owner.named_modules()
+    for cell in getattr(root, "__closure__", None) or ():
+        for value in contents_of(cell):
+            if isinstance(value, nn.Module):
+                yield from value.named_modules()
+
+
+def _members(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    own = module.__dict__
+    for kind, held in (
+        ("Parameter", own.get("_parameters")),
+        ("Buffer", own.get("_buffers")),
+        ("Attribute", own),
+    ):
+        for key, value in dict.items(held or {}):
+            yield kind, key, value
+            if kind == "Attribute" and isinstance(value, (list, tuple)):
+                yield from (("Element", f"{key}[{n}]", item) for n, item in enumerate(value))
+            elif kind == "Attribute" and isinstance(value, dict) and not key.startswith("_"):
+                yield from (("Entry", f"{key}[{n!r}]", item) for n, item in value.items())
