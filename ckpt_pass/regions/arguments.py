@@ -121,7 +121,7 @@ class Arguments:
         keeps: whether a container is state of the region itself, and put back as that.
     """
 
-    __slots__ = ("_args", "_flat", "_kwargs", "_name", "_unpack", "_versions", "devices", "mutable")
+    __slots__ = ("_args", "_flat", "_kwargs", "_name", "_tensors", "_unpack", "devices", "mutable")
 
     def __init__(
         self,
@@ -134,21 +134,20 @@ class Arguments:
         self._unpack: autograd.UnpackHook | None = None
         #: What a recomputation may change: to be put back before each.
         self.mutable: list[Any] = []
-        tensors: list[torch.Tensor] = []
-        if _plain(args) and (not kwargs or _plain(kwargs.values())):
-            tensors += [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        if _KEPT.issuperset(map(type, args)) and _KEPT.issuperset(map(type, kwargs.values())):
+            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
         else:
             copier = _Copier(keeps)
             args = tuple(copier(value) for value in args)
             kwargs = {key: copier(value) for key, value in kwargs.items()}
-            tensors += [tensor for _, tensor in _named(args, kwargs)]
+            tensors = [tensor for _, tensor in _named(args, kwargs)]
             self.mutable = copier.mutable
         self.devices = accelerators(tensors)
         self._args, self._kwargs = args, kwargs
-        self._versions: list[int] = []
+        self._tensors: list[tuple[torch.Tensor, int]] = []
         hooks = autograd.saved_hooks()
         if hooks is None:
-            self._versions = [_version(tensor) for tensor in tensors]
+            self._tensors = [(t, t._version) for t in tensors if not t.is_inference()]
         else:
             self._pack_with(hooks)
 
@@ -185,15 +184,13 @@ class Arguments:
         Raises:
             MutatedArgumentError: one was changed in place in the meantime.
         """
-        if self._unpack is not None:
-            return
-        for (where, tensor), version in zip(
-            _named(self._args, self._kwargs), self._versions, strict=True
-        ):
-            if _version(tensor) != version:
+        for tensor, version in self._tensors:
+            if tensor._version != version:
+                named = _named(self._args, self._kwargs)
+                where = next((name for name, value in named if value is tensor), "")
                 raise MutatedArgumentError(
                     f"An argument of {self._name}, {where} (shape {list(tensor.shape)}), was "
-                    f"changed in place {_version(tensor) - version} times after the region's "
+                    f"changed in place {tensor._version - version} times after the region's "
                     "forward began, so it cannot be recomputed. Clone the argument before the "
                     "in-place op, or take the op out of the region."
                 )
@@ -211,15 +208,6 @@ class Arguments:
             flat.append(found.requires_grad_() if requires_grad else found)
         args, kwargs = tree_unflatten(flat, spec)
         return args, kwargs
-
-
-def _plain(values: Iterable[Any]) -> bool:
-    """Whether there are only tensors, numbers and the like: nearly always."""
-    return _KEPT.issuperset(map(type, values))
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _named(

@@ -94,7 +94,7 @@ class Frame:
         options = self._options
         root = self._fn if options.root is None else options.root
         known = known_of(root)
-        self._outside = outside = Outside(root, overwritten=known.names)
+        self._outside = outside = Outside(root, known)
         self._arguments = self._kept(args, kwargs)
         if self._arguments.mutable:
             outside.add(*self._arguments.mutable)
@@ -165,9 +165,6 @@ class Frame:
         with contextlib.ExitStack() as stack:
             if functorch.profiler_is_running():
                 stack.enter_context(record_function(f"recompute {self._options.name}"))
-            self._outside.put_in(differentiable=was_enabled)
-            stack.callback(self._outside.put_back)
-            self._arguments.check()
             self._ambient.restore(stack)
             if self._random is not None:
                 stack.enter_context(drawing_from(self._random))
@@ -176,10 +173,13 @@ class Frame:
             autograd.set_grad_enabled(True)
             autograd.push_saved_hooks(rerun.pack, rerun.unpack)
             try:
+                self._arguments.check()
+                self._outside.put_in(differentiable=was_enabled)
                 output = self._fn(*args, **kwargs)
             except _Complete:
                 pass
             finally:
+                self._outside.put_back()
                 autograd.pop_saved_hooks()
                 autograd.set_grad_enabled(was_enabled)
         rerun.check_count(exactly=self._complete and not self._stops_early)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import dis
 import functools
 import sys
 import threading
@@ -23,7 +24,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 #: What every module has; its contents are looked at one by one.
-_INTERNAL = frozenset(nn.Module().__dict__)
+_NAMES = list(nn.Module().__dict__)
+_INTERNAL = frozenset(_NAMES)
+_FIRST = len(_NAMES)
 _FORWARD_HOOKS = tuple(name for name in _INTERNAL if "forward" in name and "hooks" in name)
 #: Objects found in objects are followed so far: deeper lies what a region does not work on.
 _OBJECT_DEPTH = 3
@@ -95,10 +98,11 @@ def _as_names(slots: Any) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _names_in(code: types.CodeType) -> tuple[str, ...]:
-    """The global names (and others) in a function's code, and in the functions that it makes."""
+def _globals_in(code: types.CodeType) -> tuple[str, ...]:
+    """The globals that a function's code reads, and that of the functions that it makes."""
+    own = [i.argval for i in dis.get_instructions(code) if i.opname in _GLOBAL_OPS]
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return tuple(dict.fromkeys([*code.co_names, *(n for c in inner for n in _names_in(c))]))
+    return tuple(dict.fromkeys([*own, *(name for c in inner for name in _globals_in(c))]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +113,13 @@ class _Class:
         managed: its attributes are its library's (FSDP, compiled and scripted modules).
         norm: its buffers are running statistics.
         bases: its classes that are not torch's own: their attributes may be state.
-        code: the functions of those, for the globals that they read.
+        reads: the globals that their methods read: a namespace and a name.
     """
 
     managed: bool
     norm: bool
     bases: tuple[type, ...]
-    code: tuple[types.FunctionType, ...]
+    reads: tuple[tuple[dict[str, Any], str], ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -126,12 +130,37 @@ def _class(cls: type) -> _Class:
         for base in cls.__mro__
         if base is not object and base.__module__.partition(".")[0] not in ("torch", "typing")
     )
-    code = tuple(fn for base in bases for fn in vars(base).values() if type(fn) is _FUNCTION)
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    for base in bases:
+        for name, fn in vars(base).items():
+            if type(fn) is _FUNCTION and name != "__init__":
+                found |= {(id(space), n): (space, n) for space, n in _reads(fn)}
     scripted = issubclass(cls, torch.jit.ScriptModule)
-    return _Class(managed or scripted, issubclass(cls, _NormBase), bases, code)
+    return _Class(
+        managed or scripted, issubclass(cls, _NormBase), bases, tuple(found.values())
+    )
+
+
+def _reads(fn: types.FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
+    """The globals that a function reads, and those that its file's functions read for it."""
+    space, todo, seen = fn.__globals__, [fn], {fn.__code__}
+    while todo:
+        for name in _globals_in(todo.pop().__code__):
+            value = space.get(name, _FUNCTION)
+            if type(value) is _FUNCTION and value.__globals__ is space:
+                if value.__code__ not in seen:
+                    seen.add(value.__code__)
+                    todo.append(value)
+            elif type(value) not in _CODE:
+                yield space, name
 
 
 _FUNCTION = types.FunctionType
+_GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"))
+#: What a name mostly stands for: code.
+_CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, _FUNCTION, torch.dtype))
+#: Globals and class attributes that count something.
+_NUMBERS = frozenset((int, float, bool, complex, type(None)))
 #: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
 Spot = tuple[Any, str, Any]
 
@@ -146,6 +175,7 @@ class Holders:
         cells: variables of closures.
         spots: single names in namespaces that belong to others too, and what they hold.
         tensors: the tensors that are held; some more than once.
+        lasting: whether the only tensors are modules' parameters and buffers, which stay.
     """
 
     __slots__ = (
@@ -153,6 +183,7 @@ class Holders:
         "_todo",
         "attributes",
         "cells",
+        "lasting",
         "lists",
         "maps",
         "parameters",
@@ -170,6 +201,7 @@ class Holders:
         self.cells: list[types.CellType] = []
         self.spots: list[Spot] = []
         self.tensors: list[torch.Tensor] = []
+        self.lasting = True
         self._seen: set[Any] = set()
         self._todo: list[tuple[Any, int]] = []
         self.add(*roots)
@@ -180,7 +212,8 @@ class Holders:
             if isinstance(root, nn.Module):
                 self._module(root)
             elif isinstance(root, _FUNCTION):
-                self._globals(root)
+                for space, name in _reads(root):
+                    self._global(space, name)
                 self._todo.append((root, 0))
             elif isinstance(root, (types.MethodType, functools.partial)):
                 inner = root.__func__ if isinstance(root, types.MethodType) else root.func
@@ -196,67 +229,60 @@ class Holders:
         return id(container) in self._seen
 
     def _module(self, root: nn.Module) -> None:
-        seen, todo = self._seen, [root]
+        seen, attributes = self._seen, self.attributes
+        todo: list[nn.Module | None] = [root]
         while todo:
             module = todo.pop()
-            if id(module) in seen:
+            if module is None or id(module) in seen:
                 continue
             seen.add(id(module))
             own = module.__dict__
             known = _class(type(module))
             children = own.get("_modules")
             if children:
-                todo += [child for child in children.values() if child is not None]
+                todo += children.values()
             if known.managed:
                 continue
-            self.attributes.append(own)
+            attributes.append(own)
             if children:
-                self.attributes.append(children)
+                attributes.append(children)
             parameters = own["_parameters"]
             if parameters:
                 self.parameters.append(parameters)
                 self.tensors += [p for p in parameters.values() if p is not None]
             buffers = own["_buffers"]
             if buffers:
-                self.attributes.append(buffers)
+                attributes.append(buffers)
                 # Running statistics are written in training, and not read: each run moves them on.
                 if not (known.norm and own["training"]):
                     self.tensors += [b for b in buffers.values() if b is not None]
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 self._todo += [(own[name], 0) for name in _FORWARD_HOOKS]
-            for key in own.keys() - _INTERNAL:
-                value = own[key]
-                if type(value) not in ATOMS:
-                    self._todo.append((value, 0))
-            if known.bases and type(module) not in seen:
-                seen.add(type(module))
+            names = list(own)
+            if names[:_FIRST] == _NAMES:  # nearly always
+                names = names[_FIRST:]
+            for name in names:
+                if type(own[name]) not in ATOMS and name not in _INTERNAL:
+                    self._todo.append((own[name], 0))
+            if known.bases and id(known) not in seen:
+                seen.add(id(known))
                 self._class(known)
 
     def _class(self, known: _Class) -> None:
         for base in known.bases:
-            if base in self._seen and base is not known.bases[0]:
+            if base in self._seen:
                 continue
             self._seen.add(base)
             for name, value in vars(base).items():
                 if type(value) is not _FUNCTION and not name.startswith("__"):
                     self._spot(base, name, value)
-        for fn in known.code:
-            self._globals(fn)
+        for space, name in known.reads:
+            self._global(space, name)
 
-    def _globals(self, fn: types.FunctionType) -> None:
-        """The globals that a function names, and those of its file's functions that it names."""
-        code, found = fn.__code__, fn.__globals__
-        if code in self._seen:
-            return
-        self._seen.add(code)
-        for name in _names_in(code):
-            value = found.get(name)
-            if type(value) is _FUNCTION:
-                if value.__globals__ is found:
-                    self._globals(value)
-                    self._todo.append((value, 0))
-            elif type(value) not in _NAMED_CODE:
-                self._spot(found, name, value)
+    def _global(self, space: dict[str, Any], name: str) -> None:
+        value = space.get(name, _FUNCTION)
+        if type(value) not in _CODE:
+            self._spot(space, name, value)
 
     def _spot(self, space: Any, name: str, value: Any) -> None:
         kind = _kind(type(value))
@@ -272,6 +298,7 @@ class Holders:
             return
         if kind is _Kind.TENSOR:
             self.tensors.append(value)
+            self.lasting = False
             return
         if kind is _Kind.MODULE:
             if depth < _OBJECT_DEPTH:
@@ -329,12 +356,6 @@ class Holders:
     def _contents(self, values: Any, depth: int) -> None:
         if set(map(type, values)) - ATOMS:  # large tables of numbers are left at once
             self._todo += [(value, depth) for value in values if type(value) not in ATOMS]
-
-
-#: What a name in code mostly stands for: code.
-_NAMED_CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, torch.dtype))
-#: Globals and class attributes that count something.
-_NUMBERS = frozenset((int, float, bool, complex, type(None)))
 
 
 def _has_fields(value: Any) -> bool:

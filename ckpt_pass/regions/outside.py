@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
@@ -40,8 +41,8 @@ class _Contents:
     __slots__ = ("attributes", "cells", "lists", "maps", "parameters", "sets", "spots")
 
     def __init__(self, holders: Holders) -> None:
-        self.attributes: list[dict[str, Any]] = list(map(dict, holders.attributes))
-        self.parameters: list[dict[str, Any]] = list(map(dict, holders.parameters))
+        self.attributes: list[dict[str, Any]] = [own.copy() for own in holders.attributes]
+        self.parameters: list[dict[str, Any]] = [own.copy() for own in holders.parameters]
         self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
         self.lists: list[list[Any]] = list(map(list, holders.lists))
         self.sets: list[set[Any]] = list(map(set, holders.sets))
@@ -58,10 +59,7 @@ class _Contents:
             and (not was.lists or _same(now.lists, was.lists))
             and (not was.sets or all(a == b for a, b in zip(now.sets, was.sets, strict=True)))
             and (not was.cells or _same(map(contents_of, now.cells), was.cells))
-            and all(
-                _read(space, name) is value
-                for (space, name, _), value in zip(now.spots, was.spots, strict=True)
-            )
+            and (not was.spots or _same([[_read(*spot[:2]) for spot in now.spots]], [was.spots]))
         )
 
     def put_into(self, holders: Holders) -> None:
@@ -95,9 +93,10 @@ class _Contents:
 
 
 def _same_values(now: list[dict[Any, Any]], was: list[dict[Any, Any]]) -> bool:
-    return list(map(len, now)) == list(map(len, was)) and all(
-        map(is_, chain.from_iterable(map(dict.values, now)), chain.from_iterable(map(dict.values, was)))
-    )
+    if list(map(len, now)) != list(map(len, was)):
+        return False
+    values, others = map(dict.values, now), map(dict.values, was)
+    return all(map(is_, chain.from_iterable(values), chain.from_iterable(others)))
 
 
 def _same(now: Iterable[Iterable[Any]], was: Iterable[Iterable[Any]]) -> bool:
@@ -156,40 +155,91 @@ def _fill_cell(cell: types.CellType, contents: tuple[Any, ...]) -> None:
         del cell.cell_contents
 
 
+class Known:
+    """What earlier runs of a region have told; a module carries its own.
+
+    Attributes:
+        watched: whether a run was looked at, op by op.
+        quiet: whether that run has left everything as it was.
+        overwritten: names of the tensors that the region overwrites, as :meth:`Outside.name_of`
+            gives them.
+    """
+
+    __slots__ = ("__weakref__", "_contents", "_holders", "_root", "overwritten", "quiet", "watched")
+
+    def __init__(self, root: nn.Module | None = None) -> None:
+        self.watched = False
+        self.quiet = False
+        self.overwritten: set[str] = set()
+        self._root = None if root is None else weakref.ref(root)
+        self._holders: Holders | None = None
+        self._contents: _Contents | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # copies and pickles of the module find out for themselves
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether it is that module's own: replicas share what their original carries."""
+        return self._root is not None and self._root() is module
+
+    def look(self, root: Any) -> tuple[Holders, _Contents]:
+        """The holders of a region's state, and what they hold now."""
+        holders, contents = self._holders, self._contents
+        if holders is None or contents is None or not contents.held_by(holders):
+            holders = Holders(root)
+            contents = _Contents(holders)
+            # What is kept here lives on: never values of a step.
+            lasts = self._root is not None and holders.lasting
+            if lasts and all(tensor.is_leaf for tensor in holders.tensors):
+                self._holders, self._contents = holders, contents
+            else:
+                self._holders = self._contents = None
+        return holders, contents
+
+    def learn(self, outside: Outside) -> None:
+        """Take what a run that was looked at has done."""
+        self.overwritten.update(outside.overwritten())
+        self.watched, self.quiet = True, outside.untouched()
+
+
 class Outside:
     """The state around one run of a region.
 
     Args:
-        roots: the region's function.
-        overwritten: names of tensors that its forward overwrites, which are copied now; names that
-            turn out to be missing are added.
+        root: the region's module or function.
+        known: what earlier runs have told.
     """
 
-    __slots__ = ("_before", "_copies", "_held", "_holders", "_overwritten", "_roots", "_versions")
+    __slots__ = ("_before", "_copies", "_held", "_holders", "_known", "_roots", "_versions")
 
-    def __init__(self, *roots: Any, overwritten: set[str]) -> None:
-        self._roots = roots
-        self._overwritten = overwritten
-        self._holders = Holders(*roots)
+    def __init__(self, root: Any, known: Known) -> None:
+        self._roots: tuple[Any, ...] = (root,)
+        self._known = known
+        self._holders, self._held = known.look(root)
+        self._versions = _versions(self._holders.tensors)
         #: Copies of storages as they were when the forward began, by the storage's address.
         self._copies: dict[int, torch.UntypedStorage] = {}
         self._before: _Contents | None = None
-        self._settle()
-        if overwritten:
+        if known.overwritten:
             self._copy_overwritten()
 
     def add(self, *arguments: Any) -> None:
         """Hold what arguments lead to as well."""
-        self._holders.add(*arguments)
-        self._settle()
+        self._roots += arguments
+        self._holders = Holders(*self._roots)
+        self._held = _Contents(self._holders)
+        self._versions = _versions(self._holders.tensors)
+        if self._known.overwritten:
+            self._copy_overwritten()
+
+    def untouched(self) -> bool:
+        """Whether everything is as it was when the forward began."""
+        unmoved = not self._copies and _versions(self._holders.tensors) == self._versions
+        return unmoved and self._held.held_by(self._holders)
 
     def has(self, container: Any) -> bool:
         """Whether a container's contents are put back."""
         return self._holders.has(container)
-
-    def _settle(self) -> None:
-        self._held = _Contents(self._holders)
-        self._versions = _versions(self._holders.tensors)
 
     def storages(self) -> dict[int, torch.Tensor]:
         """One tensor for each storage that is held, by the storage's address."""
@@ -210,7 +260,7 @@ class Outside:
 
     def _copy_overwritten(self) -> None:
         for tensor in self.storages().values():
-            if self.name_of(tensor) in self._overwritten:
+            if self.name_of(tensor) in self._known.overwritten:
                 self.about_to_change(tensor)
 
     def _copied(self, tensor: torch.Tensor) -> torch.UntypedStorage | None:
@@ -230,8 +280,10 @@ class Outside:
         holders, held = self._holders, self._held
         moved = self._copies or _versions(holders.tensors) != self._versions
         if not moved and held.held_by(holders):
-            self._before = held
+            # What has changed nothing will not, this time.
+            self._before = None if self._known.quiet else held
             return
+        self._known.quiet = False
         before = _Contents(holders)
         held.put_into(holders)
         self._before = before
@@ -297,7 +349,7 @@ class Outside:
 
     def _moved(self, tensor: torch.Tensor) -> MutatedStateError:
         if not isinstance(tensor, nn.Parameter):
-            self._overwritten.add(self.name_of(tensor))
+            self._known.overwritten.add(self.name_of(tensor))
         return MutatedStateError(
             f"{self.name_of(tensor)} (shape {list(tensor.shape)}), which a checkpoint region "
             "reads, was changed in place between the region's forward and its recomputation, so "

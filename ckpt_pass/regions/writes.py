@@ -19,51 +19,39 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_pass.regions.actions import is_mutable, overwritten
-from ckpt_pass.regions.outside import Outside
+from ckpt_pass.regions.outside import Known, Outside
 
 
-class Known:
-    """What is known of the tensors that a region overwrites.
-
-    Attributes:
-        watched: whether a run was looked at.
-        names: of the tensors, as :meth:`Outside.name_of` gives them.
-    """
-
-    __slots__ = ("__weakref__", "names", "watched")
-
-    def __init__(self) -> None:
-        self.watched = False
-        self.names: set[str] = set()
-
-    def learn(self, outside: Outside) -> None:
-        """Take what a run that was looked at has overwritten."""
-        self.names.update(outside.overwritten())
-        self.watched = True
-
-
+#: Of functions, by their code: a lambda is made anew for every run.
 _known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
+# Where a module carries its own: a plain attribute, ``None`` in copies and pickles.
+_ATTRIBUTE = "_ckpt_pass_known"
 
 
 def known_of(fn: Any) -> Known:
     """What is known of a function or module; shared by all regions that run it."""
-    anchor = _anchor(fn)
+    while not isinstance(fn, nn.Module):
+        if isinstance(fn, functools.partial):
+            fn = fn.func
+        elif isinstance(fn, types.MethodType) and isinstance(fn.__self__, nn.Module):
+            fn = fn.__self__
+        else:
+            return _of_code(fn)
+    found = fn.__dict__.get(_ATTRIBUTE)
+    if found is None or not found.is_of(fn):
+        found = fn.__dict__[_ATTRIBUTE] = Known(fn)
+    return found  # type: ignore[no-any-return]
+
+
+def _of_code(fn: Any) -> Known:
+    code = getattr(fn, "__code__", fn)
     try:
-        found = _known.get(anchor)
+        found = _known.get(code)
         if found is None:
-            found = _known[anchor] = Known()
+            found = _known[code] = Known()
     except TypeError:  # neither hashed nor referred to weakly: looked at in every run
         return Known()
     return found
-
-
-def _anchor(fn: Any) -> Any:
-    """A module, or the code of a function: a lambda is made anew for every run."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    if isinstance(fn, types.MethodType):
-        return fn.__self__ if isinstance(fn.__self__, nn.Module) else fn.__func__.__code__
-    return getattr(fn, "__code__", fn)
 
 
 @functools.lru_cache(maxsize=1024)
