@@ -61,7 +61,7 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
             yield field.name, getattr(value, field.name)
 
 
-class _Copier:
+class Copier:
     """Copies the containers in arguments, each once; the caller's are then the caller's alone.
 
     Attributes:
@@ -137,7 +137,7 @@ class Arguments:
         if _KEPT.issuperset(map(type, args)) and _KEPT.issuperset(map(type, kwargs.values())):
             tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
         else:
-            copier = _Copier(keeps)
+            copier = Copier(keeps)
             args = tuple(copier(value) for value in args)
             kwargs = {key: copier(value) for key, value in kwargs.items()}
             tensors = [tensor for _, tensor in _named(args, kwargs)]

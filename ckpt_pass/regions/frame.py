@@ -113,7 +113,7 @@ class Frame:
                     stack.enter_context(WriteWatch(outside))
                 output = self._run(args, kwargs)
             if not known.watched:
-                known.learn(outside)
+                outside.learn()
         if before is not None and not options.draws and not before.differs(RandomState.now(devices)):
             self._random = None
         self._complete = True

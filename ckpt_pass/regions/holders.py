@@ -169,25 +169,28 @@ class Holders:
     """The holders that some values lead to, each once.
 
     Attributes:
-        attributes: dicts of attributes, of buffers and of submodules.
-        parameters: the modules' dicts of parameters.
+        attributes: dicts of attributes and of submodules.
+        parameters, buffers: the modules' dicts of them.
         maps, lists, sets: containers.
         cells: variables of closures.
         spots: single names in namespaces that belong to others too, and what they hold.
         tensors: the tensors that are held; some more than once.
         lasting: whether the only tensors are modules' parameters and buffers, which stay.
+        simple: whether there is nothing else besides numbers and code, either.
     """
 
     __slots__ = (
         "_seen",
         "_todo",
         "attributes",
+        "buffers",
         "cells",
         "lasting",
         "lists",
         "maps",
         "parameters",
         "sets",
+        "simple",
         "spots",
         "tensors",
     )
@@ -195,13 +198,14 @@ class Holders:
     def __init__(self, *roots: Any) -> None:
         self.attributes: list[dict[str, Any]] = []
         self.parameters: list[dict[str, Any]] = []
+        self.buffers: list[dict[str, Any]] = []
         self.maps: list[dict[Any, Any]] = []
         self.lists: list[Any] = []
         self.sets: list[set[Any]] = []
         self.cells: list[types.CellType] = []
         self.spots: list[Spot] = []
         self.tensors: list[torch.Tensor] = []
-        self.lasting = True
+        self.lasting = self.simple = True
         self._seen: set[Any] = set()
         self._todo: list[tuple[Any, int]] = []
         self.add(*roots)
@@ -228,6 +232,13 @@ class Holders:
         """Whether a container is among the holders."""
         return id(container) in self._seen
 
+    def mappings(self) -> Iterator[dict[Any, Any]]:
+        """All dicts among the holders."""
+        yield from self.attributes
+        yield from self.parameters
+        yield from self.buffers
+        yield from self.maps
+
     def _module(self, root: nn.Module) -> None:
         seen, attributes = self._seen, self.attributes
         todo: list[nn.Module | None] = [root]
@@ -252,7 +263,7 @@ class Holders:
                 self.tensors += [p for p in parameters.values() if p is not None]
             buffers = own["_buffers"]
             if buffers:
-                attributes.append(buffers)
+                self.buffers.append(buffers)
                 # Running statistics are written in training, and not read: each run moves them on.
                 if not (known.norm and own["training"]):
                     self.tensors += [b for b in buffers.values() if b is not None]
@@ -296,6 +307,9 @@ class Holders:
         kind = _kind(type(value))
         if kind is _Kind.IGNORED:
             return
+        if kind is _Kind.TUPLE and ATOMS.issuperset(map(type, value)):
+            return
+        self.simple = False
         if kind is _Kind.TENSOR:
             self.tensors.append(value)
             self.lasting = False

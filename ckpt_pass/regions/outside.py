@@ -38,11 +38,24 @@ class MutatedStateError(CkptPassError, RuntimeError):
 class _Contents:
     """What a number of holders hold at a moment, by reference."""
 
-    __slots__ = ("attributes", "cells", "lists", "maps", "parameters", "sets", "spots")
+    __slots__ = (
+        "_flat",
+        "attributes",
+        "buffers",
+        "cells",
+        "lists",
+        "maps",
+        "parameters",
+        "sets",
+        "spots",
+    )
 
     def __init__(self, holders: Holders) -> None:
         self.attributes: list[dict[str, Any]] = [own.copy() for own in holders.attributes]
         self.parameters: list[dict[str, Any]] = [own.copy() for own in holders.parameters]
+        self.buffers: list[dict[str, Any]] = [own.copy() for own in holders.buffers]
+        # Values that compare at no risk: lists of the same objects are equal before any is asked.
+        self._flat = _values(self.attributes) if holders.simple else None
         self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
         self.lists: list[list[Any]] = list(map(list, holders.lists))
         self.sets: list[set[Any]] = list(map(set, holders.sets))
@@ -52,15 +65,27 @@ class _Contents:
     def held_by(self, holders: Holders) -> bool:
         """Whether they hold the same now, object by object."""
         now, was = holders, self
-        return (
-            _same_values(now.attributes, was.attributes)
+        if not (
+            self._same_attributes(now.attributes)
             and _same_values(now.parameters, was.parameters)
-            and (not was.maps or (_same_values(now.maps, was.maps) and _same(now.maps, was.maps)))
+            and (not was.buffers or _same_values(now.buffers, was.buffers))
+        ):
+            return False
+        return (
+            (not was.maps or (_same_values(now.maps, was.maps) and _same(now.maps, was.maps)))
             and (not was.lists or _same(now.lists, was.lists))
             and (not was.sets or all(a == b for a, b in zip(now.sets, was.sets, strict=True)))
             and (not was.cells or _same(map(contents_of, now.cells), was.cells))
             and (not was.spots or _same([[_read(*spot[:2]) for spot in now.spots]], [was.spots]))
         )
+
+    def _same_attributes(self, now: list[dict[str, Any]]) -> bool:
+        if self._flat is None:
+            return _same_values(now, self.attributes)
+        try:
+            return _values(now) == self._flat
+        except (RuntimeError, TypeError, ValueError):  # an array in the place of a number
+            return False
 
     def put_into(self, holders: Holders) -> None:
         """Make them hold this again."""
@@ -69,7 +94,11 @@ class _Contents:
                 for key in own.keys() - held.keys():
                     del own[key]
                 own.update(held)
-        for parameters, held in zip(holders.parameters, self.parameters, strict=True):
+        places = chain(
+            zip(holders.parameters, self.parameters, strict=True),
+            zip(holders.buffers, self.buffers, strict=True),
+        )
+        for parameters, held in places:
             for key, value in held.items():
                 now = parameters.get(key)
                 if now is not value and not _sharded(now, value):
@@ -90,6 +119,10 @@ class _Contents:
         for (space, name, _), value in zip(holders.spots, self.spots, strict=True):
             if _read(space, name) is not value:
                 _write(space, name, value)
+
+
+def _values(mappings: list[dict[Any, Any]]) -> list[Any]:
+    return [*map(len, mappings), *chain.from_iterable(map(dict.values, mappings))]
 
 
 def _same_values(now: list[dict[Any, Any]], was: list[dict[Any, Any]]) -> bool:
@@ -196,10 +229,6 @@ class Known:
                 self._holders = self._contents = None
         return holders, contents
 
-    def learn(self, outside: Outside) -> None:
-        """Take what a run that was looked at has done."""
-        self.overwritten.update(outside.overwritten())
-        self.watched, self.quiet = True, outside.untouched()
 
 
 class Outside:
@@ -232,10 +261,12 @@ class Outside:
         if self._known.overwritten:
             self._copy_overwritten()
 
-    def untouched(self) -> bool:
-        """Whether everything is as it was when the forward began."""
-        unmoved = not self._copies and _versions(self._holders.tensors) == self._versions
-        return unmoved and self._held.held_by(self._holders)
+    def learn(self) -> None:
+        """Let later runs know what the forward has done, which ends now."""
+        known, holders = self._known, self._holders
+        known.overwritten.update(self.overwritten())
+        unmoved = not self._copies and _versions(holders.tensors) == self._versions
+        known.watched, known.quiet = True, unmoved and self._held.held_by(holders)
 
     def has(self, container: Any) -> bool:
         """Whether a container's contents are put back."""
@@ -319,7 +350,7 @@ class Outside:
     def _present(self) -> Iterator[Any]:
         """What the holders hold now, those that FSDP2 has taken away excepted."""
         holders = self._holders
-        for mapping in (*holders.attributes, *holders.parameters, *holders.maps):
+        for mapping in holders.mappings():
             yield from dict.values(mapping)
         for sequence in (*holders.lists, *holders.sets):
             yield from sequence
@@ -330,7 +361,7 @@ class Outside:
 
     def _replace(self, stand_ins: dict[int, torch.Tensor]) -> None:
         holders = self._holders
-        for mapping in (*holders.attributes, *holders.parameters, *holders.maps):
+        for mapping in holders.mappings():
             found = {k: stand_ins[id(v)] for k, v in dict.items(mapping) if id(v) in stand_ins}
             for key, value in found.items():
                 dict.__setitem__(mapping, key, value)

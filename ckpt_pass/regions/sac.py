@@ -140,6 +140,8 @@ class ForwardMode(TorchDispatchMode):
             self._modules = self._cleanup.enter_context(ModuleStack().followed())
         if self._hooks is not None and not self._tracing and self._hooks.enter_forward():
             self._cleanup.callback(self._hooks.exit_forward)
+            if self._hooks.watch is not None:
+                self._by_op_alone = False
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -180,6 +182,8 @@ class ForwardMode(TorchDispatchMode):
             return func(*args, **kwargs)
         if self._unsettled is not None:
             self._settle()
+        if self._hooks is not None and self._hooks.watch is not None:
+            self._hooks.watch.look(func, args, kwargs)
         if self._tracing:
             graph = functorch.proxy_graph()
             if graph is not None:
@@ -317,6 +321,9 @@ class RecomputeMode(TorchDispatchMode):
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
         self._cleanup = contextlib.ExitStack()
+        if self._hooks is not None and self._hooks.outside is not None:
+            self._hooks.outside.put_in()
+            self._cleanup.callback(self._hooks.outside.put_back)
         if self._forward is not None and not self._memory.complete:
             self._cleanup.enter_context(self._forward.paused())
         if self._owner is not None:

@@ -82,10 +82,14 @@ class WriteWatch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.look(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Copy what an op is about to overwrite."""
         for tensor in _written(func, args, kwargs):
             if _address(tensor) in self._storages:
                 self._outside.about_to_change(tensor)
-        return func(*args, **kwargs)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
