@@ -210,9 +210,7 @@ class Arguments:
         return args, kwargs
 
 
-def _named(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     for index, value in enumerate(args):
         yield from named_tensors(f"args[{index}]", value)
     for key, value in kwargs.items():

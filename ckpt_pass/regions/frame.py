@@ -114,7 +114,11 @@ class Frame:
                 output = self._run(args, kwargs)
             if not known.watched:
                 outside.learn()
-        if before is not None and not options.draws and not before.differs(RandomState.now(devices)):
+        if (
+            before is not None
+            and not options.draws
+            and not before.differs(RandomState.now(devices))
+        ):
             self._random = None
         self._complete = True
         return output
@@ -162,31 +166,37 @@ class Frame:
         )
         was_enabled = torch.is_grad_enabled()
         output = None
-        with contextlib.ExitStack() as stack:
-            if functorch.profiler_is_running():
-                stack.enter_context(record_function(f"recompute {self._options.name}"))
-            self._ambient.restore(stack)
-            if self._random is not None:
-                stack.enter_context(drawing_from(self._random))
-            if self._contexts[1] is not None:
-                stack.enter_context(self._contexts[1])
-            autograd.set_grad_enabled(True)
-            autograd.push_saved_hooks(rerun.pack, rerun.unpack)
-            try:
-                self._arguments.check()
-                self._outside.put_in(differentiable=was_enabled)
-                output = self._fn(*args, **kwargs)
-            except _Complete:
-                pass
-            finally:
-                self._outside.put_back()
-                autograd.pop_saved_hooks()
-                autograd.set_grad_enabled(was_enabled)
+        self._arguments.check()
+        self._outside.put_in(differentiable=was_enabled)
+        try:
+            with contextlib.ExitStack() as stack:
+                self._prepare(stack)
+                autograd.set_grad_enabled(True)
+                autograd.push_saved_hooks(rerun.pack, rerun.unpack)
+                try:
+                    output = self._fn(*args, **kwargs)
+                except _Complete:
+                    pass
+                finally:
+                    autograd.pop_saved_hooks()
+                    autograd.set_grad_enabled(was_enabled)
+        finally:
+            self._outside.put_back()
         rerun.check_count(exactly=self._complete and not self._stops_early)
         # Values hold their history, and that holds `rerun`: values that no backward asks for would
         # hold themselves. Only a backward that is differentiated itself goes on along the history.
         self._store = rerun.store if was_enabled else rerun.handed_over()
         return output
+
+    def _prepare(self, stack: contextlib.ExitStack) -> None:
+        """Enter what was around the forward, and what goes around the recomputation."""
+        if functorch.profiler_is_running():
+            stack.enter_context(record_function(f"recompute {self._options.name}"))
+        self._ambient.restore(stack)
+        if self._random is not None:
+            stack.enter_context(drawing_from(self._random))
+        if self._contexts[1] is not None:
+            stack.enter_context(self._contexts[1])
 
 
 def _stop() -> None:

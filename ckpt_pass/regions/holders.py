@@ -136,9 +136,7 @@ def _class(cls: type) -> _Class:
             if type(fn) is _FUNCTION and name != "__init__":
                 found |= {(id(space), n): (space, n) for space, n in _reads(fn)}
     scripted = issubclass(cls, torch.jit.ScriptModule)
-    return _Class(
-        managed or scripted, issubclass(cls, _NormBase), bases, tuple(found.values())
-    )
+    return _Class(managed or scripted, issubclass(cls, _NormBase), bases, tuple(found.values()))
 
 
 def _reads(fn: types.FunctionType) -> Iterator[tuple[dict[str, Any], str]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
@@ -230,7 +231,6 @@ class Known:
         return holders, contents
 
 
-
 class Outside:
     """The state around one run of a region.
 
@@ -268,6 +268,12 @@ class Outside:
         unmoved = not self._copies and _versions(holders.tensors) == self._versions
         known.watched, known.quiet = True, unmoved and self._held.held_by(holders)
 
+    def owner(self) -> nn.Module | None:
+        """The module that the region is, or is a method of."""
+        root = self._roots[0]
+        found = root if isinstance(root, nn.Module) else getattr(root, "__self__", None)
+        return found if isinstance(found, nn.Module) else None
+
     def has(self, container: Any) -> bool:
         """Whether a container's contents are put back."""
         return self._holders.has(container)
@@ -281,7 +287,7 @@ class Outside:
         """Copy the storage of a tensor that the forward overwrites; once."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._copies:
-            self._copies[storage._cdata] = storage.clone()
+            self._copies[storage._cdata] = _copy(storage)
 
     def overwritten(self) -> Iterator[str]:
         """The names of the tensors that are copied."""
@@ -333,7 +339,7 @@ class Outside:
 
     def _substitute(self, differentiable: bool) -> None:
         """Put copies in the places of tensors that were changed in place."""
-        copies = {address: storage.clone() for address, storage in self._copies.items()}
+        copies = {address: _copy(storage) for address, storage in self._copies.items()}
         stand_ins: dict[int, torch.Tensor] = {}
         present = {id(value) for value in self._present()}
         for tensor, version in zip(self._holders.tensors, self._versions, strict=True):
@@ -426,6 +432,11 @@ def _versions(tensors: list[torch.Tensor]) -> list[int]:
 def _has_storage(tensor: torch.Tensor) -> bool:
     plain = type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
     return plain and tensor.layout is torch.strided
+
+
+def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    with _disable_current_modes():  # no op of the region
+        return storage.clone()
 
 
 def _alias(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:

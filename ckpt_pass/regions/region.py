@@ -149,6 +149,7 @@ class RegionMemory:
         for tensor in tensors:
             for entry in self._by_storage.pop(tensor.untyped_storage()._cdata, ()):
                 entry.copy()
+                self._unindexed.append(entry)  # a run inside the forward may write to the copy
 
     def start_recompute(self) -> None:
         """Count occurrences from the beginning again."""

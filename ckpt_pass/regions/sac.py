@@ -324,6 +324,7 @@ class RecomputeMode(TorchDispatchMode):
         if self._hooks is not None and self._hooks.outside is not None:
             self._hooks.outside.put_in()
             self._cleanup.callback(self._hooks.outside.put_back)
+            self._owner = self._hooks.outside.owner()
         if self._forward is not None and not self._memory.complete:
             self._cleanup.enter_context(self._forward.paused())
         if self._owner is not None:
@@ -344,8 +345,11 @@ class RecomputeMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in IGNORED:
             return func(*args, **kwargs)
-        if self._buffers and is_mutable(func):
-            args = self._with_copies(func, args, kwargs)
+        if is_mutable(func):
+            if not self._memory.complete:
+                self._memory.about_to_change(overwritten(func, args, kwargs))
+            if self._buffers:
+                args = self._with_copies(func, args, kwargs)
         key = func if isinstance(func, OpOverload) else functorch.selective_key(func, args)
         if not self._memory.counts(key) or is_cached_cast(func, args):
             return _run_again(func, args, kwargs)
