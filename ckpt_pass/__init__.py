@@ -129,11 +129,11 @@ from ckpt_pass.policy.rules import rule as rule
 from ckpt_pass.policy.rules import save as save
 from ckpt_pass.policy.sites import CallSite as CallSite
 from ckpt_pass.policy.sites import SiteContext as SiteContext
+from ckpt_pass.regions.arguments import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.regions.checkpointing import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.regions.checkpointing import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.regions.checkpointing import ReentrantRegionError as ReentrantRegionError
 from ckpt_pass.regions.checkpointing import checkpoint as checkpoint
-from ckpt_pass.regions.arguments import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.regions.outside import MutatedStateError as MutatedStateError
 from ckpt_pass.regions.region import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.regions.region import MutatedActivationError as MutatedActivationError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class Copier:
             items = [self(item) for item in value]
             if all(a is b for a, b in zip(items, value, strict=True)):
                 return value
-            return cls._make(items) if hasattr(cls, "_make") else cls(items)  # type: ignore[attr-defined,call-arg]
+            return cls._make(items) if hasattr(cls, "_make") else cls(items)
         made = value
         if cls in _MAPPINGS or cls in _SEQUENCES or cls is set:
             made = self._made[id(value)] = copy.copy(value)

@@ -16,6 +16,7 @@ from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
+from ckpt_pass.regions.caches import without_cache
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.frame import Contexts, Frame, RegionOptions
 from ckpt_pass.regions.keeps import Keeps, rerun_context
@@ -193,6 +194,8 @@ def run_region(
             **traced,
             **kwargs,
         )
+    if kwargs:
+        kwargs = without_cache(fn if options.root is None else options.root, kwargs)
     frame = Frame(fn, options) if link is None else link.frame(fn, options)
     return frame.forward(args, kwargs)
 

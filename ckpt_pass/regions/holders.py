@@ -15,7 +15,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from typing import Any
 
@@ -35,12 +35,15 @@ _PLAIN_OBJECTS = frozenset({"collections", "types"})
 #: Libraries whose objects are no state of a region.
 _LIBRARIES = frozenset({"torch", "numpy", "ckpt_pass"})
 
+#: Types of values that hold nothing.
 ATOMS: frozenset[type] = frozenset(
-    (int, float, bool, complex, str, bytes, type(None), type(...), slice, range)
-    + (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator)
-    + (type, types.ModuleType, types.BuiltinFunctionType, staticmethod, classmethod, property)
-    + (types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType)
-    + (types.MethodDescriptorType, torch.finfo, torch.iinfo)
+    (
+        *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range, type),
+        *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+        *(torch.Generator, torch.finfo, torch.iinfo, staticmethod, classmethod, property),
+        *(types.ModuleType, types.BuiltinFunctionType, types.GetSetDescriptorType),
+        *(types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
+    )
 )
 
 
@@ -71,8 +74,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Kind], ...] = (
 )
 
 
-@functools.lru_cache(maxsize=4096)
-def _kind(cls: type) -> _Kind:
+def _find_kind(cls: type) -> _Kind:
     if cls in ATOMS or issubclass(cls, type):
         return _Kind.IGNORED
     for base, kind in _KINDS:
@@ -86,8 +88,7 @@ def _kind(cls: type) -> _Kind:
     return _Kind.IGNORED if known and not plain else _Kind.OBJECT
 
 
-@functools.lru_cache(maxsize=4096)
-def _slots(cls: type) -> tuple[str, ...]:
+def _find_slots(cls: type) -> tuple[str, ...]:
     """The names of an object's fields that are in no ``__dict__``."""
     found = [name for base in cls.__mro__ for name in _as_names(vars(base).get("__slots__", ()))]
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
@@ -122,8 +123,7 @@ class _Class:
     reads: tuple[tuple[dict[str, Any], str], ...]
 
 
-@functools.lru_cache(maxsize=4096)
-def _class(cls: type) -> _Class:
+def _find_class(cls: type) -> _Class:
     managed = cls.__module__.startswith(("torch.distributed.", "torch._dynamo."))
     bases = tuple(
         base
@@ -159,6 +159,10 @@ _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLO
 _CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, _FUNCTION, torch.dtype))
 #: Globals and class attributes that count something.
 _NUMBERS = frozenset((int, float, bool, complex, type(None)))
+# Looked up for every value that is met.
+_kind: Callable[[Any], _Kind] = functools.lru_cache(maxsize=4096)(_find_kind)
+_slots: Callable[[Any], tuple[str, ...]] = functools.lru_cache(maxsize=4096)(_find_slots)
+_class: Callable[[Any], _Class] = functools.lru_cache(maxsize=4096)(_find_class)
 #: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
 Spot = tuple[Any, str, Any]
 

@@ -10,12 +10,8 @@ Whatever else has changed is an error with the tensor's name.
 
 from __future__ import annotations
 
-import collections
-import types
 import weakref
-from collections.abc import Iterable, Iterator
-from itertools import chain
-from operator import is_
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,10 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import autograd
+from ckpt_pass.regions.contents import Contents, read_spot, write_spot
 from ckpt_pass.regions.holders import Holders, contents_of
-
-_MISSING = object()
 
 
 class MutatedStateError(CkptPassError, RuntimeError):
@@ -34,159 +28,6 @@ class MutatedStateError(CkptPassError, RuntimeError):
 
     A parameter, a buffer, or a tensor on an attribute, in a container, closure or global.
     """
-
-
-class _Contents:
-    """What a number of holders hold at a moment, by reference."""
-
-    __slots__ = (
-        "_flat",
-        "attributes",
-        "buffers",
-        "cells",
-        "lists",
-        "maps",
-        "parameters",
-        "sets",
-        "spots",
-    )
-
-    def __init__(self, holders: Holders) -> None:
-        self.attributes: list[dict[str, Any]] = [own.copy() for own in holders.attributes]
-        self.parameters: list[dict[str, Any]] = [own.copy() for own in holders.parameters]
-        self.buffers: list[dict[str, Any]] = [own.copy() for own in holders.buffers]
-        # Values that compare at no risk: lists of the same objects are equal before any is asked.
-        self._flat = _values(self.attributes) if holders.simple else None
-        self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
-        self.lists: list[list[Any]] = list(map(list, holders.lists))
-        self.sets: list[set[Any]] = list(map(set, holders.sets))
-        self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
-        self.spots = [_read(space, name) for space, name, _ in holders.spots]
-
-    def held_by(self, holders: Holders) -> bool:
-        """Whether they hold the same now, object by object."""
-        now, was = holders, self
-        if not (
-            self._same_attributes(now.attributes)
-            and _same_values(now.parameters, was.parameters)
-            and (not was.buffers or _same_values(now.buffers, was.buffers))
-        ):
-            return False
-        return (
-            (not was.maps or (_same_values(now.maps, was.maps) and _same(now.maps, was.maps)))
-            and (not was.lists or _same(now.lists, was.lists))
-            and (not was.sets or all(a == b for a, b in zip(now.sets, was.sets, strict=True)))
-            and (not was.cells or _same(map(contents_of, now.cells), was.cells))
-            and (not was.spots or _same([[_read(*spot[:2]) for spot in now.spots]], [was.spots]))
-        )
-
-    def _same_attributes(self, now: list[dict[str, Any]]) -> bool:
-        if self._flat is None:
-            return _same_values(now, self.attributes)
-        try:
-            return _values(now) == self._flat
-        except (RuntimeError, TypeError, ValueError):  # an array in the place of a number
-            return False
-
-    def put_into(self, holders: Holders) -> None:
-        """Make them hold this again."""
-        for own, held in zip(holders.attributes, self.attributes, strict=True):
-            if not _same_values([own], [held]):
-                for key in own.keys() - held.keys():
-                    del own[key]
-                own.update(held)
-        places = chain(
-            zip(holders.parameters, self.parameters, strict=True),
-            zip(holders.buffers, self.buffers, strict=True),
-        )
-        for parameters, held in places:
-            for key, value in held.items():
-                now = parameters.get(key)
-                if now is not value and not _sharded(now, value):
-                    parameters[key] = value
-        for mapping, held in zip(holders.maps, self.maps, strict=True):
-            if not (_same_values([mapping], [held]) and _same([mapping], [held])):
-                _fill_mapping(mapping, held)
-        for sequence, kept in zip(holders.lists, self.lists, strict=True):
-            if not _same([sequence], [kept]):
-                _fill_sequence(sequence, kept)
-        for members, group in zip(holders.sets, self.sets, strict=True):
-            if members != group:
-                members.clear()
-                members.update(group)
-        for cell, contents in zip(holders.cells, self.cells, strict=True):
-            if not _same([contents_of(cell)], [contents]):
-                _fill_cell(cell, contents)
-        for (space, name, _), value in zip(holders.spots, self.spots, strict=True):
-            if _read(space, name) is not value:
-                _write(space, name, value)
-
-
-def _values(mappings: list[dict[Any, Any]]) -> list[Any]:
-    return [*map(len, mappings), *chain.from_iterable(map(dict.values, mappings))]
-
-
-def _same_values(now: list[dict[Any, Any]], was: list[dict[Any, Any]]) -> bool:
-    if list(map(len, now)) != list(map(len, was)):
-        return False
-    values, others = map(dict.values, now), map(dict.values, was)
-    return all(map(is_, chain.from_iterable(values), chain.from_iterable(others)))
-
-
-def _same(now: Iterable[Iterable[Any]], was: Iterable[Iterable[Any]]) -> bool:
-    """Whether iterables give the same objects."""
-    return all(
-        len(a) == len(b) and all(map(is_, a, b))
-        for a, b in zip(map(list, now), map(list, was), strict=True)
-    )
-
-
-def _sharded(*values: Any) -> bool:
-    """Whether a parameter's place is FSDP2's, which puts whole and sharded ones there in turn."""
-    return any(autograd.is_distributed(value) for value in values)
-
-
-def _read(space: Any, name: str) -> Any:
-    if isinstance(space, dict):
-        return space.get(name, _MISSING)
-    if isinstance(space, type):
-        return vars(space).get(name, _MISSING)
-    return getattr(space, name, _MISSING)
-
-
-def _write(space: Any, name: str, value: Any) -> None:
-    if value is _MISSING:
-        if isinstance(space, dict):
-            del space[name]
-        else:
-            delattr(space, name)
-    elif isinstance(space, dict):
-        space[name] = value
-    elif isinstance(space, type):
-        setattr(space, name, value)
-    else:
-        object.__setattr__(space, name, value)  # of frozen dataclasses too
-
-
-def _fill_mapping(mapping: dict[Any, Any], held: dict[Any, Any]) -> None:
-    # A subclass may refuse changes, as transformers' outputs do.
-    base: Any = collections.OrderedDict if isinstance(mapping, collections.OrderedDict) else dict
-    base.clear(mapping)
-    for key, value in held.items():
-        base.__setitem__(mapping, key, value)
-
-
-def _fill_sequence(sequence: Any, held: list[Any]) -> None:
-    base: Any = list if isinstance(sequence, list) else collections.deque
-    base.clear(sequence)
-    base.extend(sequence, held)
-
-
-def _fill_cell(cell: types.CellType, contents: tuple[Any, ...]) -> None:
-    if contents:
-        cell.cell_contents = contents[0]
-    else:
-        del cell.cell_contents
 
 
 class Known:
@@ -207,7 +48,7 @@ class Known:
         self.overwritten: set[str] = set()
         self._root = None if root is None else weakref.ref(root)
         self._holders: Holders | None = None
-        self._contents: _Contents | None = None
+        self._contents: Contents | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of the module find out for themselves
@@ -216,12 +57,12 @@ class Known:
         """Whether it is that module's own: replicas share what their original carries."""
         return self._root is not None and self._root() is module
 
-    def look(self, root: Any) -> tuple[Holders, _Contents]:
+    def look(self, root: Any) -> tuple[Holders, Contents]:
         """The holders of a region's state, and what they hold now."""
         holders, contents = self._holders, self._contents
         if holders is None or contents is None or not contents.held_by(holders):
             holders = Holders(root)
-            contents = _Contents(holders)
+            contents = Contents(holders)
             # What is kept here lives on: never values of a step.
             lasts = self._root is not None and holders.lasting
             if lasts and all(tensor.is_leaf for tensor in holders.tensors):
@@ -248,7 +89,7 @@ class Outside:
         self._versions = _versions(self._holders.tensors)
         #: Copies of storages as they were when the forward began, by the storage's address.
         self._copies: dict[int, torch.UntypedStorage] = {}
-        self._before: _Contents | None = None
+        self._before: Contents | None = None
         if known.overwritten:
             self._copy_overwritten()
 
@@ -256,7 +97,7 @@ class Outside:
         """Hold what arguments lead to as well."""
         self._roots += arguments
         self._holders = Holders(*self._roots)
-        self._held = _Contents(self._holders)
+        self._held = Contents(self._holders)
         self._versions = _versions(self._holders.tensors)
         if self._known.overwritten:
             self._copy_overwritten()
@@ -321,7 +162,7 @@ class Outside:
             self._before = None if self._known.quiet else held
             return
         self._known.quiet = False
-        before = _Contents(holders)
+        before = Contents(holders)
         held.put_into(holders)
         self._before = before
         if moved:
@@ -363,7 +204,7 @@ class Outside:
         for cell in holders.cells:
             yield from contents_of(cell)
         for space, name, _ in holders.spots:
-            yield _read(space, name)
+            yield read_spot(space, name)
 
     def _replace(self, stand_ins: dict[int, torch.Tensor]) -> None:
         holders = self._holders
@@ -380,9 +221,9 @@ class Outside:
                 if id(value) in stand_ins:
                     cell.cell_contents = stand_ins[id(value)]
         for space, name, _ in holders.spots:
-            value = _read(space, name)
+            value = read_spot(space, name)
             if id(value) in stand_ins:
-                _write(space, name, stand_ins[id(value)])
+                write_spot(space, name, stand_ins[id(value)])
 
     def _moved(self, tensor: torch.Tensor) -> MutatedStateError:
         if not isinstance(tensor, nn.Parameter):
@@ -436,14 +277,15 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 
 def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     with _disable_current_modes():  # no op of the region
-        return storage.clone()
+        copied: torch.UntypedStorage = storage.clone()
+    return copied
 
 
 def _alias(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
     """A leaf like a tensor, over another storage."""
     with torch.no_grad():
         made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        made.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+        made.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(made, tensor.requires_grad)
     return made.requires_grad_(tensor.requires_grad)

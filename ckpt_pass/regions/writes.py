@@ -1,9 +1,9 @@
 """Learn which tensors around it a region overwrites, so that they are copied before it runs again.
 
 A region's own updates of buffers (scales, moving averages, power iterations) must not be seen by
-its recomputation, nor made twice. To copy all of its tensors would cost their bytes in every run; to
-look at every op costs some 11 microseconds each. So its ops are looked at in its first run only. A
-tensor that is first overwritten later is an error in that run's backward, and known from then on.
+its recomputation, nor made twice. To copy all of its tensors would cost their bytes in every run;
+to look at every op costs some 11 microseconds each. So its ops are looked at in its first run only.
+A tensor that is first overwritten later is an error in that run's backward, and known from then on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_pass.regions.actions import is_mutable, overwritten
 from ckpt_pass.regions.outside import Known, Outside
-
 
 #: Of functions, by their code: a lambda is made anew for every run.
 _known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
@@ -40,7 +39,7 @@ def known_of(fn: Any) -> Known:
     found = fn.__dict__.get(_ATTRIBUTE)
     if found is None or not found.is_of(fn):
         found = fn.__dict__[_ATTRIBUTE] = Known(fn)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _of_code(fn: Any) -> Known:

@@ -1,4 +1,4 @@
-"""A recomputation reads what its forward read: right gradients, or an error that names what moved."""
+"""A recomputation reads what its forward read, or an error names what moved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -200,7 +200,7 @@ class Global(Layer):
 class OfTheClass(Layer):
     """State that all modules of a class share."""
 
-    history: list[Tensor] = []
+    history: ClassVar[list[Tensor]] = []
 
     def between(self, h: Tensor) -> Tensor:
         type(self).history = [*self.history[-1:], h.detach().mean()]
@@ -440,9 +440,14 @@ class Forces(nn.Module):
         return again.square().mean() + self.energy(x - force)
 
 
-INNER = [None, "save-nothing", "save-matmul", "save-everything",
-         ckpt_pass.save(op="aten.mm") | ckpt_pass.recompute(),
-         ckpt_pass.save(op_class="matmul", module="one", nth=1) | ckpt_pass.recompute()]  # fmt: skip
+INNER = [
+    None,
+    "save-nothing",
+    "save-matmul",
+    "save-everything",
+    ckpt_pass.save(op="aten.mm") | ckpt_pass.recompute(),
+    ckpt_pass.save(op_class="matmul", module="one", nth=1) | ckpt_pass.recompute(),
+]
 
 
 @pytest.mark.parametrize("policy", INNER, ids=str)
