@@ -149,6 +149,7 @@ from ckpt_pass.errors import LayerProfileError as LayerProfileError
 from ckpt_pass.errors import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.errors import MutatedActivationError as MutatedActivationError
 from ckpt_pass.errors import MutatedArgumentError as MutatedArgumentError
+from ckpt_pass.errors import MutatedStateError as MutatedStateError
 from ckpt_pass.errors import NoLayersError as NoLayersError
 from ckpt_pass.errors import NoLossError as NoLossError
 from ckpt_pass.errors import NoRegionsError as NoRegionsError

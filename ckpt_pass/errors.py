@@ -66,10 +66,11 @@ from ckpt_pass.policy.opinion import UnclassifiedOpWarning as UnclassifiedOpWarn
 from ckpt_pass.policy.rules import InvalidRuleError as InvalidRuleError
 from ckpt_pass.policy.rules import PolicyReturnError as PolicyReturnError
 from ckpt_pass.policy.rules import UnknownPolicyError as UnknownPolicyError
+from ckpt_pass.regions.arguments import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.regions.checkpointing import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.regions.checkpointing import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.regions.checkpointing import ReentrantRegionError as ReentrantRegionError
-from ckpt_pass.regions.frame import MutatedArgumentError as MutatedArgumentError
+from ckpt_pass.regions.outside import MutatedStateError as MutatedStateError
 from ckpt_pass.regions.region import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.regions.region import MutatedActivationError as MutatedActivationError
 from ckpt_pass.regions.region import RecomputeMismatchError as RecomputeMismatchError

@@ -83,6 +83,23 @@ def name_of_checkpoint(frame: Any) -> str:
     return str(getattr(fn, "__qualname__", ""))
 
 
+def function_of_checkpoint(frame: Any) -> Any:
+    """The function that a region of torch's checkpoint runs."""
+    return _closed_over(frame.recompute_fn, "fn")
+
+
+def convert_arguments(frame: Any, convert: Callable[[Any], Any]) -> None:
+    """Change what torch's checkpoint region keeps of its arguments, tensors excepted.
+
+    Positional ones are in a list, the others in a dict that its function closes over.
+    """
+    frame.saved_args = [convert(argument) for argument in frame.saved_args]
+    code, closure = frame.recompute_fn.__code__, frame.recompute_fn.__closure__
+    cell = dict(zip(code.co_freevars, closure, strict=True)).get("kwargs")
+    if cell is not None and cell.cell_contents:
+        cell.cell_contents = {key: convert(v) for key, v in cell.cell_contents.items()}
+
+
 def recompute_anew(frame: Any) -> None:
     """Let torch's checkpoint region recompute once more in the backward that runs now.
 
@@ -124,3 +141,8 @@ def storage_holders(storage: torch.UntypedStorage) -> int:
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a fake one."""
     return isinstance(tensor, FakeTensor)
+
+
+def is_distributed(value: Any) -> bool:
+    """Whether a value is a DTensor (``torch.distributed.tensor``, which is not imported here)."""
+    return type(value).__name__ == "DTensor"

@@ -106,3 +106,12 @@ class ModuleStack:
             for handle in handles:
                 handle.remove()
             del self._path[depth:]
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Count no calls that are made inside the ``with`` block, wherever they end."""
+        path, calls = list(self._path), dict(self._calls)
+        try:
+            yield
+        finally:
+            self._path[:], self._calls = path, calls

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from operator import is_
 from typing import Any
@@ -26,20 +25,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._torch import autograd
-from ckpt_pass.regions.frame import Arguments, Frame, RegionOptions
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """Stands for an argument that the region before makes again."""
-
-    number: int
-    requires_grad: bool
+from ckpt_pass.regions.arguments import Arguments, Made
+from ckpt_pass.regions.frame import Frame, RegionOptions
 
 
 def _linked(value: Any, made: dict[int, int]) -> Any:
     number = made.get(id(value)) if isinstance(value, torch.Tensor) else None
-    return value if number is None else _Made(number, value.requires_grad)
+    return value if number is None else Made(number, value.requires_grad)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
@@ -98,7 +90,7 @@ class ChainedFrame(Frame):
             made = before._there()
             linked = tuple(_linked(v, made) for v in args)
             named = {key: _linked(v, made) for key, v in kwargs.items()}
-            if any(isinstance(v, _Made) for v in (*linked, *named.values())):
+            if any(isinstance(v, Made) for v in (*linked, *named.values())):
                 self._before = before
                 devices = kept.devices  # those of the tensors that are not kept too
                 kept = super()._kept(linked, named)
@@ -147,7 +139,7 @@ class ChainedFrame(Frame):
         tensors = made
 
         def real(value: Any) -> Any:
-            if not isinstance(value, _Made):
+            if not isinstance(value, Made):
                 return value
             return tensors[value.number].requires_grad_(value.requires_grad)
 

@@ -16,6 +16,7 @@ from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
+from ckpt_pass.regions.caches import without_cache
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.frame import Contexts, Frame, RegionOptions
 from ckpt_pass.regions.keeps import Keeps, rerun_context
@@ -129,7 +130,7 @@ def checkpoint(
         options = replace(options, draws=spec.draws if preserve_rng_state else False)
     elif context_fn is not None:
         draws = None if preserve_rng_state else False
-        options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws)
+        options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws, root=fn)
     else:
         options = options_for(fn, policy, None, name, preserve_rng_state)
     if not early_stop or determinism_check == "none":
@@ -202,6 +203,8 @@ def run_region(
             **traced,
             **kwargs,
         )
+    if kwargs:
+        kwargs = without_cache(fn if options.root is None else options.root, kwargs)
     frame = Frame(fn, options) if link is None else link.frame(fn, options)
     return frame.forward(args, kwargs)
 
@@ -236,7 +239,7 @@ def options_for(
     elif (owner := _owner_of_buffers(fn)) is not None:
         eager = functools.partial(rerun_context, owner)
     draws = None if preserve_rng_state else False
-    return RegionOptions(_shown(fn, name), eager, traced, draws)
+    return RegionOptions(_shown(fn, name), eager, traced, draws, root=fn)
 
 
 def _shown(fn: Callable[..., Any], name: str | None) -> str:

@@ -15,7 +15,10 @@ import torch
 from torch.autograd.profiler import record_function
 
 from ckpt_pass._torch import autograd, functorch
+from ckpt_pass.regions.arguments import Copier
+from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
+from ckpt_pass.regions.writes import WriteWatch, known_of
 
 #: The value that torch sees; any does. Made once, so that no mode around a region sees it made.
 _VALUE = torch.empty(0)
@@ -38,6 +41,8 @@ class LightHooks:
         "_stops_early",
         "_store",
         "name",
+        "outside",
+        "watch",
     )
 
     def __init__(self) -> None:
@@ -51,6 +56,10 @@ class LightHooks:
         self._complete = False
         self._checked = True
         self._stops_early = True
+        #: What the region reads besides its arguments.
+        self.outside: Outside | None = None
+        #: Looks for what its forward overwrites, the first time.
+        self.watch: WriteWatch | None = None
 
     def enter_forward(self) -> bool:
         """Push hooks, if those below are torch's for a region; return whether they were.
@@ -67,14 +76,30 @@ class LightHooks:
         self._checked = frame.metadata_fn is None or frame.metadata_fn(_VALUE) is not None
         self._stops_early = bool(frame.early_stop)
         self._in_use = True
+        self._look_around(frame)
         asked = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
         autograd.push_saved_hooks(self._saved.pack, asked)
         return True
+
+    def _look_around(self, frame: Any) -> None:
+        fn = autograd.function_of_checkpoint(frame)
+        known = known_of(fn)
+        self.outside = Outside(fn, known)
+        copier = Copier(self.outside.has)
+        autograd.convert_arguments(
+            frame, lambda v: v if type(v).__module__ == "torch._C._autograd" else copier(v)
+        )
+        if copier.mutable:
+            self.outside.add(*copier.mutable)
+        self.watch = None if known.watched else WriteWatch(self.outside)
 
     def exit_forward(self) -> None:
         """Pop them; what a backward inside the region had made and left is let go."""
         self._complete = True
         self._store = []
+        if self.watch is not None and self.outside is not None:
+            self.outside.learn()
+            self.watch = None
         autograd.pop_saved_hooks()
 
     def take(self, number: int) -> torch.Tensor | None:

@@ -96,8 +96,12 @@ class Saved:
         """Hold copies from now on; called just before an op overwrites the originals."""
         self._set(tree_map_only(torch.Tensor, torch.clone, self._value))
 
-    def take(self, op: Any) -> Any:
+    def take(self, op: Any, again: bool = False) -> Any:
         """Hand the value out, once.
+
+        Args:
+            op: what made it.
+            again: whether it will be asked for again: by the recomputation after its forward.
 
         Raises:
             BackwardTwiceError: it was handed out before.
@@ -116,10 +120,11 @@ class Saved:
                 "checkpoint region had ended, so the backward would see the changed values. Clone "
                 "it before the in-place op, or let the policy recompute this op."
             )
-        value, self._value, self.taken = self._value, None, True
+        value = self._value
         if self._draw is not None:
             self._draw.skip()
-            self._draw = None
+        if not again:
+            self._value, self._draw, self.taken = None, None, True
         return value
 
 
@@ -130,9 +135,12 @@ class RegionMemory:
     forward and recomputation (autocast casts a shared weight once, or twice) and do no harm.
     """
 
-    __slots__ = ("_by_storage", "_entries", "_seen", "_unindexed")
+    __slots__ = ("_by_storage", "_entries", "_seen", "_unindexed", "complete")
 
     def __init__(self) -> None:
+        #: Whether the region's forward has ended. Until then a backward inside it may make it run
+        #: again as far as it has come, and what is handed out stays for the next time.
+        self.complete = True
         self._entries: dict[Any, list[Saved | None]] = {}
         self._by_storage: dict[int, list[Saved]] = {}
         self._unindexed: list[Saved] = []
@@ -162,12 +170,14 @@ class RegionMemory:
         for tensor in tensors:
             for entry in self._by_storage.pop(tensor.untyped_storage()._cdata, ()):
                 entry.copy()
+                self._unindexed.append(entry)  # a run inside the forward may write to the copy
 
     def start_recompute(self) -> None:
         """Count occurrences from the beginning again."""
         self._seen.clear()
-        self._by_storage.clear()
-        self._unindexed.clear()
+        if self.complete:
+            self._by_storage.clear()
+            self._unindexed.clear()
 
     def counts(self, key: Any) -> bool:
         """Whether occurrences of ``key`` matter: something of it was saved or asked about."""

@@ -7,15 +7,17 @@ the op again. Under ``torch.compile`` the same modes tag the traced nodes for to
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -48,6 +50,7 @@ from ckpt_pass.regions.draws import Draw, DrawWatch
 from ckpt_pass.regions.light_hooks import LightHooks
 from ckpt_pass.regions.region import RegionMemory, Saved
 from ckpt_pass.regions.watch import RegionRecord, new_record
+from ckpt_pass.regions.writes import statistics
 
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
 
@@ -92,7 +95,8 @@ def selective_contexts(
         owner: the module that the region is, where its buffers are to change only once.
     """
     memory = RegionMemory()
-    return ForwardMode(policy, memory, hooks), RecomputeMode(memory, hooks, owner)
+    forward = ForwardMode(policy, memory, hooks)
+    return forward, RecomputeMode(memory, hooks, owner, forward)
 
 
 class ForwardMode(TorchDispatchMode):
@@ -124,23 +128,39 @@ class ForwardMode(TorchDispatchMode):
         self._tracing = False
         self._by_op_alone = False
         self._unsettled: Saved | None = None
+        self._paused = False
 
     def __enter__(self) -> ForwardMode:
         self._tracing = functorch.proxy_graph() is not None
         self._record = new_record(self._tracing)
         self._cleanup = ExitStack()
         self._by_op_alone = not self._tracing and self._record is None
+        self._memory.complete = self._tracing
         if not self._tracing and (self._actions.needs_scopes or self._record is not None):
             self._modules = self._cleanup.enter_context(ModuleStack().followed())
         if self._hooks is not None and not self._tracing and self._hooks.enter_forward():
             self._cleanup.callback(self._hooks.exit_forward)
+            if self._hooks.watch is not None:
+                self._by_op_alone = False
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self._settle()
+        self._memory.complete = True
         self._cleanup.close()
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let ops pass: a backward inside the forward has the region run again meanwhile."""
+        self._settle()
+        by_op_alone, self._by_op_alone, self._paused = self._by_op_alone, False, True
+        try:
+            with self._modules.aside() if self._modules is not None else contextlib.nullcontext():
+                yield
+        finally:
+            self._by_op_alone, self._paused = by_op_alone, False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -158,8 +178,12 @@ class ForwardMode(TorchDispatchMode):
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything but the two cases that need nothing more than the op."""
+        if self._paused:
+            return func(*args, **kwargs)
         if self._unsettled is not None:
             self._settle()
+        if self._hooks is not None and self._hooks.watch is not None:
+            self._hooks.watch.look(func, args, kwargs)
         if self._tracing:
             graph = functorch.proxy_graph()
             if graph is not None:
@@ -250,17 +274,16 @@ class ForwardMode(TorchDispatchMode):
         return output
 
 
-@functools.lru_cache(maxsize=1024)
-def _statistics(op: Any) -> tuple[int, ...]:
-    """Where the running statistics are among the arguments of a batch normalisation."""
-    schema = getattr(op, "_schema", None)
-    names = [argument.name for argument in schema.arguments] if schema is not None else []
-    return tuple(names.index(n) for n in ("running_mean", "running_var") if n in names)
+def running_statistics(owner: nn.Module) -> Iterator[int]:
+    """The storages of the buffers that normalisations in training update, by their address."""
+    for module in owner.modules():
+        if isinstance(module, _NormBase) and module.training:
+            yield from (b.untyped_storage()._cdata for b in module.buffers(recurse=False))
 
 
 def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an op as its forward did, but leave running statistics alone: the forward moved them."""
-    positions = _statistics(func)
+    positions = statistics(func)
     if positions:
         args = tuple(
             value.clone() if index in positions and isinstance(value, torch.Tensor) else value
@@ -285,9 +308,11 @@ class RecomputeMode(TorchDispatchMode):
         memory: RegionMemory,
         hooks: LightHooks | None = None,
         owner: nn.Module | None = None,
+        forward: ForwardMode | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._owner = owner
+        self._forward = forward
         self._buffers: frozenset[int] = frozenset()
         self._memory = memory
         self._hooks = hooks
@@ -295,24 +320,34 @@ class RecomputeMode(TorchDispatchMode):
 
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
+        self._cleanup = contextlib.ExitStack()
+        if self._hooks is not None and self._hooks.outside is not None:
+            self._hooks.outside.put_in()
+            self._cleanup.callback(self._hooks.outside.put_back)
+            self._owner = self._hooks.outside.owner()
+        if self._forward is not None and not self._memory.complete:
+            self._cleanup.enter_context(self._forward.paused())
         if self._owner is not None:
-            buffers = self._owner.buffers()
-            self._buffers = frozenset(b.untyped_storage()._cdata for b in buffers)
+            self._buffers = frozenset(running_statistics(self._owner))
         self._collects = self._hooks is not None and self._hooks.enter_recompute()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        if self._hooks is not None and self._collects:
-            self._hooks.exit_recompute(failed=exc[0] is not None)
+        with self._cleanup:
+            if self._hooks is not None and self._collects:
+                self._hooks.exit_recompute(failed=exc[0] is not None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._buffers and is_mutable(func):
-            args = self._with_copies(func, args, kwargs)
+        if func not in IGNORED and is_mutable(func):
+            if not self._memory.complete:
+                self._memory.about_to_change(overwritten(func, args, kwargs))
+            if self._buffers:
+                args = self._with_copies(func, args, kwargs)
         key = func if isinstance(func, OpOverload) else functorch.selective_key(func, args)
         # What is ignored is never counted; asked first, since each look at an op takes time.
         if not self._memory.counts(key) or func in IGNORED or is_cached_cast(func, args):
@@ -320,7 +355,7 @@ class RecomputeMode(TorchDispatchMode):
         entry = self._memory.next(key)
         if entry is None:
             return _run_again(func, args, kwargs)
-        value = entry.take(func)
+        value = entry.take(func, again=not self._memory.complete)
         if is_mutable(func) and functorch.proxy_graph() is None:
             with torch.no_grad():
                 args[0].copy_(value)

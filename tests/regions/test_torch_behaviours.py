@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -67,13 +68,18 @@ every = pytest.mark.parametrize("ours", [region, hooked, bare])
 
 
 class Counted:
-    """A function that counts its runs."""
+    """A function that counts its runs, where a region does not put the count back."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn, self.runs = fn, 0
+        self.fn, self._told = fn, threading.local()
+        self._told.runs = 0
+
+    @property
+    def runs(self) -> int:
+        return int(self._told.runs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.runs += 1
+        self._told.runs += 1
         return self.fn(*args, **kwargs)
 
 
@@ -94,11 +100,12 @@ def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 
 @every
 def test_tensors_are_not_kept_alive_but_arguments_are(ours: Region) -> None:
-    inner: list[weakref.ref[Tensor]] = []
+    told = threading.local()  # which a region does not put back
+    told.inner = inner = []
 
     def fn(x: Tensor) -> Tensor:
         hidden = x.sin()
-        inner.append(weakref.ref(hidden))
+        told.inner.append(weakref.ref(hidden))
         return hidden.exp().sin()
 
     x = leaf(4) * 1
@@ -760,16 +767,20 @@ def test_an_error_in_a_forward_leaves_nothing_set(ours: Region) -> None:
 
 @every
 def test_identity_of_arguments(ours: Region) -> None:
-    """test_checkpointing_without_reentrant_saved_object_identity: the very objects come again."""
-    seen: list[Any] = []
+    """test_checkpointing_without_reentrant_saved_object_identity: the very tensors come again.
+
+    Their container does not: the recomputation gets it as it was, and the caller's stays as it is.
+    """
+    told = threading.local()  # which a region does not put back
+    told.seen = seen = []
 
     def fn(v: Tensor, box: dict[str, Tensor]) -> Tensor:
-        seen.append((box, box["w"]))
+        told.seen.append((list(box), box["w"]))
         return (v * box["w"]).exp()
 
     box = {"w": leaf(3)}
     ours(fn, leaf(3), box).sum().backward()
-    assert all(found[0] is box and found[1] is box["w"] for found in seen) and len(seen) == 2
+    assert all(found[0] == ["w"] and found[1] is box["w"] for found in seen) and len(seen) == 2
 
 
 @every

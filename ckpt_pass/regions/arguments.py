@@ -1,0 +1,217 @@
+"""A region's arguments, kept for its recomputation as its forward got them."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import autograd
+from ckpt_pass.regions.ambient import accelerators
+from ckpt_pass.regions.holders import ATOMS
+
+#: Containers that are copied entry by entry; what is derived from them may be more than that.
+_MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
+_SEQUENCES = (list, collections.deque)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Made:
+    """Stands for an argument that the region before makes again."""
+
+    number: int
+    requires_grad: bool
+
+
+#: What is kept as it is.
+_KEPT = frozenset((torch.Tensor, nn.Parameter, Made, *ATOMS))
+
+
+class MutatedArgumentError(CkptPassError, RuntimeError):
+    """An argument was changed in place before its recomputation; autograd: ``RuntimeError``."""
+
+
+def named_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an argument: itself, or in lists, tuples, dicts and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif type(value) in _KEPT:
+        return
+    elif isinstance(value, (list, tuple, collections.deque)):
+        for index, item in enumerate(value):
+            yield from named_tensors(f"{name}[{index}]", item)
+    elif isinstance(value, dict):
+        for key, item in dict.items(value):
+            yield from named_tensors(f"{name}[{key!r}]", item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for key, item in _fields(value):
+            yield from named_tensors(f"{name}.{key}", item)
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(value):
+        if hasattr(value, field.name):
+            yield field.name, getattr(value, field.name)
+
+
+class Copier:
+    """Copies the containers in arguments, each once; the caller's are then the caller's alone.
+
+    Attributes:
+        mutable: what a recomputation may change: copies, and objects that are kept as they are.
+    """
+
+    def __init__(self, keeps: Callable[[Any], bool]) -> None:
+        self._keeps = keeps
+        self._made: dict[int, Any] = {}
+        self.mutable: list[Any] = []
+
+    def __call__(self, value: Any) -> Any:
+        cls = type(value)
+        if cls in _KEPT or isinstance(value, (torch.Tensor, nn.Module)):
+            return value
+        made = self._made.get(id(value))
+        if made is None:
+            made = value if self._keeps(value) else self._copy(cls, value)
+            self._made[id(value)] = made
+        return made
+
+    def _copy(self, cls: type, value: Any) -> Any:
+        if isinstance(value, tuple):
+            items = [self(item) for item in value]
+            if all(a is b for a, b in zip(items, value, strict=True)):
+                return value
+            return cls._make(items) if hasattr(cls, "_make") else cls(items)
+        made = value
+        if cls in _MAPPINGS or cls in _SEQUENCES or cls is set:
+            made = self._made[id(value)] = copy.copy(value)
+            if cls in _MAPPINGS:
+                for key, item in value.items():
+                    made[key] = self(item)
+            elif cls in _SEQUENCES:
+                for index, item in enumerate(value):
+                    made[index] = self(item)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, (dict, type)):
+            made = self._made[id(value)] = copy.copy(value)
+            for name, item in _fields(value):
+                object.__setattr__(made, name, self(item))
+        self.mutable.append(made)
+        return made
+
+
+class Arguments:
+    """A region's arguments, kept for its recomputation.
+
+    Lists, dicts, sets and dataclasses are copied, so that it sees their entries of now, whatever
+    the region or its caller puts there later. Without saved-tensor hooks around the region tensors
+    are kept as they are, and their versions tell whether somebody changed them. With hooks (an
+    outer checkpoint region, offloading to the CPU), these decide how tensors are kept, as for any
+    value that autograd saves.
+
+    Args:
+        args, kwargs: the arguments.
+        name: of the region.
+        keeps: whether a container is state of the region itself, and put back as that.
+    """
+
+    __slots__ = ("_args", "_flat", "_kwargs", "_name", "_tensors", "_unpack", "devices", "mutable")
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str,
+        keeps: Callable[[Any], bool],
+    ) -> None:
+        self._name = name
+        self._unpack: autograd.UnpackHook | None = None
+        #: What a recomputation may change: to be put back before each.
+        self.mutable: list[Any] = []
+        if _KEPT.issuperset(map(type, args)) and _KEPT.issuperset(map(type, kwargs.values())):
+            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        else:
+            copier = Copier(keeps)
+            args = tuple(copier(value) for value in args)
+            kwargs = {key: copier(value) for key, value in kwargs.items()}
+            tensors = [tensor for _, tensor in _named(args, kwargs)]
+            self.mutable = copier.mutable
+        self.devices = accelerators(tensors)
+        self._args, self._kwargs = args, kwargs
+        self._tensors: list[tuple[torch.Tensor, int]] = []
+        hooks = autograd.saved_hooks()
+        if hooks is None:
+            self._tensors = [(t, t._version) for t in tensors if not t.is_inference()]
+        else:
+            self._pack_with(hooks)
+
+    def _pack_with(self, hooks: tuple[Any, Any]) -> None:
+        pack, self._unpack = hooks
+        flat, spec = tree_flatten((self._args, self._kwargs))
+        with torch.no_grad():
+            self._flat = (
+                [
+                    (pack(value), value.requires_grad) if isinstance(value, torch.Tensor) else value
+                    for value in flat
+                ],
+                [isinstance(value, torch.Tensor) for value in flat],
+                spec,
+            )
+        self._args, self._kwargs = (), {}
+        # Containers are made anew from their leaves, so that only the others need be put back.
+        leaves = {id(value) for value in flat}
+        self.mutable = [value for value in self.mutable if id(value) in leaves]
+
+    def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the forward got them.
+
+        Raises:
+            MutatedArgumentError: one was changed in place in the meantime.
+        """
+        if self._unpack is not None:
+            return self._unpacked()
+        return self._args, self._kwargs
+
+    def check(self) -> None:
+        """Raise unless the tensors are what they were; containers hold what they held.
+
+        Raises:
+            MutatedArgumentError: one was changed in place in the meantime.
+        """
+        for tensor, version in self._tensors:
+            if tensor._version != version:
+                named = _named(self._args, self._kwargs)
+                where = next((name for name, value in named if value is tensor), "")
+                raise MutatedArgumentError(
+                    f"An argument of {self._name}, {where} (shape {list(tensor.shape)}), was "
+                    f"changed in place {tensor._version - version} times after the region's "
+                    "forward began, so it cannot be recomputed. Clone the argument before the "
+                    "in-place op, or take the op out of the region."
+                )
+
+    def _unpacked(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self._unpack is not None
+        packed, is_tensor, spec = self._flat
+        flat = []
+        for value, tensor in zip(packed, is_tensor, strict=True):
+            if not tensor:
+                flat.append(value)
+                continue
+            held, requires_grad = value
+            found = self._unpack(held).detach()
+            flat.append(found.requires_grad_() if requires_grad else found)
+        args, kwargs = tree_unflatten(flat, spec)
+        return args, kwargs
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for index, value in enumerate(args):
+        yield from named_tensors(f"args[{index}]", value)
+    for key, value in kwargs.items():
+        yield from named_tensors(key, value)

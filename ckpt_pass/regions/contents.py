@@ -1,0 +1,176 @@
+"""What the holders of a region's state hold at a moment: noted, compared, put back."""
+
+from __future__ import annotations
+
+import collections
+import types
+from collections.abc import Iterable
+from itertools import chain
+from operator import is_
+from typing import Any
+
+from ckpt_pass._torch import autograd
+from ckpt_pass.regions.holders import Holders, Spot, contents_of
+
+_MISSING = object()
+
+
+class Contents:
+    """What a number of holders hold at a moment, by reference."""
+
+    __slots__ = (
+        "_flat",
+        "attributes",
+        "buffers",
+        "cells",
+        "lists",
+        "maps",
+        "parameters",
+        "sets",
+        "spots",
+    )
+
+    def __init__(self, holders: Holders) -> None:
+        self.attributes: list[dict[str, Any]] = [own.copy() for own in holders.attributes]
+        self.parameters: list[dict[str, Any]] = [own.copy() for own in holders.parameters]
+        self.buffers: list[dict[str, Any]] = [own.copy() for own in holders.buffers]
+        # Values that compare at no risk: lists of the same objects are equal before any is asked.
+        self._flat = _values(self.attributes) if holders.simple else None
+        self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
+        self.lists: list[list[Any]] = list(map(list, holders.lists))
+        self.sets: list[set[Any]] = list(map(set, holders.sets))
+        self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
+        self.spots = _read_all(holders.spots)
+
+    def held_by(self, holders: Holders) -> bool:
+        """Whether they hold the same now, object by object."""
+        now, was = holders, self
+        if not (
+            self._same_attributes(now.attributes)
+            and _same_values(now.parameters, was.parameters)
+            and (not was.buffers or _same_values(now.buffers, was.buffers))
+        ):
+            return False
+        return (
+            (not was.maps or (_same_values(now.maps, was.maps) and _same(now.maps, was.maps)))
+            and (not was.lists or _same(now.lists, was.lists))
+            and (not was.sets or all(a == b for a, b in zip(now.sets, was.sets, strict=True)))
+            and (not was.cells or _same(map(contents_of, now.cells), was.cells))
+            and (
+                not was.spots or _same([[read_spot(*spot[:2]) for spot in now.spots]], [was.spots])
+            )
+        )
+
+    def _same_attributes(self, now: list[dict[str, Any]]) -> bool:
+        if self._flat is None:
+            return _same_values(now, self.attributes)
+        try:
+            return _values(now) == self._flat
+        except (RuntimeError, TypeError, ValueError):  # an array in the place of a number
+            return False
+
+    def put_into(self, holders: Holders) -> None:
+        """Make them hold this again."""
+        for own, held in zip(holders.attributes, self.attributes, strict=True):
+            if not _same_values([own], [held]):
+                for key in own.keys() - held.keys():
+                    del own[key]
+                own.update(held)
+        places = chain(
+            zip(holders.parameters, self.parameters, strict=True),
+            zip(holders.buffers, self.buffers, strict=True),
+        )
+        for parameters, held in places:
+            for key, value in held.items():
+                now = parameters.get(key)
+                if now is not value and not _sharded(now, value):
+                    parameters[key] = value
+        for mapping, held in zip(holders.maps, self.maps, strict=True):
+            if not (_same_values([mapping], [held]) and _same([mapping], [held])):
+                _fill_mapping(mapping, held)
+        for sequence, kept in zip(holders.lists, self.lists, strict=True):
+            if not _same([sequence], [kept]):
+                _fill_sequence(sequence, kept)
+        for members, group in zip(holders.sets, self.sets, strict=True):
+            if members != group:
+                members.clear()
+                members.update(group)
+        for cell, contents in zip(holders.cells, self.cells, strict=True):
+            if not _same([contents_of(cell)], [contents]):
+                _fill_cell(cell, contents)
+        for (space, name, _), value in zip(holders.spots, self.spots, strict=True):
+            if read_spot(space, name) is not value:
+                write_spot(space, name, value)
+
+
+def _values(mappings: list[dict[Any, Any]]) -> list[Any]:
+    return [*map(len, mappings), *chain.from_iterable(map(dict.values, mappings))]
+
+
+def _same_values(now: list[dict[Any, Any]], was: list[dict[Any, Any]]) -> bool:
+    if list(map(len, now)) != list(map(len, was)):
+        return False
+    values, others = map(dict.values, now), map(dict.values, was)
+    return all(map(is_, chain.from_iterable(values), chain.from_iterable(others)))
+
+
+def _same(now: Iterable[Iterable[Any]], was: Iterable[Iterable[Any]]) -> bool:
+    """Whether iterables give the same objects."""
+    return all(
+        len(a) == len(b) and all(map(is_, a, b))
+        for a, b in zip(map(list, now), map(list, was), strict=True)
+    )
+
+
+def _sharded(*values: Any) -> bool:
+    """Whether a parameter's place is FSDP2's, which puts whole and sharded ones there in turn."""
+    return any(autograd.is_distributed(value) for value in values)
+
+
+def _read_all(spots: list[Spot]) -> list[Any]:
+    return [read_spot(space, name) for space, name, _ in spots]
+
+
+def read_spot(space: Any, name: str) -> Any:
+    """What a name in a namespace holds now."""
+    if isinstance(space, dict):
+        return space.get(name, _MISSING)
+    if isinstance(space, type):
+        return vars(space).get(name, _MISSING)
+    return getattr(space, name, _MISSING)
+
+
+def write_spot(space: Any, name: str, value: Any) -> None:
+    """Make a name in a namespace hold a value, or be gone."""
+    if value is _MISSING:
+        if isinstance(space, dict):
+            del space[name]
+        else:
+            delattr(space, name)
+    elif isinstance(space, dict):
+        space[name] = value
+    elif isinstance(space, type):
+        setattr(space, name, value)
+    else:
+        object.__setattr__(space, name, value)  # of frozen dataclasses too
+
+
+def _fill_mapping(mapping: dict[Any, Any], held: dict[Any, Any]) -> None:
+    # A subclass may refuse changes, as transformers' outputs do.
+    base: Any = collections.OrderedDict if isinstance(mapping, collections.OrderedDict) else dict
+    base.clear(mapping)
+    for key, value in held.items():
+        base.__setitem__(mapping, key, value)
+
+
+def _fill_sequence(sequence: Any, held: list[Any]) -> None:
+    base: Any = list if isinstance(sequence, list) else collections.deque
+    base.clear(sequence)
+    base.extend(sequence, held)
+
+
+def _fill_cell(cell: types.CellType, contents: tuple[Any, ...]) -> None:
+    if contents:
+        cell.cell_contents = contents[0]
+    else:
+        del cell.cell_contents

@@ -1,0 +1,386 @@
+"""Find what holds the state that a region reads besides its arguments.
+
+That is whatever its function leads to: the attributes, parameters, buffers and hooks of modules,
+closures, the globals that its own code names, class attributes, and the containers and plain
+objects among them. Walked before every run of a region, so that the common case (modules whose
+attributes are numbers) must take a microsecond or two a module.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import dis
+import functools
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+#: What every module has; its contents are looked at one by one.
+_NAMES = list(nn.Module().__dict__)
+_INTERNAL = frozenset(_NAMES)
+_FIRST = len(_NAMES)
+_FORWARD_HOOKS = tuple(name for name in _INTERNAL if "forward" in name and "hooks" in name)
+#: Objects found in objects are followed so far: deeper lies what a region does not work on.
+_OBJECT_DEPTH = 3
+#: Standard modules whose instances are containers.
+_PLAIN_OBJECTS = frozenset({"collections", "types"})
+#: Libraries whose objects are no state of a region.
+_LIBRARIES = frozenset({"torch", "numpy", "ckpt_pass"})
+
+#: Types of values that hold nothing.
+ATOMS: frozenset[type] = frozenset(
+    (
+        *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range, type),
+        *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+        *(torch.Generator, torch.finfo, torch.iinfo, staticmethod, classmethod, property),
+        *(types.ModuleType, types.BuiltinFunctionType, types.GetSetDescriptorType),
+        *(types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
+    )
+)
+
+
+class _Kind(Enum):
+    IGNORED = auto()
+    TENSOR = auto()
+    MODULE = auto()
+    DICT = auto()
+    LIST = auto()
+    TUPLE = auto()
+    SET = auto()
+    FUNCTION = auto()
+    METHOD = auto()
+    PARTIAL = auto()
+    OBJECT = auto()
+
+
+_KINDS: tuple[tuple[type | tuple[type, ...], _Kind], ...] = (
+    (torch.Tensor, _Kind.TENSOR),
+    (nn.Module, _Kind.MODULE),
+    (dict, _Kind.DICT),
+    ((list, collections.deque), _Kind.LIST),
+    ((tuple, frozenset), _Kind.TUPLE),
+    (set, _Kind.SET),
+    (types.FunctionType, _Kind.FUNCTION),
+    (types.MethodType, _Kind.METHOD),
+    (functools.partial, _Kind.PARTIAL),
+)
+
+
+def _find_kind(cls: type) -> _Kind:
+    if cls in ATOMS or issubclass(cls, type):
+        return _Kind.IGNORED
+    for base, kind in _KINDS:
+        if issubclass(cls, base):
+            return kind
+    if issubclass(cls, (threading.local, Enum, BaseException)):
+        return _Kind.IGNORED
+    library = cls.__module__.partition(".")[0]
+    known = library in _LIBRARIES or library in sys.stdlib_module_names
+    plain = library in _PLAIN_OBJECTS or dataclasses.is_dataclass(cls) or library == "__main__"
+    return _Kind.IGNORED if known and not plain else _Kind.OBJECT
+
+
+def _find_slots(cls: type) -> tuple[str, ...]:
+    """The names of an object's fields that are in no ``__dict__``."""
+    found = [name for base in cls.__mro__ for name in _as_names(vars(base).get("__slots__", ()))]
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+
+
+def _as_names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+@functools.lru_cache(maxsize=4096)
+def _globals_in(code: types.CodeType) -> tuple[str, ...]:
+    """The globals that a function's code reads, and that of the functions that it makes."""
+    own = [i.argval for i in dis.get_instructions(code) if i.opname in _GLOBAL_OPS]
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return tuple(dict.fromkeys([*own, *(name for c in inner for name in _globals_in(c))]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Class:
+    """What is known of a class of modules.
+
+    Attributes:
+        managed: its attributes are its library's (FSDP, compiled and scripted modules).
+        norm: its buffers are running statistics.
+        bases: its classes that are not torch's own: their attributes may be state.
+        reads: the globals that their methods read: a namespace and a name.
+    """
+
+    managed: bool
+    norm: bool
+    bases: tuple[type, ...]
+    reads: tuple[tuple[dict[str, Any], str], ...]
+
+
+def _find_class(cls: type) -> _Class:
+    managed = cls.__module__.startswith(("torch.distributed.", "torch._dynamo."))
+    bases = tuple(
+        base
+        for base in cls.__mro__
+        if base is not object and base.__module__.partition(".")[0] not in ("torch", "typing")
+    )
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    for base in bases:
+        for name, fn in vars(base).items():
+            if type(fn) is _FUNCTION and name != "__init__":
+                found |= {(id(space), n): (space, n) for space, n in _reads(fn)}
+    scripted = issubclass(cls, torch.jit.ScriptModule)
+    return _Class(managed or scripted, issubclass(cls, _NormBase), bases, tuple(found.values()))
+
+
+def _reads(fn: types.FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
+    """The globals that a function reads, and those that its file's functions read for it."""
+    space, todo, seen = fn.__globals__, [fn], {fn.__code__}
+    while todo:
+        for name in _globals_in(todo.pop().__code__):
+            value = space.get(name, _FUNCTION)
+            if type(value) is _FUNCTION and value.__globals__ is space:
+                if value.__code__ not in seen:
+                    seen.add(value.__code__)
+                    todo.append(value)
+            elif type(value) not in _CODE:
+                yield space, name
+
+
+_FUNCTION = types.FunctionType
+_GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"))
+#: What a name mostly stands for: code.
+_CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, _FUNCTION, torch.dtype))
+#: Globals and class attributes that count something.
+_NUMBERS = frozenset((int, float, bool, complex, type(None)))
+# Looked up for every value that is met.
+_kind: Callable[[Any], _Kind] = functools.lru_cache(maxsize=4096)(_find_kind)
+_slots: Callable[[Any], tuple[str, ...]] = functools.lru_cache(maxsize=4096)(_find_slots)
+_class: Callable[[Any], _Class] = functools.lru_cache(maxsize=4096)(_find_class)
+#: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
+Spot = tuple[Any, str, Any]
+
+
+class Holders:
+    """The holders that some values lead to, each once.
+
+    Attributes:
+        attributes: dicts of attributes and of submodules.
+        parameters, buffers: the modules' dicts of them.
+        maps, lists, sets: containers.
+        cells: variables of closures.
+        spots: single names in namespaces that belong to others too, and what they hold.
+        tensors: the tensors that are held; some more than once.
+        lasting: whether the only tensors are modules' parameters and buffers, which stay.
+        simple: whether there is nothing else besides numbers and code, either.
+    """
+
+    __slots__ = (
+        "_seen",
+        "_todo",
+        "attributes",
+        "buffers",
+        "cells",
+        "lasting",
+        "lists",
+        "maps",
+        "parameters",
+        "sets",
+        "simple",
+        "spots",
+        "tensors",
+    )
+
+    def __init__(self, *roots: Any) -> None:
+        self.attributes: list[dict[str, Any]] = []
+        self.parameters: list[dict[str, Any]] = []
+        self.buffers: list[dict[str, Any]] = []
+        self.maps: list[dict[Any, Any]] = []
+        self.lists: list[Any] = []
+        self.sets: list[set[Any]] = []
+        self.cells: list[types.CellType] = []
+        self.spots: list[Spot] = []
+        self.tensors: list[torch.Tensor] = []
+        self.lasting = self.simple = True
+        self._seen: set[Any] = set()
+        self._todo: list[tuple[Any, int]] = []
+        self.add(*roots)
+
+    def add(self, *roots: Any) -> None:
+        """Follow more values."""
+        for root in roots:
+            if isinstance(root, nn.Module):
+                self._module(root)
+            elif isinstance(root, _FUNCTION):
+                for space, name in _reads(root):
+                    self._global(space, name)
+                self._todo.append((root, 0))
+            elif isinstance(root, (types.MethodType, functools.partial)):
+                inner = root.__func__ if isinstance(root, types.MethodType) else root.func
+                self.add(inner)
+                self._todo.append((root, 0))
+            else:
+                self._todo.append((root, 0))
+        while self._todo:
+            self._follow(*self._todo.pop())
+
+    def has(self, container: Any) -> bool:
+        """Whether a container is among the holders."""
+        return id(container) in self._seen
+
+    def mappings(self) -> Iterator[dict[Any, Any]]:
+        """All dicts among the holders."""
+        yield from self.attributes
+        yield from self.parameters
+        yield from self.buffers
+        yield from self.maps
+
+    def _module(self, root: nn.Module) -> None:
+        seen, attributes = self._seen, self.attributes
+        todo: list[nn.Module | None] = [root]
+        while todo:
+            module = todo.pop()
+            if module is None or id(module) in seen:
+                continue
+            seen.add(id(module))
+            own = module.__dict__
+            known = _class(type(module))
+            children = own.get("_modules")
+            if children:
+                todo += children.values()
+            if known.managed:
+                continue
+            attributes.append(own)
+            if children:
+                attributes.append(children)
+            parameters = own["_parameters"]
+            if parameters:
+                self.parameters.append(parameters)
+                self.tensors += [p for p in parameters.values() if p is not None]
+            buffers = own["_buffers"]
+            if buffers:
+                self.buffers.append(buffers)
+                # Running statistics are written in training, and not read: each run moves them on.
+                if not (known.norm and own["training"]):
+                    self.tensors += [b for b in buffers.values() if b is not None]
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                self._todo += [(own[name], 0) for name in _FORWARD_HOOKS]
+            names = list(own)
+            if names[:_FIRST] == _NAMES:  # nearly always
+                names = names[_FIRST:]
+            for name in names:
+                if type(own[name]) not in ATOMS and name not in _INTERNAL:
+                    self._todo.append((own[name], 0))
+            if known.bases and id(known) not in seen:
+                seen.add(id(known))
+                self._class(known)
+
+    def _class(self, known: _Class) -> None:
+        for base in known.bases:
+            if base in self._seen:
+                continue
+            self._seen.add(base)
+            for name, value in vars(base).items():
+                if type(value) is not _FUNCTION and not name.startswith("__"):
+                    self._spot(base, name, value)
+        for space, name in known.reads:
+            self._global(space, name)
+
+    def _global(self, space: dict[str, Any], name: str) -> None:
+        value = space.get(name, _FUNCTION)
+        if type(value) not in _CODE:
+            self._spot(space, name, value)
+
+    def _spot(self, space: Any, name: str, value: Any) -> None:
+        kind = _kind(type(value))
+        if kind is _Kind.IGNORED and type(value) not in _NUMBERS:
+            return
+        self.spots.append((space, name, value))
+        if kind is not _Kind.IGNORED:
+            self._todo.append((value, 0))
+
+    def _follow(self, value: Any, depth: int) -> None:
+        kind = _kind(type(value))
+        if kind is _Kind.IGNORED:
+            return
+        if kind is _Kind.TUPLE and ATOMS.issuperset(map(type, value)):
+            return
+        self.simple = False
+        if kind is _Kind.TENSOR:
+            self.tensors.append(value)
+            self.lasting = False
+            return
+        if kind is _Kind.MODULE:
+            if depth < _OBJECT_DEPTH:
+                self._module(value)
+            return
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        self._into(kind, value, depth)
+
+    def _into(self, kind: _Kind, value: Any, depth: int) -> None:
+        """Note a holder and follow what it holds."""
+        if kind is _Kind.DICT:
+            self.maps.append(value)
+            self._contents(dict.values(value), depth)
+        elif kind is _Kind.LIST:
+            self.lists.append(value)
+            self._contents(value, depth)
+        elif kind is _Kind.TUPLE:
+            self._contents(value, depth)
+        elif kind is _Kind.SET:
+            self.sets.append(value)
+            self._contents(value, depth)
+        elif kind is _Kind.FUNCTION:
+            self._closure(value, depth)
+        elif kind is _Kind.METHOD:
+            self._contents((value.__func__, value.__self__), depth)
+        elif kind is _Kind.PARTIAL:
+            self._contents((value.func, value.args, value.keywords), depth)
+        if kind is _Kind.OBJECT or (kind in (_Kind.DICT, _Kind.LIST) and _has_fields(value)):
+            self._object(value, depth)
+
+    def _closure(self, fn: types.FunctionType, depth: int) -> None:
+        for cell in fn.__closure__ or ():
+            if id(cell) not in self._seen:
+                self._seen.add(id(cell))
+                self.cells.append(cell)
+                self._contents(tuple(contents_of(cell)), depth)
+
+    def _object(self, value: Any, depth: int) -> None:
+        if depth >= _OBJECT_DEPTH:
+            return
+        own = getattr(value, "__dict__", None)
+        if type(own) is dict and id(own) not in self._seen:
+            self._seen.add(id(own))
+            self.attributes.append(own)
+            # A module behind an object (a trainer, a parent) is more than what the region runs.
+            found = [v for v in own.values() if not isinstance(v, nn.Module)]
+            self._contents(found, depth + 1)
+        for name in _slots(type(value)):
+            held = getattr(value, name, None)
+            self.spots.append((value, name, held))
+            self._contents((held,), depth + 1)
+
+    def _contents(self, values: Any, depth: int) -> None:
+        if set(map(type, values)) - ATOMS:  # large tables of numbers are left at once
+            self._todo += [(value, depth) for value in values if type(value) not in ATOMS]
+
+
+def _has_fields(value: Any) -> bool:
+    return type(value) not in (dict, list, collections.deque) and hasattr(value, "__dict__")
+
+
+def contents_of(cell: types.CellType) -> Iterator[Any]:
+    """What a variable of a closure holds; nothing where it is not bound yet."""
+    try:
+        yield cell.cell_contents
+    except ValueError:
+        return

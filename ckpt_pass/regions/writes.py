@@ -1,0 +1,104 @@
+"""Learn which tensors around it a region overwrites, so that they are copied before it runs again.
+
+A region's own updates of buffers (scales, moving averages, power iterations) must not be seen by
+its recomputation, nor made twice. To copy all of its tensors would cost their bytes in every run;
+to look at every op costs some 11 microseconds each. So its ops are looked at in its first run only.
+A tensor that is first overwritten later is an error in that run's backward, and known from then on.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ckpt_pass.regions.actions import is_mutable, overwritten
+from ckpt_pass.regions.outside import Known, Outside
+
+#: Of functions, by their code: a lambda is made anew for every run.
+_known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
+# Where a module carries its own: a plain attribute, ``None`` in copies and pickles.
+_ATTRIBUTE = "_ckpt_pass_known"
+
+
+def known_of(fn: Any) -> Known:
+    """What is known of a function or module; shared by all regions that run it."""
+    while not isinstance(fn, nn.Module):
+        if isinstance(fn, functools.partial):
+            fn = fn.func
+        elif isinstance(fn, types.MethodType) and isinstance(fn.__self__, nn.Module):
+            fn = fn.__self__
+        else:
+            return _of_code(fn)
+    found = fn.__dict__.get(_ATTRIBUTE)
+    if found is None or not found.is_of(fn):
+        found = fn.__dict__[_ATTRIBUTE] = Known(fn)
+    return found
+
+
+def _of_code(fn: Any) -> Known:
+    code = getattr(fn, "__code__", fn)
+    try:
+        found = _known.get(code)
+        if found is None:
+            found = _known[code] = Known()
+    except TypeError:  # neither hashed nor referred to weakly: looked at in every run
+        return Known()
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def statistics(op: Any) -> tuple[int, ...]:
+    """Where the running statistics are among the arguments of a batch normalisation."""
+    schema = getattr(op, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    return tuple(names.index(n) for n in ("running_mean", "running_var") if n in names)
+
+
+class WriteWatch(TorchDispatchMode):
+    """Copies tensors around a region before the region's forward overwrites them."""
+
+    #: Higher-order ops are ops to this mode, like any other (read by torch).
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions inside are one op to this mode (read by torch)."""
+        return True
+
+    def __init__(self, outside: Outside) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._outside = outside
+        self._storages = outside.storages()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.look(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Copy what an op is about to overwrite."""
+        for tensor in _written(func, args, kwargs):
+            if _address(tensor) in self._storages:
+                self._outside.about_to_change(tensor)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    if is_mutable(func):
+        yield from overwritten(func, args, kwargs)
+    for index in statistics(func):
+        if index < len(args) and isinstance(args[index], torch.Tensor):
+            yield args[index]  # copied in evaluation, too, though only read then
+
+
+def _address(tensor: torch.Tensor) -> int:
+    plain = type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
+    return tensor.untyped_storage()._cdata if plain and tensor.layout is torch.strided else 0
