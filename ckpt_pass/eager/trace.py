@@ -36,13 +36,13 @@ from ckpt_pass.eager.trace_ops import (
     with_real_looks,
 )
 from ckpt_pass.graph.capture import no_gradient
-from ckpt_pass.graph.holders import Reached
 from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD
 from ckpt_pass.graph.kernels import Kernels
-from ckpt_pass.graph.untouched import untouched
 from ckpt_pass.ops.taxonomy import OpClass, classify, draws_random, never_recompute, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
+from ckpt_pass.state.holders import Reached
+from ckpt_pass.state.untouched import untouched
 
 #: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
 #: which neither hooks nor modes see. Counted as if held to the end.

@@ -17,9 +17,9 @@ from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import ahead, compilers
-from ckpt_pass.graph.holders import Reached
 from ckpt_pass.graph.joint import JointGraph, read_joint
-from ckpt_pass.graph.untouched import untouched
+from ckpt_pass.state.holders import Reached
+from ckpt_pass.state.untouched import untouched
 
 LossFn = Callable[[Any], torch.Tensor]
 
@@ -63,7 +63,7 @@ def capture(
 ) -> Iterator[JointGraph]:
     """The joint graph that ``torch.compile`` makes of ``model(*args, **kwargs)``.
 
-    Nothing is computed, and everything is left as it was (:mod:`ckpt_pass.graph.untouched`).
+    Nothing is computed, and everything is left as it was (:mod:`ckpt_pass.state.untouched`).
     Where dynamo cuts the step, the code between its graphs runs on fake tensors.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass.graph.untouched import untouched
+from ckpt_pass.state.untouched import untouched
 
 
 class NoLossError(CkptPassError):
@@ -92,8 +92,11 @@ def compare_gradients(
     named = dict(params.named_parameters() if isinstance(params, nn.Module) else params)
     module = params if isinstance(params, nn.Module) else None
     with gradients_restored(named.values()):
-        first_loss, first = _loss_and_state(plain, named, module, seed)
-        second_loss, second = _loss_and_state(other, named, module, seed)
+        with untouched(module, values=True):
+            first_loss, first = _loss_and_state(plain, named, module, seed)
+        # What the other step itself does to the module, such as making regions of it, stays.
+        with buffers_restored(module):
+            second_loss, second = _loss_and_state(other, named, module, seed)
     names = list(first) + [name for name in second if name not in first]
     pairs = {name: (first.get(name), second.get(name)) for name in names}
     different = [n for n, (a, b) in pairs.items() if not _same(a, b, rtol, atol)]
@@ -142,7 +145,7 @@ def _loss_and_state(
     """Run ``fn`` and its backward; return its loss, and gradients and buffers by name."""
     for leaf in named.values():
         leaf.grad = None
-    with rng_restored(None), untouched(module, values=True):
+    with rng_restored(None):
         torch.manual_seed(seed)
         loss = fn()
         if not is_loss(loss):
@@ -152,6 +155,22 @@ def _loss_and_state(
         if module is not None:
             state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
     return loss.detach(), state
+
+
+@contextmanager
+def buffers_restored(module: nn.Module | None) -> Iterator[None]:
+    """Give a module's buffers their values back at the end, and the very same tensors."""
+    named = dict(module.named_buffers()) if module is not None else {}
+    kept = {name: (buffer, buffer.clone()) for name, buffer in named.items()}
+    try:
+        yield
+    finally:
+        for name, (buffer, values) in kept.items():
+            assert module is not None
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, buffer)
+            with torch.no_grad():
+                buffer.copy_(values)
 
 
 def _comparable(a: Tensor | None, b: Tensor | None) -> bool:

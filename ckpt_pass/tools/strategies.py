@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.eager.prediction import Predictor, predictor
 from ckpt_pass.graph.capture import NotTraceableError
-from ckpt_pass.graph.untouched import untouched
 from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.measure.timing import Variant, clock_for, interleave, resting_collector
@@ -40,6 +39,7 @@ from ckpt_pass.regions.wrapping import (
 )
 from ckpt_pass.report.strategy_rows import PLAIN, StrategyRow
 from ckpt_pass.report.strategy_table import Comparison
+from ckpt_pass.state.untouched import untouched
 from ckpt_pass.tools.ahead import plan as make_plan
 from ckpt_pass.tools.sweeping import Progress, Told, UsersStep
 from ckpt_pass.tools.verification import compare_with_regions, step_of

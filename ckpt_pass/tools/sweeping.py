@@ -22,7 +22,6 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers
 from ckpt_pass.compile.backend import make_backend
 from ckpt_pass.graph.capture import capture
-from ckpt_pass.graph.untouched import untouched
 from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.measure.timing import Variant, clock_for, interleave
@@ -31,6 +30,7 @@ from ckpt_pass.plans.budget import BudgetLike, check_budget, resolve_budget
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import PolicyLike
 from ckpt_pass.report.sweeps import BLOCKS, OURS, TORCH, SweepRow, plot_sweep, sweep_text
+from ckpt_pass.state.untouched import untouched
 from ckpt_pass.tools.ahead import plan, step_arguments
 
 #: torch's knob, from "recompute only what is nearly free" to "recompute everything".

@@ -12,7 +12,6 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers
 from ckpt_pass.compile.backend import make_backend
 from ckpt_pass.graph.capture import whole_step
-from ckpt_pass.graph.untouched import untouched
 from ckpt_pass.measure.gradients import GradientComparison, NoLossError, compare_gradients
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
@@ -29,6 +28,7 @@ from ckpt_pass.regions.wrapping import (
     regions_of,
     remove_regions,
 )
+from ckpt_pass.state.untouched import untouched
 from ckpt_pass.tools.ahead import plan as make_plan
 from ckpt_pass.tools.ahead import step_arguments
 

@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.eager.planning import traced
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace
-from ckpt_pass.graph.untouched import untouched
 from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.timing import clock_for, resting_collector
 from ckpt_pass.modules.layers.find import find_layers
 from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.regions.wrapping import regions_of
+from ckpt_pass.state.untouched import untouched
 
 #: Timed steps; each gives every layer one sample, and the median of a layer's samples counts.
 ROUNDS = 5

@@ -1,7 +1,7 @@
 """Leave a model, its arguments and the random state as they were, whatever ran them.
 
 Whatever runs a model in order to look at it (a trace, a recorded step, a timed one, a comparison)
-does so inside :func:`untouched`. Everything that :mod:`ckpt_pass.graph.holders` reaches holds the
+does so inside :func:`untouched`. Everything that :mod:`ckpt_pass.state.holders` reaches holds the
 very same objects afterwards, also when the run failed.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ckpt_pass._torch import autograd
-from ckpt_pass.graph.holders import Reached, replaced
+from ckpt_pass.state.holders import Reached, replaced
 
 StandIn = Callable[[torch.Tensor], torch.Tensor]
 

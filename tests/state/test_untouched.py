@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_pass
-from ckpt_pass.graph.untouched import untouched
+from ckpt_pass.state.untouched import untouched
 
 
 class Notes:
