@@ -16,8 +16,9 @@ from typing import Any
 from torch import fx
 
 from ckpt_pass._torch import compilers
+from ckpt_pass._torch.generated import GeneratedHalf
+from ckpt_pass.compile.dry_run import step_peak_bytes
 from ckpt_pass.compile.engine import Partitioner
-from ckpt_pass.graph.kernels import WORKSPACE, Kernels
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.record import InductorPeak
 from ckpt_pass.plans.value import Plan
@@ -38,6 +39,13 @@ class _Round:
     compiled: Callable[..., Any]
     plan: Plan | None
     peak_bytes: int
+    halves: tuple[GeneratedHalf, ...]
+
+    def finished(self) -> Callable[..., Any]:
+        """The compiled graph with its kernels."""
+        for half in self.halves:
+            half.compile_kernels()
+        return self.compiled
 
 
 def compile_within(
@@ -64,7 +72,7 @@ def compile_within(
 
     best = _round(gm, example_inputs, partitioner, inner_options, mode)
     if best.plan is None or best.plan.budget_bytes is None:
-        return best.compiled, best.plan
+        return best.finished(), best.plan
     budget_bytes = asked = best.plan.budget_bytes
     found, rounds = best, 1
     while best.peak_bytes > budget_bytes and rounds < _ROUNDS:
@@ -89,12 +97,7 @@ def compile_within(
             InductorPeakWarning,
             stacklevel=2,
         )
-    return best.compiled, plan
-
-
-def _workspaces_of(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    facts = Kernels().facts(nodes, WORKSPACE)
-    return {node: found.workspace_bytes or 0 for node, found in facts.items()}
+    return best.finished(), plan
 
 
 def _round(
@@ -104,7 +107,7 @@ def _round(
     inner_options: dict[str, Any],
     mode: str | None,
 ) -> _Round:
-    halves: list[compilers.HalfPeak] = []
+    halves: list[GeneratedHalf] = []
     plans: list[Plan] = []
     compiled = compilers.compile_inductor(
         copy.deepcopy(gm),  # inductor changes the graph that it is given
@@ -113,24 +116,6 @@ def _round(
         inner_options,
         mode,
         halves.append,
-        _workspaces_of,
     )
-    plan = plans[-1] if plans else None
-    outputs = plan.predicted.output_bytes if plan else 0
-    held = outputs if isinstance(outputs, int) else 0
-    return _Round(compiled, plan, _peak_bytes(halves, held))
-
-
-def _peak_bytes(halves: Sequence[compilers.HalfPeak], held_bytes: int) -> int:
-    """The peak of a step.
-
-    During the backward there is more than inductor counts. The caller holds the outputs and brings
-    tangents like them. And a copy of an input in another layout (of weights and images, for
-    convolutions), saved by inductor's forward, stands for that input, which it does not count.
-    """
-    left = max((half.left_bytes for half in halves if not half.is_backward), default=0)
-    peaks = [0]
-    for half in halves:
-        copies = max(left - held_bytes - half.given_bytes, 0)
-        peaks.append(half.peak_bytes + (copies + 2 * held_bytes if half.is_backward else 0))
-    return max(peaks)
+    peak_bytes = step_peak_bytes(halves) if plans else 0
+    return _Round(compiled, plans[-1] if plans else None, peak_bytes, tuple(halves))
