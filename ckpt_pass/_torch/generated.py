@@ -101,9 +101,9 @@ def catch_generated(
         debug = V.debug
 
         def compile_kernels() -> None:
-            with config.patch(dict(patches)), V.set_graph_handler(graph):
-                with V.set_debug_handler(debug):
-                    module.loaded_as(load(graph, code))
+            chosen = config.patch(dict(patches))
+            with chosen, V.set_graph_handler(graph), V.set_debug_handler(debug):
+                module.loaded_as(load(graph, code))
 
         del graph._compile_to_module_lines  # the class's own is back
         on_half(

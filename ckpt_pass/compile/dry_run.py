@@ -10,6 +10,7 @@ real run, and kernels of libraries allocate besides what they were measured to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import functorch
 from ckpt_pass._torch.generated import GeneratedHalf
 from ckpt_pass.graph.kernels import FAILURES, WORKSPACE, Kernels, is_runnable
+from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.policy.sites import optimization_hint, output_tensors
 
 #: The caching allocators of accelerators hand out multiples of so many bytes.
@@ -39,7 +41,15 @@ class DryRunError(CkptPassError):
         )
 
 
-def step_peak_bytes(halves: Sequence[GeneratedHalf]) -> int:
+@dataclass(frozen=True)
+class StepPeak:
+    """The most bytes at any time of a step, and where that is, in words."""
+
+    nbytes: int
+    where: str
+
+
+def step_peak(halves: Sequence[GeneratedHalf]) -> StepPeak:
     """The peak of a step above what was there when it began.
 
     Of sizes that are symbolic, those that were traced with count. Where one half is missing
@@ -55,7 +65,7 @@ def step_peak_bytes(halves: Sequence[GeneratedHalf]) -> int:
         returned = step.run(forward, step.inputs_of(forward)) if forward is not None else []
         if backward is not None:
             step.backward(backward, forward, returned)
-        return step.memory.peak_bytes()
+        return step.memory.peak()
 
 
 class _Step:
@@ -79,6 +89,7 @@ class _Step:
         with self.fake:
             constants = {name: _fake_like(value) for name, value in half.constants.items()}
         self.outside.append(constants)
+        self.memory.half = "backward" if half.is_backward else "forward"
         try:
             with self.fake, self.memory:
                 return list(half.dry(constants)(args))
@@ -175,10 +186,11 @@ class _Memory(TorchDispatchMode):
         self.fake = fake
         self.device_type = device_type
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.most = 0
+        self.half = ""
+        self.most = StepPeak(0, "")
         self.graph = fx.Graph()
-        #: Bytes alive when a kernel that may have a workspace returns.
-        self.called: dict[fx.Node, int] = {}
+        #: Bytes alive when a kernel that may have a workspace returns, and where.
+        self.called: dict[fx.Node, StepPeak] = {}
 
     def __torch_dispatch__(
         self,
@@ -195,11 +207,13 @@ class _Memory(TorchDispatchMode):
         made = [t for t in output_tensors(result) if t.untyped_storage()._cdata not in given]
         for tensor in made:
             self._add(tensor)
-        if made:
-            self.most = max(self.most, self._bytes())
         node = self._node(func, args, kwargs, result)
-        if node is not None:
-            self.called[node] = self._bytes()
+        if made or node is not None:
+            where = f"in the {self.half} that inductor generated, at {op_name(func)}"
+            now = StepPeak(self._bytes(), where)
+            self.most = max(self.most, now, key=_nbytes)
+            if node is not None:
+                self.called[node] = now
         return result
 
     def _add(self, tensor: Tensor) -> None:
@@ -237,8 +251,15 @@ class _Memory(TorchDispatchMode):
             node.meta["val"] = fx.node.map_aggregate(result, _fake_like)
         return node
 
-    def peak_bytes(self) -> int:
+    def peak(self) -> StepPeak:
         """The most bytes at any time, workspaces of the kernels called among them."""
-        facts = Kernels().facts([*self.called], WORKSPACE)
-        workspaces = {node: found.workspace_bytes or 0 for node, found in facts.items()}
-        return max(self.most, *(self.called[n] + extra for n, extra in workspaces.items()), 0)
+        most = self.most
+        for node, found in Kernels().facts([*self.called], WORKSPACE).items():
+            at = self.called[node]
+            nbytes = at.nbytes + (found.workspace_bytes or 0)
+            most = max(most, replace(at, nbytes=nbytes), key=_nbytes)
+        return most
+
+
+def _nbytes(peak: StepPeak) -> int:
+    return peak.nbytes
