@@ -29,6 +29,7 @@ class GeneratedHalf:
     Attributes:
         text: the wrapper's source.
         constants: what the module is given by name.
+        language: what it is written in; only Python can be run dry.
         inputs: what the graph was traced with: fake or real tensors, sizes, other objects.
         input_names: their names.
         is_backward: which half it is.
@@ -36,6 +37,7 @@ class GeneratedHalf:
     """
 
     text: str
+    language: str
     constants: Mapping[str, Any]
     inputs: Sequence[Any]
     input_names: Sequence[str]
@@ -56,7 +58,12 @@ class GeneratedHalf:
 
         Args:
             constants: stand for the module's own.
+
+        Raises:
+            ValueError: the wrapper is not Python.
         """
+        if self.language != "Python":
+            raise ValueError(f"its wrapper is {self.language}, by an option of inductor's")
         tree = ast.parse(self.text)
         tree.body = [kept for node in tree.body if (kept := _without_replaced(node)) is not None]
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -95,6 +102,17 @@ def catch_generated(
 
     load = type(graph)._compile_to_module_lines
 
+    def half(text: str, language: str, compile_kernels: Callable[[], None]) -> GeneratedHalf:
+        return GeneratedHalf(
+            text,
+            language,
+            {**graph.constants, **graph.torchbind_constants},
+            tuple(graph.example_inputs or ()),
+            tuple(graph.graph_input_names),
+            bool(graph.is_backward),
+            compile_kernels,
+        )
+
     def caught(code: Any) -> _Module:
         _, path = PyCodeCache.write(code.value)
         module = _Module(path, has_runner=bool(re.search(r"^runner = ", code.value, re.MULTILINE)))
@@ -106,19 +124,14 @@ def catch_generated(
                 module.loaded_as(load(graph, code))
 
         del graph._compile_to_module_lines  # the class's own is back
-        on_half(
-            GeneratedHalf(
-                code.value,
-                {**graph.constants, **graph.torchbind_constants},
-                tuple(graph.example_inputs or ()),
-                tuple(graph.graph_input_names),
-                bool(graph.is_backward),
-                compile_kernels,
-            )
-        )
+        language = "C++" if graph.cpp_wrapper else "Python"
+        on_half(half(code.value, language, compile_kernels))
         return module
 
-    graph._compile_to_module_lines = caught
+    if getattr(graph, "fx_wrapper", False):
+        on_half(half("", "a graph", _nothing))
+    else:
+        graph._compile_to_module_lines = caught
 
 
 class _Runner:

@@ -30,14 +30,15 @@ _BLOCK = 512
 
 
 class DryRunError(CkptPassError):
-    """Inductor's code cannot be run without data, so that its peak is not known beforehand."""
+    """Inductor's code cannot be followed without data, so that its peak is not known beforehand."""
 
     def __init__(self, half: GeneratedHalf, reason: str) -> None:
         which = "backward" if half.is_backward else "forward"
         super().__init__(
-            f"The {which} that inductor generated cannot be run without data, so that its peak is "
-            f"not known before it runs: {reason}. A budget needs code whose sizes do not depend "
-            "on data. Use inner='aot_eager', whose peak is the plan's, or give no budget."
+            f"The {which} that inductor generated cannot be followed without running it, so that "
+            f"its peak is not known beforehand: {reason}. A budget needs Python wrappers whose "
+            "sizes do not depend on data. Leave out inductor's cpp_wrapper and fx_wrapper, use "
+            "inner='aot_eager', whose peak is the plan's, or give no budget."
         )
 
 
@@ -182,7 +183,7 @@ class _Memory(TorchDispatchMode):
     """Counts the storages that ops make, until nothing holds them any more."""
 
     def __init__(self, fake: functorch.FakeTensorMode, device_type: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = fake
         self.device_type = device_type
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}

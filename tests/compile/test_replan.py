@@ -123,6 +123,44 @@ def test_sizes_that_depend_on_data_are_refused() -> None:
         torch.compile(step, backend=backend, fullgraph=True)(torch.randn(8, 64))
 
 
+def test_a_wrapper_that_is_not_python_is_refused() -> None:
+    options = {"cpp_wrapper": True}
+    backend = ckpt_pass.make_backend(budget=0.8, inner="inductor", inner_options=options)
+    with pytest.raises(BackendCompilerFailed, match="its wrapper is C") as caught:
+        torch.compile(Net(), backend=backend)(torch.randn(8, 64))
+    assert isinstance(caught.value.inner_exception, ckpt_pass.DryRunError)
+
+
+class Shared(nn.Module):
+    """A gradient in another layout than its parameter's, and one value for several parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.across = nn.Parameter(torch.randn(48, 64).t())
+        self.holed = nn.Parameter(torch.randn(64, 96)[:, ::2])
+        self.one, self.other = nn.Parameter(torch.randn(64)), nn.Parameter(torch.randn(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x @ self.across).tanh() + (x @ self.holed).sin()
+        return y.square().mean() + (self.one + self.other).exp().sum()
+
+
+def test_what_autograd_does_with_gradients_is_counted() -> None:
+    plan, peak_bytes = compiled_for(Shared(), (torch.randn(128, 64),), 1.0)
+    assert peak_bytes == plan.peak_bytes
+
+
+def test_outputs_that_are_no_loss_stay_with_the_caller() -> None:
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(3)))
+    x = torch.randn(256, 32)
+    backend = ckpt_pass.make_backend(budget=0.9, inner="inductor")
+    compiled = torch.compile(net, backend=backend)
+    step = ckpt_pass.measure_step(lambda: compiled(x).sum(), repeats=1)
+    (plan,) = backend.plans
+    assert plan.budget_bytes is not None
+    assert step.peak_bytes <= plan.peak_bytes <= plan.budget_bytes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("name", MODELS)
