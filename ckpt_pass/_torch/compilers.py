@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
+from ckpt_pass._torch.fusion import only_near_fusions
 from ckpt_pass._torch.generated import GeneratedHalf, catch_generated
 
 __all__ = ["CustomPartitionerFn"]
@@ -39,6 +41,7 @@ def compile_inductor(
     options: dict[str, Any],
     mode: str | None,
     on_half: Callable[[GeneratedHalf], None] | None = None,
+    fusion_distance: int | None = None,
 ) -> CompiledFn:
     """Compile with inductor; its joint-graph passes run first, then our partition function.
 
@@ -51,6 +54,7 @@ def compile_inductor(
         on_half: told the code of each half before its kernels are compiled, which is left to it
             (:attr:`GeneratedHalf.compile_kernels`). With it no cache is used: what comes from a
             cache is not generated.
+        fusion_distance: how far apart ops may stand that share a kernel, if that matters.
     """
     import torch._inductor as inductor
     from torch._inductor.compile_fx import compile_fx
@@ -69,7 +73,8 @@ def compile_inductor(
     }
     # Otherwise the backward is lowered when it first runs, too late to plan again.
     eager_lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
-    with functorch_config.patch(enable_autograd_cache=False), eager_lowering:
+    near = nullcontext() if fusion_distance is None else only_near_fusions(fusion_distance)
+    with functorch_config.patch(enable_autograd_cache=False), eager_lowering, near:
         return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=hooked))
 
 
