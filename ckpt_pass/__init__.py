@@ -136,11 +136,11 @@ from ckpt_pass.errors import ConfigKeyError as ConfigKeyError
 from ckpt_pass.errors import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.errors import ContradictoryTagsError as ContradictoryTagsError
 from ckpt_pass.errors import DeterminismCheckError as DeterminismCheckError
+from ckpt_pass.errors import DryRunError as DryRunError
 from ckpt_pass.errors import EndedRecomputationError as EndedRecomputationError
 from ckpt_pass.errors import EstimateArgumentError as EstimateArgumentError
 from ckpt_pass.errors import GradientMismatchError as GradientMismatchError
 from ckpt_pass.errors import InactiveRegionsWarning as InactiveRegionsWarning
-from ckpt_pass.errors import InductorPeakWarning as InductorPeakWarning
 from ckpt_pass.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.errors import InvalidBudgetError as InvalidBudgetError
 from ckpt_pass.errors import InvalidRuleError as InvalidRuleError

@@ -12,8 +12,8 @@ from typing import Any
 from ckpt_pass._errors import CkptPassError as CkptPassError
 from ckpt_pass.compile.backend import UnknownOptionError as UnknownOptionError
 from ckpt_pass.compile.breaks import UncoveredBudgetWarning as UncoveredBudgetWarning
+from ckpt_pass.compile.dry_run import DryRunError as DryRunError
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
-from ckpt_pass.compile.replan import InductorPeakWarning as InductorPeakWarning
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError
 from ckpt_pass.distributed import NoProcessGroupError as NoProcessGroupError

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,32 +15,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch.utils._ordered_set import OrderedSet
+
+from ckpt_pass._torch.fusion import only_near_fusions
+from ckpt_pass._torch.generated import GeneratedHalf, catch_generated
 
 __all__ = ["CustomPartitionerFn"]
 
 CompiledFn = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class HalfPeak:
-    """Memory of one half of a step, by inductor's own schedule.
-
-    Attributes:
-        peak_bytes: its peak, with what it is given of the other half.
-        given_bytes: what it is given and may free: saved activations that go by that name.
-        left_bytes: what is there when it ends: its outputs, saved activations among them.
-        is_backward: which half it is.
-    """
-
-    peak_bytes: int
-    given_bytes: int
-    left_bytes: int
-    is_backward: bool
-
-
-#: The bytes that kernels of ops allocate besides their outputs, where that is any.
-WorkspacesOf = Callable[[Sequence[fx.Node]], Mapping[fx.Node, int]]
 
 
 def compile_eager(
@@ -63,8 +43,8 @@ def compile_inductor(
     partition: CustomPartitionerFn,
     options: dict[str, Any],
     mode: str | None,
-    on_peak: Callable[[HalfPeak], None] | None = None,
-    workspaces_of: WorkspacesOf | None = None,
+    on_half: Callable[[GeneratedHalf], None] | None = None,
+    fusion_distance: int | None = None,
 ) -> CompiledFn:
     """Compile with inductor; its joint-graph passes run first, then our partition function.
 
@@ -74,10 +54,10 @@ def compile_inductor(
         module, inputs: dynamo's graph and its example inputs.
         partition: our partition function.
         options, mode: inductor's, as ``torch.compile`` takes them.
-        on_peak: told the peak of inductor's own schedule of each half. With it no cache is
-            used: a schedule that comes from a cache tells nothing.
-        workspaces_of: what the kernels of ops that inductor does not generate allocate besides
-            their outputs; inductor's own estimate leaves it out.
+        on_half: told the code of each half before its kernels are compiled, which is left to it
+            (:attr:`GeneratedHalf.compile_kernels`). With it no cache is used: what comes from a
+            cache is not generated.
+        fusion_distance: how far apart ops may stand that share a kernel, if that matters.
     """
     import torch._inductor as inductor
     from torch._inductor.compile_fx import compile_fx
@@ -85,68 +65,38 @@ def compile_inductor(
     chosen = {**(inductor.list_mode_options(mode) if mode else {}), **options}
     patches = {key.replace("-", "_"): value for key, value in chosen.items()}
     patches["custom_partitioner_fn"] = partition
-    if on_peak is None:
+    if on_half is None:
         return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
-    patches["_post_fusion_custom_pass"] = _peak_reporter(
-        on_peak, workspaces_of, patches.get("_post_fusion_custom_pass")
-    )
     patches["fx_graph_cache"] = False
+    hooked = {
+        **patches,
+        "_post_fusion_custom_pass": _catcher(
+            patches, on_half, patches.get("_post_fusion_custom_pass")
+        ),
+    }
     # Otherwise the backward is lowered when it first runs, too late to plan again.
     eager_lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
-    with functorch_config.patch(enable_autograd_cache=False), eager_lowering:
-        return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
+    near = (
+        contextlib.nullcontext() if fusion_distance is None else only_near_fusions(fusion_distance)
+    )
+    with functorch_config.patch(enable_autograd_cache=False), eager_lowering, near:
+        return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=hooked))
 
 
-def _peak_reporter(
-    on_peak: Callable[[HalfPeak], None],
-    workspaces_of: WorkspacesOf | None,
+def _catcher(
+    patches: Mapping[str, Any],
+    on_half: Callable[[GeneratedHalf], None],
     users: Callable[[Any], Any] | None,
 ) -> Callable[[list[Any]], list[Any]]:
-    """A pass over inductor's schedule that changes nothing and tells its peak.
+    """A pass over inductor's schedule that changes nothing and has its graph hand over its code."""
 
-    The estimate is inductor's own (``torch/_inductor/memory.py``): what is freed goes after its
-    last use; parameters and inputs are not counted, saved activations are. Workspaces of kernels
-    that are called, not generated, come on top.
-    """
-
-    def report(nodes: list[Any]) -> list[Any]:
-        import torch._inductor.memory as memory
+    def watch(nodes: list[Any]) -> list[Any]:
         from torch._inductor.virtualized import V
 
-        scheduled = users(nodes) if users is not None else nodes
-        if scheduled:
-            scheduler, graph = scheduled[0].scheduler, V.graph
-            outputs = OrderedSet(graph.get_output_names())
-            _, freeable = memory.prepare_planning_info(
-                scheduled,
-                scheduler.name_to_buf,
-                {node.get_name(): node for node in scheduled} | scheduler.name_to_fused_node,
-                OrderedSet(graph.graph_inputs.keys()),
-                outputs,
-            )
-            _, curve, _, _ = memory.estimate_peak_memory_allocfree(scheduled, freeable, outputs)
-            called = [_called_ops(node) for node in scheduled]
-            sizes = workspaces_of([op for ops in called for op in ops]) if workspaces_of else {}
-            peaks = (
-                allocated + max((sizes.get(op, 0) for op in ops), default=0)
-                for (allocated, _), ops in zip(curve, called, strict=True)
-            )
-            given = sum(buffer.mpi_buffer.size_free for buffer in freeable.values())
-            on_peak(HalfPeak(max(peaks), given, curve[-1][1], bool(graph.is_backward)))
-        return scheduled
+        catch_generated(V.graph, patches, on_half)
+        return users(nodes) if users is not None else nodes
 
-    return report
-
-
-def _called_ops(scheduled: Any) -> list[fx.Node]:
-    """The ops behind a scheduled node whose kernels are called as they are, not generated."""
-    found = []
-    for part in scheduled.get_nodes():
-        packet = getattr(getattr(part.node, "op_overload", None), "overloadpacket", None)
-        for origin in getattr(part.node, "origins", ()):
-            if packet is not None and getattr(origin.target, "overloadpacket", None) is packet:
-                found.append(origin)
-    return found
+    return watch
 
 
 def inductor_option_names() -> frozenset[str]:

@@ -238,8 +238,8 @@ def make_backend(
         budget: the peak of forward and backward, above what was allocated when the step began:
             ``"6GiB"``, a number of bytes, a fraction of the peak without recomputation, or
             ``"device"`` (what the accelerator has free). The plan's peak is exact for
-            ``inner="aot_eager"``. Inductor fuses and reorders afterwards: its own schedule is
-            read, and the plan is made again for less while that is above the budget.
+            ``inner="aot_eager"``. Inductor fuses and reorders afterwards: the peak is that of
+            the code that it generates, and plans are made until one is within the budget.
         plan: a plan that :func:`ckpt_pass.plan` made ahead of time, or the path of its file: its
             decisions are carried out, nothing is solved again, and another graph is an error.
         solver: what looks for the plan: a name (``ckpt_pass.solver_names()``), a solver, or a
@@ -257,7 +257,7 @@ def make_backend(
             not one of these; so UnknownSolverError, InvalidTimeLimitError.
         PlanFileError: ``plan`` names a file that is none.
         UnknownOptionError: ``plan`` is given together with what it already says.
-        InfeasibleBudgetError, PlanMismatchError: come when a graph is compiled.
+        InfeasibleBudgetError, PlanMismatchError, DryRunError: come when a graph is compiled.
     """
     options: dict[str, Any] = {"inner": inner, "inner_options": dict(inner_options or {})}
     how = {"policy": policy, "budget": budget, "time_limit_s": time_limit_s}

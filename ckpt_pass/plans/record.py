@@ -40,8 +40,9 @@ class Predicted:
     """What the planned step will take.
 
     Attributes:
-        peak_bytes: peak of forward and backward above what was allocated before, on the graph as
-            it is (``inner="aot_eager"``). Exact where ops allocate nothing but their outputs; what
+        peak_bytes: peak of forward and backward above what was allocated before: on the graph as
+            it is (``inner="aot_eager"``), or, of a step that inductor compiled for a budget, of
+            the code that it generated. Exact where ops allocate nothing but their outputs; what
             kernels need besides is measured where there is a budget, and left out otherwise. At the
             traced shape.
         peak_at: the op that runs at the peak, in words.
@@ -84,7 +85,7 @@ class Proven:
 
 @dataclass(frozen=True)
 class InductorPeak:
-    """What inductor's own schedule of a planned step takes.
+    """What the code that inductor generated for a planned step takes.
 
     Attributes:
         peak_bytes: its peak.

@@ -72,7 +72,10 @@ def _inner(plan: PlanRecord) -> list[str]:
     found = plan.execution.inductor if isinstance(plan.execution, CompiledExecution) else None
     if found is not None:
         again = f", planned again {found.replans} times" if found.replans else ""
-        lines.append(f"inductor     {format_bytes(found.peak_bytes)} by its own schedule{again}")
+        alone = format_bytes(plan.predicted.timeline.peak_bytes)
+        lines.append(
+            f"inductor     the peak is its generated code's; of the graph alone {alone}{again}"
+        )
     measured = plan.predicted.measured_workspaces
     if measured:
         lines.append(f"workspaces   of {measured} kernels, measured on this machine")

@@ -151,15 +151,17 @@ class Plan(PlanRecord):
         assert isinstance(self.execution, CompiledExecution)
         return replace(self, execution=replace(self.execution, graph_break=graph_break))
 
-    def within_inductor(self, budget_bytes: int, peak: InductorPeak) -> Plan:
-        """This plan with what inductor's schedule of it takes, and the budget that was asked for.
+    def within_inductor(self, budget_bytes: int, peak: InductorPeak, peak_at: str) -> Plan:
+        """This plan with inductor's peak as its own, and the budget that was asked for.
 
-        The plan itself may have been made for a lower one.
+        The plan itself may have been made for another one; its timeline stays that of the graph
+        that inductor is given.
         """
         assert isinstance(self.execution, CompiledExecution)
         return replace(
             self,
             asked=replace(self.asked, budget_bytes=budget_bytes),
+            predicted=replace(self.predicted, peak_bytes=peak.peak_bytes, peak_at=peak_at),
             execution=replace(self.execution, inductor=peak),
         )
 

@@ -1,17 +1,18 @@
-"""The loop closed over inductor's own schedule."""
+"""The loop closed over the code that inductor generates."""
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import ckpt_pass
-from tests.zoo import hf, loss_of
+from tests.zoo import Built, hf, loss_of, modular
 
-SIX = ("gpt2", "llama", "mixtral", "bert", "vit", "resnet")
+MODELS = ("gpt2", "llama", "mixtral", "bert", "vit", "resnet", "unet", "t5")
+#: Kernels of libraries allocate a little less or more beside others than they do alone.
+CONVOLUTIONAL = ("resnet", "unet")
 
 
 class Net(nn.Module):
@@ -19,14 +20,41 @@ class Net(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = x + nn.functional.gelu(layer(x)).sin()
         return x.square().mean()
 
 
+class Convolved(nn.Module):
+    """Its weights go through the step in another layout, its images too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()).square().mean()
+
+
+def made(name: str) -> Built:
+    return getattr(hf, name)() if hasattr(hf, name) else getattr(modular, name)()  # type: ignore[no-any-return]
+
+
+def compiled_for(
+    module: nn.Module, inputs: tuple[Tensor, ...], budget: float | int
+) -> tuple[ckpt_pass.Plan, int]:
+    """Compile for a budget; return the plan and the peak that is measured."""
+    torch._dynamo.reset()
+    backend = ckpt_pass.make_backend(budget=budget, inner="inductor")
+    compiled = torch.compile(module, backend=backend)
+    step = ckpt_pass.measure_step(lambda: loss_of(compiled(*inputs)), repeats=1)
+    (plan,) = backend.plans
+    return plan, step.peak_bytes
+
+
 @pytest.mark.parametrize("fraction", [0.55, pytest.param(0.8, marks=pytest.mark.slow)])
-def test_met_or_said(fraction: float) -> None:
+def test_met(fraction: float) -> None:
     net, x = Net(), torch.randn(512, 64)
     expected = net(x)
     expected.backward()
@@ -34,41 +62,45 @@ def test_met_or_said(fraction: float) -> None:
     net.zero_grad()
     backend = ckpt_pass.make_backend(budget=fraction, inner="inductor")
     compiled = torch.compile(net, backend=backend)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        step = ckpt_pass.measure_step(lambda: compiled(x), repeats=1)
+    step = ckpt_pass.measure_step(lambda: compiled(x), repeats=1)
     (plan,) = backend.plans
-    assert plan.inner_peak_bytes is not None and plan.budget_bytes is not None
-    said = [w for w in caught if w.category is ckpt_pass.InductorPeakWarning]
-    assert bool(said) == (plan.inner_peak_bytes > plan.budget_bytes)
-    if said:
-        assert f"{plan.inner_peak_bytes:,}" in str(said[0].message)
-        assert f"{plan.budget_bytes:,}" in str(said[0].message)
-    else:
-        assert step.peak_bytes <= plan.budget_bytes
-    assert "by its own schedule" in str(plan)
+    assert plan.budget_bytes is not None and plan.peak_bytes == plan.inner_peak_bytes
+    assert step.peak_bytes <= plan.budget_bytes
+    assert step.peak_bytes == plan.peak_bytes
+    assert "that inductor generated" in str(plan) and "of the graph alone" in str(plan)
+    assert ckpt_pass.Plan.from_json(plan.to_json()).peak_bytes == plan.peak_bytes
     net.zero_grad()
     compiled(x).backward()
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
 
 
+def test_what_no_plan_can_meet_is_refused_before_any_kernel_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = []
+    load = torch._inductor.codecache.PyCodeCache.load_by_key_path
+    monkeypatch.setattr(
+        torch._inductor.codecache.PyCodeCache,
+        "load_by_key_path",
+        lambda *args, **kwargs: loaded.append(args) or load(*args, **kwargs),
+    )
+    net, x = Net(), torch.randn(512, 64)
+    backend = ckpt_pass.make_backend(budget=1000, inner="inductor")
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(net, backend=backend)(x)
+    error = caught.value.inner_exception
+    assert isinstance(error, ckpt_pass.InfeasibleBudgetError)
+    assert not loaded and not backend.plans
+    plan, peak_bytes = compiled_for(net, (x,), error.least_feasible_bytes)
+    assert len(loaded) == 2  # a forward and a backward, whatever the number of plans
+    assert peak_bytes == plan.peak_bytes <= error.least_feasible_bytes
+
+
 def test_workspaces_and_copies_in_other_layouts_are_counted() -> None:
-    class Convolved(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second(self.first(x).relu()).square().mean()
-
-    net = Convolved()
-    x = torch.randn(2, 3, 16, 16)
-    backend = ckpt_pass.make_backend(budget="1GiB", inner="inductor")
-    compiled = torch.compile(net, backend=backend)
-    step = ckpt_pass.measure_step(lambda: compiled(x), repeats=1)
-    told = backend.plans[0].inner_peak_bytes
-    assert told is not None and step.peak_bytes <= told <= 1.2 * step.peak_bytes
+    net, x = Convolved(), torch.randn(2, 3, 16, 16)
+    plan, peak_bytes = compiled_for(net, (x,), "1GiB")
+    assert peak_bytes <= plan.peak_bytes <= 1.01 * peak_bytes
 
 
 def test_a_graph_without_a_backward_has_no_plan() -> None:
@@ -79,28 +111,74 @@ def test_a_graph_without_a_backward_has_no_plan() -> None:
     assert not backend.plans
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
-@pytest.mark.parametrize("name", SIX)
-def test_the_models_keep_to_their_budgets(name: str, part: float) -> None:
-    """Part of the way from the least feasible peak to that of no recomputation."""
-    model, inputs = getattr(hf, name)()
-    with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught_least:
-        ckpt_pass.plan(model, *inputs, budget=1)
-    least = caught_least.value.least_feasible_bytes
-    most = ckpt_pass.plan(model, *inputs, budget=1.0).peak_bytes
-    assert isinstance(most, int)
-    budget = int(least + part * (most - least))
-    torch._dynamo.reset()
-    backend = ckpt_pass.make_backend(budget=budget, inner="inductor")
-    compiled = torch.compile(model, backend=backend)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        step = ckpt_pass.measure_step(lambda: loss_of(compiled(*inputs)), repeats=1)
+def test_sizes_that_depend_on_data_are_refused() -> None:
+    net = Net()
+
+    def step(x: Tensor) -> Tensor:
+        return net(x[x.sum(1) > 0])
+
+    backend = ckpt_pass.make_backend(budget=0.5, inner="inductor")
+    captured = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+    with captured, pytest.raises(BackendCompilerFailed, match="u0"):
+        torch.compile(step, backend=backend, fullgraph=True)(torch.randn(8, 64))
+
+
+def test_a_wrapper_that_is_not_python_is_refused() -> None:
+    options = {"cpp_wrapper": True}
+    backend = ckpt_pass.make_backend(budget=0.8, inner="inductor", inner_options=options)
+    with pytest.raises(BackendCompilerFailed, match="its wrapper is C") as caught:
+        torch.compile(Net(), backend=backend)(torch.randn(8, 64))
+    assert isinstance(caught.value.inner_exception, ckpt_pass.DryRunError)
+
+
+class Shared(nn.Module):
+    """A gradient in another layout than its parameter's, and one value for several parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.across = nn.Parameter(torch.randn(48, 64).t())
+        self.holed = nn.Parameter(torch.randn(64, 96)[:, ::2])
+        self.one, self.other = nn.Parameter(torch.randn(64)), nn.Parameter(torch.randn(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x @ self.across).tanh() + (x @ self.holed).sin()
+        return y.square().mean() + (self.one + self.other).exp().sum()
+
+
+def test_what_autograd_does_with_gradients_is_counted() -> None:
+    plan, peak_bytes = compiled_for(Shared(), (torch.randn(128, 64),), 1.0)
+    assert peak_bytes == plan.peak_bytes
+
+
+def test_outputs_that_are_no_loss_stay_with_the_caller() -> None:
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(3)))
+    x = torch.randn(256, 32)
+    backend = ckpt_pass.make_backend(budget=0.9, inner="inductor")
+    compiled = torch.compile(net, backend=backend)
+    step = ckpt_pass.measure_step(lambda: compiled(x).sum(), repeats=1)
     (plan,) = backend.plans
-    said = [w for w in caught if w.category is ckpt_pass.InductorPeakWarning]
+    assert plan.budget_bytes is not None
+    assert step.peak_bytes <= plan.peak_bytes <= plan.budget_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_models_keep_to_their_budgets(name: str, part: float) -> None:
+    """Part of the way from the least peak of a plan to that of no recomputation."""
+    model, inputs = made(name)
+    with pytest.raises(BackendCompilerFailed) as caught:
+        compiled_for(model, inputs, 1)
+    error = caught.value.inner_exception
+    assert isinstance(error, ckpt_pass.InfeasibleBudgetError)
+    least = error.least_feasible_bytes
+    most = ckpt_pass.plan(model, *inputs, budget=1.0).peak_bytes
+    budget = int(least + part * (most - least))
+    plan, peak_bytes = compiled_for(model, inputs, budget)
     print(
-        f"inductor {name} {part}: budget {budget:,}, its own schedule {plan.inner_peak_bytes:,}, "
-        f"measured {step.peak_bytes:,}, planned again {plan.replans} times, warned {bool(said)}"
+        f"inductor {name} {part}: budget {budget:,}, predicted {plan.peak_bytes:,}, "
+        f"measured {peak_bytes:,}, planned again {plan.replans} times"
     )
-    assert said or step.peak_bytes <= budget
+    assert peak_bytes <= budget
+    room = 0.005 * peak_bytes if name in CONVOLUTIONAL else 64
+    assert peak_bytes <= plan.peak_bytes <= peak_bytes + room

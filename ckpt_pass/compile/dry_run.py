@@ -1,0 +1,268 @@
+"""The peak of a step as inductor generated it: its code is run dry, and its storages are counted.
+
+The generated code decides what is allocated, reused and freed, and when. It is run under fake
+tensors with kernels that do nothing: forward, then backward on what the forward saved, each value
+held by whom it is held on the real run. The bytes alive after each allocation are those of the
+real run, and kernels of libraries allocate besides what they were measured to
+(:mod:`ckpt_pass.graph.kernels`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import functorch
+from ckpt_pass._torch.generated import GeneratedHalf
+from ckpt_pass.graph.kernel_ops import is_runnable
+from ckpt_pass.graph.kernel_run import FAILURES
+from ckpt_pass.graph.kernels import WORKSPACE, Kernels
+from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.policy.sites import optimization_hint, output_tensors
+
+#: The caching allocators of accelerators hand out multiples of so many bytes.
+_BLOCK = 512
+
+
+class DryRunError(CkptPassError):
+    """Inductor's code cannot be followed without data, so that its peak is not known beforehand."""
+
+    def __init__(self, half: GeneratedHalf, reason: str) -> None:
+        which = "backward" if half.is_backward else "forward"
+        super().__init__(
+            f"The {which} that inductor generated cannot be followed without running it, so that "
+            f"its peak is not known beforehand: {reason}. A budget needs Python wrappers whose "
+            "sizes do not depend on data. Leave out inductor's cpp_wrapper and fx_wrapper, use "
+            "inner='aot_eager', whose peak is the plan's, or give no budget."
+        )
+
+
+@dataclass(frozen=True)
+class StepPeak:
+    """The most bytes at any time of a step, and where that is, in words."""
+
+    nbytes: int
+    where: str
+
+
+def step_peak(halves: Sequence[GeneratedHalf]) -> StepPeak:
+    """The peak of a step above what was there when it began.
+
+    Of sizes that are symbolic, those that were traced with count. Where one half is missing
+    (nothing is computed in it) the other one's peak is the step's.
+
+    Raises:
+        DryRunError: the code needs data to be run.
+    """
+    forward = next((half for half in halves if not half.is_backward), None)
+    backward = next((half for half in halves if half.is_backward), None)
+    with functorch.real_tensors():
+        step = _Step(halves)
+        returned = step.run(forward, step.inputs_of(forward)) if forward is not None else []
+        if backward is not None:
+            step.backward(backward, forward, returned)
+        return step.memory.peak()
+
+
+class _Step:
+    """A step that is run dry."""
+
+    def __init__(self, halves: Sequence[GeneratedHalf]) -> None:
+        self.fake = functorch.FakeTensorMode(allow_non_fake_inputs=True)
+        self.memory = _Memory(self.fake, _device_type(halves))
+        #: Parameters, inputs and constants: they were there before, and stay.
+        self.outside: list[Any] = []
+
+    def inputs_of(self, half: GeneratedHalf) -> list[Any]:
+        """What a half is traced with, as fake tensors that were there before."""
+        with self.fake:
+            made = [_fake_like(value) for value in half.inputs]
+        self.outside += made
+        return list(made)
+
+    def run(self, half: GeneratedHalf, args: list[Any]) -> list[Any]:
+        """Run one half; ``args`` is emptied, as on the real run."""
+        with self.fake:
+            constants = {name: _fake_like(value) for name, value in half.constants.items()}
+        self.outside.append(constants)
+        self.memory.half = "backward" if half.is_backward else "forward"
+        try:
+            with self.fake, self.memory:
+                return list(half.dry(constants)(args))
+        except FAILURES as error:
+            text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise DryRunError(half, text) from error
+
+    def backward(
+        self, half: GeneratedHalf, forward: GeneratedHalf | None, returned: list[Any]
+    ) -> None:
+        """Run the backward on what the forward returned last; the caller keeps the rest."""
+        parameters = self.outside[: len(forward.inputs) if forward is not None else 0]
+        if forward is None:
+            returned = self.inputs_of(half)[: half.given]
+        saved = returned[len(returned) - half.given :]
+        kept = returned[: len(returned) - half.given]
+        returned.clear()
+        numbers = [value for value in saved if not isinstance(value, Tensor)]
+        args = [*numbers, *(value for value in saved if isinstance(value, Tensor))]
+        del saved
+        with self.fake, self.memory:
+            tangents = [_fake_like(value) for value in half.inputs[half.given :]]
+        gradients = self.run(half, [*_emptied(args), *tangents])
+        with self.fake, self.memory:
+            _accumulate(gradients, parameters)
+        del kept, tangents
+
+
+def _emptied(values: list[Any]) -> list[Any]:
+    """The values, no longer in the list that they came in."""
+    found = list(values)
+    values.clear()
+    return found
+
+
+def _accumulate(gradients: list[Any], parameters: Sequence[Any]) -> None:
+    """What autograd does with gradients: it keeps them, or copies of another layout.
+
+    One that is laid out as its parameter is taken over, another is copied (torch's "gradient
+    layout contract", ``torch/csrc/autograd/utils/grad_layout_contract.h``); so is one that is the
+    gradient of several parameters, but for the last.
+    """
+    for index, parameter in enumerate(parameters[: len(gradients)]):
+        gradient = gradients[index]
+        if not isinstance(gradient, Tensor) or not isinstance(parameter, Tensor):
+            continue
+        shared = any(other is gradient for other in gradients[index + 1 :])
+        if shared or not _laid_out_as(gradient, parameter):
+            gradients[index] = torch.empty_like(parameter, dtype=gradient.dtype)
+
+
+def _laid_out_as(gradient: Tensor, parameter: Tensor) -> bool:
+    if not _is_dense(parameter):
+        return gradient.is_contiguous()
+    steps = zip(gradient.shape, gradient.stride(), parameter.stride(), strict=True)
+    return all(ours == theirs if size != 1 else ours != 0 for size, ours, theirs in steps)
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether the elements lie side by side, in whatever order of the dimensions."""
+    count = 1
+    for step, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size != 1 and step != count:
+            return not value.numel()
+        count *= size
+    return True
+
+
+def _device_type(halves: Sequence[GeneratedHalf]) -> str:
+    """The device whose memory counts: an accelerator's where the step uses one."""
+    found = {
+        value.device.type for half in halves for value in half.inputs if isinstance(value, Tensor)
+    }
+    return next((kind for kind in sorted(found) if kind not in ("cpu", "meta")), "cpu")
+
+
+def _fake_like(value: Any) -> Any:
+    """A tensor with the metadata of one, symbolic sizes at their traced values; or the value."""
+    if isinstance(value, torch.SymInt):
+        return optimization_hint(value)
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return value.node.hint
+    if not isinstance(value, Tensor):
+        return value
+    size, stride = ([*map(optimization_hint, part)] for part in (value.shape, value.stride()))
+    return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+
+
+class _Memory(TorchDispatchMode):
+    """Counts the storages that ops make, until nothing holds them any more."""
+
+    def __init__(self, fake: functorch.FakeTensorMode, device_type: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fake = fake
+        self.device_type = device_type
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.half = ""
+        self.most = StepPeak(0, "")
+        self.graph = fx.Graph()
+        #: Bytes alive when a kernel that may have a workspace returns, and where.
+        self.called: dict[fx.Node, StepPeak] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        passed = (*output_tensors(args), *output_tensors(tuple(kwargs.values())))
+        given = {tensor.untyped_storage()._cdata for tensor in passed}
+        del passed
+        made = [t for t in output_tensors(result) if t.untyped_storage()._cdata not in given]
+        for tensor in made:
+            self._add(tensor)
+        node = self._node(func, args, kwargs, result)
+        if made or node is not None:
+            where = f"in the {self.half} that inductor generated, at {op_name(func)}"
+            now = StepPeak(self._bytes(), where)
+            self.most = max(self.most, now, key=_nbytes)
+            if node is not None:
+                self.called[node] = now
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.device.type == self.device_type and storage._cdata not in self.alive:
+            nbytes = storage.nbytes()
+            if self.device_type != "cpu":
+                nbytes = -(-nbytes // _BLOCK) * _BLOCK
+            self.alive[storage._cdata] = (StorageWeakRef(storage), nbytes)
+
+    def _bytes(self) -> int:
+        gone = [key for key, (storage, _) in self.alive.items() if storage.expired()]
+        for key in gone:
+            del self.alive[key]
+        return sum(nbytes for _, nbytes in self.alive.values())
+
+    def _node(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> fx.Node | None:
+        """The call as a node of a graph, with tensors of its own, so that it holds none."""
+
+        def described(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            node = self.graph.placeholder("given")
+            node.meta["val"] = _fake_like(value)
+            return node
+
+        node = self.graph.call_function(func)
+        if not is_runnable(node):
+            return None
+        with self.fake:
+            node.args = fx.node.map_aggregate(args, described)
+            node.kwargs = fx.node.map_aggregate(dict(kwargs), described)
+            node.meta["val"] = fx.node.map_aggregate(result, _fake_like)
+        return node
+
+    def peak(self) -> StepPeak:
+        """The most bytes at any time, workspaces of the kernels called among them."""
+        most = self.most
+        for node, found in Kernels().facts([*self.called], WORKSPACE).items():
+            at = self.called[node]
+            nbytes = at.nbytes + (found.workspace_bytes or 0)
+            most = max(most, replace(at, nbytes=nbytes), key=_nbytes)
+        return most
+
+
+def _nbytes(peak: StepPeak) -> int:
+    return peak.nbytes
