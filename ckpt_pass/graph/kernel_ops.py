@@ -46,12 +46,30 @@ def may_have_workspace(node: fx.Node) -> bool:
 
     An elementwise kernel does not, where all tensors, the output too, have one dtype and no number
     is given: on the CPU others are cast first, and of a Python number a kernel makes a tensor of 8
-    bytes and then one of the values' dtype.
+    bytes and then one of the values' dtype. Nor where all lie in memory alike: of an expanded
+    gradient (that of a sum) ``gelu_backward`` makes a copy that is contiguous.
     """
     if not is_runnable(node):
         return False
     assert callable(node.target)
-    return not is_elementwise(node.target) or _casts_on_cpu(node)
+    return not is_elementwise(node.target) or _casts_on_cpu(node) or _lies_otherwise(node)
+
+
+def _lies_otherwise(node: fx.Node) -> bool:
+    """Whether a tensor of the output's shape has other strides than the output."""
+    output = node.meta.get("val")
+    if not isinstance(output, torch.Tensor) or output.layout is not torch.strided:
+        return False
+    given = (one.meta.get("val") for one in node.all_input_nodes)
+    alike = [
+        tensor
+        for tensor in given
+        if isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
+        and str(tensor.shape) == str(output.shape)
+    ]
+    # As texts: to compare symbolic strides would put guards on them.
+    return any(str(tensor.stride()) != str(output.stride()) for tensor in alike)
 
 
 def _casts_on_cpu(node: fx.Node) -> bool:

@@ -241,6 +241,11 @@ class Holders:
         yield from self.buffers
         yield from self.maps
 
+    def _is_new(self, holder: Any) -> bool:
+        new = id(holder) not in self._seen
+        self._seen.add(id(holder))
+        return new
+
     def _module(self, root: nn.Module) -> None:
         seen, attributes = self._seen, self.attributes
         todo: list[nn.Module | None] = [root]
@@ -270,7 +275,8 @@ class Holders:
                 if not (known.norm and own["training"]):
                     self.tensors += [b for b in buffers.values() if b is not None]
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                self._todo += [(own[name], 0) for name in _FORWARD_HOOKS]
+                # Which hooks there are is put back, and what they note for their user stays.
+                self.maps += [own[name] for name in _FORWARD_HOOKS if self._is_new(own[name])]
             names = list(own)
             if names[:_FIRST] == _NAMES:  # nearly always
                 names = names[_FIRST:]

@@ -18,6 +18,7 @@ from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.checkpointing import RegionSpec as RegionSpec
 from ckpt_pass.regions.checkpointing import options_for, run_region
+from ckpt_pass.regions.writes import forget
 
 
 class UnknownRegionError(CkptPassError):
@@ -154,6 +155,7 @@ def remove_regions(model: nn.Module) -> None:
             region.module.forward = region.before
         else:
             del region.module.forward
+        forget(region.module)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,11 @@ def known_of(fn: Any) -> Known:
     return found
 
 
+def forget(module: nn.Module) -> None:
+    """Take away what a module carries for its regions; they find it out anew."""
+    module.__dict__.pop(_ATTRIBUTE, None)
+
+
 def _of_code(fn: Any) -> Known:
     code = getattr(fn, "__code__", fn)
     try:

@@ -70,6 +70,17 @@ def untouched(
                 generator.set_state(state)
 
 
+@contextlib.contextmanager
+def holders_restored(*roots: Any) -> Iterator[None]:
+    """Give attributes and containers back what they held; no tensor is copied, nor looked into."""
+    reached = Reached(roots)
+    try:
+        yield
+    finally:
+        for holder in reached.holders:
+            holder.restore()
+
+
 class _Once:
     """One stand-in for each tensor, with the attributes that the user gave the tensor."""
 

@@ -28,7 +28,7 @@ from ckpt_pass.regions.wrapping import (
     regions_of,
     remove_regions,
 )
-from ckpt_pass.state.untouched import untouched
+from ckpt_pass.state.untouched import holders_restored, untouched
 from ckpt_pass.tools.ahead import plan as make_plan
 from ckpt_pass.tools.ahead import step_arguments
 
@@ -164,7 +164,19 @@ class _Used:
     @property
     def step(self) -> Callable[[], Tensor]:
         """The plain step."""
-        return step_of(self.model, self.args, self.loss_fn, self.kwargs)
+        return self.anew(step_of(self.model, self.args, self.loss_fn, self.kwargs))
+
+    def anew(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A step that begins with the attributes that the first one began with.
+
+        What a model makes at first use would be there in the second run, and change its graph.
+        """
+
+        def run() -> Tensor:
+            with holders_restored(self.model, self.loss_fn, self.args, self.kwargs):
+                return step()
+
+        return run
 
     def same(self, found: GradientComparison) -> tuple[Check, Check]:
         """What a comparison says."""
@@ -233,7 +245,7 @@ def _verify_compiled(plan: Plan, used: _Used) -> Verdict:
     for compiler in ("aot_eager", backend):
         whole = whole_step(used.model, used.loss_fn)
         compiled = compilers.compile_apart(whole, compiler, dynamic)
-        steps.append(lambda c=compiled: c(*used.args, **used.kwargs))
+        steps.append(used.anew(lambda c=compiled: c(*used.args, **used.kwargs)))  # type: ignore[misc]
     plain, planned = steps
     with compilers.own_profile():
         found = compare_gradients(plain, planned, used.model, rtol=used.rtol, atol=used.atol)

@@ -236,7 +236,7 @@ def test_only_sizes_that_depend_on_data_are_refused() -> None:
             return self.fc(x[x[:, 0].nonzero().squeeze(1)]).square().sum()
 
     ckpt_pass.plan(torch.nn.Linear(4, 4), torch.randn(3, 4), budget="1MB", dynamic=True)
-    with pytest.raises(ckpt_pass.SymbolicBytesError, match=r"A size .*u\d+ depends on the values"):
+    with pytest.raises(ckpt_pass.NotTraceableError, match=r"test_budget\.py:\d+ in forward"):
         ckpt_pass.plan(Picks(), torch.randn(3, 4), budget="1MB")
 
 

@@ -161,8 +161,8 @@ class _LooksAtValues(nn.Module):
 
 
 def test_a_model_that_looks_at_activations() -> None:
-    with pytest.raises(ckpt_pass.NotTraceableError, match=r"test_eager_plan\.py:\d+ in forward"):
-        eager(_LooksAtValues(), (torch.randn(2, 4),), 0.5)
+    plan = eager(_LooksAtValues(), (torch.randn(2, 4),), 1.0)
+    assert any(decision.site.op.startswith("aten.") for decision in plan.decisions)
 
 
 def test_nothing_to_differentiate() -> None:

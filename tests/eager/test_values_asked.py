@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -70,11 +71,10 @@ class Masked(Asking):
 class Counting(Asking):
     """Goes another way each time that it is called."""
 
-    calls = 0
+    calls = itertools.count(1)  # of the class: what an instance holds would be put back
 
     def look(self, x: Tensor, number: int) -> bool:
-        self.calls += 1
-        return self.calls % 2 == 0 or bool(x.sum() > -1e9)
+        return next(self.calls) % 2 == 0 or bool(x.sum() > -1e9)
 
 
 def step(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -196,18 +197,25 @@ def test_wrong_arguments() -> None:
 # --- mixed precision ------------------------------------------------------------------------
 
 
+class Notes(threading.local):
+    """A list that regions do not put back, as they do a module's own."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch.dtype, bool, torch.dtype]] = []
+
+
 class Watched(nn.Module):
     """A linear layer that notes the dtype and the autocast state of each of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(WIDTH, WIDTH)
-        self.seen: list[tuple[torch.dtype, bool, torch.dtype]] = []
+        self.seen = Notes()
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.inner(x)
         enabled = torch.is_autocast_enabled("cpu")
-        self.seen.append((result.dtype, enabled, torch.get_autocast_dtype("cpu")))
+        self.seen.calls.append((result.dtype, enabled, torch.get_autocast_dtype("cpu")))
         return torch.sin(result)
 
 
@@ -220,7 +228,7 @@ def test_the_recomputation_has_the_forwards_autocast() -> None:
     loss.backward()
     for watched in model:
         assert isinstance(watched, Watched)
-        assert watched.seen == [(torch.bfloat16, True, torch.bfloat16)] * 2
+        assert watched.seen.calls == [(torch.bfloat16, True, torch.bfloat16)] * 2
 
 
 @pytest.mark.parametrize("policy", [None, "save-matmul"])

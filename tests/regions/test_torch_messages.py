@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -48,11 +49,11 @@ def torchs(fn: Region, x: Tensor, policy: Any) -> Any:
 
 def changing(first: Region, then: Region) -> Region:
     """A function that does something else when it runs again."""
-    runs: list[int] = []
+    runs = threading.local()  # not put back for the recomputation, as a list would be
 
     def fn(x: Tensor) -> Any:
-        runs.append(1)
-        return (first if len(runs) == 1 else then)(x)
+        runs.count = getattr(runs, "count", 0) + 1
+        return (first if runs.count == 1 else then)(x)
 
     return fn
 
