@@ -251,7 +251,36 @@ class StrategyOf:
     row: StrategyRow
 
 
-OwnRow: TypeAlias = PeakRow | BudgetRow | PlanningRow | DeepRow | EagerRow | OptimumRow | ClaimRow
+@dataclass(frozen=True)
+class InductorRow:
+    """A budget with Inductor as the inner compiler, or the least that stock Inductor reaches.
+
+    Attributes:
+        part: where the budget lies between our least peak (0) and Inductor's own with nothing
+            recomputed (1); ``None`` for stock.
+        predicted_bytes: by the plan.
+        gradient_bytes: what every step ends with.
+        rounds: schedules that were made until the plan was found; for stock, settings tried.
+        compile_s: CPU seconds of the first step with cold caches, compilers' among them.
+    """
+
+    model: str
+    part: float | None
+    budget_bytes: int
+    predicted_bytes: int
+    measured_bytes: int
+    gradient_bytes: int
+    rounds: int
+    compile_s: float
+
+    @property
+    def above_gradients(self) -> int:
+        return self.measured_bytes - self.gradient_bytes
+
+
+OwnRow: TypeAlias = (
+    PeakRow | BudgetRow | PlanningRow | DeepRow | EagerRow | OptimumRow | ClaimRow | InductorRow
+)
 Row: TypeAlias = TimingRow | OwnRow | StrategyOf
 
 

@@ -29,6 +29,7 @@ from benchmarks import (  # noqa: E402
     deep,
     eager_budgets,
     eager_cost,
+    inductor,
     optimum,
     partition_cost,
     peaks,
@@ -46,6 +47,7 @@ NAMES = (
     "partition",
     "peaks",
     "budgets",
+    "inductor",
     "planning",
     "deep",
     "optimum",
@@ -71,9 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=_at_least_one, help="timings of each variant")
     parser.add_argument("--save", action="store_true", help=f"write JSON to {RESULTS.name}/")
     parser.add_argument(
-        "--all", action="store_true", help="budgets: every model; planning: the longest chains, too"
+        "--all",
+        action="store_true",
+        help="budgets, inductor: every model; planning: the longest chains",
     )
-    parser.add_argument("--bf16", action="store_true", help="budgets: in bfloat16")
+    parser.add_argument("--bf16", action="store_true", help="budgets, inductor: in bfloat16")
     parser.add_argument(
         "--solver", choices=("dp", "ilp"), default="dp", help="budgets: torch's own solver"
     )
@@ -108,6 +112,9 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
         if options.times:
             points = [row for row in found.rows if isinstance(row, BudgetRow)]
             yield budget_times.run(points, rounds or budget_times.ROUNDS)
+    elif name == "inductor":
+        models = inductor.ALL if options.all else inductor.SMALL
+        yield inductor.run(models, dtype=torch.bfloat16 if options.bf16 else torch.float32)
     elif name == "planning":
         layers = planning.ALL_LAYERS if options.all else planning.LAYERS
         yield planning.run(layers, rounds or planning.ROUNDS)

@@ -13,6 +13,7 @@ from benchmarks.common import (
     Cost,
     DeepRow,
     EagerRow,
+    InductorRow,
     OptimumRow,
     PeakRow,
     PlanningRow,
@@ -97,6 +98,19 @@ def _cost_cells(row: BudgetRow, cost: Cost) -> list[str]:
         f"{100 * cost.recompute_time_s / row.step_time_s:.1f}",
         f"{100 * cost.recompute_flops / row.step_flops:.1f}",
     ]
+
+
+def _inductor(title: str, rows: Sequence[InductorRow]) -> Table:
+    table = Table(title=title)
+    table.add_column("model")
+    for column in ("budget at", "budget", "predicted", "measured", "above grads", "rounds", "s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        sizes = (row.budget_bytes, row.predicted_bytes, row.measured_bytes, row.above_gradients)
+        at = "stock's least" if row.part is None else f"{row.part:g}"
+        cells = (*(f"{size:,}" for size in sizes), f"{row.rounds}", f"{row.compile_s:.1f}")
+        table.add_row(row.model, at, *cells)
+    return table
 
 
 def _planning(title: str, rows: Sequence[PlanningRow]) -> Table:
@@ -189,6 +203,7 @@ _TABLES: dict[type, Callable[[str, Any], Table]] = {
     PlanningRow: _planning,
     DeepRow: _depths,
     EagerRow: _eager,
+    InductorRow: _inductor,
     OptimumRow: _optimum,
     ClaimRow: _claims,
     StrategyOf: _strategies,
