@@ -45,6 +45,8 @@ from ckpt_pass.plans.parts import Decision as Decision
 from ckpt_pass.plans.parts import SavedActivation as SavedActivation
 from ckpt_pass.plans.parts import SavedActivations as SavedActivations
 from ckpt_pass.plans.parts import Signature as Signature
+from ckpt_pass.plans.step_plan import StepPlan as StepPlan
+from ckpt_pass.plans.step_plan import load_plan as load_plan
 from ckpt_pass.plans.timeline import Timeline as Timeline
 from ckpt_pass.plans.value import Plan as Plan
 from ckpt_pass.planner.solution import Solution as Solution

@@ -9,7 +9,7 @@ from ckpt_pass.plans.parts import Decision
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.rules import PolicyLike
-from ckpt_pass.tools.ahead import plan
+from ckpt_pass.tools.ahead import plan_one
 
 
 def golden(model: Any, *args: Any, policy: PolicyLike | None = None, **options: Any) -> str:
@@ -23,7 +23,7 @@ def golden(model: Any, *args: Any, policy: PolicyLike | None = None, **options: 
         model, args, policy: as for :func:`ckpt_pass.explain`.
         options: further options of :func:`ckpt_pass.plan`.
     """
-    return golden_of(plan(model, *args, policy=policy, **options))
+    return golden_of(plan_one(model, *args, policy=policy, **options))
 
 
 def golden_of(plan: Plan) -> str:

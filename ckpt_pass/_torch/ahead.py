@@ -77,7 +77,7 @@ class Graphs:
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         placeholders = tuple(gm.graph.find_nodes(op="placeholder"))
-        examples = tuple(_example(node) for node in placeholders)
+        examples = tuple(example(node) for node in placeholders)
         found = _joint_of(gm, inputs)  # may ask dynamo to begin anew, by an exception
         index = len(self.seen)
         self.seen.append(gm)
@@ -132,7 +132,8 @@ def _joint_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> _Joint:
     return _Joint(None, {})  # an empty graph is not compiled
 
 
-def _example(node: fx.Node) -> Any:
+def example(node: fx.Node) -> Any:
+    """What an input of dynamo's graph is in the step that is compiled."""
     return getattr(node.meta.get("grapharg"), "example", None)
 
 
@@ -171,9 +172,16 @@ def step_graphs(
     """
     graphs = Graphs()
     whole = contextlib.suppress(_Whole)
-    with whole, _disable_current_modes(), mode, compilers.own_profile(), _resting_collector():
+    with whole, on_fakes(mode):
         compilers.compile_apart(step, graphs, dynamic)(*args, **kwargs)
     return graphs
+
+
+@contextlib.contextmanager
+def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, fake tensors of a mode are what there is, and dynamo remembers nothing of it."""
+    with _disable_current_modes(), mode, compilers.own_profile(), _resting_collector():
+        yield
 
 
 @contextlib.contextmanager
@@ -199,10 +207,11 @@ class Fakes:
 
     Args:
         tensors: all tensors of the step.
+        mode: that of the fakes; a new one if not given.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self, tensors: Sequence[torch.Tensor], mode: FakeTensorMode | None = None) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
         self._device = _device_of(tensors)
         self._bases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 

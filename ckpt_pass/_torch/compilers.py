@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -24,17 +26,47 @@ __all__ = ["CustomPartitionerFn"]
 CompiledFn = Callable[..., Any]
 
 
+#: Called around each run of a half: ``around(is_backward, run)`` returns what ``run()`` does.
+Around = Callable[[bool, Callable[[], Any]], Any]
+
+
 def compile_eager(
-    module: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    partition: Callable[..., Any],
+    around: Around | None = None,
 ) -> CompiledFn:
-    """Compile as torch's ``aot_eager`` does, with our partition function."""
+    """Compile as torch's ``aot_eager`` does, with our partition function.
+
+    Args:
+        module, inputs: dynamo's graph and its example inputs.
+        partition: our partition function.
+        around: called around each run of forward and backward, if anybody is to know.
+    """
     backend = aot_autograd(
-        fw_compiler=boxed_nop,
-        bw_compiler=boxed_nop,
+        fw_compiler=_half(False, around),
+        bw_compiler=_half(True, around),
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )
     return backend(module, inputs)
+
+
+def _half(is_backward: bool, around: Around | None) -> Callable[..., CompiledFn]:
+    if around is None:
+        return boxed_nop
+    told = around
+
+    def compiler(half: fx.GraphModule, inputs: Sequence[Any]) -> CompiledFn:
+        run = boxed_nop(half, list(inputs))
+
+        def run_told(args: list[Any]) -> Any:
+            return told(is_backward, lambda: run(args))
+
+        run_told._boxed_call = True  # type: ignore[attr-defined]  # it may empty the list
+        return run_told
+
+    return compiler
 
 
 def compile_inductor(
@@ -106,6 +138,14 @@ def inductor_option_names() -> frozenset[str]:
     return frozenset(name.replace("_", "-") for name in config.get_config_copy()) | frozenset(
         config.get_config_copy()
     )
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph and what belongs to it; tensors are shared where torch shares them."""
+    with warnings.catch_warnings():
+        # torch 2.13 copies its own tree specs in a way that it warns of.
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        return copy.deepcopy(module)
 
 
 def stock_backend(inner: str, memory_budget: float) -> Callable[..., CompiledFn]:

@@ -26,11 +26,11 @@ from ckpt_pass.drawing.memory import missing_extra
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, solver_names
 from ckpt_pass.plans.budget import BudgetLike, check_budget, parse_budget
 from ckpt_pass.plans.goal import COSTS
-from ckpt_pass.plans.value import Plan
+from ckpt_pass.plans.step_plan import StepPlan, load_plan
 from ckpt_pass.policy.named import DEFAULT_POLICY, POLICIES, as_policy
 from ckpt_pass.policy.rules import Rule
 from ckpt_pass.report.sweeps import sweep_table
-from ckpt_pass.tools.ahead import plan
+from ckpt_pass.tools.ahead import PlanModeError, plan
 from ckpt_pass.tools.fitting import NAMES as FIT_DIMENSIONS
 from ckpt_pass.tools.fitting import fit
 from ckpt_pass.tools.sweeping import ROUNDS, Sweep, sweep
@@ -161,10 +161,15 @@ def _plan_command() -> Callable[..., None]:
                 cost=cost,
                 mode="eager" if eager else "compiled",
             )
-            typer.echo(made.overview())
+            typer.echo(str(made))
             if save is not None:
                 typer.echo(f"\nwrote {made.save(save)}")
             if png is not None:
+                if isinstance(made, StepPlan):
+                    raise PlanModeError(
+                        "Got --png for a step that dynamo cuts in several graphs; expected one "
+                        "graph. Leave --png out, or take the breaks that the plan names away."
+                    )
                 typer.echo(f"\nwrote {made.plot(png)}")
 
     return plan_
@@ -189,7 +194,7 @@ def _verify_command() -> Callable[..., None]:
         """
         with errors_as_exit_codes():
             amount = _checked(policy, budget)
-            made = None if plan_file is None else Plan.load(plan_file)
+            made = None if plan_file is None else load_plan(plan_file)
             model, inputs = build(target)
             found = verify(
                 model,

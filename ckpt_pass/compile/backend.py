@@ -20,6 +20,7 @@ from ckpt_pass.compile.symbolic import watch_sizes
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import as_goal
+from ckpt_pass.plans.step_plan import StepPlan, load_plan
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike, describe
@@ -70,7 +71,7 @@ class Backend:
     solver: SolverLike = DEFAULT_SOLVER
     time_limit_s: float | None = None
     cost: str = "roofline"
-    plan: Plan | None = None
+    plan: Plan | StepPlan | None = None
     plans: deque[Plan] = field(default_factory=lambda: deque(maxlen=PLANS_KEPT), repr=False)
     coverage: Coverage = field(default_factory=Coverage, repr=False)
 
@@ -115,7 +116,7 @@ class Backend:
         if backend.budget is not None and backend.plan is None and torch.is_grad_enabled():
             self.coverage.tell_of_cut(gm, backend.budget)
         partition = Partitioner(
-            policy, backend.regions, names, goal, made.append, backend.plan, in_place, part
+            policy, backend.regions, names, goal, made.append, backend.given, in_place, part
         )
         if backend.inner == "aot_eager":
             if mode is not None:
@@ -142,6 +143,13 @@ class Backend:
             for plan in made:
                 self.coverage.tell_of_raised(gm, plan, backend.budget)
         return watch_sizes(compiled, made[-1], example_inputs) if made else compiled
+
+    @property
+    def given(self) -> tuple[Plan, ...]:
+        """The plans whose decisions are carried out."""
+        if self.plan is None:
+            return ()
+        return self.plan.parts if isinstance(self.plan, StepPlan) else (self.plan,)
 
     def with_options(self, options: Mapping[str, Any]) -> Backend:
         """This backend with some options changed; the list of plans stays shared.
@@ -182,7 +190,7 @@ def _told_of_skip(skipped: frames.SkippedFunction) -> None:
         backend = skipped.backend.with_options(skipped.options)
     except CkptPassError:
         return  # wrong options: an error once anything is compiled
-    if backend.budget is not None:
+    if backend.budget is not None and not isinstance(backend.plan, StepPlan):
         backend.coverage.tell_of_skip(skipped, backend.budget)
 
 
@@ -221,7 +229,7 @@ def make_backend(
     policy: PolicyLike | None = None,
     *,
     budget: BudgetLike | None = None,
-    plan: Plan | str | Path | None = None,
+    plan: Plan | StepPlan | str | Path | None = None,
     solver: SolverLike = DEFAULT_SOLVER,
     time_limit_s: float | None = None,
     cost: str = "roofline",
@@ -268,8 +276,8 @@ def make_backend(
                     f"Got plan= and {key}={value!r}, expected one of the two: a plan brings its "
                     f"own {key}. Leave {key} out, or make another plan with it."
                 )
-        if not isinstance(plan, Plan):
-            plan = Plan.load(plan)
+        if isinstance(plan, (str, Path)):
+            plan = load_plan(plan)
         asked = plan.asked
         made = replace(Backend(regions=asked.regions), plan=plan)
         options |= {"policy": asked.policy, "budget": plan.budget_bytes}

@@ -18,7 +18,13 @@ from ckpt_pass.graph.kernels import (
 )
 from ckpt_pass.graph.problem import borders_of, build_problem, check_sizes
 from ckpt_pass.graph.real_looks import tell_real_sizes
-from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, without_recompute
+from ckpt_pass.planner.problem import with_waiting
+from ckpt_pass.planner.solution import (
+    InfeasibleBudgetError,
+    Solution,
+    evaluate,
+    without_recompute,
+)
 from ckpt_pass.planner.solvers import run_solver
 from ckpt_pass.plans.budget import resolve_budget
 from ckpt_pass.plans.goal import Goal
@@ -44,7 +50,7 @@ class Met:
     plain: Timeline
 
 
-def meet_budget(joint: JointGraph, goal: Goal, part: bool = False) -> Met:
+def meet_budget(joint: JointGraph, goal: Goal, part: bool = False, waiting_bytes: int = 0) -> Met:
     """Choose what a tagged joint graph saves so that its peak is within the budget.
 
     MUST_* tags bind; PREFER_* tags are open to the solver, which overwrites them. Kernels that may
@@ -57,6 +63,8 @@ def meet_budget(joint: JointGraph, goal: Goal, part: bool = False) -> Met:
         part: whether it is one of several graphs of a step. A fraction is the step's then, and
             says little of one graph: a graph with nothing to give (an embedding, a loss) gets the
             least that it can run in.
+        waiting_bytes: what others hold between forward and backward of the graph, within the
+            budget too; not in the peak of what is found.
 
     Raises:
         InfeasibleBudgetError: no plan fits.
@@ -73,13 +81,16 @@ def meet_budget(joint: JointGraph, goal: Goal, part: bool = False) -> Met:
     plain = without_recompute(problem)
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     borders = borders_of(joint, described)
+    asked = with_waiting(problem, waiting_bytes)
     try:
-        solution = run_solver(goal.solver, problem, budget_bytes, borders, goal.time_limit_s)
+        solution = run_solver(goal.solver, asked, budget_bytes, borders, goal.time_limit_s)
     except InfeasibleBudgetError as error:
         if not (part and isinstance(goal.budget, float)):
             raise
         budget_bytes = error.least_feasible_bytes
-        solution = run_solver(goal.solver, problem, budget_bytes, borders, goal.time_limit_s)
+        solution = run_solver(goal.solver, asked, budget_bytes, borders, goal.time_limit_s)
+    if waiting_bytes:
+        solution = evaluate(problem, solution.saved, solution.solver, solution.drops)
     _write(joint, index, solution)
     warn_of_unmeasured(kernels)
     nodes = described.nodes

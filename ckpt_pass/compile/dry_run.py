@@ -10,25 +10,19 @@ real run, and kernels of libraries allocate besides what they were measured to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import functorch
 from ckpt_pass._torch.generated import GeneratedHalf
-from ckpt_pass.graph.kernel_ops import is_runnable
+from ckpt_pass.graph.held import HeldBytes, device_type_of, fake_like
 from ckpt_pass.graph.kernel_run import FAILURES
-from ckpt_pass.graph.kernels import WORKSPACE, Kernels
 from ckpt_pass.ops.taxonomy import op_name
-from ckpt_pass.policy.sites import optimization_hint, output_tensors
-
-#: The caching allocators of accelerators hand out multiples of so many bytes.
-_BLOCK = 512
 
 
 class DryRunError(CkptPassError):
@@ -76,21 +70,22 @@ class _Step:
 
     def __init__(self, halves: Sequence[GeneratedHalf]) -> None:
         self.fake = functorch.FakeTensorMode(allow_non_fake_inputs=True)
-        self.memory = _Memory(self.fake, _device_type(halves))
+        inputs = [v for half in halves for v in half.inputs if isinstance(v, Tensor)]
+        self.memory = _Memory(self.fake, device_type_of(inputs))
         #: Parameters, inputs and constants: they were there before, and stay.
         self.outside: list[Any] = []
 
     def inputs_of(self, half: GeneratedHalf) -> list[Any]:
         """What a half is traced with, as fake tensors that were there before."""
         with self.fake:
-            made = [_fake_like(value) for value in half.inputs]
+            made = [fake_like(value) for value in half.inputs]
         self.outside += made
         return list(made)
 
     def run(self, half: GeneratedHalf, args: list[Any]) -> list[Any]:
         """Run one half; ``args`` is emptied, as on the real run."""
         with self.fake:
-            constants = {name: _fake_like(value) for name, value in half.constants.items()}
+            constants = {name: fake_like(value) for name, value in half.constants.items()}
         self.outside.append(constants)
         self.memory.half = "backward" if half.is_backward else "forward"
         try:
@@ -114,7 +109,7 @@ class _Step:
         args = [*numbers, *(value for value in saved if isinstance(value, Tensor))]
         del saved
         with self.fake, self.memory:
-            tangents = [_fake_like(value) for value in half.inputs[half.given :]]
+            tangents = [fake_like(value) for value in half.inputs[half.given :]]
         gradients = self.run(half, [*_emptied(args), *tangents])
         with self.fake, self.memory:
             _accumulate(gradients, parameters)
@@ -161,39 +156,13 @@ def _is_dense(value: Tensor) -> bool:
     return True
 
 
-def _device_type(halves: Sequence[GeneratedHalf]) -> str:
-    """The device whose memory counts: an accelerator's where the step uses one."""
-    found = {
-        value.device.type for half in halves for value in half.inputs if isinstance(value, Tensor)
-    }
-    return next((kind for kind in sorted(found) if kind not in ("cpu", "meta")), "cpu")
-
-
-def _fake_like(value: Any) -> Any:
-    """A tensor with the metadata of one, symbolic sizes at their traced values; or the value."""
-    if isinstance(value, torch.SymInt):
-        return optimization_hint(value)
-    if isinstance(value, (torch.SymFloat, torch.SymBool)):
-        return value.node.hint
-    if not isinstance(value, Tensor):
-        return value
-    size, stride = ([*map(optimization_hint, part)] for part in (value.shape, value.stride()))
-    return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
-
-
 class _Memory(TorchDispatchMode):
     """Counts the storages that ops make, until nothing holds them any more."""
 
     def __init__(self, fake: functorch.FakeTensorMode, device_type: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.fake = fake
-        self.device_type = device_type
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.held = HeldBytes(fake, device_type)
         self.half = ""
-        self.most = StepPeak(0, "")
-        self.graph = fx.Graph()
-        #: Bytes alive when a kernel that may have a workspace returns, and where.
-        self.called: dict[fx.Node, StepPeak] = {}
 
     def __torch_dispatch__(
         self,
@@ -204,65 +173,11 @@ class _Memory(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        passed = (*output_tensors(args), *output_tensors(tuple(kwargs.values())))
-        given = {tensor.untyped_storage()._cdata for tensor in passed}
-        del passed
-        made = [t for t in output_tensors(result) if t.untyped_storage()._cdata not in given]
-        for tensor in made:
-            self._add(tensor)
-        node = self._node(func, args, kwargs, result)
-        if made or node is not None:
-            where = f"in the {self.half} that inductor generated, at {op_name(func)}"
-            now = StepPeak(self._bytes(), where)
-            self.most = max(self.most, now, key=_nbytes)
-            if node is not None:
-                self.called[node] = now
+        where = f"in the {self.half} that inductor generated, at {op_name(func)}"
+        self.held.note(func, args, kwargs, result, where)
         return result
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if tensor.device.type == self.device_type and storage._cdata not in self.alive:
-            nbytes = storage.nbytes()
-            if self.device_type != "cpu":
-                nbytes = -(-nbytes // _BLOCK) * _BLOCK
-            self.alive[storage._cdata] = (StorageWeakRef(storage), nbytes)
-
-    def _bytes(self) -> int:
-        gone = [key for key, (storage, _) in self.alive.items() if storage.expired()]
-        for key in gone:
-            del self.alive[key]
-        return sum(nbytes for _, nbytes in self.alive.values())
-
-    def _node(
-        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
-    ) -> fx.Node | None:
-        """The call as a node of a graph, with tensors of its own, so that it holds none."""
-
-        def described(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            node = self.graph.placeholder("given")
-            node.meta["val"] = _fake_like(value)
-            return node
-
-        node = self.graph.call_function(func)
-        if not is_runnable(node):
-            return None
-        with self.fake:
-            node.args = fx.node.map_aggregate(args, described)
-            node.kwargs = fx.node.map_aggregate(dict(kwargs), described)
-            node.meta["val"] = fx.node.map_aggregate(result, _fake_like)
-        return node
 
     def peak(self) -> StepPeak:
         """The most bytes at any time, workspaces of the kernels called among them."""
-        most = self.most
-        for node, found in Kernels().facts([*self.called], WORKSPACE).items():
-            at = self.called[node]
-            nbytes = at.nbytes + (found.workspace_bytes or 0)
-            most = max(most, replace(at, nbytes=nbytes), key=_nbytes)
-        return most
-
-
-def _nbytes(peak: StepPeak) -> int:
-    return peak.nbytes
+        curve = self.held.curve()
+        return StepPeak(curve.most(), curve.peak_at)

@@ -22,7 +22,7 @@ from ckpt_pass.compile.partition import (
     split,
 )
 from ckpt_pass.compile.record import Decided, record_plan, solver_rule
-from ckpt_pass.compile.replay import check_same_step, replay, signature_of
+from ckpt_pass.compile.replay import plan_of, replay, signature_of
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernels import Kernels
@@ -63,8 +63,9 @@ def decide(
     joint: JointGraph,
     policy: Policy,
     goal: Goal | None = None,
-    plan: Plan | None = None,
+    plans: Sequence[Plan] = (),
     part: bool = False,
+    waiting_bytes: int = 0,
 ) -> Decided:
     """Tag a joint graph and find what crosses from its forward to its backward.
 
@@ -72,15 +73,16 @@ def decide(
         joint: the graph; tags are written on it.
         policy: its MUST_* decisions bind; without a budget the others are carried out too.
         goal: the peak to stay within, and how.
-        plan: decisions to carry out again; policy and goal are the plan's then.
+        plans: decisions to carry out again, those of one of them; policy and goal are its own.
         part: whether it is one of several graphs of a step.
+        waiting_bytes: what others hold between its forward and its backward.
 
     Raises:
         InfeasibleBudgetError, InvalidBudgetError, SymbolicBytesError: see
             :func:`ckpt_pass.compile.budgeting.meet_budget`.
         NotFunctionalError: the graph mutates an intermediate value.
         ContradictoryTagsError, PolicyReturnError: see :func:`ckpt_pass.compile.tagging.tag`.
-        PlanMismatchError: ``plan`` was made for another step.
+        PlanMismatchError: the plans were made for other graphs.
     """
     culprit = functorch.non_functional_node(joint.module.graph)
     if culprit is not None:
@@ -89,17 +91,16 @@ def decide(
             "graph; expected a functional graph. Compile without disabling functionalisation."
         )
     signature, labels = signature_of(joint), node_labels(joint)
-    if plan is not None:
-        decided = _again(joint, plan, labels)
-        script = plan.replay
+    if plans:
+        decided, script = _again(joint, plans, labels)
     else:
-        decided, merged = _anew(joint, policy, goal, part)
+        decided, merged = _anew(joint, policy, goal, part, waiting_bytes)
         script = _script(decided, labels, merged)
     return replace(decided, signature=signature, script=script)
 
 
 def _anew(
-    joint: JointGraph, policy: Policy, goal: Goal | None, part: bool
+    joint: JointGraph, policy: Policy, goal: Goal | None, part: bool, waiting_bytes: int
 ) -> tuple[Decided, list[tuple[fx.Node, fx.Node]]]:
     tags = tag(joint, policy)
     sites = frozenset(found.context.site for found in tags.values())
@@ -109,7 +110,7 @@ def _anew(
         saved = choose_saved(joint, save_borders=goal is None)
     if goal is None:
         return settled(joint, policy, tags, saved, sites), merged
-    met = meet_budget(joint, goal, part)
+    met = meet_budget(joint, goal, part, waiting_bytes)
     for node, found in tags.items():
         decision = node.meta["recompute"]
         if decision is not found.opinion.decision:
@@ -118,13 +119,15 @@ def _anew(
     return settled(joint, policy, tags, _saved_as_tagged(joint), sites, met, goal), merged
 
 
-def _again(joint: JointGraph, plan: Plan, labels: dict[fx.Node, str]) -> Decided:
-    """Carry out a plan's decisions."""
-    asked = plan.asked
-    if plan.budget_bytes is not None:  # bytes were written down as kernels really make them
-        tell_real_sizes(Kernels().facts(joint.nodes))
+def _again(
+    joint: JointGraph, plans: Sequence[Plan], labels: dict[fx.Node, str]
+) -> tuple[Decided, Replay | None]:
+    """Carry out the decisions of the plan that was made for a graph."""
+    if any(plan.budget_bytes is not None for plan in plans):
+        tell_real_sizes(Kernels().facts(joint.nodes))  # bytes were written down as these are
     tags = tag(joint, OPEN)
-    check_same_step(plan, joint, tags, labels)
+    plan = plan_of(plans, joint, tags, labels)
+    asked = plan.asked
     if plan.replay is not None:
         named = {label: node for node, label in labels.items()}
         pairs = [(named[one], named[other]) for one, other in plan.replay.merged]
@@ -134,7 +137,8 @@ def _again(joint: JointGraph, plan: Plan, labels: dict[fx.Node, str]) -> Decided
     for node, found in tags.items():
         tags[node] = replace(found, opinion=opinions.get(found.context.site, found.opinion))
     saved = _saved_as_tagged(joint)
-    return settled(joint, asked.policy, tags, saved, plan.sites, met, asked.goal)
+    decided = settled(joint, asked.policy, tags, saved, plan.sites, met, asked.goal)
+    return decided, plan.replay
 
 
 def _saved_as_tagged(joint: JointGraph) -> SavedSet:
@@ -194,7 +198,7 @@ class Partitioner(compilers.CustomPartitionerFn):
         input_names: what each placeholder of dynamo's graph is, in order.
         goal: the peak to stay within, if any.
         on_plan: told about each plan as it is made.
-        plan: a plan to carry out again, if any.
+        plans: plans to carry out again, if any: that of the graph, or of each of several.
         in_place: whether what runs the backward takes ops that write over their inputs.
         part: whether the graph is one of several of a step.
     """
@@ -204,7 +208,7 @@ class Partitioner(compilers.CustomPartitionerFn):
     input_names: tuple[str, ...] = ()
     goal: Goal | None = None
     on_plan: Callable[[Plan], None] | None = None
-    plan: Plan | None = None
+    plans: tuple[Plan, ...] = ()
     in_place: bool = False
     part: bool = False
 
@@ -220,7 +224,7 @@ class Partitioner(compilers.CustomPartitionerFn):
         static = kwargs.get("static_lifetime_input_indices") or ()
         joint = read_joint(gm, kwargs["num_fwd_outputs"], static, self.regions, self.input_names)
         joint.in_place = self.in_place
-        decided = decide(joint, self.policy, self.goal, self.plan, self.part)
+        decided = decide(joint, self.policy, self.goal, self.plans, self.part)
         if self.on_plan is not None:
             self.on_plan(record_plan(decided))
         return split(joint, decided.saved, decided.backward_order)
@@ -232,7 +236,7 @@ class Partitioner(compilers.CustomPartitionerFn):
         """
         if not is_plain_data(self.policy) or (self.goal and not self.goal.is_plain_data):
             return None
-        made = self.plan.fingerprint if self.plan is not None else None
+        made = [plan.fingerprint for plan in self.plans]
         asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}"
         return f"ckpt_pass/{source_hash()}/{asked}/{made}"
 

@@ -9,7 +9,6 @@ taken.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -224,7 +223,7 @@ def _round(
     halves: list[GeneratedHalf] = []
     plans: list[Plan] = []
     compiled = compilers.compile_inductor(
-        copy.deepcopy(gm),  # inductor changes the graph that it is given
+        compilers.copied(gm),  # inductor changes the graph that it is given
         example_inputs,
         replace(partitioner, on_plan=plans.append),
         {**_CAREFUL, **inner_options} if careful else inner_options,

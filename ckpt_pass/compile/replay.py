@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -42,14 +42,43 @@ def signature_of(joint: JointGraph) -> Signature:
     )
 
 
-def check_same_step(
-    plan: Plan, joint: JointGraph, tags: Mapping[fx.Node, Tag], labels: Mapping[fx.Node, str]
-) -> None:
-    """Raise unless a plan was made for this very step.
+def plan_of(
+    plans: Sequence[Plan],
+    joint: JointGraph,
+    tags: Mapping[fx.Node, Tag],
+    labels: Mapping[fx.Node, str],
+) -> Plan:
+    """The one of several plans that was made for this very graph.
 
     Raises:
-        PlanMismatchError: it says what differs: call sites, arguments, parameters, bytes, or
-            values of the backward.
+        PlanMismatchError: none was; it says what differs from the one that is nearest.
+    """
+    sites = {found.context.site for found in tags.values()}
+    # The most similar first; of plans that are alike any will do.
+    ordered = sorted(plans, key=lambda plan: len(plan.sites ^ sites))
+    differences = []
+    for plan in ordered:
+        reasons = _differences(plan, joint, tags, labels)
+        if not reasons:
+            return plan
+        differences.append(reasons)
+    number = plans.index(ordered[0])
+    which = "The plan" if len(plans) == 1 else f"The nearest of {len(plans)} plans ({number})"
+    raise PlanMismatchError(
+        f"{which} was made for another graph: {'; '.join(differences[0])}. Expected its "
+        f"{len(ordered[0].sites)} call sites and no others, with the same shapes. Make the plan for"
+        " this very model, arguments and loss (inductor takes ops apart before it asks for a plan: "
+        "use inner='aot_eager'), or give the backend the budget instead."
+    )
+
+
+def _differences(
+    plan: Plan, joint: JointGraph, tags: Mapping[fx.Node, Tag], labels: Mapping[fx.Node, str]
+) -> list[str]:
+    """What tells a graph from the one that a plan was made for; empty where nothing matters.
+
+    Call sites, arguments, bytes, or values of the backward; parameters that look otherwise are
+    told beside these.
     """
     found = {found.context.site: node for node, found in tags.items()}
     missing, new = plan.sites - found.keys(), found.keys() - plan.sites
@@ -63,14 +92,9 @@ def check_same_step(
     unknown = _unknown(plan.replay, set(labels.values())) if plan.replay is not None else set()
     if unknown:
         reasons.append(f"this one lacks {len(unknown)} values of the plan (first: {min(unknown)})")
-    different = missing or new or unknown
-    if different or any("argument" in reason or "bytes" in reason for reason in reasons):
-        raise PlanMismatchError(
-            f"The plan was made for another graph: {'; '.join(reasons)}. Expected its "
-            f"{len(plan.sites)} call sites and no others, with the same shapes. Make the plan for "
-            "this very model, arguments and loss (inductor takes ops apart before it asks for a "
-            "plan: use inner='aot_eager'), or give the backend the budget instead."
-        )
+    speaking = any("argument" in reason or "bytes" in reason for reason in reasons)
+    matters = bool(missing or new or unknown or speaking)
+    return reasons if matters else []
 
 
 def _inputs_differ(planned: Signature | None, here: Signature) -> list[str]:

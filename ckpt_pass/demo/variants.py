@@ -16,7 +16,7 @@ from ckpt_pass.compile.backend import make_backend
 from ckpt_pass.demo.model import RunBlock, direct
 from ckpt_pass.policy.named import DEFAULT_POLICY
 from ckpt_pass.regions.sac import context_fn
-from ckpt_pass.tools.ahead import plan
+from ckpt_pass.tools.ahead import plan_one
 
 PLAIN = "plain"
 
@@ -80,7 +80,7 @@ def _checkpointed(**options: Any) -> RunBlock:
 
 
 def _planned(budget: float, model: nn.Module, batch: Batch) -> Callable[..., Tensor]:
-    plan(model, *batch, budget=budget, mode="eager").apply(model)
+    plan_one(model, *batch, budget=budget, mode="eager").apply(model)
     return model
 
 

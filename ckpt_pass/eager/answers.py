@@ -10,7 +10,7 @@ takes the memory of a forward without gradients.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,12 @@ def asks(func: Any) -> bool:
 class Answers:
     """What the ops that ask answered, in order; given out once each."""
 
-    def __init__(self) -> None:
-        self._given: deque[tuple[Any, Any]] = deque()
+    def __init__(self, given: Iterable[tuple[Any, Any]] = ()) -> None:
+        self._given: deque[tuple[Any, Any]] = deque(given)
+
+    def anew(self) -> Answers:
+        """The same answers, to be given out from the first one on."""
+        return Answers(self._given)
 
     def note(self, func: Any, output: Any) -> None:
         """Keep an answer: numbers as they are, tensors by their look."""

@@ -26,10 +26,10 @@ from ckpt_pass._torch import ahead, autograd, functorch
 from ckpt_pass.eager.answers import Answers, asks, real_answers
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
+    adds_up,
     changed_tensors,
     copied,
     described,
-    is_dense,
     statistics_of,
     storage_ids,
     with_known_shape,
@@ -282,7 +282,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._resting or op_name(func).startswith("prim."):
             return func(*args, **kwargs)
-        if self._backward and self._adds_up(func, args, kwargs):
+        if self._backward and adds_up(func, args, kwargs):
             func = torch.ops.aten.add_.Tensor
         given = [t for t in output_tensors((*args, *kwargs.values()))]
         known = storage_ids(given)
@@ -358,24 +358,6 @@ class Recorder(TorchDispatchMode):
                 return copied(value)
         finally:
             self._resting = False
-
-    @staticmethod
-    def _adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the engine adds two gradients, the first of which it owns alone.
-
-        Of real tensors it does so in place (``input_buffer.cpp``, ``accumulate``), of fake ones,
-        as of every subclass, it does not.
-        """
-        if func is not torch.ops.aten.add.Tensor or len(args) != 2 or kwargs:
-            return False
-        first, second = args
-        if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
-            return False
-        alike = first.shape == second.shape and first.dtype == second.dtype
-        if not alike or first.layout is not torch.strided or second.layout is not torch.strided:
-            return False
-        alone = autograd.storage_holders(functorch.storages_of(first)[0]) == 2
-        return alone and is_dense(first)
 
     def _site(self, func: Any) -> CallSite | None:
         if self._backward:

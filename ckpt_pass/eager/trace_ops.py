@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map_only
 
-from ckpt_pass._torch import functorch
+from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.graph.kernel_cache import OutputFacts
 from ckpt_pass.policy.sites import output_tensors
 
@@ -49,6 +49,24 @@ def is_dense(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the engine adds two gradients, the first of which it owns alone.
+
+    Of real tensors it does so in place (``input_buffer.cpp``, ``accumulate``), of fake ones,
+    as of every subclass, it does not.
+    """
+    if func is not torch.ops.aten.add.Tensor or len(args) != 2 or kwargs:
+        return False
+    first, second = args
+    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+        return False
+    alike = first.shape == second.shape and first.dtype == second.dtype
+    if not alike or first.layout is not torch.strided or second.layout is not torch.strided:
+        return False
+    alone = autograd.storage_holders(functorch.storages_of(first)[0]) == 2
+    return alone and is_dense(first)
 
 
 def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import ahead, compilers
+from ckpt_pass._torch import ahead, autograd, compilers
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
@@ -82,12 +82,16 @@ def capture(
     named = dict(kwargs or {})
     fakes = ahead.Fakes(Reached((model, loss_fn, args, named)).tensors)
     with untouched(model, loss_fn, args, named, stand_in=fakes) as (_, _, fake_args, fake_named):
-        words = _words(model, fake_args, fake_named)
+        words = input_words(model, fake_args, fake_named)
         try:
             step = whole_step(model, loss_fn)
             graphs = ahead.step_graphs(step, fake_args, fake_named, fakes.mode, dynamic)
         except CkptPassError:
             raise
+        except autograd.NO_VALUES as error:  # of code that dynamo leaves to Python
+            raise SeveralGraphsError(
+                f"{untraceable(model, error)} torch.compile cuts the step there."
+            ) from error
         except Exception as error:  # re-raised with the place in the user's code
             raise untraceable(model, error) from error
         found = _only(model, graphs)
@@ -102,7 +106,7 @@ def capture(
     yield joint
 
 
-def _words(model: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
+def input_words(model: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
     """What the tensors of a step are, in the user's words."""
     given = [*enumerate(args), *kwargs.items()]
     found: dict[int, str] = {}
@@ -123,12 +127,7 @@ def _only(model: nn.Module, graphs: ahead.Graphs) -> ahead.Captured:
         NothingToDifferentiateError, NotTraceableError, SeveralGraphsError: there is not one.
     """
     if not graphs.seen:
-        raise NotTraceableError(
-            f"torch.compile made no graph of {type(model).__name__}. Expected a step that it "
-            "compiles: look for torch.compiler.disable, for a stance other than the default, and "
-            "for what torch never compiles (RNN modules). TORCH_LOGS=graph_breaks says more; "
-            "mode='eager' plans the step as it runs without torch.compile."
-        )
+        raise no_graph(model)
     if not graphs.captured:
         raise no_gradient(model)
     if graphs.whole or (len(graphs.captured) == 1 and graphs.breaks() and max(graphs.runs) == 1):
@@ -137,10 +136,21 @@ def _only(model: nn.Module, graphs: ahead.Graphs) -> ahead.Captured:
     raise SeveralGraphsError(
         f"torch.compile makes {len(graphs.seen)} graphs of {type(model).__name__}, "
         f"{len(graphs.captured)} with a backward: it cuts the step at {'; at '.join(places)}. "
-        "A plan is of one graph, and would not cover the others, nor what runs between them. "
-        "Expected a step without graph breaks (torch.compile(..., fullgraph=True) is an error at "
-        "each, TORCH_LOGS=graph_breaks lists them). Take them away, plan the whole step as it runs "
-        "without torch.compile (mode='eager'), or let make_backend(...) plan each graph."
+        "What was asked for is of one graph, and would not cover the others, nor what runs between "
+        "them. Expected a step without graph breaks (torch.compile(..., fullgraph=True) is an "
+        "error at each, TORCH_LOGS=graph_breaks lists them). Take them away; or plan all graphs "
+        "together (ckpt_pass.plan, whose StepPlan can be carried out), or the step as it runs "
+        "without torch.compile (mode='eager')."
+    )
+
+
+def no_graph(model: nn.Module) -> NotTraceableError:
+    """The error for a model that dynamo leaves to Python as a whole."""
+    return NotTraceableError(
+        f"torch.compile made no graph of {type(model).__name__}. Expected a step that it "
+        "compiles: look for torch.compiler.disable, for a stance other than the default, for graph "
+        "breaks in loops, and for what torch never compiles (RNN modules). TORCH_LOGS=graph_breaks "
+        "says more; mode='eager' plans the step as it runs without torch.compile."
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -159,6 +159,22 @@ class Problem:
         sizes = self.storage_bytes
         read = storage in op.touches and storage not in op.makes
         return read and len(op.makes) == 1 and sizes[storage] == sizes[op.makes[0]]
+
+
+def with_waiting(problem: Problem, nbytes: int) -> Problem:
+    """The problem where others hold so many bytes between its forward and its backward.
+
+    A step of several graphs runs the later ones then. An op without a result comes last in the
+    forward and takes those bytes while it runs; all others keep their numbers.
+    """
+    if not nbytes:
+        return problem
+    wait = Op("others", (), (), (), (), forward=True, workspace_bytes=nbytes, must_save=True)
+    return replace(
+        problem,
+        ops=(*problem.ops, wait),
+        forward_roots=(*problem.forward_roots, len(problem.ops)),
+    )
 
 
 def needed_by(ops: Sequence[Op], roots: Iterable[int], stop: Set[int]) -> set[int]:

@@ -19,13 +19,14 @@ class InfeasibleBudgetError(CkptPassError):
         least_feasible_bytes: the least peak that it found; planning with that number works.
     """
 
-    def __init__(self, budget_bytes: int, least_feasible_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, least_feasible_bytes: int, why: str = "") -> None:
         self.budget_bytes = budget_bytes
         self.least_feasible_bytes = least_feasible_bytes
         super().__init__(
             f"No plan fits a peak of {budget_bytes:,} bytes; the least that was found is "
             f"{least_feasible_bytes:,} bytes. Give that budget or more, or make the step smaller "
             "(batch, sequence length); MUST_SAVE tags and policies that save also raise the least."
+            + (f" {why}" if why else "")
         )
 
 

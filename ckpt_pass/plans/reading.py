@@ -31,7 +31,7 @@ from ckpt_pass.plans.record import (
 )
 from ckpt_pass.plans.schema import CodePolicy, PlanFileError, Reader
 from ckpt_pass.plans.timeline import Timeline
-from ckpt_pass.plans.writing import FORMAT, checksum
+from ckpt_pass.plans.writing import FORMAT, SEVERAL, checksum
 from ckpt_pass.policy.rules import FirstMatch, Policy, Rule
 from ckpt_pass.policy.sites import CallSite
 from ckpt_pass.version import __version__
@@ -69,19 +69,69 @@ def plan_from_json(text: str) -> dict[str, Any]:
     Raises:
         PlanFileError: the text is no plan, or was changed after it was written.
     """
+    return _plan_fields(data_of(text))
+
+
+def data_of(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        PlanFileError: it is no JSON.
+    """
     if len(text) > MOST_CHARACTERS:
         raise PlanFileError("the file", f"at most {MOST_CHARACTERS} characters", len(text))
     try:
-        data = json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise PlanFileError("the file", f"JSON ({error})", text[:40]) from error
-    reader = Reader(data)
+
+
+def _plan_fields(data: Any, where: str = "") -> dict[str, Any]:
+    reader = checked(data, where, (1, FORMAT))
+    if isinstance(data, dict) and data.get("mode") == SEVERAL:
+        raise PlanFileError("mode", "compiled or eager (StepPlan.load reads this one)", SEVERAL)
+    return _plan(Reader(grouped(data)) if data["format"] == 1 else reader)
+
+
+def checked(data: Any, where: str, formats: tuple[int, ...]) -> Reader:
+    """The data of a file, of a known format and with the checksum that belongs to it.
+
+    Raises:
+        PlanFileError: it is not.
+    """
+    reader = Reader(data, where)
     found = reader["format"].value
-    if isinstance(found, bool) or found not in (1, FORMAT):
-        raise PlanFileError("format", f"{FORMAT}, the one of ckpt_pass {__version__}, or 1", found)
+    if isinstance(found, bool) or found not in formats:
+        older = ", or 1" if 1 in formats else ""
+        raise PlanFileError("format", f"{FORMAT}, the one of ckpt_pass {__version__}{older}", found)
     if reader["checksum"].value != checksum(data):
         raise PlanFileError("checksum", "that of the rest of the file", reader["checksum"].value)
-    return _plan(Reader(grouped(data)) if found == 1 else reader)
+    return reader
+
+
+def is_of_step(text: str) -> bool:
+    """Whether a JSON text says that it is a plan of several graphs."""
+    data = data_of(text)
+    return isinstance(data, dict) and data.get("mode") == SEVERAL
+
+
+def step_from_json(text: str) -> dict[str, Any]:
+    """The fields of the plan of several graphs that a JSON text describes; each part's as well.
+
+    Raises:
+        PlanFileError: the text is no such plan, or was changed after it was written.
+    """
+    reader = checked(data_of(text), "", (FORMAT,))
+    reader["mode"].one_of({SEVERAL: SEVERAL})
+    return dict(
+        parts=[_plan_fields(part.value, part.where) for part in reader["parts"].items()],
+        asked=_asked(reader["asked"]),
+        peak_bytes=reader["peak_bytes"].whole(),
+        peak_at=reader["peak_at"].text(),
+        plain_peak_bytes=reader["plain_peak_bytes"].whole(),
+        outside_bytes=reader["outside_bytes"].whole(),
+        breaks=reader["breaks"].texts(),
+    )
 
 
 def _no_constant(name: str) -> float:

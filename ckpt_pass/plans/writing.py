@@ -32,6 +32,8 @@ from ckpt_pass.version import __version__
 
 #: 1: all fields side by side; 2: in groups.
 FORMAT = 2
+#: The mode of a file with a plan for each of several graphs of a step.
+SEVERAL = "several graphs"
 #: Members of a group of decisions: module, call, region, and the rows.
 _GROUP = 4
 
@@ -52,9 +54,29 @@ class _Table:
 
 def plan_to_json(plan: PlanRecord) -> str:
     """The plan as JSON."""
-    data = _plan_data(plan)
-    data["checksum"] = checksum(data)
-    return _pretty(data) + "\n"
+    return _pretty(_with_checksum(_plan_data(plan))) + "\n"
+
+
+def step_to_json(parts: Sequence[PlanRecord], asked: Asked, facts: Mapping[str, Any]) -> str:
+    """The plan of a step of several graphs as JSON.
+
+    Args:
+        parts: the plan of each graph.
+        asked: what was asked of the step.
+        facts: what is predicted of it.
+    """
+    head = {
+        "format": FORMAT,
+        "ckpt_pass": __version__,
+        "mode": SEVERAL,
+        "asked": _asked_data(asked),
+    }
+    data = {**head, **facts, "parts": [_with_checksum(_plan_data(part)) for part in parts]}
+    return _pretty(_with_checksum(data)) + "\n"
+
+
+def _with_checksum(data: dict[str, Any]) -> dict[str, Any]:
+    return {**data, "checksum": checksum(data)}
 
 
 def checksum(data: Mapping[str, Any]) -> str:

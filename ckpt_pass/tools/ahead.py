@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +18,17 @@ from ckpt_pass.compile.backend import Backend
 from ckpt_pass.compile.engine import decide, policy_for
 from ckpt_pass.compile.record import record_plan
 from ckpt_pass.eager.planning import plan_eager
-from ckpt_pass.graph.capture import capture
+from ckpt_pass.graph.capture import SeveralGraphsError, capture
+from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import Goal, as_goal
 from ckpt_pass.plans.parts import SavedActivations
+from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
-from ckpt_pass.policy.rules import PolicyLike
+from ckpt_pass.policy.rules import Policy, PolicyLike
+from ckpt_pass.steps.planning import plan_graphs
+from ckpt_pass.steps.running import FakeStep
 
 MODES = ("compiled", "eager")
 
@@ -52,13 +59,16 @@ def plan(
     mode: str = "compiled",
     kwargs: Mapping[str, Any] | None = None,
     **named: Any,
-) -> Plan:
+) -> Plan | StepPlan:
     """What a policy or a budget decides for a training step of a model, ahead of time.
 
     The step is traced by dynamo with fake tensors. Nothing is computed, but that with a budget
     kernels that may have a workspace of their own are run once, alone, on made-up data. The
     decisions are those that ``torch.compile(model, backend=make_backend(policy))`` acts on. The
     model and its arguments are left as they were.
+
+    Where dynamo cuts the step, its graphs are planned together, so that the whole step, with what
+    runs between them, is within the budget (:mod:`ckpt_pass.steps`).
 
     Args:
         model: the module.
@@ -74,24 +84,98 @@ def plan(
             modules as checkpoint regions, and what each keeps (``plan.apply(model)``). It needs a
             budget; ``policy``, ``solver``, ``regions`` and ``dynamic`` are for compiled plans.
 
+    Returns:
+        The plan; of a step that dynamo cuts in several graphs a :class:`StepPlan`, which has one
+        for each of them, and the peak of the whole step.
+
     Raises:
         PlanModeError: an unknown mode, or arguments that it does not take.
         StepArgumentError: the model's forward does not take these arguments.
-        NotTraceableError, SeveralGraphsError, NothingToDifferentiateError: see
+        SeveralGraphsError: dynamo cuts the step, and ``dynamic`` is set.
+        NotTraceableError, NothingToDifferentiateError: see
             :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
     """
-    goal = as_goal(budget, solver, time_limit_s, cost)
-    chosen = policy_for(policy, budget)
+    wanted = _Wanted(policy, as_goal(budget, solver, time_limit_s, cost), mode, dynamic)
     inputs = step_arguments(model, plan, args, kwargs, named)
+    step = FakeStep(model, args, inputs, loss_fn, regions)
     if mode != "compiled":
-        taken = {"policy": policy, "regions": regions, "dynamic": dynamic or None}
-        eager_goal = _eager_goal(mode, goal, taken)
-        return plan_eager(model, args, chosen, eager_goal, loss_fn, inputs)
-    how: dict[str, Any] = {"loss_fn": loss_fn, "regions": regions, "dynamic": dynamic}
-    with capture(model, *args, kwargs=inputs, **how) as joint:
-        found = record_plan(decide(joint, chosen, goal))
+        return _eager_plan(step, wanted)
+    if dynamic:
+        return _of_one_graph(step, wanted)
+    with contextlib.suppress(SeveralGraphsError), _captured(step, wanted) as joint:
+        if not joint.graph_break:
+            return _plan_of(joint, wanted)
+    return plan_graphs(step, wanted.chosen, wanted.goal)
+
+
+def plan_one(
+    model: nn.Module,
+    *args: Any,
+    policy: PolicyLike | None = None,
+    budget: BudgetLike | None = None,
+    solver: SolverLike = DEFAULT_SOLVER,
+    time_limit_s: float | None = None,
+    cost: str = "roofline",
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    regions: tuple[str, ...] | None = None,
+    dynamic: bool = False,
+    mode: str = "compiled",
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
+) -> Plan:
+    """As :func:`plan`, of a step that is one graph.
+
+    Raises:
+        SeveralGraphsError: dynamo cuts the step.
+    """
+    wanted = _Wanted(policy, as_goal(budget, solver, time_limit_s, cost), mode, dynamic)
+    inputs = step_arguments(model, plan, args, kwargs, named)
+    step = FakeStep(model, args, inputs, loss_fn, regions)
+    return _of_one_graph(step, wanted) if mode == "compiled" else _eager_plan(step, wanted)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is asked of a plan, but for the step."""
+
+    policy: PolicyLike | None
+    goal: Goal | None
+    mode: str
+    dynamic: bool
+
+    @property
+    def chosen(self) -> Policy:
+        """The policy that is meant."""
+        return policy_for(self.policy, None if self.goal is None else self.goal.budget)
+
+
+def _eager_plan(step: FakeStep, wanted: _Wanted) -> Plan:
+    dynamic = wanted.dynamic or None
+    taken = {"policy": wanted.policy, "regions": step.regions, "dynamic": dynamic}
+    goal = _eager_goal(wanted.mode, wanted.goal, taken)
+    return plan_eager(step.model, step.args, wanted.chosen, goal, step.loss_fn, step.kwargs)
+
+
+def _of_one_graph(step: FakeStep, wanted: _Wanted) -> Plan:
+    with _captured(step, wanted) as joint:
+        found = _plan_of(joint, wanted)
         return found.cut_at(joint.graph_break) if joint.graph_break else found
+
+
+def _captured(step: FakeStep, wanted: _Wanted) -> AbstractContextManager[JointGraph]:
+    return capture(
+        step.model,
+        *step.args,
+        kwargs=step.kwargs,
+        loss_fn=step.loss_fn,
+        regions=step.regions,
+        dynamic=wanted.dynamic,
+    )
+
+
+def _plan_of(joint: JointGraph, wanted: _Wanted) -> Plan:
+    return record_plan(decide(joint, wanted.chosen, wanted.goal))
 
 
 def step_arguments(
@@ -186,7 +270,11 @@ def saved_activations(model: Any, *args: Any, **options: Any) -> SavedActivation
     Returns:
         The values in order; ``.saved_bytes`` is their sum on top of inputs and outputs.
     """
-    return _plan_for(model, args, options).saved
+    return (
+        plans_of(model)[-1].saved
+        if not _is_plain(model)
+        else plan_one(model, *args, **options).saved
+    )
 
 
 def explain(model: Any, *args: Any, **options: Any) -> str:
@@ -198,15 +286,9 @@ def explain(model: Any, *args: Any, **options: Any) -> str:
     """
     if not _is_plain(model):
         return "\n\n".join(plan.listing() for plan in plans_of(model))
-    return _plan_for(model, args, options).listing()
+    return plan(model, *args, **options).listing()
 
 
 def _is_plain(model: Any) -> bool:
     is_compiled = isinstance(model, Backend) or hasattr(model, "_torchdynamo_orig_callable")
     return isinstance(model, nn.Module) and not is_compiled
-
-
-def _plan_for(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Plan:
-    if not _is_plain(model):
-        return plans_of(model)[-1]
-    return plan(model, *args, **options)

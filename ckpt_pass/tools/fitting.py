@@ -24,7 +24,7 @@ from ckpt_pass.plans.value import Plan
 from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.policy.sites import Bytes
-from ckpt_pass.tools.ahead import plan, step_arguments
+from ckpt_pass.tools.ahead import plan_one, step_arguments
 
 #: ``"batch"``, ``"sequence"``, or for each argument's index or name the dimension that varies.
 DimLike: TypeAlias = str | Mapping[int | str, int]
@@ -131,7 +131,7 @@ def fit(
     def planned(size: int) -> Plan:
         options: dict[str, Any] = {"policy": policy, "loss_fn": loss_fn, "regions": regions}
         resized, resized_named = axis.resized(size)
-        return plan(model, *resized, budget=budget_bytes, kwargs=resized_named, **options)
+        return plan_one(model, *resized, budget=budget_bytes, kwargs=resized_named, **options)
 
     size = _search(lambda n: family.fits(n, budget_bytes), family.guess(budget_bytes, axis))
     return _confirmed(axis, planned, size)

@@ -40,7 +40,7 @@ from ckpt_pass.regions.wrapping import (
 from ckpt_pass.report.strategy_rows import PLAIN, StrategyRow
 from ckpt_pass.report.strategy_table import Comparison
 from ckpt_pass.state.untouched import untouched
-from ckpt_pass.tools.ahead import plan as make_plan
+from ckpt_pass.tools.ahead import plan_one as make_plan
 from ckpt_pass.tools.sweeping import Progress, Told, UsersStep
 from ckpt_pass.tools.verification import compare_with_regions, step_of
 

@@ -270,14 +270,17 @@ class BreakInALoop(Stack):
     ("program", "words"),
     [(Halves, r"2 with a backward.*test_capture\.py:\d+ in forward"), (BreakInALoop, r"cuts the")],
 )
-def test_a_step_that_dynamo_cuts_has_no_partial_plan(program: type[nn.Module], words: str) -> None:
+def test_tools_of_one_graph_refuse_a_step_that_dynamo_cuts(
+    program: type[nn.Module], words: str
+) -> None:
     with pytest.raises(ckpt_pass.SeveralGraphsError, match=words):
-        ckpt_pass.plan(program(), torch.randn(8, WIDTH))
+        ckpt_pass.saved_activations(program(), torch.randn(8, WIDTH))
 
 
 def test_a_break_before_the_only_backward_is_told() -> None:
     plan = ckpt_pass.plan(LateStart(), torch.randn(8, WIDTH))
-    assert "test_capture.py" in plan.graph_break
+    assert isinstance(plan, ckpt_pass.StepPlan) and len(plan.parts) == 1
+    assert "test_capture.py" in plan.breaks[0]
 
 
 def test_planning_does_not_count_as_a_compilation() -> None:

@@ -1,0 +1,61 @@
+"""The door to fake tensors that are watched: each op that runs on them is told to somebody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch._ops import HigherOrderOperator
+from torch._subclasses import FakeTensorMode
+
+Watcher: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[[Any], Any]], Any]
+"""``watcher(func, args, kwargs, run)`` returns what the op returns, which is ``run(func)``."""
+
+
+class WatchedFakeMode(FakeTensorMode):
+    """Fake tensors, whose ops a watcher may see.
+
+    A dispatch mode around the step would do, but that dynamo then leaves the step to Python.
+
+    Attributes:
+        watcher: called for each op of the step, not for those that an op is made of; ``None`` for
+            nobody.
+    """
+
+    #: Rules of higher-order operators are found by the very class of a mode; see below.
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.watcher: Watcher | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an op, or a higher-order operator as it is run on fake tensors."""
+        if not isinstance(func, HigherOrderOperator) or func in _as_ops():
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        rule = func.python_key_table[FakeTensorMode]
+        watcher, given = self.watcher, dict(kwargs or {})
+        if watcher is None:
+            return rule(self, *args, **given)
+        # The ops inside are watched as well: what they make is known already then.
+        return watcher(func, tuple(args), given, lambda _: rule(self, *args, **given))
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an op on fake tensors; the signature is torch's."""
+        watcher, given = self.watcher, dict(kwargs or {})
+        if watcher is None:
+            return super().dispatch(func, types, args, given)
+        plain = super().dispatch
+        self.watcher = None
+        try:
+            return watcher(func, tuple(args), given, lambda op: plain(op, types, args, given))
+        finally:
+            self.watcher = watcher
+
+
+def _as_ops() -> Mapping[Any, Any]:
+    """The higher-order operators that come to ``dispatch`` as ops do; none in torch 2.11."""
+    from torch._higher_order_ops import utils
+
+    found: Mapping[Any, Any] = getattr(utils, "registered_hop_fake_fns", {})
+    return found

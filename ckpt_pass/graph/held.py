@@ -1,0 +1,222 @@
+"""The bytes that a step holds as it runs on fake tensors: storages, from birth to death.
+
+Each value is held by whom it is held on the real run, and a storage is gone when nothing holds it
+any more. What kernels allocate besides is measured (:mod:`ckpt_pass.graph.kernels`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ckpt_pass._torch import functorch
+from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD
+from ckpt_pass.graph.kernel_ops import is_runnable
+from ckpt_pass.graph.kernels import WORKSPACE, Kernels
+from ckpt_pass.ops.taxonomy import OpClass, classify
+from ckpt_pass.policy.sites import optimization_hint, output_tensors
+
+Looks: TypeAlias = Callable[[fx.Node, Any, set[int]], Any]
+"""``looks(call, result, given)``: the result, looking as a kernel's; ``given`` are the storages
+that were there before."""
+
+#: The caching allocators of accelerators hand out multiples of so many bytes.
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Bytes over a step.
+
+    Attributes:
+        bytes_at: the most bytes while each op runs, workspaces among them.
+        where: each op, in words.
+    """
+
+    bytes_at: tuple[int, ...]
+    where: tuple[str, ...]
+
+    def most(self, start: int = 0, end: int | None = None) -> int:
+        """The most bytes between two moments."""
+        return max(self.bytes_at[start:end], default=0)
+
+    @property
+    def peak_at(self) -> str:
+        """The op at the peak; empty for a step without ops."""
+        return self.where[self.bytes_at.index(self.most())] if self.bytes_at else ""
+
+
+class _Storage:
+    """A storage of the step: its size, and the moments at which it was there."""
+
+    __slots__ = ("born", "died", "index", "maker", "nbytes", "reference")
+
+    def __init__(self, reference: StorageWeakRef, nbytes: int, born: int) -> None:
+        self.reference = reference
+        self.nbytes = nbytes
+        self.born = born
+        self.died: int | None = None
+        #: The call that made it, and which of its outputs it is behind.
+        self.maker: fx.Node | None = None
+        self.index = 0
+
+
+class HeldBytes:
+    """Counts the storages that ops make.
+
+    Args:
+        fake: the mode of the fake tensors.
+        device_type: the device whose memory counts.
+    """
+
+    def __init__(self, fake: functorch.FakeTensorMode, device_type: str) -> None:
+        self._fake = fake
+        self._device_type = device_type
+        self._alive: dict[int, _Storage] = {}
+        self._storages: list[_Storage] = []
+        self._where: list[str] = []
+        self._graph = fx.Graph()
+        self._called: dict[fx.Node, int] = {}
+        #: Who made the values that kernels alone can read, such as an LSTM's.
+        self._opaque: dict[int, tuple[fx.Node, int]] = {}
+
+    @property
+    def moment(self) -> int:
+        """How many ops have run."""
+        return len(self._where)
+
+    def note(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+        where: str,
+        looks: Looks | None = None,
+    ) -> Any:
+        """An op has run.
+
+        Args:
+            func, args, kwargs, result: the call, and what it returned.
+            where: the op, in words.
+            looks: makes the result look as the kernel's, if that matters to what follows.
+
+        Returns:
+            The result.
+        """
+        given = given_storages(args, kwargs)
+        self._let_go()
+        node = self._node(func, args, kwargs, result)
+        if looks is not None and node is not None:
+            found = looks(node, result, given)
+            if found is not result:
+                result = found
+                with self._fake:
+                    node.meta["val"] = fx.node.map_aggregate(result, fake_like)
+        for index, tensor in enumerate(output_tensors(result)):
+            if _lies(tensor) and tensor.untyped_storage()._cdata not in given:
+                self._add(tensor, node, index)
+        if node is not None:
+            self._called[node] = self.moment
+        self._where.append(where)
+        return result
+
+    def _let_go(self) -> None:
+        gone = [key for key, storage in self._alive.items() if storage.reference.expired()]
+        for key in gone:
+            self._alive.pop(key).died = self.moment
+            self._opaque.pop(key, None)
+
+    def _add(self, tensor: Tensor, node: fx.Node | None, index: int) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.device.type != self._device_type or storage._cdata in self._alive:
+            return
+        made = _Storage(StorageWeakRef(storage), storage.nbytes(), self.moment)
+        made.maker, made.index = node, index
+        if node is not None and tensor.dtype is torch.uint8:
+            self._opaque[storage._cdata] = node, index
+        self._alive[storage._cdata] = made
+        self._storages.append(made)
+
+    def _node(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> fx.Node | None:
+        """The call as a node of a graph, with tensors of its own, so that it holds none."""
+
+        def described(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            node = self._graph.placeholder("given")
+            node.meta["val"] = fake_like(value)
+            made_by = self._opaque.get(value.untyped_storage()._cdata) if _lies(value) else None
+            if made_by is not None:
+                node.meta[MADE_BY] = made_by
+            return node
+
+        node = self._graph.call_function(func)
+        if not is_runnable(node):
+            return None
+        with self._fake:
+            node.args = fx.node.map_aggregate(args, described)
+            node.kwargs = fx.node.map_aggregate(dict(kwargs), described)
+            node.meta["val"] = fx.node.map_aggregate(result, fake_like)
+        if classify(func) is OpClass.RECURRENT:
+            node.meta[WITH_GRAD] = torch.is_grad_enabled()
+        return node
+
+    def curve(self) -> Curve:
+        """The bytes over what has run, workspaces of the kernels among them."""
+        self._let_go()
+        facts = Kernels().facts([*self._called], WORKSPACE)
+        steps = [0] * (self.moment + 1)
+        for storage in self._storages:
+            found = facts.get(storage.maker) if storage.maker is not None else None
+            nbytes = storage.nbytes
+            if found is not None and found.outputs and storage.index < len(found.outputs):
+                real = found.outputs[storage.index].storage_bytes
+                nbytes = real if real is not None else nbytes
+            if self._device_type != "cpu":
+                nbytes = -(-nbytes // _BLOCK) * _BLOCK
+            steps[storage.born] += nbytes
+            steps[self.moment if storage.died is None else storage.died] -= nbytes
+        bytes_at = [*accumulate(steps[:-1])]
+        for node, found in facts.items():
+            bytes_at[self._called[node]] += found.workspace_bytes or 0
+        return Curve(tuple(bytes_at), tuple(self._where))
+
+
+def given_storages(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]:
+    """What tells the storages apart that an op is given."""
+    passed = (*output_tensors(args), *output_tensors(tuple(kwargs.values())))
+    return {tensor.untyped_storage()._cdata for tensor in passed if _lies(tensor)}
+
+
+def _lies(tensor: Tensor) -> bool:
+    """Whether a tensor has a storage that can be counted."""
+    return tensor.layout is torch.strided
+
+
+def fake_like(value: Any) -> Any:
+    """A tensor with the metadata of one, symbolic sizes at their traced values; or the value."""
+    if isinstance(value, torch.SymInt):
+        return optimization_hint(value)
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return value.node.hint
+    if not isinstance(value, Tensor):
+        return value
+    if value.layout is not torch.strided:
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
+    size, stride = ([*map(optimization_hint, part)] for part in (value.shape, value.stride()))
+    return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+
+
+def device_type_of(tensors: Any) -> str:
+    """The device whose memory counts: an accelerator's where a step uses one."""
+    found = {tensor.device.type for tensor in tensors}
+    return next((kind for kind in sorted(found) if kind not in ("cpu", "meta")), "cpu")

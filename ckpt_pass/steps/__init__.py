@@ -1,0 +1,1 @@
+"""Whole steps that dynamo cuts in several graphs: run on fake tensors, and planned together."""

@@ -1,0 +1,194 @@
+"""Plan a step that dynamo cuts: the graphs together, within one budget."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from ckpt_pass.compile.engine import OPEN, Partitioner, decide
+from ckpt_pass.compile.record import record_plan
+from ckpt_pass.graph.capture import no_graph
+from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.planner.solution import InfeasibleBudgetError
+from ckpt_pass.plans.budget import resolve_budget
+from ckpt_pass.plans.goal import Goal, as_goal
+from ckpt_pass.plans.record import Asked
+from ckpt_pass.plans.step_plan import StepPlan
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.plans.wording import format_bytes
+from ckpt_pass.policy.rules import Policy, describe
+from ckpt_pass.steps.choosing import Level, choose, least, level_of, moments_of
+from ckpt_pass.steps.running import FakeStep, SeenGraph, StepRun
+
+#: More than any step takes: nothing is recomputed.
+_AMPLE = 1 << 60
+#: Budgets that are tried for each graph: parts of the way from its least peak to its plain one.
+_PARTS = (0.03, 0.08, 0.15, 0.25, 0.4, 0.6, 0.8)
+#: How often the whole step is run on fake tensors to see whether it is within the budget.
+_ROUNDS = 6
+
+
+def plan_graphs(step: FakeStep, policy: Policy, goal: Goal | None) -> StepPlan:
+    """Plan all graphs of a step; the peak is that of the whole step.
+
+    Args:
+        step: what is planned.
+        policy: binds in each graph.
+        goal: the budget of the whole step, and how it is to be met.
+
+    Raises:
+        InfeasibleBudgetError: no plan of the graphs brings the step within the budget.
+        NotTraceableError: dynamo makes no graph of it.
+        NothingToDifferentiateError, OtherPathError: see
+            :meth:`ckpt_pass.steps.running.FakeStep.run`.
+        InvalidBudgetError and others: as of a single graph.
+    """
+    ample = as_goal(_AMPLE)
+    plain = step.run(Partitioner(OPEN, step.regions, goal=ample, in_place=True))
+    if not plain.graphs:
+        raise no_graph(step.model)
+    planning = _Planning(step, policy, goal, plain)
+    if goal is None:
+        # Seen anew: for a budget the sizes of values were set to what kernels really return.
+        seen = step.run(Partitioner(policy, step.regions, in_place=True)).graphs
+        return planning.finished([planning.plan(graph, None) for graph in seen], None)
+    return planning.within(resolve_budget(goal.budget, plain.curve.most()))
+
+
+@dataclass
+class _Planning:
+    """The search for the plans of a step's graphs."""
+
+    step: FakeStep
+    policy: Policy
+    goal: Goal | None
+    plain: StepRun
+
+    def plan(self, graph: SeenGraph, budget_bytes: int | None, waiting_bytes: int = 0) -> Plan:
+        """The plan of one graph; without a budget as the policy says."""
+        joint, goal = graph.joint(self.step.regions), None
+        if budget_bytes is not None:
+            assert self.goal is not None
+            goal = replace(self.goal, budget=budget_bytes)
+        made = record_plan(decide(joint, self.policy, goal, waiting_bytes=waiting_bytes))
+        if goal is not None:  # its share of the step's budget is what it takes
+            share = made.peak_bytes
+            asked = replace(made.asked, goal=replace(goal, budget=share), budget_bytes=share)
+            made = replace(made, asked=asked)
+        return made.cut_at(graph.graph_break) if graph.graph_break else made
+
+    def finished(self, parts: Sequence[Plan], budget_bytes: int | None) -> StepPlan:
+        """The plan of the step, with the peak of a run on fake tensors."""
+        plans = tuple(parts)
+        run = self.step.run(Partitioner(OPEN, self.step.regions, in_place=True, plans=plans))
+        words = describe(self.policy)
+        outside = [m.nbytes for m in moments_of(run) if m.running is None]
+        return StepPlan(
+            parts=plans,
+            asked=Asked(words, self.policy, self.step.regions, self.goal, budget_bytes),
+            peak_bytes=run.curve.most(),
+            peak_at=run.curve.peak_at,
+            plain_peak_bytes=self.plain.curve.most(),
+            outside_bytes=max(outside, default=0),
+            breaks=self.plain.breaks,
+        )
+
+    def within(self, budget_bytes: int) -> StepPlan:
+        """The plan within a budget.
+
+        Raises:
+            InfeasibleBudgetError: none was found.
+        """
+        levels = self._levels()
+        moments = moments_of(self.plain)
+        aim, lowest = budget_bytes, None
+        for _ in range(_ROUNDS):
+            chosen = choose(moments, levels, aim)
+            if chosen is None:
+                break
+            found = self._chosen(levels, chosen, budget_bytes)
+            lowest = found.peak_bytes if lowest is None else min(lowest, found.peak_bytes)
+            if found.peak_bytes <= budget_bytes:
+                return found
+            # What a plan changes is known of its graph alone; beside others it may be a little
+            # less, and what was over is asked for as well.
+            aim -= found.peak_bytes - budget_bytes
+        found = self._chosen(levels, least(moments, levels), budget_bytes)
+        if found.peak_bytes <= budget_bytes:
+            return found
+        why = (
+            f"{format_bytes(found.outside_bytes)} are held while code runs that dynamo "
+            f"leaves to Python (it cuts the step at {'; at '.join(found.breaks) or 'no place'}); "
+            "what that code saves is in no plan. mode='eager' plans the whole step."
+        )
+        least_bytes = min(found.peak_bytes, lowest or found.peak_bytes)
+        raise InfeasibleBudgetError(budget_bytes, least_bytes, why)
+
+    def _chosen(
+        self, levels: Sequence[Sequence[Level]], chosen: Sequence[int], budget_bytes: int
+    ) -> StepPlan:
+        parts = [
+            self._plan_at(graph, some[number])
+            for graph, some, number in zip(self.plain.graphs, levels, chosen, strict=True)
+        ]
+        return self.finished(parts, budget_bytes)
+
+    def _plan_at(self, graph: SeenGraph, level: Level) -> Plan:
+        """A graph's plan at a level; of graphs that are alike the least may differ a little."""
+        try:
+            return self.plan(graph, level.budget_bytes, level.waiting_bytes)
+        except InfeasibleBudgetError as error:
+            return self.plan(graph, error.least_feasible_bytes, level.waiting_bytes)
+
+    def _levels(self) -> list[list[Level]]:
+        """What each graph may do; graphs that are alike can do the same."""
+        known: dict[str, list[Level]] = {}
+        found = []
+        for number, graph in enumerate(self.plain.graphs):
+            # A policy may speak of one layer alone.
+            key = _looks(graph) if self.policy is OPEN else str(number)
+            if key not in known:
+                known[key] = self._levels_of(graph)
+            found.append(known[key])
+        return found
+
+    def _levels_of(self, graph: SeenGraph) -> list[Level]:
+        """Plans that take less while they run, and such as save less while others run."""
+        plain = self.plan(graph, _AMPLE)
+        found = {plain.replay: level_of(plain, plain, plain.peak_bytes)}
+        for waiting in (0, plain.peak_bytes):
+            try:
+                least_plan, floor = self.plan(graph, 1, waiting), 1
+            except InfeasibleBudgetError as error:
+                floor = error.least_feasible_bytes
+                least_plan = self.plan(graph, floor, waiting)
+            found.setdefault(least_plan.replay, level_of(least_plan, plain, floor, waiting))
+            top = waiting + (_saved(plain) if waiting else plain.peak_bytes)
+            for part in _PARTS if top > floor else ():
+                budget = floor + int(part * (top - floor))
+                made = self.plan(graph, budget, waiting)
+                found.setdefault(made.replay, level_of(made, plain, budget, waiting))
+        return list(found.values())
+
+
+def _saved(plan: Plan) -> int:
+    """What a graph holds between its forward and its backward."""
+    line = plan.predicted.timeline
+    return line.bytes_at[line.forward_length - 1] if line.forward_length else 0
+
+
+def _looks(graph: SeenGraph) -> str:
+    """A hash of a graph's ops, edges, shapes and dtypes; names of modules do not matter."""
+    nodes = list(graph.module.graph.nodes)
+    number = {node: index for index, node in enumerate(nodes)}
+    digest = hashlib.sha256(f"{graph.num_fwd_outputs}/{graph.static_inputs}".encode())
+    for node in nodes:
+        args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+        target = op_name(node.target) if node.op == "call_function" else node.op
+        value = node.meta.get("val")
+        looks = (getattr(value, "dtype", ""), list(getattr(value, "shape", ())))
+        digest.update(f"{target}{args}{looks}\n".encode())
+    return digest.hexdigest()

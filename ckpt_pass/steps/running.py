@@ -1,0 +1,294 @@
+"""Run a compiled step on fake tensors: its graphs, what runs between them, and the bytes held.
+
+Dynamo compiles the step as it will the real one, the graphs run op by op, and the code between
+them runs as it is. Nothing is computed; every value is held by whom it is held on the real run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import ahead, autograd, compilers
+from ckpt_pass._torch.watched import WatchedFakeMode
+from ckpt_pass.compile.breaks import graph_break
+from ckpt_pass.compile.engine import Partitioner
+from ckpt_pass.eager.answers import Answers, asks, real_answers
+from ckpt_pass.eager.trace_ops import adds_up, with_real_looks
+from ckpt_pass.graph.capture import (
+    LossFn,
+    input_words,
+    no_gradient,
+    untraceable,
+    whole_step,
+)
+from ckpt_pass.graph.held import Curve, HeldBytes, device_type_of
+from ckpt_pass.graph.joint import JointGraph, read_joint
+from ckpt_pass.graph.kernels import Kernels
+from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.state.holders import Reached
+from ckpt_pass.state.untouched import untouched
+
+#: The first run compiles; what a step makes at first use is there in the second, and may make
+#: dynamo compile it anew.
+_MOST_RUNS = 4
+
+
+@dataclass(frozen=True)
+class SeenGraph:
+    """One of dynamo's graphs of a step, that has a backward.
+
+    Attributes:
+        module: its joint graph, before anything was decided.
+        num_fwd_outputs, static_inputs: what AOTAutograd says of it.
+        input_names: what goes in, in the user's words.
+        graph_break: where dynamo cut the step after it, and why; empty where it did not.
+    """
+
+    module: fx.GraphModule
+    num_fwd_outputs: int
+    static_inputs: tuple[int, ...]
+    input_names: tuple[str, ...]
+    graph_break: str
+
+    def joint(self, regions: tuple[str, ...] | None) -> JointGraph:
+        """The graph, read anew: what is decided for it changes a copy."""
+        module = compilers.copied(self.module)
+        module.graph.eliminate_dead_code()
+        names = list(self.input_names)
+        return read_joint(module, self.num_fwd_outputs, self.static_inputs, regions, names)
+
+
+@dataclass
+class GraphCall:
+    """A run of a graph: from which op of the step to which, in either half.
+
+    Attributes:
+        graph: its number among those that were seen.
+        forward, backward: moments; ``backward`` is ``None`` where none runs.
+    """
+
+    graph: int
+    forward: tuple[int, int]
+    backward: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """A step that ran.
+
+    Attributes:
+        graphs: the graphs with a backward, in the order in which dynamo made them.
+        calls: their runs, in order.
+        curve: the bytes held at each op, between the graphs too.
+        breaks: where dynamo cut the step, and why.
+    """
+
+    graphs: tuple[SeenGraph, ...]
+    calls: tuple[GraphCall, ...]
+    curve: Curve
+    breaks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FakeStep:
+    """A step that can be run on fake tensors; nothing of it is changed.
+
+    Attributes:
+        model, args, kwargs: the call; tensors stand for their looks.
+        loss_fn: applied to what the model returns, if that is no loss.
+        regions: FQN patterns of the layers.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    loss_fn: LossFn | None = None
+    regions: tuple[str, ...] | None = None
+
+    def run(self, partitioner: Partitioner) -> StepRun:
+        """Compile the step with ``aot_eager`` halves, run forward and backward, count bytes.
+
+        Args:
+            partitioner: decides for each graph.
+
+        Raises:
+            NotTraceableError: the code between the graphs fails on fake tensors.
+            OtherPathError: the forward goes another way when it is called again.
+            NothingToDifferentiateError: there is no backward.
+        """
+        try:
+            try:
+                return self._run(partitioner, None)
+            except autograd.NO_VALUES:
+                pass
+            return self._run(partitioner, self._real_answers())
+        except CkptPassError:
+            raise
+        except Exception as error:  # whatever the model's own code raises, with the place
+            ours = getattr(error, "inner_exception", None)  # dynamo wraps what a backend raises
+            if isinstance(ours, CkptPassError):
+                raise ours from None
+            raise untraceable(self.model, error) from error
+
+    def _real_answers(self) -> Answers:
+        """What the forward answers where its Python looks at values."""
+        with untouched(self.model, self.loss_fn, self.args, self.kwargs, values=True):
+            return real_answers(
+                lambda: whole_step(self.model, self.loss_fn)(*self.args, **self.kwargs)
+            )
+
+    def _run(self, partitioner: Partitioner, answers: Answers | None) -> StepRun:
+        roots = self.model, self.loss_fn, self.args, dict(self.kwargs)
+        mode = WatchedFakeMode()
+        fakes = ahead.Fakes(Reached(roots).tensors, mode)
+        with untouched(*roots, stand_in=fakes) as (model, loss_fn, args, kwargs):
+            words = input_words(self.model, args, kwargs)
+            graphs = _Graphs(partitioner, mode, words)
+            leaves = [t for t in Reached((model, loss_fn, args, kwargs)).tensors if t.is_leaf]
+            with ahead.on_fakes(mode):
+                compiled = compilers.compile_apart(whole_step(model, loss_fn), graphs, False)
+                for _ in range(_MOST_RUNS):
+                    before = len(graphs.seen)
+                    graphs.begin(device_type_of(leaves), answers.anew() if answers else None)
+                    self._step(compiled, args, kwargs, graphs)
+                    for leaf in leaves:
+                        leaf.grad = None
+                    if len(graphs.seen) == before:
+                        break
+            return graphs.found()
+
+    def _step(self, compiled: Callable[..., Any], args: Any, kwargs: Any, graphs: _Graphs) -> None:
+        with graphs.watched():
+            value = compiled(*args, **kwargs)
+            graphs.backward = True
+            outputs = [v for v in tree_leaves(value) if isinstance(v, Tensor) and v.requires_grad]
+            del value
+            if not outputs:
+                raise no_gradient(self.model)
+            if len(outputs) == 1 and outputs[0].numel() == 1:
+                outputs[0].backward()
+            else:
+                torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+            del outputs
+
+
+@dataclass(eq=False)
+class _Graphs:
+    """The backend of a run; watches it, too."""
+
+    partitioner: Partitioner
+    mode: WatchedFakeMode
+    words: Mapping[int, str]
+    seen: list[SeenGraph | None] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)
+    calls: list[GraphCall] = field(default_factory=list)
+    kernels: Kernels = field(default_factory=Kernels)
+    backward: bool = False
+
+    compiler_name = "ckpt_ahead"
+
+    def begin(self, device_type: str, answers: Answers | None) -> None:
+        """Count anew."""
+        self.held = HeldBytes(self.mode, device_type)
+        self.answers = answers
+        self.calls = []
+        self.backward = self._inside = False
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        self.mode.watcher = self._watch
+        try:
+            yield
+        finally:
+            self.mode.watcher = None
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        watcher, self.mode.watcher = self.mode.watcher, None  # a compilation is no part of a step
+        try:
+            return self._compiled(gm, inputs)
+        finally:
+            self.mode.watcher = watcher
+
+    def _compiled(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        names = tuple(
+            self.words.get(id(ahead.example(node))) or compilers.placeholder_source(node)
+            for node in placeholders
+        )
+        cut = graph_break(gm)
+        # Others may be seen before AOTAutograd is done with this one.
+        index = len(self.seen)
+        self.seen.append(None)
+        chosen = replace(self.partitioner, input_names=names)
+
+        def partition(joint: fx.GraphModule, given: Any, **options: Any) -> Any:
+            static = tuple(options.get("static_lifetime_input_indices") or ())
+            kept = compilers.copied(joint)
+            self.seen[index] = SeenGraph(kept, options["num_fwd_outputs"], static, names, cut)
+            return chosen(joint, given, **options)
+
+        def around(is_backward: bool, run: Callable[[], Any]) -> Any:
+            return self._half(index, is_backward, run)
+
+        compiled = compilers.compile_eager(gm, inputs, partition, around)
+        self.breaks += [cut] if cut else []
+        return compiled
+
+    def _half(self, index: int, is_backward: bool, run: Callable[[], Any]) -> Any:
+        if self.seen[index] is None:  # it has no backward
+            return run()
+        before, self._inside = self._inside, True
+        start = self.held.moment
+        try:
+            result = run()
+        finally:
+            self._inside = before
+        span = start, self.held.moment
+        if not is_backward:
+            self.calls.append(GraphCall(index, span))
+            return result
+        open_calls = [c for c in self.calls if c.graph == index and c.backward is None]
+        if open_calls:
+            open_calls[-1].backward = span
+        return result
+
+    def _watch(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[Any], Any]
+    ) -> Any:
+        if op_name(func).startswith("prim."):
+            return run(func)
+        if self.answers is not None and not self.backward and asks(func):
+            with self.mode:
+                result = self.answers.next(func)
+        else:
+            joins = self.backward and not self._inside and adds_up(func, args, kwargs)
+            result = run(torch.ops.aten.add_.Tensor if joins else func)
+        looks = None if self._inside else self._as_really
+        return self.held.note(func, args, kwargs, result, self._where(func), looks)
+
+    def _as_really(self, call: fx.Node, result: Any, given: set[int]) -> Any:
+        """What an op between the graphs returns, made to look as its kernel's: others see it."""
+        with self.mode:
+            return with_real_looks(result, self.kernels.outputs(call), given)
+
+    def _where(self, func: Any) -> str:
+        half = "backward" if self.backward else "forward"
+        place = f"a graph's {half}" if self._inside else f"the {half}, outside of the graphs"
+        return f"in {place}, at {op_name(func)}"
+
+    def found(self) -> StepRun:
+        """What the last run was."""
+        numbers = [index for index, graph in enumerate(self.seen) if graph is not None]
+        renamed = {index: number for number, index in enumerate(numbers)}
+        calls = tuple(replace(call, graph=renamed[call.graph]) for call in self.calls)
+        graphs = tuple(graph for graph in self.seen if graph is not None)
+        breaks = tuple(dict.fromkeys(self.breaks))
+        return StepRun(graphs, calls, self.held.curve(), breaks)

@@ -1,0 +1,213 @@
+"""Steps that dynamo cuts in several graphs, planned together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import ckpt_pass
+from ckpt_pass.steps.choosing import Level, choose, least, moments_of
+from ckpt_pass.steps.running import GraphCall, StepRun
+from tests.zoo import Built, run_step, seeded
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 32, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.down(nn.functional.gelu(self.up(x))))
+
+
+@torch.compiler.disable
+def apart(x: Tensor) -> Tensor:
+    """What dynamo never sees; it saves values of its own."""
+    return x.sin() * x.cos()
+
+
+class Cut(nn.Module):
+    """Dynamo cuts it before its layers, between them, and where a value is looked at."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embedding = nn.Embedding(50, 32)
+        self.first = nn.Sequential(*(Block(dropout=0.1) for _ in range(2)))
+        self.norm = nn.BatchNorm1d(32)
+        self.second = nn.Sequential(*(Block() for _ in range(2)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        if self.kind == "twice":
+            torch._dynamo.graph_break()
+        x = self.norm(self.first(x))
+        if self.kind == "apart":
+            x = apart(x)
+        elif self.kind == "looks":
+            if x.sum().item() > 1e9:
+                x = x.clamp(-1, 1)
+        else:
+            torch._dynamo.graph_break()
+        return nn.functional.mse_loss(self.second(x), x.detach())
+
+
+class Loop(nn.Module):
+    """Dynamo gives its forward up and compiles what it calls: the layers."""
+
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        return x.square().mean()
+
+
+def cut(kind: str) -> Callable[[], Built]:
+    return seeded(lambda: (Cut(kind), (torch.randint(0, 50, (1024,)),)))
+
+
+loop = seeded(lambda: (Loop(), (torch.randn(1024, 32),)))
+
+
+def planned(make: Callable[[], Built], budget: float | int) -> ckpt_pass.StepPlan:
+    model, inputs = make()
+    plan = ckpt_pass.plan(model, *inputs, budget=budget)
+    assert isinstance(plan, ckpt_pass.StepPlan)
+    return plan
+
+
+def measured(make: Callable[[], Built], plan: ckpt_pass.StepPlan | str | Path) -> int:
+    """The peak of the step that carries a plan out; its gradients are those of the plain one."""
+    model, inputs = make()
+    expected = run_step(*make())
+    torch._dynamo.reset()
+    backend = ckpt_pass.make_backend(plan=plan, inner="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ckpt_pass.UncoveredBudgetWarning)
+        compiled = torch.compile(model, backend=backend)
+        found = run_step(model, inputs, forward=compiled)
+        assert torch.equal(found.loss, expected.loss)
+        for name, gradient in expected.gradients.items():
+            assert torch.equal(found.gradients[name], gradient), name
+        for name, buffer in expected.buffers.items():
+            assert torch.equal(found.buffers[name], buffer), name
+        return ckpt_pass.measure_step(lambda: compiled(*inputs), repeats=1).peak_bytes
+
+
+@pytest.mark.parametrize("kind", ["twice", "apart", "looks"])
+def test_the_whole_step_is_within_the_budget(kind: str, tmp_path: Path) -> None:
+    plan = planned(cut(kind), 0.5)
+    assert plan.budget_bytes == plan.plain_peak_bytes // 2
+    assert plan.peak_bytes <= plan.budget_bytes
+    assert len(plan.parts) == (3 if kind == "twice" else 2)
+    assert measured(cut(kind), plan.save(tmp_path / "plan.json")) == plan.peak_bytes
+
+
+def test_a_graph_for_each_layer() -> None:
+    plan = planned(loop, 0.6)
+    # The layers after the first share one graph, and its plan.
+    assert len(plan.parts) == 2 and plan.budget_bytes is not None
+    assert measured(loop, plan) == plan.peak_bytes <= plan.budget_bytes
+    assert plan.outside_bytes <= plan.peak_bytes
+
+
+def test_a_refusal_names_what_can_be_met() -> None:
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
+        planned(cut("apart"), 1000)
+    plan = planned(cut("apart"), caught.value.least_feasible_bytes)
+    assert measured(cut("apart"), plan) == plan.peak_bytes <= caught.value.least_feasible_bytes
+
+
+def test_a_policy_alone() -> None:
+    model, inputs = cut("twice")()
+    plan = ckpt_pass.plan(model, *inputs, policy="save-matmul")
+    assert isinstance(plan, ckpt_pass.StepPlan) and plan.budget_bytes is None
+    assert measured(cut("twice"), plan) == plan.peak_bytes < plan.plain_peak_bytes
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model, inputs = cut("looks")()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    ckpt_pass.plan(model, *inputs, budget=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_it_says_what_it_is() -> None:
+    plan = planned(cut("twice"), 0.5)
+    text = str(plan)
+    assert "3 with a backward" in text and text.count("  at ") == 2 == len(plan.breaks)
+    assert plan.decisions[0] in plan.parts[0].decisions
+    assert ckpt_pass.StepPlan.from_json(plan.to_json()) == plan
+    with pytest.raises(ckpt_pass.PlanFileError, match=r"StepPlan\.load"):
+        ckpt_pass.Plan.from_json(plan.to_json())
+    with pytest.raises(ckpt_pass.PlanFileError, match="checksum"):
+        ckpt_pass.StepPlan.from_json(plan.to_json().replace('"peak_bytes": ', '"peak_bytes": 1'))
+    assert planned(cut("twice"), 0.5) == plan  # the same on every run
+
+
+def test_verify_and_explain() -> None:
+    model, inputs = cut("apart")()
+    verdict = ckpt_pass.verify(model, *inputs, budget=0.5)
+    assert verdict.ok, str(verdict)
+    assert "graph 1" in ckpt_pass.explain(model, *inputs, budget=0.5)
+
+
+def test_another_step_is_refused() -> None:
+    plan = planned(cut("twice"), 0.5)
+    model, inputs = loop()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=ckpt_pass.make_backend(plan=plan, inner="aot_eager"))
+    with pytest.raises(BackendCompilerFailed, match="nearest of 3 plans") as caught:
+        compiled(*inputs)
+    assert isinstance(caught.value.inner_exception, ckpt_pass.PlanMismatchError)
+
+
+def test_sharing_a_budget_is_as_good_as_trying_all() -> None:
+    from ckpt_pass.graph.held import Curve
+
+    at = (2, 4, 5, 9, 10, 16, 12, 20, 14, 11, 6)
+    curve = Curve(tuple(n << 20 for n in at), ("",) * len(at))
+    calls = (
+        GraphCall(0, (1, 3), (8, 10)),
+        GraphCall(1, (3, 5), (6, 8)),
+    )
+    moments = moments_of(StepRun((), calls, curve, ()))
+    levels = [
+        [Level(b, 0, -s << 20, -f << 20, -s << 20, t) for b, s, f, t in some]
+        for some in (
+            [(1, 4, 1, 5.0), (2, 2, 1, 2.0), (9, 0, 0, 0.0)],
+            [(1, 6, 2, 4.0), (2, 3, 1, 1.0), (9, 0, 0, 0.0)],
+        )
+    ]
+
+    def peak(choice: tuple[int, int]) -> int:
+        return max(
+            moment.nbytes
+            + sum(n for graph, level, n in moment.changes(levels) if choice[graph] == level)
+            for moment in moments
+        )
+
+    choices = [(one, other) for one in range(3) for other in range(3)]
+    lowest = min(map(peak, choices))
+    assert peak(tuple(least(moments, levels))) == lowest  # type: ignore[arg-type]
+    assert choose(moments, levels, lowest - 100) is None
+    for budget in sorted(set(map(peak, choices))):
+        fits = [c for c in choices if peak(c) <= budget]
+        best = min(sum(levels[g][n].time_s for g, n in enumerate(c)) for c in fits)
+        found = choose(moments, levels, budget)
+        assert found is not None and peak(tuple(found)) <= budget  # type: ignore[arg-type]
+        assert sum(levels[g][n].time_s for g, n in enumerate(found)) == best
