@@ -16,6 +16,7 @@ from benchmarks import (
     budgets,
     deep,
     eager_cost,
+    inductor,
     optimum,
     partition_cost,
     peaks,
@@ -29,6 +30,7 @@ from benchmarks.common import (
     ClaimRow,
     Cost,
     DeepRow,
+    InductorRow,
     OptimumRow,
     PeakRow,
     PlanningRow,
@@ -61,10 +63,24 @@ def assert_timed(result: Result, variants: list[str], rounds: int) -> None:
         assert row.ratios and all(ratio > 0 for ratio in row.ratios.values())
 
 
+@pytest.mark.slow
 def test_eager_cost_times_every_variant() -> None:
     result = eager_cost.run(rounds=3, warmup=0, blocks=2)
     assert_timed(result, list(eager_cost.ways()), rounds=3)
     assert {bar.limit for bar in result.bars} == {1.0, 0.85, 0.6}
+
+
+@pytest.mark.slow
+def test_budgets_with_inductor_on_a_small_model() -> None:
+    result = inductor.run({"small": small}, parts=(0.0, 0.5), stock_budgets=(1.0, 0.0))
+    stock, least, middle = (row for row in result.rows if isinstance(row, InductorRow))
+    assert stock.part is None and stock.rounds == 2
+    for row in (least, middle):
+        assert row.measured_bytes == row.predicted_bytes <= row.budget_bytes
+        assert row.rounds >= 1 and row.compile_s > 0
+    assert least.measured_bytes < middle.budget_bytes
+    names = {bar.what: bar for bar in result.bars}
+    assert names["measured peak over the budget, worst"].met
 
 
 def test_eager_variants_save_what_their_names_say() -> None:

@@ -67,7 +67,10 @@ def test_device_without_a_device() -> None:
 BERT = pytest.param("bert", marks=pytest.mark.skipif(not SINCE_2_13, reason="its mask differs"))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", BERT])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mixtral")]
+
+
+@pytest.mark.parametrize("name", ["gpt2", BERT, *SLOW])
 def test_met_exact_monotone_and_right(name: str) -> None:
     """Three budgets from the least feasible up: measured <= budget and equal to the prediction."""
     case = CASES[name]

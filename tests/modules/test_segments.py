@@ -196,8 +196,9 @@ def test_few_layers_are_never_one_segment() -> None:
     assert peak_of(model, "sqrt-segments") < 0.75 * peak_of(model, "none")
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
-@pytest.mark.parametrize("placement", ["all", "sqrt-segments"])
+@pytest.mark.parametrize(
+    ("placement", "activation"), [("all", nn.ReLU), ("sqrt-segments", nn.GELU)]
+)
 def test_bare_layers_are_cut_together(activation: type[nn.Module], placement: str) -> None:
     model = bare(6, activation)
     assert peak_of(model, placement) <= 0.65 * peak_of(model, "none")
