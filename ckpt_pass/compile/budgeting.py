@@ -16,9 +16,9 @@ from ckpt_pass.graph.kernels import (
     Kernels,
     warn_of_unmeasured,
 )
-from ckpt_pass.graph.problem import borders_of, build_problem, check_sizes
+from ckpt_pass.graph.problem import GraphProblem, borders_of, build_problem, check_sizes
 from ckpt_pass.graph.real_looks import tell_real_sizes
-from ckpt_pass.planner.problem import with_waiting
+from ckpt_pass.planner.problem import Problem, with_waiting
 from ckpt_pass.planner.solution import (
     InfeasibleBudgetError,
     Solution,
@@ -50,12 +50,69 @@ class Met:
     plain: Timeline
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A tagged joint graph as a problem, ready to be solved for any budget.
+
+    Attributes:
+        described: the graph as the planner sees it.
+        facts: what was measured of the kernels.
+        kernels: what measured them.
+        borders: the ops whose results cross from one layer to the next.
+    """
+
+    described: GraphProblem
+    facts: Mapping[fx.Node, KernelFacts]
+    kernels: Kernels
+    borders: tuple[int, ...]
+
+    @property
+    def problem(self) -> Problem:
+        """The problem alone."""
+        return self.described.problem
+
+    def solved(self, goal: Goal, budget_bytes: int, asked: Problem | None = None) -> Solution:
+        """What a solver finds for a number of bytes.
+
+        Args:
+            goal: how it is to be met.
+            budget_bytes: the budget.
+            asked: the problem where others hold bytes, if they do
+                (:func:`ckpt_pass.planner.problem.with_waiting`); their bytes are within the budget
+                too, but not in what is found.
+
+        Raises:
+            InfeasibleBudgetError: no plan fits.
+        """
+        problem = self.problem if asked is None else asked
+        found = run_solver(goal.solver, problem, budget_bytes, self.borders, goal.time_limit_s)
+        if problem is self.problem:
+            return found
+        return evaluate(self.problem, found.saved, found.solver, found.drops)
+
+
+def open_up(joint: JointGraph, goal: Goal) -> Opened:
+    """Describe a tagged joint graph to the planner.
+
+    Kernels that may have a workspace of their own are run once on made-up data, unless that was
+    done before (:mod:`ckpt_pass.graph.kernels`).
+
+    Raises:
+        SymbolicBytesError: a size depends on data.
+    """
+    check_sizes(joint)
+    kernels = Kernels()
+    what = WORKSPACE_AND_TIME if goal.cost == "measured" else WORKSPACE
+    facts = kernels.facts([n for n in joint.nodes if n.op == "call_function"], what)
+    tell_real_sizes(facts)
+    described = build_problem(joint, facts)
+    return Opened(described, facts, kernels, borders_of(joint, described))
+
+
 def meet_budget(joint: JointGraph, goal: Goal, part: bool = False, waiting_bytes: int = 0) -> Met:
     """Choose what a tagged joint graph saves so that its peak is within the budget.
 
-    MUST_* tags bind; PREFER_* tags are open to the solver, which overwrites them. Kernels that may
-    have a workspace of their own are run once on made-up data, unless that was done before
-    (:mod:`ckpt_pass.graph.kernels`).
+    MUST_* tags bind; PREFER_* tags are open to the solver, which overwrites them.
 
     Args:
         joint: the graph.
@@ -71,31 +128,23 @@ def meet_budget(joint: JointGraph, goal: Goal, part: bool = False, waiting_bytes
         InvalidBudgetError: the budget is no amount of memory.
         SymbolicBytesError: a size depends on data.
     """
-    check_sizes(joint)
-    kernels = Kernels()
-    what = WORKSPACE_AND_TIME if goal.cost == "measured" else WORKSPACE
-    facts = kernels.facts([n for n in joint.nodes if n.op == "call_function"], what)
-    tell_real_sizes(facts)
-    described = build_problem(joint, facts)
-    problem, index = described.problem, described.index
-    plain = without_recompute(problem)
+    opened = open_up(joint, goal)
+    plain = without_recompute(opened.problem)
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
-    borders = borders_of(joint, described)
-    asked = with_waiting(problem, waiting_bytes)
+    asked = with_waiting(opened.problem, waiting_bytes)
     try:
-        solution = run_solver(goal.solver, asked, budget_bytes, borders, goal.time_limit_s)
+        solution = opened.solved(goal, budget_bytes, asked)
     except InfeasibleBudgetError as error:
         if not (part and isinstance(goal.budget, float)):
             raise
         budget_bytes = error.least_feasible_bytes
-        solution = run_solver(goal.solver, asked, budget_bytes, borders, goal.time_limit_s)
-    if waiting_bytes:
-        solution = evaluate(problem, solution.saved, solution.solver, solution.drops)
-    _write(joint, index, solution)
-    warn_of_unmeasured(kernels)
-    nodes = described.nodes
+        solution = opened.solved(goal, budget_bytes, asked)
+    _write(joint, opened.described.index, solution)
+    warn_of_unmeasured(opened.kernels)
+    nodes = opened.described.nodes
     drops = frozenset((nodes[anchor], nodes[maker]) for anchor, maker in solution.drops)
-    return Met(solution, drops, budget_bytes, facts, timeline_of(problem, plain.profile))
+    timeline = timeline_of(opened.problem, plain.profile)
+    return Met(solution, drops, budget_bytes, opened.facts, timeline)
 
 
 def _write(joint: JointGraph, index: dict[fx.Node, int], solution: Solution) -> None:

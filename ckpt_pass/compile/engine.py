@@ -13,7 +13,7 @@ from torch import fx
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers, functorch
-from ckpt_pass.compile.budgeting import Met, meet_budget
+from ckpt_pass.compile.budgeting import Met, Opened, meet_budget, open_up
 from ckpt_pass.compile.dedupe import merge_equal, merge_listed
 from ckpt_pass.compile.partition import (
     SavedSet,
@@ -102,12 +102,7 @@ def decide(
 def _anew(
     joint: JointGraph, policy: Policy, goal: Goal | None, part: bool, waiting_bytes: int
 ) -> tuple[Decided, list[tuple[fx.Node, fx.Node]]]:
-    tags = tag(joint, policy)
-    sites = frozenset(found.context.site for found in tags.values())
-    merged = merge_equal(joint, tags)
-    saved = choose_saved(joint, save_borders=goal is None)
-    if protect_mutated_inputs(joint, saved):
-        saved = choose_saved(joint, save_borders=goal is None)
+    tags, sites, merged, saved = _tagged(joint, policy, save_borders=goal is None)
     if goal is None:
         return settled(joint, policy, tags, saved, sites), merged
     met = meet_budget(joint, goal, part, waiting_bytes)
@@ -117,6 +112,29 @@ def _anew(
             rule = solver_rule(met.solution)
             tags[node] = replace(found, opinion=Opinion(decision, rule))
     return settled(joint, policy, tags, _saved_as_tagged(joint), sites, met, goal), merged
+
+
+def _tagged(
+    joint: JointGraph, policy: Policy, save_borders: bool
+) -> tuple[dict[fx.Node, Tag], frozenset[CallSite], list[tuple[fx.Node, fx.Node]], SavedSet]:
+    """Tag a graph, and compute equal values once; what it saves as it is tagged."""
+    tags = tag(joint, policy)
+    sites = frozenset(found.context.site for found in tags.values())
+    merged = merge_equal(joint, tags)
+    saved = choose_saved(joint, save_borders=save_borders)
+    if protect_mutated_inputs(joint, saved):
+        saved = choose_saved(joint, save_borders=save_borders)
+    return tags, sites, merged, saved
+
+
+def opened(joint: JointGraph, policy: Policy, goal: Goal) -> Opened:
+    """A graph with the decisions of a policy that bind, ready to be solved for any budget.
+
+    Raises:
+        SymbolicBytesError, ContradictoryTagsError, PolicyReturnError: as :func:`decide`.
+    """
+    _tagged(joint, policy, save_borders=False)
+    return open_up(joint, goal)
 
 
 def _again(

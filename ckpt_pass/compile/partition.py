@@ -126,6 +126,8 @@ def _reason_to_save(
 ) -> str | None:
     if base not in joint.forward_set or not isinstance(base.meta.get("val"), torch.Tensor):
         return None  # a view of an input, or the tuple of a multi-output op
+    if base.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE:
+        return None  # also where a view of it is to be saved: that would hold the same memory
     for value in (base, node):
         if value.meta.get("recompute") in SAVING:
             return ""

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import LinearConstraint, milp
 
-from ckpt_pass.plans.value import Plan
+from ckpt_pass.planner.solution import Solution
 from ckpt_pass.steps.running import StepRun
 
 
@@ -40,27 +40,28 @@ class Level:
     time_s: float
 
 
-def level_of(plan: Plan, plain: Plan, budget_bytes: int, waiting_bytes: int = 0) -> Level:
+def level_of(found: Solution, plain: Solution, budget_bytes: int, waiting_bytes: int = 0) -> Level:
     """What a plan of a graph changes beside the one that recomputes nothing."""
-    (forward, backward), (forward_0, backward_0) = _peaks(plan), _peaks(plain)
+    (forward, backward), (forward_0, backward_0) = _peaks(found), _peaks(plain)
     return Level(
         budget_bytes=budget_bytes,
         waiting_bytes=waiting_bytes,
-        saved=_saved(plan) - _saved(plain),
+        saved=held_between(found) - held_between(plain),
         forward=forward - forward_0,
         backward=backward - backward_0,
-        time_s=plan.predicted.recompute_time_s,
+        time_s=float(found.recompute_time_s),
     )
 
 
-def _peaks(plan: Plan) -> tuple[int, int]:
-    line = plan.predicted.timeline
+def _peaks(found: Solution) -> tuple[int, int]:
+    line = found.profile
     at, border = line.bytes_at, line.forward_length
     return max(at[:border], default=0), max(at[border:], default=0)
 
 
-def _saved(plan: Plan) -> int:
-    return sum(item.nbytes for item in plan.saved if isinstance(item.nbytes, int))
+def held_between(found: Solution) -> int:
+    """What a graph holds between its forward and its backward, and what the caller has of it."""
+    return found.profile.saved_bytes
 
 
 @dataclass(frozen=True)

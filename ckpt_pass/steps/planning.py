@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from ckpt_pass.compile.engine import OPEN, Partitioner, decide
+from ckpt_pass.compile.engine import OPEN, Partitioner, decide, opened
 from ckpt_pass.compile.record import record_plan
 from ckpt_pass.graph.capture import no_graph
 from ckpt_pass.ops.taxonomy import op_name
-from ckpt_pass.planner.solution import InfeasibleBudgetError
+from ckpt_pass.planner.problem import with_waiting
+from ckpt_pass.planner.solution import InfeasibleBudgetError, without_recompute
 from ckpt_pass.plans.budget import resolve_budget
 from ckpt_pass.plans.goal import Goal, as_goal
 from ckpt_pass.plans.record import Asked
@@ -20,13 +21,20 @@ from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.rules import Policy, describe
-from ckpt_pass.steps.choosing import Level, choose, least, level_of, moments_of
+from ckpt_pass.steps.choosing import (
+    Level,
+    choose,
+    held_between,
+    least,
+    level_of,
+    moments_of,
+)
 from ckpt_pass.steps.running import FakeStep, SeenGraph, StepRun
 
 #: More than any step takes: nothing is recomputed.
 _AMPLE = 1 << 60
 #: Budgets that are tried for each graph: parts of the way from its least peak to its plain one.
-_PARTS = (0.03, 0.08, 0.15, 0.25, 0.4, 0.6, 0.8)
+_PARTS = (0.0, 0.08, 0.2, 0.4, 0.7)
 #: How often the whole step is run on fake tensors to see whether it is within the budget.
 _ROUNDS = 6
 
@@ -157,27 +165,24 @@ class _Planning:
 
     def _levels_of(self, graph: SeenGraph) -> list[Level]:
         """Plans that take less while they run, and such as save less while others run."""
-        plain = self.plan(graph, _AMPLE)
-        found = {plain.replay: level_of(plain, plain, plain.peak_bytes)}
+        assert self.goal is not None
+        goal = self.goal
+        graph_as_problem = opened(graph.joint(self.step.regions), self.policy, goal)
+        plain = without_recompute(graph_as_problem.problem)
+        found = {plain.steps: level_of(plain, plain, plain.peak_bytes)}
         for waiting in (0, plain.peak_bytes):
+            asked = with_waiting(graph_as_problem.problem, waiting)
             try:
-                least_plan, floor = self.plan(graph, 1, waiting), 1
+                graph_as_problem.solved(goal, 1, asked)
+                floor = 1
             except InfeasibleBudgetError as error:
                 floor = error.least_feasible_bytes
-                least_plan = self.plan(graph, floor, waiting)
-            found.setdefault(least_plan.replay, level_of(least_plan, plain, floor, waiting))
-            top = waiting + (_saved(plain) if waiting else plain.peak_bytes)
-            for part in _PARTS if top > floor else ():
+            top = waiting + (held_between(plain) if waiting else plain.peak_bytes)
+            for part in _PARTS if top > floor else (0.0,):
                 budget = floor + int(part * (top - floor))
-                made = self.plan(graph, budget, waiting)
-                found.setdefault(made.replay, level_of(made, plain, budget, waiting))
+                made = graph_as_problem.solved(goal, budget, asked)
+                found.setdefault(made.steps, level_of(made, plain, budget, waiting))
         return list(found.values())
-
-
-def _saved(plan: Plan) -> int:
-    """What a graph holds between its forward and its backward."""
-    line = plan.predicted.timeline
-    return line.bytes_at[line.forward_length - 1] if line.forward_length else 0
 
 
 def _looks(graph: SeenGraph) -> str:

@@ -116,6 +116,25 @@ def test_an_effect_cannot_be_recomputed() -> None:
         tag(joint, must)
 
 
+class _Turned(nn.Module):
+    """What it must compute again is read through a view elsewhere."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(x)
+        turned = y.transpose(0, 1)
+        return (turned * turned).sum() + y.view(-1).cos().sum()
+
+
+def test_what_must_be_recomputed_is_not_kept_by_its_views() -> None:
+    def policy(site: ckpt_pass.SiteContext) -> CheckpointPolicy:
+        must = site.site.op == "aten.tanh.default"
+        return CheckpointPolicy.MUST_RECOMPUTE if must else CheckpointPolicy.MUST_SAVE
+
+    plan = ckpt_pass.plan(_Turned(), torch.randn(4, 8, requires_grad=True), policy=policy)
+    (tanh,) = (d for d in plan.decisions if d.site.op == "aten.tanh.default")
+    assert tanh.fate == "recomputed" and tanh.times == 1
+
+
 class _LooksAtValues(nn.Module):
     def __init__(self) -> None:
         super().__init__()
