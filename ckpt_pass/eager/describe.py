@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from ckpt_pass.graph.cost import (
     workspace_size,
 )
 from ckpt_pass.graph.kernel_cache import KernelFacts
-from ckpt_pass.ops.taxonomy import OpClass, classify
+from ckpt_pass.ops.taxonomy import OpClass, classify, op_name
 from ckpt_pass.planner.eager_problem import (
     EagerOp,
     EagerProblem,
@@ -109,9 +110,7 @@ def _op(
 def _regions(trace: EagerTrace) -> list[EagerRegion]:
     """The module calls that can be regions: modules called once, that may run twice."""
     calls = trace.calls
-    times: dict[str, int] = {}
-    for call in calls:
-        times[call.name] = times.get(call.name, 0) + 1
+    times = Counter(call.name for call in calls)
     numbers: dict[int, int] = {}
     found: list[EagerRegion] = []
     for index, call in enumerate(calls):
@@ -129,14 +128,39 @@ def _regions(trace: EagerTrace) -> list[EagerRegion]:
 
 def _may_run_twice(trace: EagerTrace, call: CallRecord) -> bool:
     """Whether nothing inside has an effect or overwrites what came from outside."""
+    return not _why_once(trace, call)
+
+
+def _why_once(trace: EagerTrace, call: CallRecord) -> str:
+    """Why a module call must not run twice; empty where it may."""
     first = call.ops[0]
     for op in trace.ops[slice(*call.ops)]:
+        assert callable(op.call.target)
         if op.effects:
-            return False
+            return f"{op_name(op.call.target)} in it has an effect"
         for storage in op.changes:
             if storage >= 0 and trace.storages[storage].born < first:
-                return False
-    return True
+                return f"{op_name(op.call.target)} in it overwrites what came from outside"
+    return ""
+
+
+def left_out(trace: EagerTrace) -> dict[str, str]:
+    """The modules that cannot be regions, and why; of modules in each other the inner ones.
+
+    Those whose values the backward does not ask for would gain nothing, and are not told.
+    """
+    calls = trace.calls
+    times = Counter(call.name for call in calls)
+    found: dict[int, str] = {}
+    for index, call in enumerate(calls):
+        asked = any(number in trace.asked for number in range(*call.values))
+        why = _why_once(trace, call)
+        if not why and times[call.name] > 1:
+            why = f"it is called {times[call.name]} times"
+        if why and asked and call.name:
+            found[index] = why
+    outer = {calls[index].parent for index in found}
+    return {calls[index].name: why for index, why in found.items() if index not in outer}
 
 
 def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerRegion | None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass.eager.describe import eager_problem
+from ckpt_pass.eager.describe import eager_problem, left_out
 from ckpt_pass.eager.step_record import EagerTrace, OpRecord
 from ckpt_pass.eager.trace import trace_step
 from ckpt_pass.graph.capture import untraceable
@@ -24,6 +24,7 @@ from ckpt_pass.graph.kernels import (
 from ckpt_pass.ops.taxonomy import classify, op_name
 from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem, EagerProfile
 from ckpt_pass.planner.eager_solve import EagerSolution, solve_eager
+from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import resolve_budget
 from ckpt_pass.plans.goal import Goal
 from ckpt_pass.plans.parts import Decision, SavedActivation, SavedActivations, Signature
@@ -34,6 +35,9 @@ from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import Policy
 from ckpt_pass.policy.sites import output_tensors
 from ckpt_pass.version import __version__
+
+#: Modules named in a refusal; the rest are counted.
+_NAMED = 3
 
 
 def plan_eager(
@@ -65,7 +69,12 @@ def plan_eager(
     warn_of_unmeasured(kernels)
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
-    solution = _solved(problem, plain.peak_bytes, budget_bytes)
+    try:
+        solution = _solved(problem, plain.peak_bytes, budget_bytes)
+    except InfeasibleBudgetError as error:
+        raise InfeasibleBudgetError(
+            budget_bytes, error.least_feasible_bytes, _left_out_words(trace)
+        ) from None
     asked = Asked("open to the solver", policy, None, goal, budget_bytes)
     signature = eager_signature(model, args, kwargs)
     return _Writer(trace, problem, solution).plan(asked, signature, plain)
@@ -105,6 +114,16 @@ def traced(
         raise
     except Exception as error:  # whatever the model's own code raises, with the place
         raise untraceable(model, error) from error
+
+
+def _left_out_words(trace: EagerTrace) -> str:
+    """Which modules no plan makes regions of, and why; empty where there are none."""
+    found = left_out(trace)
+    if not found:
+        return ""
+    named = [f"{name} ({why})" for name, why in [*found.items()][:_NAMED]]
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"Left out, since they cannot be regions: {', '.join(named)}{more}."
 
 
 def _solved(problem: EagerProblem, plain_bytes: int, budget_bytes: int) -> EagerSolution:

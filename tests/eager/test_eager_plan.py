@@ -278,3 +278,33 @@ def test_dropout_that_is_switched_on_after_planning() -> None:
         return loss
 
     ckpt_pass.compare_gradients(lambda: model(x), planned, model).raise_if_different()
+
+
+class _Counting(nn.Module):
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.linear, self.counts = nn.Linear(32, 32), counts
+        self.register_buffer("seen", torch.zeros(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.counts:
+            self.seen.add_(1)
+        return torch.tanh(self.linear(x))
+
+
+class _Refused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act = _Counting(True), _Counting(False), nn.GELU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.second(self.act(self.first(x)))).sum()
+
+
+def test_a_refusal_names_what_cannot_be_a_region() -> None:
+    why = r"Left out.*first \(aten\.add_\.Tensor in it has an effect\), act \(it is called 2 times"
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError, match=why) as caught:
+        ckpt_pass.plan(_Refused(), torch.randn(64, 32), budget=1, mode="eager")
+    least = caught.value.least_feasible_bytes
+    plan = ckpt_pass.plan(_Refused(), torch.randn(64, 32), budget=least, mode="eager")
+    assert plan.peak_bytes <= least
