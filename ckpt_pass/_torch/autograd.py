@@ -22,6 +22,9 @@ NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 PackHook = Callable[[torch.Tensor], Any]
 UnpackHook = Callable[[Any], torch.Tensor]
 
+#: How torch's checkpoint region keeps a tensor among its arguments.
+_SAVED = frozenset((torch._C._autograd.SavedTensor, type(None)))
+
 #: Put a pair of hooks on the values that autograd saves from now on, on this thread. The context
 #: manager of ``torch.autograd.graph`` does no more, but takes a microsecond longer.
 push_saved_hooks: Callable[[PackHook, UnpackHook], None] = (
@@ -66,8 +69,8 @@ def without_history(value: torch.Tensor) -> torch.Tensor:
 
 
 def _closed_over(fn: Any, name: str) -> Any:
-    cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
-    return cells[name].cell_contents if name in cells else None
+    names = fn.__code__.co_freevars
+    return fn.__closure__[names.index(name)].cell_contents if name in names else None
 
 
 def name_of_checkpoint(frame: Any) -> str:
@@ -93,11 +96,14 @@ def convert_arguments(frame: Any, convert: Callable[[Any], Any]) -> None:
 
     Positional ones are in a list, the others in a dict that its function closes over.
     """
-    frame.saved_args = [convert(argument) for argument in frame.saved_args]
-    code, closure = frame.recompute_fn.__code__, frame.recompute_fn.__closure__
-    cell = dict(zip(code.co_freevars, closure, strict=True)).get("kwargs")
-    if cell is not None and cell.cell_contents:
-        cell.cell_contents = {key: convert(v) for key, v in cell.cell_contents.items()}
+    saved = frame.saved_args
+    if not _SAVED.issuperset(map(type, saved)):
+        frame.saved_args = [v if type(v) in _SAVED else convert(v) for v in saved]
+    names, closure = frame.recompute_fn.__code__.co_freevars, frame.recompute_fn.__closure__
+    if "kwargs" in names:
+        cell = closure[names.index("kwargs")]
+        if cell.cell_contents:
+            cell.cell_contents = {key: convert(v) for key, v in cell.cell_contents.items()}
 
 
 def recompute_anew(frame: Any) -> None:

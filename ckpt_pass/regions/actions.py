@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from ckpt_pass._torch import functorch
+from ckpt_pass._torch.operators import OpOverload
 from ckpt_pass.ops.taxonomy import OpClass, classify, draws_random
 from ckpt_pass.policy.opinion import report_unclassified, settled
 from ckpt_pass.policy.rules import Policy
@@ -36,7 +37,9 @@ class Actions:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.needs_scopes = bool(getattr(policy, "needs_scopes", True))
-        self.known: dict[Any, Action] = {}
+        #: By the op's ``id``: to hash an op is a call into Python.
+        self.known: dict[int, Action] = {}
+        self._ops: list[Any] = []  # so that no other op gets the same id
         #: Ops of which some call draws random numbers and some call may be saved.
         self.drawing: set[Any] = set()
 
@@ -48,7 +51,8 @@ class Actions:
             self.drawing.add(op)
         elif action is Action.SAVE and classify(op) is not OpClass.CAST and hasattr(op, "_schema"):
             action = Action.STORE
-        self.known[op] = action
+        self._ops.append(op)
+        self.known[id(op)] = action
         return action
 
     def _find(self, op: Any) -> Action:
@@ -95,6 +99,31 @@ def is_cached_cast(op: Any, args: tuple[Any, ...]) -> bool:
 def is_mutable(op: Any) -> bool:
     schema = getattr(op, "_schema", None)
     return bool(schema is not None and schema.is_mutable)
+
+
+@functools.lru_cache(maxsize=1024)
+def statistics(op: Any) -> tuple[int, ...]:
+    """Where the running statistics are among the arguments of a batch normalisation."""
+    schema = getattr(op, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    return tuple(names.index(n) for n in ("running_mean", "running_var") if n in names)
+
+
+#: Ops (so that no other gets the same ``id``), and whether they are simple.
+_looked_at: dict[int, tuple[Any, bool]] = {}
+
+
+def is_simple(op: Any) -> bool:
+    """Whether a recomputation runs an op, or hands out what was saved of it, with no second look.
+
+    It is counted, overwrites nothing, moves no statistics and is no cast.
+    """
+    found = _looked_at.get(id(op))
+    if found is None:
+        simple = isinstance(op, OpOverload) and op not in IGNORED and not is_mutable(op)
+        simple = simple and not statistics(op) and classify(op) is not OpClass.CAST
+        found = _looked_at[id(op)] = op, simple
+    return found[1]
 
 
 def returns_what_it_changes(op: Any, args: tuple[Any, ...], output: Any) -> bool:

@@ -73,11 +73,12 @@ class LightHooks:
         frame = autograd.frame_of_checkpoint(hooks[0]) if hooks else None
         if hooks is None or frame is None:
             return False
-        self._checked = frame.metadata_fn is None or frame.metadata_fn(_VALUE) is not None
         self._stops_early = bool(frame.early_stop)
         self._in_use = True
         self._look_around(frame)
         asked = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
+        # What torch has noted of our value, if it checks any.
+        self._checked = frame.metadata_fn is None or frame.x_metadatas[-1] is not None
         autograd.push_saved_hooks(self._saved.pack, asked)
         return True
 
@@ -86,9 +87,7 @@ class LightHooks:
         known = known_of(fn)
         self.outside = Outside(fn, known)
         copier = Copier(self.outside.has)
-        autograd.convert_arguments(
-            frame, lambda v: v if type(v).__module__ == "torch._C._autograd" else copier(v)
-        )
+        autograd.convert_arguments(frame, copier)
         if copier.mutable:
             self.outside.add(*copier.mutable)
         self.watch = None if known.watched else WriteWatch(self.outside)

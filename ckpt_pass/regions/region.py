@@ -129,7 +129,7 @@ class Saved:
 
 
 class RegionMemory:
-    """The saved outputs of one region, by op and occurrence.
+    """The saved outputs of one region, by op (a key of its) and occurrence.
 
     Only ops of which something was saved are counted: the others may run in different numbers in
     forward and recomputation (autocast casts a shared weight once, or twice) and do no harm.
@@ -179,29 +179,23 @@ class RegionMemory:
             self._by_storage.clear()
             self._unindexed.clear()
 
-    def counts(self, key: Any) -> bool:
-        """Whether occurrences of ``key`` matter: something of it was saved or asked about."""
-        return key in self._entries
-
-    def next(self, key: Any) -> Saved | None:
-        """The next occurrence of ``key``; ``None`` where it was not saved.
+    def next(self, key: Any, op: Any) -> Saved | None:
+        """The next occurrence of ``key``; ``None`` where it was not saved, nor any other of it.
 
         Raises:
             RecomputeMismatchError: the forward ran the op less often.
         """
-        entries = self._entries[key]
+        entries = self._entries.get(key)
+        if entries is None:
+            return None
         index = self._seen.get(key, 0)
         self._seen[key] = index + 1
         if index >= len(entries):
             raise RecomputeMismatchError(
-                f"{_name(key)} invocation index {index} {NOT_IN_STORAGE} "
-                f"The recomputation of a checkpoint region runs {_name(key)} {index + 1} times or "
+                f"{op_name(op)} invocation index {index} {NOT_IN_STORAGE} "
+                f"The recomputation of a checkpoint region runs {op_name(op)} {index + 1} times or "
                 f"more, but its forward ran it {len(entries)} times. Expected the "
                 "same ops in both: look for code that depends on global state, on a counter, or "
                 "on values that changed between forward and backward."
             )
         return entries[index]
-
-
-def _name(key: Any) -> str:
-    return op_name(key[0] if isinstance(key, tuple) else key)
