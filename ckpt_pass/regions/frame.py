@@ -113,9 +113,9 @@ class Frame:
         if self._arguments.mutable:
             outside.add(*self._arguments.mutable)
         devices = self._arguments.devices
-        self._ambient = Ambient.now(devices)
+        self._ambient = Ambient(devices)
         # Kept to the end of the forward, for backwards inside it; longer where numbers were drawn.
-        before = self._random = None if options.draws is False else RandomState.now(devices)
+        before = self._random = None if options.draws is False else RandomState(devices)
         around = self._contexts = self._made_contexts()
         if known.watched and around[0] is None:
             output = self._run(args, kwargs)
@@ -128,8 +128,7 @@ class Frame:
                 output = self._run(args, kwargs)
             if not known.watched:
                 outside.learn()
-        drawn = before is None or options.draws or before.differs(RandomState.now(devices))
-        if not drawn:
+        if before is not None and not options.draws and not before.moved():
             self._random = None
         self._complete = True
         self._store = []  # what a backward inside the region had made and left
@@ -187,28 +186,38 @@ class Frame:
         rerun = Recomputation(
             self._options.name, self._saved.looks, complete, self._options.checked
         )
-        was_enabled = torch.is_grad_enabled()
         output = None
         self._arguments.check()
-        self._outside.put_in(differentiable=was_enabled)
+        self._outside.put_in(differentiable=torch.is_grad_enabled())
         try:
-            with contextlib.ExitStack() as stack:
-                self._prepare(stack)
-                autograd.set_grad_enabled(True)
-                autograd.push_saved_hooks(rerun.pack, rerun.unpack)
-                try:
-                    output = self._fn(*args, **kwargs)
-                except (_Complete, _CompleteAmongHooks):
-                    pass
-                finally:
-                    autograd.pop_saved_hooks()
-                    autograd.set_grad_enabled(was_enabled)
-                    made = rerun.handed_over()
+            if self._needs_nothing_around():
+                output = self._run_again(rerun, args, kwargs)
+            else:
+                with contextlib.ExitStack() as stack:
+                    self._prepare(stack)
+                    output = self._run_again(rerun, args, kwargs)
         finally:
             self._outside.put_back()
+            made = rerun.handed_over()
         rerun.check_count(exactly=self._complete and not self._stops_early)
         self._store = made
         return output
+
+    def _run_again(self, rerun: Recomputation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        was_enabled = torch.is_grad_enabled()
+        autograd.set_grad_enabled(True)
+        autograd.push_saved_hooks(rerun.pack, rerun.unpack)
+        try:
+            return self._fn(*args, **kwargs)
+        except (_Complete, _CompleteAmongHooks):
+            return None
+        finally:
+            autograd.pop_saved_hooks()
+            autograd.set_grad_enabled(was_enabled)
+
+    def _needs_nothing_around(self) -> bool:
+        bare = self._random is None and self._contexts[1] is None
+        return bare and not functorch.profiler_is_running() and not self._ambient.changed()
 
     def _prepare(self, stack: contextlib.ExitStack) -> None:
         """Enter what was around the forward, and what goes around the recomputation."""
