@@ -55,12 +55,12 @@ def frame_of_checkpoint(pack: Any) -> Any:
 
 
 def without_history(value: torch.Tensor) -> torch.Tensor:
-    """An alias of ``value`` that leads to no graph; ``value`` itself where it has none.
+    """An alias of ``value`` that leads to no graph; ``value`` itself where it does not, a leaf.
 
     Modes of dispatch do not see it made of a plain tensor: a trip into Python for each saved value
     would cost more than all else that is done with it.
     """
-    if not value.requires_grad:
+    if not value.requires_grad or value.is_leaf:
         return value
     if torch._C._len_torch_dispatch_stack() and type(value) is torch.Tensor:
         with torch._C._DisableTorchDispatch():
@@ -73,22 +73,19 @@ def _closed_over(fn: Any, name: str) -> Any:
     return fn.__closure__[names.index(name)].cell_contents if name in names else None
 
 
-def name_of_checkpoint(frame: Any) -> str:
-    """The name of what a region of torch's checkpoint runs: a module's class, a function's name.
-
-    Torch's frame keeps a closure over the function (``_checkpoint_without_reentrant_generator``).
-    """
-    fn = _closed_over(frame.recompute_fn, "fn")
-    fn = getattr(fn, "func", fn)  # of a partial
-    owner = getattr(fn, "__self__", fn)
-    if isinstance(owner, torch.nn.Module):
-        return type(owner).__name__
-    return str(getattr(fn, "__qualname__", ""))
-
-
 def function_of_checkpoint(frame: Any) -> Any:
-    """The function that a region of torch's checkpoint runs."""
+    """The function that a region of torch's checkpoint runs.
+
+    Torch's frame keeps a closure over it (``_checkpoint_without_reentrant_generator``).
+    """
     return _closed_over(frame.recompute_fn, "fn")
+
+
+def has_arguments_besides_tensors(frame: Any) -> bool:
+    """Whether torch's checkpoint region keeps anything else of its arguments."""
+    return not _SAVED.issuperset(map(type, frame.saved_args)) or bool(
+        _closed_over(frame.recompute_fn, "kwargs")
+    )
 
 
 def convert_arguments(frame: Any, convert: Callable[[Any], Any]) -> None:
@@ -96,14 +93,11 @@ def convert_arguments(frame: Any, convert: Callable[[Any], Any]) -> None:
 
     Positional ones are in a list, the others in a dict that its function closes over.
     """
-    saved = frame.saved_args
-    if not _SAVED.issuperset(map(type, saved)):
-        frame.saved_args = [v if type(v) in _SAVED else convert(v) for v in saved]
+    frame.saved_args = [v if type(v) in _SAVED else convert(v) for v in frame.saved_args]
     names, closure = frame.recompute_fn.__code__.co_freevars, frame.recompute_fn.__closure__
     if "kwargs" in names:
         cell = closure[names.index("kwargs")]
-        if cell.cell_contents:
-            cell.cell_contents = {key: convert(v) for key, v in cell.cell_contents.items()}
+        cell.cell_contents = {key: convert(v) for key, v in cell.cell_contents.items()}
 
 
 def recompute_anew(frame: Any) -> None:
@@ -113,6 +107,8 @@ def recompute_anew(frame: Any) -> None:
     asked for again, though: by a backward inside this one, or by a function that looks at its saved
     tensors twice.
     """
+    if not (frame.recomp_counter or frame.is_recomputed or frame.recomputed):
+        return  # the first time
     group = torch._C._get_graph_exec_group()
     task = torch._C._current_graph_task_id() if group is None else group
     for known in (frame.is_recomputed, frame.recomp_counter, frame.recomputed):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Dynamo's own switch for a code object and all that it calls; torch might rename it.
@@ -13,6 +15,12 @@ _STRATEGY: Any = getattr(torch._C._dynamo.eval_frame, "_FrameExecStrategy", None
 _ACTION: Any = getattr(torch._C._dynamo.eval_frame, "_FrameAction", None)
 _MARK: Any = getattr(torch._C._dynamo.eval_frame, "set_code_exec_strategy", None)
 _CAN_MARK = _STRATEGY is not None and _ACTION is not None and _MARK is not None
+
+
+def caller(op: Any) -> Callable[..., Any]:
+    """What calls an operator with no Python in between (``OpOverload.__call__``)."""
+    found: Callable[..., Any] = op._op if type(op) is OpOverload else op
+    return found
 
 
 class QuickMode(TorchDispatchMode):

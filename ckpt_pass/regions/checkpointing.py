@@ -131,8 +131,8 @@ def checkpoint(
     elif context_fn is not None:
         draws = None if preserve_rng_state else False
         options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws, root=fn)
-    elif policy is None and name is None and preserve_rng_state and isinstance(fn, nn.Module):
-        options = _bare_options(fn)
+    elif name is None and preserve_rng_state and isinstance(fn, nn.Module):
+        options = _usual_options(fn, None if policy is None else as_policy(policy))
     else:
         options = options_for(fn, policy, None, name, preserve_rng_state)
     if not early_stop or determinism_check == "none":
@@ -240,12 +240,13 @@ def options_for(
     return RegionOptions(_shown(fn, name), None, traced, draws, root=fn, policy=asked)
 
 
-def _bare_options(module: nn.Module) -> RegionOptions:
-    """Those of a module that keeps nothing: the same for all of its runs."""
+def _usual_options(module: nn.Module, policy: Policy | None) -> RegionOptions:
+    """Those of a module where nothing but a policy is given: made once, not for every run."""
     known = known_of(module)
     found: RegionOptions | None = known.options
-    if found is None:
-        found = known.options = RegionOptions(_shown(module, None))
+    if found is None or found.policy is not policy:
+        # What it runs is its root, too; a module that leads to itself is not let go in time.
+        found = known.options = replace(options_for(module, policy), root=None)
     return found
 
 

@@ -203,7 +203,9 @@ class Frame:
         self._store = made
         return output
 
-    def _run_again(self, rerun: Recomputation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_again(
+        self, rerun: Recomputation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         was_enabled = torch.is_grad_enabled()
         autograd.set_grad_enabled(True)
         autograd.push_saved_hooks(rerun.pack, rerun.unpack)

@@ -39,6 +39,7 @@ class Known:
         quiet: whether that run has left everything as it was.
         overwritten: names of the tensors that the region overwrites, as :meth:`Outside.name_of`
             gives them.
+        name: of the module's class or of the function, once it is needed.
         options: for whoever runs the region: how it runs where nothing else is asked for.
     """
 
@@ -47,6 +48,7 @@ class Known:
         "_contents",
         "_holders",
         "_root",
+        "name",
         "options",
         "overwritten",
         "quiet",
@@ -57,6 +59,7 @@ class Known:
         self.watched = False
         self.quiet = False
         self.overwritten: set[str] = set()
+        self.name: str | None = None
         self.options: Any = None
         self._root = None if root is None else weakref.ref(root)
         self._holders: Holders | None = None

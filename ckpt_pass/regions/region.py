@@ -69,7 +69,8 @@ class Saved:
         self.taken = False
         self._draw = draw
         if isinstance(output, torch.Tensor):  # nearly always: no pytree for one tensor
-            alias = _detached(output)
+            with functorch.below_autograd_views():
+                alias = output.detach()
             self._value: Any = alias
             self._versions: int | tuple[int, ...] = alias._version
         else:
@@ -135,13 +136,14 @@ class RegionMemory:
     forward and recomputation (autocast casts a shared weight once, or twice) and do no harm.
     """
 
-    __slots__ = ("_by_storage", "_entries", "_seen", "_unindexed", "complete")
+    __slots__ = ("_by_storage", "_seen", "_unindexed", "complete", "entries")
 
     def __init__(self) -> None:
         #: Whether the region's forward has ended. Until then a backward inside it may make it run
         #: again as far as it has come, and what is handed out stays for the next time.
         self.complete = True
-        self._entries: dict[Any, list[Saved | None]] = {}
+        #: By op, in order; ``None`` for what was not saved. Only ops in here are counted.
+        self.entries: dict[Any, list[Saved | None]] = {}
         self._by_storage: dict[int, list[Saved]] = {}
         self._unindexed: list[Saved] = []
         self._seen: dict[Any, int] = {}
@@ -149,9 +151,9 @@ class RegionMemory:
     def keep(self, key: Any, output: Any, draw: Draw | None = None) -> Saved:
         """Save an output (and what was drawn for it) as the next occurrence of ``key``."""
         entry = Saved(output, draw)
-        entries = self._entries.get(key)
+        entries = self.entries.get(key)
         if entries is None:
-            self._entries[key] = [entry]
+            self.entries[key] = [entry]
         else:
             entries.append(entry)
         self._unindexed.append(entry)
@@ -159,7 +161,7 @@ class RegionMemory:
 
     def skip(self, key: Any) -> None:
         """Count an occurrence of ``key`` that is not saved."""
-        self._entries.setdefault(key, []).append(None)
+        self.entries.setdefault(key, []).append(None)
 
     def about_to_change(self, tensors: Iterator[torch.Tensor]) -> None:
         """Copy what is saved of tensors that an op is about to overwrite."""
@@ -185,7 +187,7 @@ class RegionMemory:
         Raises:
             RecomputeMismatchError: the forward ran the op less often.
         """
-        entries = self._entries.get(key)
+        entries = self.entries.get(key)
         if entries is None:
             return None
         index = self._seen.get(key, 0)

@@ -43,9 +43,9 @@ from ckpt_pass.regions.actions import (
     is_cached_cast,
     is_free,
     is_mutable,
-    is_simple,
     overwritten,
     returns_what_it_changes,
+    simple_call,
     statistics,
 )
 from ckpt_pass.regions.draws import Draw, DrawWatch
@@ -106,25 +106,27 @@ class ForwardMode(QuickMode):
     #: Set by torch when the region is traced under torch.compile.
     ac_graph_id: int | None = None
 
+    # Made anew for every run of a region: what few runs need is made when they do.
+    _hooked = False
+    _counter: SiteCounter | None = None
+    _numbers: CallNumbers | None = None
+    _modules: ModuleStack | None = None
+    _scopes: contextlib.AbstractContextManager[ModuleStack] | None = None
+    _record: RegionRecord | None = None
+    _tracing = False
+    _by_op_alone = False
+    _unsettled: Saved | None = None
+    _paused = False
+
     def __init__(
         self, policy: Policy, memory: RegionMemory, hooks: LightHooks | None = None
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._hooks = hooks
-        self._hooked = False
         self._policy = policy
         self._memory = memory
         self._actions = actions_for(policy)
-        self._known = self._actions.known
-        self._counter = SiteCounter()
-        self._numbers: CallNumbers | None = None
-        self._modules: ModuleStack | None = None
-        self._scopes: contextlib.AbstractContextManager[ModuleStack] | None = None
-        self._record: RegionRecord | None = None
-        self._tracing = False
-        self._by_op_alone = False
-        self._unsettled: Saved | None = None
-        self._paused = False
+        self._quick = self._actions.quick
 
     def __enter__(self) -> ForwardMode:
         self._tracing = functorch.proxy_graph() is not None
@@ -165,12 +167,12 @@ class ForwardMode(QuickMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if self._by_op_alone and self._unsettled is None:
-            action = self._known.get(id(func))
-            if action is Action.PASS:
-                return func(*args, **kwargs) if kwargs else func(*args)
-            if action is Action.STORE:
-                output = func(*args, **kwargs) if kwargs else func(*args)
-                self._memory.keep(id(func), output)
+            found = self._quick.get(id(func))
+            if found is not None:
+                call, stored = found
+                output = call(*args, **kwargs) if kwargs else call(*args)
+                if stored:
+                    self._memory.keep(id(func), output)
                 return output
         return self._dispatch(func, args, kwargs or {})
 
@@ -186,7 +188,7 @@ class ForwardMode(QuickMode):
             graph = functorch.proxy_graph()
             if graph is not None:
                 return self._trace(graph, func, args, kwargs)
-        action = self._known.get(id(func))
+        action = self._actions.known.get(id(func))
         if action is None:
             action = self._actions.learn(func)
         if action is Action.PASS and self._record is None:
@@ -240,7 +242,12 @@ class ForwardMode(QuickMode):
             checked = check_decision(decision, describe(self._policy), op_name(func))
             return Opinion(checked, "policy_fn")
         path: ModulePath = self._modules.path if self._modules is not None else ()
-        return self._decide(self._counter.visit(func, path, None, output, args, kwargs))
+        return self._decide(self._visit(func, path, None, output, args, kwargs))
+
+    def _visit(self, *execution: Any) -> SiteContext:
+        if self._counter is None:
+            self._counter = SiteCounter()
+        return self._counter.visit(*execution)
 
     def _decide(self, context: SiteContext) -> Opinion:
         cached = not self._tracing and is_cached_cast(context.op, context.args)
@@ -267,7 +274,7 @@ class ForwardMode(QuickMode):
         if self._numbers is None:
             self._numbers = CallNumbers()
         path = self._numbers.numbered(module_path(meta.get("nn_module_stack")))
-        found = self._decide(self._counter.visit(func, path, None, output, args, kwargs))
+        found = self._decide(self._visit(func, path, None, output, args, kwargs))
         for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
             node.meta["recompute"] = found.decision
         self._memory.keep(_key(func, args), output)
@@ -300,6 +307,10 @@ def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 class RecomputeMode(QuickMode):
     """Runs a region again and hands out what its forward saved."""
 
+    _pause: contextlib.AbstractContextManager[None] | None = None
+    _buffers: frozenset[int] = frozenset()
+    _collects = False
+
     def __init__(
         self,
         memory: RegionMemory,
@@ -310,11 +321,9 @@ class RecomputeMode(QuickMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._owner = owner
         self._forward = forward
-        self._pause: contextlib.AbstractContextManager[None] | None = None
-        self._buffers: frozenset[int] = frozenset()
         self._memory = memory
+        self._counted = memory.entries
         self._hooks = hooks
-        self._collects = False
 
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
@@ -347,12 +356,14 @@ class RecomputeMode(QuickMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if is_simple(func):
+        call = simple_call(func)
+        if call is None:
+            return self._dispatch(func, args, kwargs or {})
+        if id(func) in self._counted:
             entry = self._memory.next(id(func), func)
             if entry is not None:
                 return entry.take(func, again=not self._memory.complete)
-            return func(*args, **kwargs) if kwargs else func(*args)
-        return self._dispatch(func, args, kwargs or {})
+        return call(*args, **kwargs) if kwargs else call(*args)
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything else: what overwrites tensors, moves statistics, or may not be counted."""
