@@ -22,6 +22,9 @@ NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 PackHook = Callable[[torch.Tensor], Any]
 UnpackHook = Callable[[Any], torch.Tensor]
 
+#: How torch's checkpoint region keeps a tensor among its arguments.
+_SAVED = frozenset((torch._C._autograd.SavedTensor, type(None)))
+
 #: Put a pair of hooks on the values that autograd saves from now on, on this thread. The context
 #: manager of ``torch.autograd.graph`` does no more, but takes a microsecond longer.
 push_saved_hooks: Callable[[PackHook, UnpackHook], None] = (
@@ -52,12 +55,12 @@ def frame_of_checkpoint(pack: Any) -> Any:
 
 
 def without_history(value: torch.Tensor) -> torch.Tensor:
-    """An alias of ``value`` that leads to no graph; ``value`` itself where it has none.
+    """An alias of ``value`` that leads to no graph; ``value`` itself where it does not, a leaf.
 
     Modes of dispatch do not see it made of a plain tensor: a trip into Python for each saved value
     would cost more than all else that is done with it.
     """
-    if not value.requires_grad:
+    if not value.requires_grad or value.is_leaf:
         return value
     if torch._C._len_torch_dispatch_stack() and type(value) is torch.Tensor:
         with torch._C._DisableTorchDispatch():
@@ -66,26 +69,23 @@ def without_history(value: torch.Tensor) -> torch.Tensor:
 
 
 def _closed_over(fn: Any, name: str) -> Any:
-    cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
-    return cells[name].cell_contents if name in cells else None
-
-
-def name_of_checkpoint(frame: Any) -> str:
-    """The name of what a region of torch's checkpoint runs: a module's class, a function's name.
-
-    Torch's frame keeps a closure over the function (``_checkpoint_without_reentrant_generator``).
-    """
-    fn = _closed_over(frame.recompute_fn, "fn")
-    fn = getattr(fn, "func", fn)  # of a partial
-    owner = getattr(fn, "__self__", fn)
-    if isinstance(owner, torch.nn.Module):
-        return type(owner).__name__
-    return str(getattr(fn, "__qualname__", ""))
+    names = fn.__code__.co_freevars
+    return fn.__closure__[names.index(name)].cell_contents if name in names else None
 
 
 def function_of_checkpoint(frame: Any) -> Any:
-    """The function that a region of torch's checkpoint runs."""
+    """The function that a region of torch's checkpoint runs.
+
+    Torch's frame keeps a closure over it (``_checkpoint_without_reentrant_generator``).
+    """
     return _closed_over(frame.recompute_fn, "fn")
+
+
+def has_arguments_besides_tensors(frame: Any) -> bool:
+    """Whether torch's checkpoint region keeps anything else of its arguments."""
+    return not _SAVED.issuperset(map(type, frame.saved_args)) or bool(
+        _closed_over(frame.recompute_fn, "kwargs")
+    )
 
 
 def convert_arguments(frame: Any, convert: Callable[[Any], Any]) -> None:
@@ -93,10 +93,10 @@ def convert_arguments(frame: Any, convert: Callable[[Any], Any]) -> None:
 
     Positional ones are in a list, the others in a dict that its function closes over.
     """
-    frame.saved_args = [convert(argument) for argument in frame.saved_args]
-    code, closure = frame.recompute_fn.__code__, frame.recompute_fn.__closure__
-    cell = dict(zip(code.co_freevars, closure, strict=True)).get("kwargs")
-    if cell is not None and cell.cell_contents:
+    frame.saved_args = [v if type(v) in _SAVED else convert(v) for v in frame.saved_args]
+    names, closure = frame.recompute_fn.__code__.co_freevars, frame.recompute_fn.__closure__
+    if "kwargs" in names:
+        cell = closure[names.index("kwargs")]
         cell.cell_contents = {key: convert(v) for key, v in cell.cell_contents.items()}
 
 
@@ -107,6 +107,8 @@ def recompute_anew(frame: Any) -> None:
     asked for again, though: by a backward inside this one, or by a function that looks at its saved
     tensors twice.
     """
+    if not (frame.recomp_counter or frame.is_recomputed or frame.recomputed):
+        return  # the first time
     group = torch._C._get_graph_exec_group()
     task = torch._C._current_graph_task_id() if group is None else group
     for known in (frame.is_recomputed, frame.recomp_counter, frame.recomputed):

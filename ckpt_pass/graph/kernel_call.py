@@ -125,8 +125,8 @@ class Call:
                 return replace(value, dtype=torch.float32)
             return value
 
-        kwargs = {name: _mapped(value, widen) for name, value in self.kwargs.items()}
-        return replace(self, args=_mapped(self.args, widen), kwargs=kwargs)
+        kwargs = {name: mapped(value, widen) for name, value in self.kwargs.items()}
+        return replace(self, args=mapped(self.args, widen), kwargs=kwargs)
 
     @property
     def has_opaque_arguments(self) -> bool:
@@ -137,13 +137,13 @@ class Call:
         """
         return any(
             spec.dtype is torch.uint8 and spec.source is None
-            for spec in _specs((self.args, dict(self.kwargs)))
+            for spec in specs_in((self.args, dict(self.kwargs)))
         )
 
     @property
     def has_whole_numbers(self) -> bool:
         """Whether tensors of whole numbers or bytes are among the arguments."""
-        specs = _specs((self.args, dict(self.kwargs)))
+        specs = specs_in((self.args, dict(self.kwargs)))
         floats = (spec.dtype.is_floating_point or spec.dtype.is_complex for spec in specs)
         return not all(floats)
 
@@ -157,8 +157,8 @@ class Call:
             tensors.append(value.make())
             return tensors[-1]
 
-        args = _mapped(self.args, make)
-        kwargs = {name: _mapped(value, make) for name, value in self.kwargs.items()}
+        args = mapped(self.args, make)
+        kwargs = {name: mapped(value, make) for name, value in self.kwargs.items()}
         given = {tensor.untyped_storage()._cdata for tensor in tensors}
 
         def run() -> tuple[Any, set[int]]:
@@ -168,12 +168,13 @@ class Call:
         return run
 
 
-def _specs(value: Any) -> Iterator[TensorSpec]:
+def specs_in(value: Any) -> Iterator[TensorSpec]:
+    """The tensors among arguments."""
     if isinstance(value, TensorSpec):
         yield value
     elif isinstance(value, (tuple, list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _specs(item)
+            yield from specs_in(item)
 
 
 def _text(value: Any) -> str:
@@ -182,9 +183,10 @@ def _text(value: Any) -> str:
     return str(value) if isinstance(value, TensorSpec) else repr(value)
 
 
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Arguments with a function applied to each, lists and tuples entered."""
     if isinstance(value, (tuple, list)):
-        items = [_mapped(item, function) for item in value]
+        items = [mapped(item, function) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     return function(value)
 
@@ -202,8 +204,8 @@ def call_of(node: fx.Node, really: Mapping[fx.Node, Any] = NOTHING) -> Call:
     """
     assert callable(node.target)
     read: Callable[[Any], Any] = functools.partial(_argument, node, really)
-    args: tuple[Any, ...] = _mapped(node.args, read)
-    kwargs = {name: _mapped(value, read) for name, value in node.kwargs.items()}
+    args: tuple[Any, ...] = mapped(node.args, read)
+    kwargs = {name: mapped(value, read) for name, value in node.kwargs.items()}
     if isinstance(node.target, OpOverload):
         for name in OFFSET_ARGUMENTS:
             offsets = argument_value(node.target, name, args, kwargs)

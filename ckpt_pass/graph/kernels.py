@@ -24,6 +24,7 @@ from ckpt_pass.graph.kernel_call import NOTHING, Call, KernelError, call_of
 from ckpt_pass.graph.kernel_child import measure_apart
 from ckpt_pass.graph.kernel_ops import is_runnable, is_trusted, may_have_workspace, why_not_run
 from ckpt_pass.graph.kernel_run import Facts, Measure, Reasons, measure
+from ckpt_pass.graph.kernel_scale import carried_on, made_small
 from ckpt_pass.graph.real_looks import looks_of
 from ckpt_pass.ops.taxonomy import op_name
 
@@ -171,6 +172,25 @@ def _calls(
 
 
 def _measure(calls: Mapping[str, Call], what: frozenset[str]) -> tuple[Facts, Reasons]:
+    """Measure calls on one kind of device, those that are too large to run by smaller ones."""
+    small = {key: one for key, call in calls.items() if (one := made_small(call)) is not None}
+    names = {key: [f"{key} in small {call}" for call in one.calls] for key, one in small.items()}
+    todo = {key: call for key, call in calls.items() if key not in small}
+    for key, one in small.items():
+        todo |= dict(zip(names[key], one.calls, strict=True))
+    found, failed = _run(todo, what)
+    for key, one in small.items():
+        reasons = [failed.pop(name) for name in names[key] if name in failed]
+        facts = [found.pop(name) for name in names[key] if name in found]
+        carried = None if reasons else carried_on(one, facts)
+        if carried is None:
+            failed[key] = next(iter(reasons), "too large to run, and of no one shape when smaller")
+        else:
+            found[key] = carried
+    return found, failed
+
+
+def _run(calls: Mapping[str, Call], what: frozenset[str]) -> tuple[Facts, Reasons]:
     """Measure calls on one kind of device, those that are not trusted apart."""
     found: Facts = {}
     failed: Reasons = {}

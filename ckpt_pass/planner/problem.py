@@ -102,6 +102,21 @@ class Problem:
         return found
 
     @cached_property
+    def inputs(self) -> tuple[tuple[int, ...], ...]:
+        """For each op, the ops whose results it takes."""
+        return tuple(op.inputs for op in self.ops)
+
+    @cached_property
+    def forward_ops(self) -> frozenset[int]:
+        """The ops of the forward."""
+        return frozenset(index for index, op in enumerate(self.ops) if op.forward)
+
+    @cached_property
+    def several_outputs(self) -> frozenset[int]:
+        """The ops that allocate more than one storage."""
+        return frozenset(index for index, op in enumerate(self.ops) if len(op.makes) > 1)
+
+    @cached_property
     def holders(self) -> dict[int, frozenset[int]]:
         """For each storage, the ops whose results hold it: what allocates it, and its views."""
         found: dict[int, set[int]] = defaultdict(set)
@@ -185,5 +200,5 @@ def needed_by(ops: Sequence[Op], roots: Iterable[int], stop: Set[int]) -> set[in
         index = stack.pop()
         if index not in needed:
             needed.add(index)
-            stack.extend(i for i in ops[index].inputs if i not in stop and i not in needed)
+            stack += [i for i in ops[index].inputs if i not in stop and i not in needed]
     return needed

@@ -45,11 +45,11 @@ def schedule(problem: Problem, saved: Collection[int], drops: Collection[Drop] =
         saved: forward ops whose results the backward gets; what it does not read is left out.
         drops: what is not kept in the backward.
     """
-    ops, keep = problem.ops, frozenset(saved)
+    ops, keep, inputs = problem.ops, frozenset(saved), problem.inputs
     anchors = (*anchor_order(problem), *problem.backward_outputs)  # some have no tangent
     order, transient = unroll(problem, anchors, keep, drops)
-    read = {source for index in set(order) for source in ops[index].inputs}
-    keep &= read.union(problem.backward_outputs)
+    read = set().union(*map(inputs.__getitem__, set(order)), problem.backward_outputs)
+    keep &= read
     forward = sorted(needed_by(ops, [*problem.forward_roots, *keep], frozenset()))
     return Schedule(keep, tuple(forward), tuple(order), frozenset(transient))
 
@@ -68,7 +68,8 @@ def unroll(
     Returns:
         The order, and the transient outputs in it (:class:`Schedule`).
     """
-    ops, present, stays = problem.ops, set(had), frozenset(had)
+    inputs, several = problem.inputs, problem.several_outputs
+    present, stays = set(had), frozenset(had)
     dropped: dict[int, list[int]] = defaultdict(list)
     for anchor, index in drops:
         dropped[anchor].append(index)
@@ -77,20 +78,35 @@ def unroll(
     for anchor in anchors:
         if anchor in present:
             continue
-        if present.issuperset(ops[anchor].inputs):  # most often
+        if present.issuperset(inputs[anchor]):  # most often
             order.append(anchor)
             present.add(anchor)
         else:
-            missing = sorted(needed_by(ops, (anchor,), present))
-            for index in missing:
-                if len(ops[index].makes) > 1:
-                    transient += _still_there(problem, index, present, len(order))
-                order.append(index)
+            missing = _lacking(inputs, anchor, present)
+            if several.isdisjoint(missing):
+                order += missing
+            else:
+                for index in missing:
+                    if index in several:
+                        transient += _still_there(problem, index, present, len(order))
+                    order.append(index)
             present.update(missing)
-        for index in dropped.get(anchor, ()):
-            for storage in ops[index].makes:
-                present.difference_update(problem.holders[storage] - stays)
+        if anchor in dropped:
+            for index in dropped[anchor]:
+                for storage in problem.ops[index].makes:
+                    present.difference_update(problem.holders[storage] - stays)
     return order, transient
+
+
+def _lacking(inputs: Sequence[Sequence[int]], anchor: int, present: Collection[int]) -> list[int]:
+    """An op and what must run for it, in order; :func:`needed_by` in the innermost loop of all."""
+    needed, stack = {anchor}, [anchor]
+    while stack:
+        for source in inputs[stack.pop()]:
+            if source not in present and source not in needed:
+                needed.add(source)
+                stack.append(source)
+    return sorted(needed)
 
 
 def _still_there(

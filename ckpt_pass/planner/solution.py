@@ -85,12 +85,13 @@ def evaluate(
 
 def repeated(problem: Problem, order: Iterable[int]) -> list[int]:
     """The ops of a backward that are recomputation: the forward's, and what runs once more."""
-    once: set[int] = set()
+    once = set(problem.forward_ops)
     found = []
     for index in order:
-        if problem.ops[index].forward or index in once:
+        if index in once:
             found.append(index)
-        once.add(index)
+        else:
+            once.add(index)
     return found
 
 

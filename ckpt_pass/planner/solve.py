@@ -94,6 +94,7 @@ class Pool:
     def __init__(self, problem: Problem, borders: Collection[int]) -> None:
         self._problem = problem
         self.plans: dict[object, Solution] = {}
+        self._cuts: dict[frozenset[int], Solution] = {}  # many prices give the same
         plain = without_recompute(problem)
         self._add(plain)
         price = mean_price(problem)
@@ -147,8 +148,10 @@ class Pool:
         return min(fitting, key=cheapest_first, default=None)
 
     def _cut(self, pinned: Collection[int], price: float) -> Solution:
-        graph = CutGraph.of(self._problem, pinned)
-        return self._add(evaluate(self._problem, graph.solve(price), "uniform cut"))
+        saved = frozenset(CutGraph.of(self._problem, pinned).solve(price))
+        if saved not in self._cuts:
+            self._cuts[saved] = self._add(evaluate(self._problem, saved, "uniform cut"))
+        return self._cuts[saved]
 
     def _mix(self, peak_bytes: int) -> Solution | None:
         mix = self._chain.best_mix(peak_bytes, spans=False)

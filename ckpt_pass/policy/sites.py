@@ -8,6 +8,7 @@ and never by a policy: a policy is a value without state.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -159,6 +160,7 @@ class CallNumbers:
         return tuple(found)
 
 
+@functools.lru_cache(maxsize=16_384)
 def clean_fqn(name: str) -> str:
     """Turn dynamo's source name (``L['self'].layers.0``) into a plain FQN (``layers.0``)."""
     name = _OWN_DICT.sub(r".\1", _WRAPPED.sub("", _ROOT.sub("", name)))

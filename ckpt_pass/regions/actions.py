@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from typing import Any, cast
 
 import torch
 
 from ckpt_pass._torch import functorch
+from ckpt_pass._torch.dispatch import caller
+from ckpt_pass._torch.operators import OpOverload
 from ckpt_pass.ops.taxonomy import OpClass, classify, draws_random
 from ckpt_pass.policy.opinion import report_unclassified, settled
 from ckpt_pass.policy.rules import Policy
@@ -36,7 +38,11 @@ class Actions:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.needs_scopes = bool(getattr(policy, "needs_scopes", True))
-        self.known: dict[Any, Action] = {}
+        #: By the op's ``id``: to hash an op is a call into Python.
+        self.known: dict[int, Action] = {}
+        #: Of those that are passed or stored: what calls them, and whether they are stored.
+        self.quick: dict[int, tuple[Callable[..., Any], bool]] = {}
+        self._ops: list[Any] = []  # so that no other op gets the same id
         #: Ops of which some call draws random numbers and some call may be saved.
         self.drawing: set[Any] = set()
 
@@ -48,7 +54,10 @@ class Actions:
             self.drawing.add(op)
         elif action is Action.SAVE and classify(op) is not OpClass.CAST and hasattr(op, "_schema"):
             action = Action.STORE
-        self.known[op] = action
+        self._ops.append(op)
+        self.known[id(op)] = action
+        if action in (Action.PASS, Action.STORE):
+            self.quick[id(op)] = caller(op), action is Action.STORE
         return action
 
     def _find(self, op: Any) -> Action:
@@ -67,11 +76,24 @@ def _shared_actions(policy: Policy) -> Actions:
     return Actions(policy)
 
 
+#: The same by the policy's ``id``: to hash a policy is to hash all of its parts.
+_latest: dict[int, Actions] = {}
+
+
 def actions_for(policy: Policy) -> Actions:
+    """The actions of a policy, shared by all that are equal to it."""
+    found = _latest.get(id(policy))
+    if found is not None and found.policy is policy:
+        return found
     try:
-        return _shared_actions(cast(Any, policy))
+        shared = _shared_actions(cast(Any, policy))
     except TypeError:  # not hashable: a user's own object
         return Actions(policy)
+    if shared.policy is policy:  # alive as long as what is found
+        if len(_latest) >= 256:
+            _latest.clear()
+        _latest[id(policy)] = shared
+    return shared
 
 
 def is_free(op: Any) -> bool:
@@ -95,6 +117,31 @@ def is_cached_cast(op: Any, args: tuple[Any, ...]) -> bool:
 def is_mutable(op: Any) -> bool:
     schema = getattr(op, "_schema", None)
     return bool(schema is not None and schema.is_mutable)
+
+
+@functools.lru_cache(maxsize=1024)
+def statistics(op: Any) -> tuple[int, ...]:
+    """Where the running statistics are among the arguments of a batch normalisation."""
+    schema = getattr(op, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    return tuple(names.index(n) for n in ("running_mean", "running_var") if n in names)
+
+
+#: By the ``id`` of ops: what calls them if they are simple; and the op, which keeps its ``id``.
+_simple: dict[int, tuple[Callable[..., Any] | None, Any]] = {}
+
+
+def simple_call(op: Any) -> Callable[..., Any] | None:
+    """What calls an op that a recomputation runs, or hands out, without a second look.
+
+    It is counted, overwrites nothing, moves no statistics and is no cast; ``None`` for others.
+    """
+    found = _simple.get(id(op))
+    if found is None:
+        simple = isinstance(op, OpOverload) and op not in IGNORED and not is_mutable(op)
+        simple = simple and not statistics(op) and classify(op) is not OpClass.CAST
+        found = _simple[id(op)] = caller(op) if simple else None, op
+    return found[0]
 
 
 def returns_what_it_changes(op: Any, args: tuple[Any, ...], output: Any) -> bool:

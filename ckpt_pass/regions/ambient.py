@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ckpt_pass._torch import autograd
 
 AutocastState = tuple[bool, torch.dtype, bool]
+_CPU = ("cpu",)
 
 
 def accelerators(tensors: list[torch.Tensor]) -> tuple[torch.device, ...]:
     """The devices other than the CPU that a region's arguments are on, each once."""
+    for tensor in tensors:
+        if not (tensor.is_cpu or tensor.is_meta):
+            break
+    else:
+        return ()
     return tuple(dict.fromkeys(t.device for t in tensors if t.device.type not in ("cpu", "meta")))
 
 
@@ -31,26 +35,29 @@ def _autocast_state(device_type: str) -> AutocastState:
     )
 
 
-@dataclass(frozen=True, slots=True)
 class Ambient:
-    """Autocast and the default device, as they were in a region's forward.
+    """Autocast and the default device, as they are when this is made: in a region's forward.
+
+    Args:
+        devices: those of the region's arguments, other than the CPU.
 
     Attributes:
         autocast: its state, by device type.
-        device: the ``with torch.device(...)`` around it, if any.
+        device: the ``with torch.device(...)`` around, if any.
     """
 
-    autocast: tuple[tuple[str, AutocastState], ...]
-    device: contextlib.AbstractContextManager[Any] | None
+    __slots__ = ("autocast", "device")
 
-    @classmethod
-    def now(cls, devices: tuple[torch.device, ...]) -> Ambient:
-        """Look around."""
-        known: tuple[tuple[str, AutocastState], ...] = (("cpu", _autocast_state("cpu")),)
-        if devices:
-            kinds = dict.fromkeys(device.type for device in devices)
-            known = (*known, *((kind, _autocast_state(kind)) for kind in kinds))
-        return cls(known, autograd.device_context())
+    def __init__(self, devices: tuple[torch.device, ...]) -> None:
+        kinds = ("cpu", *dict.fromkeys(d.type for d in devices)) if devices else _CPU
+        self.autocast = [(kind, _autocast_state(kind)) for kind in kinds]
+        self.device = autograd.device_context()
+
+    def changed(self) -> bool:
+        """Whether there is something to enter."""
+        if self.device is not None:
+            return True
+        return any(_autocast_state(kind) != state for kind, state in self.autocast)
 
     def restore(self, stack: contextlib.ExitStack) -> None:
         """Enter what is not the same now."""
@@ -64,34 +71,31 @@ class Ambient:
             stack.enter_context(self.device)
 
 
-@dataclass(frozen=True, slots=True)
 class RandomState:
-    """The states of the default generators of the CPU and of the devices in use.
+    """The states of the default generators of the CPU and of the devices in use, read now.
 
     5,056 bytes for the CPU, 16 for a CUDA device (torch 2.13), all on the host.
     """
 
-    cpu: torch.Tensor
-    devices: tuple[tuple[torch.device, torch.Tensor], ...]
+    __slots__ = ("cpu", "devices")
 
-    @classmethod
-    def now(cls, devices: tuple[torch.device, ...]) -> RandomState:
-        """Read them."""
-        if not devices:
-            return cls(torch.default_generator.get_state(), ())
-        read = tuple(
-            (device, torch.get_device_module(device).get_rng_state(device)) for device in devices
-        )
-        return cls(torch.default_generator.get_state(), read)
+    def __init__(self, devices: tuple[torch.device, ...]) -> None:
+        self.cpu = torch.default_generator.get_state()
+        self.devices: tuple[tuple[torch.device, torch.Tensor], ...] = ()
+        if devices:
+            self.devices = tuple(
+                (device, torch.get_device_module(device).get_rng_state(device))
+                for device in devices
+            )
 
-    def differs(self, other: RandomState) -> bool:
-        """Whether any random number was drawn between the two."""
-        if not torch.equal(self.cpu, other.cpu):
+    def moved(self) -> bool:
+        """Whether any random number was drawn since."""
+        if not torch.equal(self.cpu, torch.default_generator.get_state()):
             return True
-        if not self.devices:
-            return False
-        pairs = zip(self.devices, other.devices, strict=True)
-        return any(not torch.equal(mine, theirs) for (_, mine), (_, theirs) in pairs)
+        return any(
+            not torch.equal(state, torch.get_device_module(device).get_rng_state(device))
+            for device, state in self.devices
+        )
 
     def set(self) -> None:
         """Set the generators to it."""
@@ -103,7 +107,7 @@ class RandomState:
 @contextlib.contextmanager
 def drawing_from(state: RandomState) -> Iterator[None]:
     """Draw inside what was drawn from ``state`` on; afterwards go on as if nothing had been."""
-    before = RandomState.now(tuple(device for device, _ in state.devices))
+    before = RandomState(tuple(device for device, _ in state.devices))
     state.set()
     try:
         yield

@@ -134,8 +134,9 @@ class Arguments:
         self._unpack: autograd.UnpackHook | None = None
         #: What a recomputation may change: to be put back before each.
         self.mutable: list[Any] = []
-        if _KEPT.issuperset(map(type, args)) and _KEPT.issuperset(map(type, kwargs.values())):
-            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        values = (*args, *kwargs.values()) if kwargs else args
+        if _KEPT.issuperset(map(type, values)):
+            tensors = [v for v in values if isinstance(v, torch.Tensor)]
         else:
             copier = Copier(keeps)
             args = tuple(copier(value) for value in args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
@@ -10,7 +9,6 @@ from typing import Any, Protocol, cast
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import autograd, functorch
@@ -18,10 +16,10 @@ from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.regions.caches import without_cache
 from ckpt_pass.regions.chain import Link
-from ckpt_pass.regions.frame import Contexts, Frame, RegionOptions
-from ckpt_pass.regions.keeps import Keeps, rerun_context
+from ckpt_pass.regions.frame import Frame, RegionOptions
+from ckpt_pass.regions.keeps import Keeps
 from ckpt_pass.regions.sac import context_fn as make_context_fn
-from ckpt_pass.regions.sac import selective_contexts
+from ckpt_pass.regions.writes import known_of
 
 DETERMINISM_CHECKS = ("default", "none")
 
@@ -113,13 +111,15 @@ def checkpoint(
         RecomputeMismatchError, MutatedArgumentError, MutatedActivationError, BackwardTwiceError:
             come in the backward.
     """
-    refuse_reentrance(use_reentrant)
+    if use_reentrant:
+        refuse_reentrance(use_reentrant)
     if determinism_check not in DETERMINISM_CHECKS:
         raise DeterminismCheckError(
             f"Got determinism_check={determinism_check!r}, expected one of "
             f"{', '.join(DETERMINISM_CHECKS)}.{nearest(determinism_check, DETERMINISM_CHECKS)}"
         )
-    _check_one_of({"policy": policy, "plan": plan, "context_fn": context_fn})
+    if (policy is not None) + (plan is not None) + (context_fn is not None) > 1:
+        raise _several({"policy": policy, "plan": plan, "context_fn": context_fn})
     if autograd.debugs(debug):
         return _logged(fn, args, kwargs, policy, context_fn, preserve_rng_state)
     if plan is not None:
@@ -131,6 +131,8 @@ def checkpoint(
     elif context_fn is not None:
         draws = None if preserve_rng_state else False
         options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws, root=fn)
+    elif name is None and preserve_rng_state and isinstance(fn, nn.Module):
+        options = _usual_options(fn, None if policy is None else as_policy(policy))
     else:
         options = options_for(fn, policy, None, name, preserve_rng_state)
     if not early_stop or determinism_check == "none":
@@ -152,13 +154,12 @@ def refuse_reentrance(use_reentrant: bool | None) -> None:
         )
 
 
-def _check_one_of(given: dict[str, object]) -> None:
+def _several(given: dict[str, object]) -> ContradictoryRegionError:
     names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ContradictoryRegionError(
-            f"Got {' and '.join(names)}, expected one of them: each says what a region keeps. "
-            f"Leave {names[1]} out."
-        )
+    return ContradictoryRegionError(
+        f"Got {' and '.join(names)}, expected one of them: each says what a region keeps. "
+        f"Leave {names[1]} out."
+    )
 
 
 def _logged(
@@ -230,26 +231,24 @@ def options_for(
         UnknownPolicyError: ``policy`` is none.
     """
     traced: Callable[[], Any] | None = None
-    eager: Callable[[], Contexts] | None = None
+    asked: Policy | None = None
     chosen = keeps if keeps is not None and keeps.counts else None
     if policy is not None or chosen is not None:
-        asked: Policy = as_policy(policy) if policy is not None else cast(Policy, chosen)
+        asked = as_policy(policy) if policy is not None else cast(Policy, chosen)
         traced = make_context_fn(asked)
-        eager = functools.partial(selective_contexts, asked, owner=_owner_of_buffers(fn))
-    elif (owner := _owner_of_buffers(fn)) is not None:
-        eager = functools.partial(rerun_context, owner)
     draws = None if preserve_rng_state else False
-    return RegionOptions(_shown(fn, name), eager, traced, draws, root=fn)
+    return RegionOptions(_shown(fn, name), None, traced, draws, root=fn, policy=asked)
+
+
+def _usual_options(module: nn.Module, policy: Policy | None) -> RegionOptions:
+    """Those of a module where nothing but a policy is given: made once, not for every run."""
+    known = known_of(module)
+    found: RegionOptions | None = known.options
+    if found is None or found.policy is not policy:
+        # What it runs is its root, too; a module that leads to itself is not let go in time.
+        found = known.options = replace(options_for(module, policy), root=None)
+    return found
 
 
 def _shown(fn: Callable[..., Any], name: str | None) -> str:
     return name or str(getattr(fn, "__qualname__", type(fn).__name__))
-
-
-def _owner_of_buffers(fn: Callable[..., Any]) -> nn.Module | None:
-    """The module that a region is (or is a method of), if it updates running statistics."""
-    owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    if not isinstance(owner, nn.Module):
-        return None
-    norms = (module for module in owner.modules() if isinstance(module, _NormBase))
-    return owner if any(norm.track_running_stats for norm in norms) else None

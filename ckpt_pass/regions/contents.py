@@ -13,6 +13,7 @@ from ckpt_pass._torch import autograd
 from ckpt_pass.regions.holders import Holders, Spot, contents_of
 
 _MISSING = object()
+_dict_values = dict.values
 
 
 class Contents:
@@ -20,6 +21,7 @@ class Contents:
 
     __slots__ = (
         "_flat",
+        "_is_all",
         "attributes",
         "buffers",
         "cells",
@@ -34,23 +36,32 @@ class Contents:
         self.attributes: list[dict[str, Any]] = [own.copy() for own in holders.attributes]
         self.parameters: list[dict[str, Any]] = [own.copy() for own in holders.parameters]
         self.buffers: list[dict[str, Any]] = [own.copy() for own in holders.buffers]
-        # Values that compare at no risk: lists of the same objects are equal before any is asked.
-        self._flat = _values(self.attributes) if holders.simple else None
         self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
         self.lists: list[list[Any]] = list(map(list, holders.lists))
         self.sets: list[set[Any]] = list(map(set, holders.sets))
         self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
         self.spots = _read_all(holders.spots)
+        # Values that compare at no risk: lists of the same objects are equal before any is asked.
+        self._flat = _values(self) if holders.simple else None
+        others = self.maps or self.lists or self.sets or self.cells or self.spots
+        self._is_all = not others
 
     def held_by(self, holders: Holders) -> bool:
         """Whether they hold the same now, object by object."""
         now, was = holders, self
-        if not (
-            self._same_attributes(now.attributes)
-            and _same_values(now.parameters, was.parameters)
-            and (not was.buffers or _same_values(now.buffers, was.buffers))
-        ):
-            return False
+        if self._flat is not None:
+            try:
+                same = _values(now) == self._flat
+            except (RuntimeError, TypeError, ValueError):  # an array in the place of a number
+                return False
+        else:
+            same = (
+                _same_values(now.attributes, was.attributes)
+                and _same_values(now.parameters, was.parameters)
+                and _same_values(now.buffers, was.buffers)
+            )
+        if not same or self._is_all:
+            return same
         return (
             (not was.maps or (_same_values(now.maps, was.maps) and _same(now.maps, was.maps)))
             and (not was.lists or _same(now.lists, was.lists))
@@ -60,14 +71,6 @@ class Contents:
                 not was.spots or _same([[read_spot(*spot[:2]) for spot in now.spots]], [was.spots])
             )
         )
-
-    def _same_attributes(self, now: list[dict[str, Any]]) -> bool:
-        if self._flat is None:
-            return _same_values(now, self.attributes)
-        try:
-            return _values(now) == self._flat
-        except (RuntimeError, TypeError, ValueError):  # an array in the place of a number
-            return False
 
     def put_into(self, holders: Holders) -> None:
         """Make them hold this again."""
@@ -103,8 +106,15 @@ class Contents:
                 write_spot(space, name, value)
 
 
-def _values(mappings: list[dict[Any, Any]]) -> list[Any]:
-    return [*map(len, mappings), *chain.from_iterable(map(dict.values, mappings))]
+def _values(held: Holders | Contents) -> list[Any]:
+    """Attributes by value; parameters and buffers, which have an ``==`` of their own, by ``id``."""
+    tensors = held.parameters + held.buffers if held.buffers else held.parameters
+    return [
+        *map(len, held.attributes),
+        *map(len, tensors),
+        *chain.from_iterable(map(_dict_values, held.attributes)),
+        *map(id, chain.from_iterable(map(_dict_values, tensors))),
+    ]
 
 
 def _same_values(now: list[dict[Any, Any]], was: list[dict[Any, Any]]) -> bool:

@@ -19,15 +19,19 @@ import torch
 from torch.autograd.profiler import record_function
 
 from ckpt_pass._torch import autograd, functorch, modules
+from ckpt_pass.policy.rules import Policy
 from ckpt_pass.regions.ambient import Ambient, RandomState, drawing_from
 from ckpt_pass.regions.arguments import Arguments
 from ckpt_pass.regions.outside import Outside
+from ckpt_pass.regions.region import RegionMemory
+from ckpt_pass.regions.sac import RecomputeMode, selective_contexts
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
 from ckpt_pass.regions.writes import WriteWatch, known_of
 
 Contexts = tuple[
     contextlib.AbstractContextManager[Any] | None, contextlib.AbstractContextManager[Any] | None
 ]
+_NONE: Contexts = (None, None)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class RegionOptions:
         stops_early: whether its recomputation ends with the last value that the backward needs.
         checked: whether recomputed values must look like those of the forward.
         root: the module or function whose state the region reads; what it runs where ``None``.
+        policy: what it keeps, where there are no ``contexts``.
     """
 
     name: str = "region"
@@ -52,6 +57,7 @@ class RegionOptions:
     stops_early: bool = True
     checked: bool = True
     root: Any = None
+    policy: Policy | None = None
 
 
 class _Complete(BaseException):
@@ -95,7 +101,7 @@ class Frame:
         self._store: list[torch.Tensor | None] = []
         self._complete = False
         self._random: RandomState | None = None
-        self._contexts: Contexts = (None, None)
+        self._contexts: Contexts = _NONE
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the region; what autograd saves inside is not kept."""
@@ -107,27 +113,36 @@ class Frame:
         if self._arguments.mutable:
             outside.add(*self._arguments.mutable)
         devices = self._arguments.devices
-        self._ambient = Ambient.now(devices)
+        self._ambient = Ambient(devices)
         # Kept to the end of the forward, for backwards inside it; longer where numbers were drawn.
-        before = self._random = None if options.draws is False else RandomState.now(devices)
-        if known.watched and options.contexts is None:
+        before = self._random = None if options.draws is False else RandomState(devices)
+        around = self._contexts = self._made_contexts()
+        if known.watched and around[0] is None:
             output = self._run(args, kwargs)
         else:
             with contextlib.ExitStack() as stack:
-                if options.contexts is not None:
-                    self._contexts = options.contexts()
-                    stack.enter_context(self._contexts[0] or contextlib.nullcontext())
+                if around[0] is not None:
+                    stack.enter_context(around[0])
                 if not known.watched:
                     stack.enter_context(WriteWatch(outside))
                 output = self._run(args, kwargs)
             if not known.watched:
                 outside.learn()
-        drawn = before is None or options.draws or before.differs(RandomState.now(devices))
-        if not drawn:
+        if before is not None and not options.draws and not before.moved():
             self._random = None
         self._complete = True
         self._store = []  # what a backward inside the region had made and left
         return output
+
+    def _made_contexts(self) -> Contexts:
+        """The modes around this run's forward and recomputation."""
+        if self._options.contexts is not None:
+            return self._options.contexts()
+        owner, policy = self._outside.owner_of_statistics(), self._options.policy
+        if policy is not None:
+            return selective_contexts(policy, owner=owner)
+        # What keeps nothing must not change its module's buffers twice, either.
+        return _NONE if owner is None else (None, RecomputeMode(RegionMemory(), owner=owner))
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         return Arguments(args, kwargs, self._options.name, self._outside.has)
@@ -171,28 +186,40 @@ class Frame:
         rerun = Recomputation(
             self._options.name, self._saved.looks, complete, self._options.checked
         )
-        was_enabled = torch.is_grad_enabled()
         output = None
         self._arguments.check()
-        self._outside.put_in(differentiable=was_enabled)
+        self._outside.put_in(differentiable=torch.is_grad_enabled())
         try:
-            with contextlib.ExitStack() as stack:
-                self._prepare(stack)
-                autograd.set_grad_enabled(True)
-                autograd.push_saved_hooks(rerun.pack, rerun.unpack)
-                try:
-                    output = self._fn(*args, **kwargs)
-                except (_Complete, _CompleteAmongHooks):
-                    pass
-                finally:
-                    autograd.pop_saved_hooks()
-                    autograd.set_grad_enabled(was_enabled)
-                    made = rerun.handed_over()
+            if self._needs_nothing_around():
+                output = self._run_again(rerun, args, kwargs)
+            else:
+                with contextlib.ExitStack() as stack:
+                    self._prepare(stack)
+                    output = self._run_again(rerun, args, kwargs)
         finally:
             self._outside.put_back()
+            made = rerun.handed_over()
         rerun.check_count(exactly=self._complete and not self._stops_early)
         self._store = made
         return output
+
+    def _run_again(
+        self, rerun: Recomputation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        was_enabled = torch.is_grad_enabled()
+        autograd.set_grad_enabled(True)
+        autograd.push_saved_hooks(rerun.pack, rerun.unpack)
+        try:
+            return self._fn(*args, **kwargs)
+        except (_Complete, _CompleteAmongHooks):
+            return None
+        finally:
+            autograd.pop_saved_hooks()
+            autograd.set_grad_enabled(was_enabled)
+
+    def _needs_nothing_around(self) -> bool:
+        bare = self._random is None and self._contexts[1] is None
+        return bare and not functorch.profiler_is_running() and not self._ambient.changed()
 
     def _prepare(self, stack: contextlib.ExitStack) -> None:
         """Enter what was around the forward, and what goes around the recomputation."""

@@ -179,6 +179,7 @@ class Holders:
         tensors: the tensors that are held; some more than once.
         lasting: whether the only tensors are modules' parameters and buffers, which stay.
         simple: whether there is nothing else besides numbers and code, either.
+        norms: whether a normalisation that may have running statistics is among the modules.
     """
 
     __slots__ = (
@@ -190,6 +191,7 @@ class Holders:
         "lasting",
         "lists",
         "maps",
+        "norms",
         "parameters",
         "sets",
         "simple",
@@ -208,6 +210,7 @@ class Holders:
         self.spots: list[Spot] = []
         self.tensors: list[torch.Tensor] = []
         self.lasting = self.simple = True
+        self.norms = False
         self._seen: set[Any] = set()
         self._todo: list[tuple[Any, int]] = []
         self.add(*roots)
@@ -259,6 +262,8 @@ class Holders:
             children = own.get("_modules")
             if children:
                 todo += children.values()
+            if known.norm:
+                self.norms = True
             if known.managed:
                 continue
             attributes.append(own)

@@ -6,14 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.ops.taxonomy import functional_twin, op_name
 from ckpt_pass.policy.sites import SiteContext
-from ckpt_pass.regions.frame import Contexts
-from ckpt_pass.regions.region import RegionMemory
-from ckpt_pass.regions.sac import RecomputeMode
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,3 @@ class Keeps:
         if kept is None:
             return None
         return CheckpointPolicy.MUST_SAVE if site.scopes[0].op_index in kept else None
-
-
-def rerun_context(owner: nn.Module) -> Contexts:
-    """For a region that keeps nothing, but must not change its module's buffers twice."""
-    return None, RecomputeMode(RegionMemory(), owner=owner)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.profiler import record_function
 
 from ckpt_pass._torch import autograd, functorch
@@ -50,7 +51,7 @@ class LightHooks:
         self._store: list[torch.Tensor | None] = []
         self._rerun: Recomputation | None = None
         self._in_use = False
-        #: For messages and profilers; known when its recomputation begins.
+        #: For messages and profilers.
         self.name = "a checkpoint region"
         self._range: record_function | None = None
         self._complete = False
@@ -73,24 +74,27 @@ class LightHooks:
         frame = autograd.frame_of_checkpoint(hooks[0]) if hooks else None
         if hooks is None or frame is None:
             return False
-        self._checked = frame.metadata_fn is None or frame.metadata_fn(_VALUE) is not None
         self._stops_early = bool(frame.early_stop)
         self._in_use = True
         self._look_around(frame)
         asked = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
+        # What torch has noted of our value, if it checks any.
+        self._checked = frame.metadata_fn is None or frame.x_metadatas[-1] is not None
         autograd.push_saved_hooks(self._saved.pack, asked)
         return True
 
     def _look_around(self, frame: Any) -> None:
         fn = autograd.function_of_checkpoint(frame)
         known = known_of(fn)
+        if known.name is None:
+            known.name = _name_of(fn)
+        self.name = known.name or self.name
         self.outside = Outside(fn, known)
-        copier = Copier(self.outside.has)
-        autograd.convert_arguments(
-            frame, lambda v: v if type(v).__module__ == "torch._C._autograd" else copier(v)
-        )
-        if copier.mutable:
-            self.outside.add(*copier.mutable)
+        if autograd.has_arguments_besides_tensors(frame):
+            copier = Copier(self.outside.has)
+            autograd.convert_arguments(frame, copier)
+            if copier.mutable:
+                self.outside.add(*copier.mutable)
         self.watch = None if known.watched else WriteWatch(self.outside)
 
     def exit_forward(self) -> None:
@@ -104,9 +108,10 @@ class LightHooks:
 
     def take(self, number: int) -> torch.Tensor | None:
         """A recomputed value, once; ``None`` where it was not recomputed, or taken before."""
-        if number >= len(self._store):
+        store = self._store
+        if number >= len(store):
             return None
-        value, self._store[number] = self._store[number], None
+        value, store[number] = store[number], None
         return value
 
     def enter_recompute(self) -> bool:
@@ -144,6 +149,15 @@ class LightHooks:
             rerun.check_count(exactly=self._complete and not self._stops_early)
 
 
+def _name_of(fn: Any) -> str:
+    """A module's class, a function's name."""
+    fn = getattr(fn, "func", fn)  # of a partial
+    owner = getattr(fn, "__self__", fn)
+    if isinstance(owner, nn.Module):
+        return type(owner).__name__
+    return str(getattr(fn, "__qualname__", ""))
+
+
 class _Unpack:
     """The hook that autograd calls for a saved value: it starts torch's recomputation."""
 
@@ -158,7 +172,6 @@ class _Unpack:
     def __call__(self, number: int) -> torch.Tensor:
         value = self._hooks.take(number)
         if value is None:  # not yet recomputed, or used by a backward before this one
-            self._hooks.name = autograd.name_of_checkpoint(self._frame) or self._hooks.name
             autograd.recompute_anew(self._frame)
             self._unpack_of_torch(self._holder)
             value = self._hooks.take(number)

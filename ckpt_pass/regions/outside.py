@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ckpt_pass._errors import CkptPassError
@@ -38,14 +39,28 @@ class Known:
         quiet: whether that run has left everything as it was.
         overwritten: names of the tensors that the region overwrites, as :meth:`Outside.name_of`
             gives them.
+        name: of the module's class or of the function, once it is needed.
+        options: for whoever runs the region: how it runs where nothing else is asked for.
     """
 
-    __slots__ = ("__weakref__", "_contents", "_holders", "_root", "overwritten", "quiet", "watched")
+    __slots__ = (
+        "__weakref__",
+        "_contents",
+        "_holders",
+        "_root",
+        "name",
+        "options",
+        "overwritten",
+        "quiet",
+        "watched",
+    )
 
     def __init__(self, root: nn.Module | None = None) -> None:
         self.watched = False
         self.quiet = False
         self.overwritten: set[str] = set()
+        self.name: str | None = None
+        self.options: Any = None
         self._root = None if root is None else weakref.ref(root)
         self._holders: Holders | None = None
         self._contents: Contents | None = None
@@ -109,11 +124,16 @@ class Outside:
         unmoved = not self._copies and _versions(holders.tensors) == self._versions
         known.watched, known.quiet = True, unmoved and self._held.held_by(holders)
 
-    def owner(self) -> nn.Module | None:
-        """The module that the region is, or is a method of."""
+    def owner_of_statistics(self) -> nn.Module | None:
+        """The module that the region is (or is a method of), if it has running statistics."""
+        if not self._holders.norms:
+            return None
         root = self._roots[0]
-        found = root if isinstance(root, nn.Module) else getattr(root, "__self__", None)
-        return found if isinstance(found, nn.Module) else None
+        owner = root if isinstance(root, nn.Module) else getattr(root, "__self__", None)
+        if not isinstance(owner, nn.Module):
+            return None
+        norms = (module for module in owner.modules() if isinstance(module, _NormBase))
+        return owner if any(norm.track_running_stats for norm in norms) else None
 
     def has(self, container: Any) -> bool:
         """Whether a container's contents are put back."""

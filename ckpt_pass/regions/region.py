@@ -69,7 +69,8 @@ class Saved:
         self.taken = False
         self._draw = draw
         if isinstance(output, torch.Tensor):  # nearly always: no pytree for one tensor
-            alias = _detached(output)
+            with functorch.below_autograd_views():
+                alias = output.detach()
             self._value: Any = alias
             self._versions: int | tuple[int, ...] = alias._version
         else:
@@ -129,19 +130,20 @@ class Saved:
 
 
 class RegionMemory:
-    """The saved outputs of one region, by op and occurrence.
+    """The saved outputs of one region, by op (a key of its) and occurrence.
 
     Only ops of which something was saved are counted: the others may run in different numbers in
     forward and recomputation (autocast casts a shared weight once, or twice) and do no harm.
     """
 
-    __slots__ = ("_by_storage", "_entries", "_seen", "_unindexed", "complete")
+    __slots__ = ("_by_storage", "_seen", "_unindexed", "complete", "entries")
 
     def __init__(self) -> None:
         #: Whether the region's forward has ended. Until then a backward inside it may make it run
         #: again as far as it has come, and what is handed out stays for the next time.
         self.complete = True
-        self._entries: dict[Any, list[Saved | None]] = {}
+        #: By op, in order; ``None`` for what was not saved. Only ops in here are counted.
+        self.entries: dict[Any, list[Saved | None]] = {}
         self._by_storage: dict[int, list[Saved]] = {}
         self._unindexed: list[Saved] = []
         self._seen: dict[Any, int] = {}
@@ -149,9 +151,9 @@ class RegionMemory:
     def keep(self, key: Any, output: Any, draw: Draw | None = None) -> Saved:
         """Save an output (and what was drawn for it) as the next occurrence of ``key``."""
         entry = Saved(output, draw)
-        entries = self._entries.get(key)
+        entries = self.entries.get(key)
         if entries is None:
-            self._entries[key] = [entry]
+            self.entries[key] = [entry]
         else:
             entries.append(entry)
         self._unindexed.append(entry)
@@ -159,7 +161,7 @@ class RegionMemory:
 
     def skip(self, key: Any) -> None:
         """Count an occurrence of ``key`` that is not saved."""
-        self._entries.setdefault(key, []).append(None)
+        self.entries.setdefault(key, []).append(None)
 
     def about_to_change(self, tensors: Iterator[torch.Tensor]) -> None:
         """Copy what is saved of tensors that an op is about to overwrite."""
@@ -179,29 +181,23 @@ class RegionMemory:
             self._by_storage.clear()
             self._unindexed.clear()
 
-    def counts(self, key: Any) -> bool:
-        """Whether occurrences of ``key`` matter: something of it was saved or asked about."""
-        return key in self._entries
-
-    def next(self, key: Any) -> Saved | None:
-        """The next occurrence of ``key``; ``None`` where it was not saved.
+    def next(self, key: Any, op: Any) -> Saved | None:
+        """The next occurrence of ``key``; ``None`` where it was not saved, nor any other of it.
 
         Raises:
             RecomputeMismatchError: the forward ran the op less often.
         """
-        entries = self._entries[key]
+        entries = self.entries.get(key)
+        if entries is None:
+            return None
         index = self._seen.get(key, 0)
         self._seen[key] = index + 1
         if index >= len(entries):
             raise RecomputeMismatchError(
-                f"{_name(key)} invocation index {index} {NOT_IN_STORAGE} "
-                f"The recomputation of a checkpoint region runs {_name(key)} {index + 1} times or "
+                f"{op_name(op)} invocation index {index} {NOT_IN_STORAGE} "
+                f"The recomputation of a checkpoint region runs {op_name(op)} {index + 1} times or "
                 f"more, but its forward ran it {len(entries)} times. Expected the "
                 "same ops in both: look for code that depends on global state, on a counter, or "
                 "on values that changed between forward and backward."
             )
         return entries[index]
-
-
-def _name(key: Any) -> str:
-    return op_name(key[0] if isinstance(key, tuple) else key)

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass._torch import functorch
+from ckpt_pass._torch.dispatch import QuickMode
 from ckpt_pass._torch.operators import OpOverload
 from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.policy.module_stack import ModuleStack
@@ -45,12 +45,13 @@ from ckpt_pass.regions.actions import (
     is_mutable,
     overwritten,
     returns_what_it_changes,
+    simple_call,
+    statistics,
 )
 from ckpt_pass.regions.draws import Draw, DrawWatch
 from ckpt_pass.regions.light_hooks import LightHooks
 from ckpt_pass.regions.region import RegionMemory, Saved
 from ckpt_pass.regions.watch import RegionRecord, new_record
-from ckpt_pass.regions.writes import statistics
 
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
 
@@ -99,18 +100,23 @@ def selective_contexts(
     return forward, RecomputeMode(memory, hooks, owner, forward)
 
 
-class ForwardMode(TorchDispatchMode):
+class ForwardMode(QuickMode):
     """Runs a region's forward and saves what the policy says."""
 
-    #: Higher-order ops are ops to this mode, like any other (read by torch).
-    supports_higher_order_operators = True
     #: Set by torch when the region is traced under torch.compile.
     ac_graph_id: int | None = None
 
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled regions inside are one op to this mode (read by torch)."""
-        return True
+    # Made anew for every run of a region: what few runs need is made when they do.
+    _hooked = False
+    _counter: SiteCounter | None = None
+    _numbers: CallNumbers | None = None
+    _modules: ModuleStack | None = None
+    _scopes: contextlib.AbstractContextManager[ModuleStack] | None = None
+    _record: RegionRecord | None = None
+    _tracing = False
+    _by_op_alone = False
+    _unsettled: Saved | None = None
+    _paused = False
 
     def __init__(
         self, policy: Policy, memory: RegionMemory, hooks: LightHooks | None = None
@@ -120,26 +126,18 @@ class ForwardMode(TorchDispatchMode):
         self._policy = policy
         self._memory = memory
         self._actions = actions_for(policy)
-        self._known = self._actions.known
-        self._counter = SiteCounter()
-        self._numbers = CallNumbers()
-        self._modules: ModuleStack | None = None
-        self._record: RegionRecord | None = None
-        self._tracing = False
-        self._by_op_alone = False
-        self._unsettled: Saved | None = None
-        self._paused = False
+        self._quick = self._actions.quick
 
     def __enter__(self) -> ForwardMode:
         self._tracing = functorch.proxy_graph() is not None
         self._record = new_record(self._tracing)
-        self._cleanup = ExitStack()
         self._by_op_alone = not self._tracing and self._record is None
         self._memory.complete = self._tracing
         if not self._tracing and (self._actions.needs_scopes or self._record is not None):
-            self._modules = self._cleanup.enter_context(ModuleStack().followed())
-        if self._hooks is not None and not self._tracing and self._hooks.enter_forward():
-            self._cleanup.callback(self._hooks.exit_forward)
+            self._scopes = ModuleStack().followed()
+            self._modules = self._scopes.__enter__()
+        if self._hooks is not None and not self._tracing:
+            self._hooked = self._hooks.enter_forward()
             if self._hooks.watch is not None:
                 self._by_op_alone = False
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -148,7 +146,10 @@ class ForwardMode(TorchDispatchMode):
     def __exit__(self, *exc: Any) -> None:
         self._settle()
         self._memory.complete = True
-        self._cleanup.close()
+        if self._hooked and self._hooks is not None:
+            self._hooks.exit_forward()
+        if self._scopes is not None:
+            self._scopes.__exit__(None, None, None)
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
@@ -165,16 +166,15 @@ class ForwardMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         if self._by_op_alone and self._unsettled is None:
-            action = self._known.get(func)
-            if action is Action.PASS:
-                return func(*args, **kwargs)
-            if action is Action.STORE:
-                output = func(*args, **kwargs)
-                self._memory.keep(func, output)
+            found = self._quick.get(id(func))
+            if found is not None:
+                call, stored = found
+                output = call(*args, **kwargs) if kwargs else call(*args)
+                if stored:
+                    self._memory.keep(id(func), output)
                 return output
-        return self._dispatch(func, args, kwargs)
+        return self._dispatch(func, args, kwargs or {})
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything but the two cases that need nothing more than the op."""
@@ -188,7 +188,7 @@ class ForwardMode(TorchDispatchMode):
             graph = functorch.proxy_graph()
             if graph is not None:
                 return self._trace(graph, func, args, kwargs)
-        action = self._known.get(func)
+        action = self._actions.known.get(id(func))
         if action is None:
             action = self._actions.learn(func)
         if action is Action.PASS and self._record is None:
@@ -225,7 +225,7 @@ class ForwardMode(TorchDispatchMode):
             return
         if action is Action.CHANGE and not returns_what_it_changes(func, args, output):
             return
-        key = functorch.selective_key(func, args)
+        key = _key(func, args)
         if not saves:
             self._memory.skip(key)
             return
@@ -242,7 +242,12 @@ class ForwardMode(TorchDispatchMode):
             checked = check_decision(decision, describe(self._policy), op_name(func))
             return Opinion(checked, "policy_fn")
         path: ModulePath = self._modules.path if self._modules is not None else ()
-        return self._decide(self._counter.visit(func, path, None, output, args, kwargs))
+        return self._decide(self._visit(func, path, None, output, args, kwargs))
+
+    def _visit(self, *execution: Any) -> SiteContext:
+        if self._counter is None:
+            self._counter = SiteCounter()
+        return self._counter.visit(*execution)
 
     def _decide(self, context: SiteContext) -> Opinion:
         cached = not self._tracing and is_cached_cast(context.op, context.args)
@@ -266,12 +271,19 @@ class ForwardMode(TorchDispatchMode):
             return func(*args, **kwargs)
         before = len(graph.nodes)
         output = func(*args, **kwargs)
+        if self._numbers is None:
+            self._numbers = CallNumbers()
         path = self._numbers.numbered(module_path(meta.get("nn_module_stack")))
-        found = self._decide(self._counter.visit(func, path, None, output, args, kwargs))
+        found = self._decide(self._visit(func, path, None, output, args, kwargs))
         for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
             node.meta["recompute"] = found.decision
-        self._memory.keep(functorch.selective_key(func, args), output)
+        self._memory.keep(_key(func, args), output)
         return output
+
+
+def _key(op: Any, args: tuple[Any, ...]) -> Any:
+    """What occurrences of an op are counted by; to hash an op itself is a call into Python."""
+    return id(op) if isinstance(op, OpOverload) else functorch.selective_key(op, args)
 
 
 def running_statistics(owner: nn.Module) -> Iterator[int]:
@@ -292,16 +304,12 @@ def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-class RecomputeMode(TorchDispatchMode):
+class RecomputeMode(QuickMode):
     """Runs a region again and hands out what its forward saved."""
 
-    #: Higher-order ops are ops to this mode, like any other (read by torch).
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled regions inside are one op to this mode (read by torch)."""
-        return True
+    _pause: contextlib.AbstractContextManager[None] | None = None
+    _buffers: frozenset[int] = frozenset()
+    _collects = False
 
     def __init__(
         self,
@@ -313,20 +321,19 @@ class RecomputeMode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._owner = owner
         self._forward = forward
-        self._buffers: frozenset[int] = frozenset()
         self._memory = memory
+        self._counted = memory.entries
         self._hooks = hooks
-        self._collects = False
 
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
-        self._cleanup = contextlib.ExitStack()
-        if self._hooks is not None and self._hooks.outside is not None:
-            self._hooks.outside.put_in()
-            self._cleanup.callback(self._hooks.outside.put_back)
-            self._owner = self._hooks.outside.owner()
+        outside = self._hooks.outside if self._hooks is not None else None
+        if outside is not None:
+            outside.put_in()
+            self._owner = outside.owner_of_statistics()
         if self._forward is not None and not self._memory.complete:
-            self._cleanup.enter_context(self._forward.paused())
+            self._pause = self._forward.paused()
+            self._pause.__enter__()
         if self._owner is not None:
             self._buffers = frozenset(running_statistics(self._owner))
         self._collects = self._hooks is not None and self._hooks.enter_recompute()
@@ -335,24 +342,40 @@ class RecomputeMode(TorchDispatchMode):
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        with self._cleanup:
-            if self._hooks is not None and self._collects:
-                self._hooks.exit_recompute(failed=exc[0] is not None)
+        hooks = self._hooks
+        try:
+            if hooks is not None and self._collects:
+                hooks.exit_recompute(failed=exc[0] is not None)
+        finally:
+            pause, self._pause = self._pause, None
+            if pause is not None:
+                pause.__exit__(None, None, None)
+            if hooks is not None and hooks.outside is not None:
+                hooks.outside.put_back()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        call = simple_call(func)
+        if call is None:
+            return self._dispatch(func, args, kwargs or {})
+        if id(func) in self._counted:
+            entry = self._memory.next(id(func), func)
+            if entry is not None:
+                return entry.take(func, again=not self._memory.complete)
+        return call(*args, **kwargs) if kwargs else call(*args)
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Everything else: what overwrites tensors, moves statistics, or may not be counted."""
         if func not in IGNORED and is_mutable(func):
             if not self._memory.complete:
                 self._memory.about_to_change(overwritten(func, args, kwargs))
             if self._buffers:
                 args = self._with_copies(func, args, kwargs)
-        key = func if isinstance(func, OpOverload) else functorch.selective_key(func, args)
-        # What is ignored is never counted; asked first, since each look at an op takes time.
-        if not self._memory.counts(key) or func in IGNORED or is_cached_cast(func, args):
+        # What is ignored is never counted.
+        if func in IGNORED or is_cached_cast(func, args):
             return _run_again(func, args, kwargs)
-        entry = self._memory.next(key)
+        entry = self._memory.next(_key(func, args), func)
         if entry is None:
             return _run_again(func, args, kwargs)
         value = entry.take(func, again=not self._memory.complete)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckpt_pass.regions.actions import is_mutable, overwritten
+from ckpt_pass._torch.dispatch import QuickMode
+from ckpt_pass.regions.actions import is_mutable, overwritten, statistics
 from ckpt_pass.regions.outside import Known, Outside
 
 #: Of functions, by their code: a lambda is made anew for every run.
@@ -58,24 +58,8 @@ def _of_code(fn: Any) -> Known:
     return found
 
 
-@functools.lru_cache(maxsize=1024)
-def statistics(op: Any) -> tuple[int, ...]:
-    """Where the running statistics are among the arguments of a batch normalisation."""
-    schema = getattr(op, "_schema", None)
-    names = [argument.name for argument in schema.arguments] if schema is not None else []
-    return tuple(names.index(n) for n in ("running_mean", "running_var") if n in names)
-
-
-class WriteWatch(TorchDispatchMode):
+class WriteWatch(QuickMode):
     """Copies tensors around a region before the region's forward overwrites them."""
-
-    #: Higher-order ops are ops to this mode, like any other (read by torch).
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled regions inside are one op to this mode (read by torch)."""
-        return True
 
     def __init__(self, outside: Outside) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
