@@ -31,8 +31,14 @@ push_saved_hooks: Callable[[PackHook, UnpackHook], None] = (
 pop_saved_hooks: Callable[[], None] = torch._C._autograd._pop_saved_tensors_default_hooks
 #: ``torch.set_grad_enabled`` without its context manager.
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+#: Whether hooks on saved values are allowed now.
+hooks_enabled: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 #: Whether ``torch.func`` is transforming what runs now.
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+#: Where the class of what stands for a tensor among a region's arguments is from.
+_OF_TENSORS = "torch._C._autograd"
 
 
 def saved_hooks() -> tuple[PackHook, UnpackHook] | None:
@@ -86,6 +92,12 @@ def name_of_checkpoint(frame: Any) -> str:
 def function_of_checkpoint(frame: Any) -> Any:
     """The function that a region of torch's checkpoint runs."""
     return _closed_over(frame.recompute_fn, "fn")
+
+
+def arguments_of_checkpoint(frame: Any) -> list[Any]:
+    """What torch's checkpoint region keeps of its arguments, tensors excepted."""
+    found = [value for value in frame.saved_args if type(value).__module__ != _OF_TENSORS]
+    return found + list((_closed_over(frame.recompute_fn, "kwargs") or {}).values())
 
 
 def convert_arguments(frame: Any, convert: Callable[[Any], Any]) -> None:

@@ -1,7 +1,8 @@
 """What is around a region when its forward runs, and must be around its recomputation again.
 
-That is autocast, a default device, and the state of the random generators. Each is looked at only
-as far as it costs next to nothing: a region of a small model runs in some 100 microseconds.
+That is autocast, a default device, torch's switches (default dtype, deterministic algorithms,
+allowed attention kernels), and the state of the random generators. Each is looked at only as far as
+it costs next to nothing: a region of a small model runs in some 100 microseconds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ckpt_pass._torch import autograd
+from ckpt_pass._torch.switches import set_switches, switches_now
 
 AutocastState = tuple[bool, torch.dtype, bool]
 
@@ -33,15 +35,17 @@ def _autocast_state(device_type: str) -> AutocastState:
 
 @dataclass(frozen=True, slots=True)
 class Ambient:
-    """Autocast and the default device, as they were in a region's forward.
+    """Autocast, the default device and torch's switches, as they were in a region's forward.
 
     Attributes:
         autocast: its state, by device type.
         device: the ``with torch.device(...)`` around it, if any.
+        switches: what decides which kernels run, and in which precision.
     """
 
     autocast: tuple[tuple[str, AutocastState], ...]
     device: contextlib.AbstractContextManager[Any] | None
+    switches: tuple[Any, ...]
 
     @classmethod
     def now(cls, devices: tuple[torch.device, ...]) -> Ambient:
@@ -50,7 +54,7 @@ class Ambient:
         if devices:
             kinds = dict.fromkeys(device.type for device in devices)
             known = (*known, *((kind, _autocast_state(kind)) for kind in kinds))
-        return cls(known, autograd.device_context())
+        return cls(known, autograd.device_context(), switches_now())
 
     def restore(self, stack: contextlib.ExitStack) -> None:
         """Enter what is not the same now."""
@@ -62,6 +66,10 @@ class Ambient:
                 )
         if self.device is not None:
             stack.enter_context(self.device)
+        now = switches_now()
+        if now != self.switches:
+            stack.callback(set_switches, now)
+            set_switches(self.switches)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,13 @@ from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
+from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.caches import without_cache
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.frame import Contexts, Frame, RegionOptions
 from ckpt_pass.regions.keeps import Keeps, rerun_context
+from ckpt_pass.regions.sac import Owners, selective_contexts
 from ckpt_pass.regions.sac import context_fn as make_context_fn
-from ckpt_pass.regions.sac import selective_contexts
 
 DETERMINISM_CHECKS = ("default", "none")
 
@@ -132,7 +133,7 @@ def checkpoint(
         draws = None if preserve_rng_state else False
         options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws, root=fn)
     else:
-        options = options_for(fn, policy, None, name, preserve_rng_state)
+        options = options_for(fn, policy, None, name, preserve_rng_state, (args, kwargs))
     if not early_stop or determinism_check == "none":
         checked = determinism_check != "none"
         options = replace(options, stops_early=early_stop, checked=checked)
@@ -212,9 +213,14 @@ def run_region(
 def _leaves_no_region() -> bool:
     """Whether what runs now is transformed, or written down, into what knows no regions.
 
-    ``torch.func`` allows no hooks; ``torch.export`` makes a graph that has no backward.
+    ``torch.func`` and ``disable_saved_tensors_hooks`` allow no hooks;
+    ``torch.export`` makes a graph that has no backward.
     """
-    return autograd.transforms_active() or functorch.traces_before_autograd()
+    return (
+        autograd.transforms_active()
+        or functorch.traces_before_autograd()
+        or not autograd.hooks_enabled()
+    )
 
 
 def options_for(
@@ -223,8 +229,16 @@ def options_for(
     keeps: Keeps | None = None,
     name: str | None = None,
     preserve_rng_state: bool = True,
+    arguments: tuple[Any, ...] = (),
 ) -> RegionOptions:
     """The options of a region: which modes go around it, in eager and in a trace.
+
+    Args:
+        fn: what it runs.
+        policy, keeps: what it keeps.
+        name: for messages.
+        preserve_rng_state: whether its recomputation draws the same random numbers.
+        arguments: what it is called with, where that is known.
 
     Raises:
         UnknownPolicyError: ``policy`` is none.
@@ -235,9 +249,11 @@ def options_for(
     if policy is not None or chosen is not None:
         asked: Policy = as_policy(policy) if policy is not None else cast(Policy, chosen)
         traced = make_context_fn(asked)
-        eager = functools.partial(selective_contexts, asked, owner=_owner_of_buffers(fn))
-    elif (owner := _owner_of_buffers(fn)) is not None:
-        eager = functools.partial(rerun_context, owner)
+        eager = functools.partial(
+            selective_contexts, asked, owners=_owners_of_buffers(fn, arguments)
+        )
+    elif owners := _owners_of_buffers(fn, arguments):
+        eager = functools.partial(rerun_context, owners)
     draws = None if preserve_rng_state else False
     return RegionOptions(_shown(fn, name), eager, traced, draws, root=fn)
 
@@ -246,10 +262,13 @@ def _shown(fn: Callable[..., Any], name: str | None) -> str:
     return name or str(getattr(fn, "__qualname__", type(fn).__name__))
 
 
-def _owner_of_buffers(fn: Callable[..., Any]) -> nn.Module | None:
-    """The module that a region is (or is a method of), if it updates running statistics."""
-    owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    if not isinstance(owner, nn.Module):
-        return None
-    norms = (module for module in owner.modules() if isinstance(module, _NormBase))
-    return owner if any(norm.track_running_stats for norm in norms) else None
+def _owners_of_buffers(fn: Callable[..., Any], arguments: tuple[Any, ...]) -> Owners:
+    """The modules that a region runs, as far as they update running statistics."""
+    if isinstance(fn, nn.Module):
+        return (fn,) if _has_statistics(fn) else ()
+    return tuple(filter(_has_statistics, modules_behind(fn, *arguments)))
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    norms = (inner for inner in module.modules() if isinstance(inner, _NormBase))
+    return any(norm.track_running_stats for norm in norms)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import collections
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
 from typing import Any
 
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.holders import Holders, Spot, contents_of
-
-_MISSING = object()
+from ckpt_pass.state.objects import Keeper
+from ckpt_pass.state.spots import read_spot, write_spot
 
 
 class Contents:
@@ -28,6 +28,7 @@ class Contents:
         "parameters",
         "sets",
         "spots",
+        "states",
     )
 
     def __init__(self, holders: Holders) -> None:
@@ -41,6 +42,7 @@ class Contents:
         self.sets: list[set[Any]] = list(map(set, holders.sets))
         self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
         self.spots = _read_all(holders.spots)
+        self.states: list[Any] = [keeper.read(value) for value, keeper in holders.objects]
 
     def held_by(self, holders: Holders) -> bool:
         """Whether they hold the same now, object by object."""
@@ -59,6 +61,7 @@ class Contents:
             and (
                 not was.spots or _same([[read_spot(*spot[:2]) for spot in now.spots]], [was.spots])
             )
+            and not any(was.moved(now))
         )
 
     def _same_attributes(self, now: list[dict[str, Any]]) -> bool:
@@ -68,6 +71,12 @@ class Contents:
             return _values(now) == self._flat
         except (RuntimeError, TypeError, ValueError):  # an array in the place of a number
             return False
+
+    def moved(self, holders: Holders) -> Iterator[tuple[Any, Keeper, Any]]:
+        """Objects whose state is another now: how it is kept, and what it was."""
+        for (value, keeper), state in zip(holders.objects, self.states, strict=True):
+            if not keeper.same(state, keeper.read(value)):
+                yield value, keeper, state
 
     def put_into(self, holders: Holders) -> None:
         """Make them hold this again."""
@@ -101,6 +110,9 @@ class Contents:
         for (space, name, _), value in zip(holders.spots, self.spots, strict=True):
             if read_spot(space, name) is not value:
                 write_spot(space, name, value)
+        for thing, keeper, state in self.moved(holders):
+            if keeper.write is not None:
+                keeper.write(thing, state)
 
 
 def _values(mappings: list[dict[Any, Any]]) -> list[Any]:
@@ -129,30 +141,6 @@ def _sharded(*values: Any) -> bool:
 
 def _read_all(spots: list[Spot]) -> list[Any]:
     return [read_spot(space, name) for space, name, _ in spots]
-
-
-def read_spot(space: Any, name: str) -> Any:
-    """What a name in a namespace holds now."""
-    if isinstance(space, dict):
-        return space.get(name, _MISSING)
-    if isinstance(space, type):
-        return vars(space).get(name, _MISSING)
-    return getattr(space, name, _MISSING)
-
-
-def write_spot(space: Any, name: str, value: Any) -> None:
-    """Make a name in a namespace hold a value, or be gone."""
-    if value is _MISSING:
-        if isinstance(space, dict):
-            del space[name]
-        else:
-            delattr(space, name)
-    elif isinstance(space, dict):
-        space[name] = value
-    elif isinstance(space, type):
-        setattr(space, name, value)
-    else:
-        object.__setattr__(space, name, value)  # of frozen dataclasses too
 
 
 def _fill_mapping(mapping: dict[Any, Any], held: dict[Any, Any]) -> None:

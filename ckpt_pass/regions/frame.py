@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch.autograd.profiler import record_function
 
+from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd, functorch, modules
 from ckpt_pass.regions.ambient import Ambient, RandomState, drawing_from
 from ckpt_pass.regions.arguments import Arguments
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
-from ckpt_pass.regions.writes import WriteWatch, known_of
+from ckpt_pass.regions.writes import ReadWatch, WriteWatch, known_of
 
 Contexts = tuple[
     contextlib.AbstractContextManager[Any] | None, contextlib.AbstractContextManager[Any] | None
@@ -52,6 +53,10 @@ class RegionOptions:
     stops_early: bool = True
     checked: bool = True
     root: Any = None
+
+
+class TransformInRegionError(CkptPassError, RuntimeError):
+    """A region calls a transform of ``torch.func`` that allows no region around it."""
 
 
 class _Complete(BaseException):
@@ -101,7 +106,7 @@ class Frame:
         """Run the region; what autograd saves inside is not kept."""
         options = self._options
         root = self._fn if options.root is None else options.root
-        known = known_of(root)
+        known = known_of(root, *args, *kwargs.values())
         self._outside = outside = Outside(root, known)
         self._arguments = self._kept(args, kwargs)
         if self._arguments.mutable:
@@ -122,6 +127,7 @@ class Frame:
                 output = self._run(args, kwargs)
             if not known.watched:
                 outside.learn()
+        outside.check_iterators()
         drawn = before is None or options.draws or before.differs(RandomState.now(devices))
         if not drawn:
             self._random = None
@@ -136,6 +142,15 @@ class Frame:
         autograd.push_saved_hooks(self._saved.pack, self._unpack)
         try:
             return self._fn(*args, **kwargs)
+        except RuntimeError as error:
+            if not functorch.refused_hooks(error):
+                raise
+            raise TransformInRegionError(
+                f"{self._options.name} is a checkpoint region and calls a transform of torch.func "
+                "(grad, vjp, jacrev, hessian) inside, which allows no hooks on saved values; got "
+                f"{str(error)!r}. Expected torch.autograd.grad, jvp or vmap there. Use one of "
+                "these, or make regions inside the transform: there they simply run."
+            ) from error
         finally:
             autograd.pop_saved_hooks()
 
@@ -203,6 +218,8 @@ class Frame:
             stack.enter_context(drawing_from(self._random))
         if self._contexts[1] is not None:
             stack.enter_context(self._contexts[1])
+        if self._outside.suspects:
+            stack.enter_context(ReadWatch(self._outside))
 
 
 def _stop() -> None:

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.ops.taxonomy import functional_twin, op_name
 from ckpt_pass.policy.sites import SiteContext
 from ckpt_pass.regions.frame import Contexts
 from ckpt_pass.regions.region import RegionMemory
-from ckpt_pass.regions.sac import RecomputeMode
+from ckpt_pass.regions.sac import Owners, RecomputeMode
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,6 @@ class Keeps:
         return CheckpointPolicy.MUST_SAVE if site.scopes[0].op_index in kept else None
 
 
-def rerun_context(owner: nn.Module) -> Contexts:
-    """For a region that keeps nothing, but must not change its module's buffers twice."""
-    return None, RecomputeMode(RegionMemory(), owner=owner)
+def rerun_context(owners: Owners) -> Contexts:
+    """For a region that keeps nothing, but must not change its modules' buffers twice."""
+    return None, RecomputeMode(RegionMemory(), owners=owners)

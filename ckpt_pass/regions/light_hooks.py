@@ -83,7 +83,7 @@ class LightHooks:
 
     def _look_around(self, frame: Any) -> None:
         fn = autograd.function_of_checkpoint(frame)
-        known = known_of(fn)
+        known = known_of(fn, *autograd.arguments_of_checkpoint(frame))
         self.outside = Outside(fn, known)
         copier = Copier(self.outside.has)
         autograd.convert_arguments(
@@ -97,10 +97,12 @@ class LightHooks:
         """Pop them; what a backward inside the region had made and left is let go."""
         self._complete = True
         self._store = []
-        if self.watch is not None and self.outside is not None:
-            self.outside.learn()
-            self.watch = None
         autograd.pop_saved_hooks()
+        if self.outside is not None:
+            if self.watch is not None:
+                self.outside.learn()
+                self.watch = None
+            self.outside.check_iterators()
 
     def take(self, number: int) -> torch.Tensor | None:
         """A recomputed value, once; ``None`` where it was not recomputed, or taken before."""

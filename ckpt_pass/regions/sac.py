@@ -48,11 +48,13 @@ from ckpt_pass.regions.actions import (
 )
 from ckpt_pass.regions.draws import Draw, DrawWatch
 from ckpt_pass.regions.light_hooks import LightHooks
+from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory, Saved
 from ckpt_pass.regions.watch import RegionRecord, new_record
-from ckpt_pass.regions.writes import statistics
+from ckpt_pass.regions.writes import check_reads, statistics
 
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
+Owners = tuple[nn.Module, ...]
 
 NOT_SAVED = Opinion(CheckpointPolicy.PREFER_RECOMPUTE, "made again from what it shows")
 
@@ -85,18 +87,18 @@ def _light_contexts(policy: Policy) -> Contexts:
 
 
 def selective_contexts(
-    policy: Policy, hooks: LightHooks | None = None, owner: nn.Module | None = None
+    policy: Policy, hooks: LightHooks | None = None, owners: Owners = ()
 ) -> Contexts:
     """The two modes for one run of a region: for its forward, and for its recomputation.
 
     Args:
         policy: what the forward saves.
         hooks: for a region of ``torch.utils.checkpoint``: hooks lighter than torch's.
-        owner: the module that the region is, where its buffers are to change only once.
+        owners: the modules that the region runs, where their buffers are to change only once.
     """
     memory = RegionMemory()
     forward = ForwardMode(policy, memory, hooks)
-    return forward, RecomputeMode(memory, hooks, owner, forward)
+    return forward, RecomputeMode(memory, hooks, owners, forward)
 
 
 class ForwardMode(TorchDispatchMode):
@@ -274,9 +276,9 @@ class ForwardMode(TorchDispatchMode):
         return output
 
 
-def running_statistics(owner: nn.Module) -> Iterator[int]:
+def running_statistics(owners: Owners) -> Iterator[int]:
     """The storages of the buffers that normalisations in training update, by their address."""
-    for module in owner.modules():
+    for module in (module for owner in owners for module in owner.modules()):
         if isinstance(module, _NormBase) and module.training:
             yield from (b.untyped_storage()._cdata for b in module.buffers(recurse=False))
 
@@ -307,28 +309,30 @@ class RecomputeMode(TorchDispatchMode):
         self,
         memory: RegionMemory,
         hooks: LightHooks | None = None,
-        owner: nn.Module | None = None,
+        owners: Owners = (),
         forward: ForwardMode | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owner = owner
+        self._owners = owners
         self._forward = forward
         self._buffers: frozenset[int] = frozenset()
         self._memory = memory
         self._hooks = hooks
         self._collects = False
+        self._outside: Outside | None = None
 
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
         self._cleanup = contextlib.ExitStack()
-        if self._hooks is not None and self._hooks.outside is not None:
-            self._hooks.outside.put_in()
-            self._cleanup.callback(self._hooks.outside.put_back)
-            self._owner = self._hooks.outside.owner()
+        outside = self._outside = None if self._hooks is None else self._hooks.outside
+        if outside is not None:
+            outside.put_in()
+            self._cleanup.callback(outside.put_back)
+            self._owners = outside.owners()
         if self._forward is not None and not self._memory.complete:
             self._cleanup.enter_context(self._forward.paused())
-        if self._owner is not None:
-            self._buffers = frozenset(running_statistics(self._owner))
+        if self._owners:
+            self._buffers = frozenset(running_statistics(self._owners))
         self._collects = self._hooks is not None and self._hooks.enter_recompute()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -343,6 +347,8 @@ class RecomputeMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._outside is not None and self._outside.suspects:
+            check_reads(self._outside, func, args, kwargs)
         if func not in IGNORED and is_mutable(func):
             if not self._memory.complete:
                 self._memory.about_to_change(overwritten(func, args, kwargs))
