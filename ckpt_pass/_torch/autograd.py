@@ -37,6 +37,7 @@ hooks_enabled: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_e
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 #: Where the class of what stands for a tensor among a region's arguments is from.
 _OF_TENSORS = "torch._C._autograd"
 
@@ -63,9 +64,12 @@ def without_history(value: torch.Tensor) -> torch.Tensor:
     Modes of dispatch do not see it made of a plain tensor: a trip into Python for each saved value
     would cost more than all else that is done with it.
     """
-    if not value.requires_grad:
-        return value
-    if torch._C._len_torch_dispatch_stack() and type(value) is torch.Tensor:
+    return data_of(value) if value.requires_grad else value
+
+
+def data_of(value: torch.Tensor) -> torch.Tensor:
+    """An alias of the memory that ``value`` looks at now; modes of dispatch do not see it made."""
+    if torch._C._len_torch_dispatch_stack() and type(value) in _PLAIN:
         with torch._C._DisableTorchDispatch():
             return value.data
     return value.data

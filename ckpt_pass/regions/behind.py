@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,8 @@ def _inside(value: Any) -> Iterator[Any]:
         yield from dict.values(value)
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, weakref.ref):
+        yield value()
     elif isinstance(value, types.MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, FUNCTION):

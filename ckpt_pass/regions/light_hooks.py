@@ -15,6 +15,7 @@ import torch
 from torch.autograd.profiler import record_function
 
 from ckpt_pass._torch import autograd, functorch
+from ckpt_pass._torch.switches import set_switches, switches_now
 from ckpt_pass.regions.arguments import Copier
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
@@ -40,6 +41,7 @@ class LightHooks:
         "_saved",
         "_stops_early",
         "_store",
+        "_switches",
         "name",
         "outside",
         "watch",
@@ -56,6 +58,7 @@ class LightHooks:
         self._complete = False
         self._checked = True
         self._stops_early = True
+        self._switches: tuple[Any, ...] | None = None
         #: What the region reads besides its arguments.
         self.outside: Outside | None = None
         #: Looks for what its forward overwrites, the first time.
@@ -76,6 +79,7 @@ class LightHooks:
         self._checked = frame.metadata_fn is None or frame.metadata_fn(_VALUE) is not None
         self._stops_early = bool(frame.early_stop)
         self._in_use = True
+        self._switches = switches_now()
         self._look_around(frame)
         asked = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
         autograd.push_saved_hooks(self._saved.pack, asked)
@@ -121,6 +125,9 @@ class LightHooks:
             self._range.__enter__()
         pack = hooks[0]
         self._store = []
+        if self._switches is not None:
+            self._switches, switches = switches_now(), self._switches
+            set_switches(switches)
         self._rerun = Recomputation(
             self.name, self._saved.looks, lambda: pack(_VALUE), self._checked
         )
@@ -137,6 +144,9 @@ class LightHooks:
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
+        if self._switches is not None:
+            self._switches, switches = switches_now(), self._switches
+            set_switches(switches)
         assert self._rerun is not None
         rerun, self._rerun = self._rerun, None
         made = rerun.handed_over()

@@ -87,7 +87,7 @@ class Outside:
                     self.about_to_change(tensor)
         if known.repointed or not known.watched:
             self._starts = {
-                id(tensor): autograd.without_history(tensor)
+                id(tensor): autograd.data_of(tensor)
                 for tensor in filter(_has_storage, tensors)
                 if not known.watched or self.name_of(tensor) in known.repointed
             }

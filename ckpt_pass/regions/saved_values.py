@@ -27,16 +27,6 @@ def _looks(value: torch.Tensor) -> Looks:
     return value.shape, value.dtype
 
 
-def _same_but_ragged(one: Looks, other: Looks) -> bool:
-    """Whether looks differ in ragged sizes only: nested tensors made anew have other symbols."""
-    pairs = zip(one[0], other[0], strict=False)
-    return (
-        one[1] == other[1]
-        and len(one[0]) == len(other[0])
-        and all(a == b or not (type(a) is int or type(b) is int) for a, b in pairs)
-    )
-
-
 class SavedLooks:
     """Describes the values that autograd saves in a region's forward, and keeps none.
 
@@ -95,8 +85,7 @@ class Recomputation:
         number = self._seen
         if number < self._count:  # what comes past all that the forward saved is let go in the end
             looks = (value.shape, value.dtype)
-            expected = self._expected[number]
-            if self._checked and looks != expected and not _same_but_ragged(looks, expected):
+            if self._checked and looks != self._expected[number]:
                 raise self._mismatch(number, value)
         self._store.append(autograd.without_history(value))
         self._seen = seen = number + 1
