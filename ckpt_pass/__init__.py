@@ -180,10 +180,12 @@ from ckpt_pass.errors import SharedModuleError as SharedModuleError
 from ckpt_pass.errors import SharedModuleWarning as SharedModuleWarning
 from ckpt_pass.errors import SizeError as SizeError
 from ckpt_pass.errors import SnapshotError as SnapshotError
+from ckpt_pass.errors import SpentIteratorError as SpentIteratorError
 from ckpt_pass.errors import StepArgumentError as StepArgumentError
 from ckpt_pass.errors import StrategyError as StrategyError
 from ckpt_pass.errors import SweepArgumentError as SweepArgumentError
 from ckpt_pass.errors import SymbolicBytesError as SymbolicBytesError
+from ckpt_pass.errors import TransformInRegionError as TransformInRegionError
 from ckpt_pass.errors import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.errors import UncoveredBudgetWarning as UncoveredBudgetWarning
 from ckpt_pass.errors import UnknownCostError as UnknownCostError

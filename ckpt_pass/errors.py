@@ -70,6 +70,7 @@ from ckpt_pass.regions.arguments import MutatedArgumentError as MutatedArgumentE
 from ckpt_pass.regions.checkpointing import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.regions.checkpointing import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.regions.checkpointing import ReentrantRegionError as ReentrantRegionError
+from ckpt_pass.regions.frame import TransformInRegionError as TransformInRegionError
 from ckpt_pass.regions.outside import MutatedStateError as MutatedStateError
 from ckpt_pass.regions.region import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.regions.region import MutatedActivationError as MutatedActivationError
@@ -80,6 +81,7 @@ from ckpt_pass.regions.wrapping import NotAppliedError as NotAppliedError
 from ckpt_pass.regions.wrapping import SegmentError as SegmentError
 from ckpt_pass.regions.wrapping import UnknownRegionError as UnknownRegionError
 from ckpt_pass.report.strategy_rows import UnknownStrategyError as UnknownStrategyError
+from ckpt_pass.state.objects import SpentIteratorError as SpentIteratorError
 from ckpt_pass.tools.ahead import NothingCompiledError as NothingCompiledError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError
 from ckpt_pass.tools.ahead import StepArgumentError as StepArgumentError

@@ -34,8 +34,15 @@ push_saved_hooks: Callable[[PackHook, UnpackHook], None] = (
 pop_saved_hooks: Callable[[], None] = torch._C._autograd._pop_saved_tensors_default_hooks
 #: ``torch.set_grad_enabled`` without its context manager.
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+#: Whether hooks on saved values are allowed now.
+hooks_enabled: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 #: Whether ``torch.func`` is transforming what runs now.
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+#: Where the class of what stands for a tensor among a region's arguments is from.
+_OF_TENSORS = "torch._C._autograd"
 
 
 def saved_hooks() -> tuple[PackHook, UnpackHook] | None:
@@ -62,7 +69,12 @@ def without_history(value: torch.Tensor) -> torch.Tensor:
     """
     if not value.requires_grad or value.is_leaf:
         return value
-    if torch._C._len_torch_dispatch_stack() and type(value) is torch.Tensor:
+    return data_of(value)
+
+
+def data_of(value: torch.Tensor) -> torch.Tensor:
+    """An alias of the memory that ``value`` looks at now; modes of dispatch do not see it made."""
+    if torch._C._len_torch_dispatch_stack() and type(value) in _PLAIN:
         with torch._C._DisableTorchDispatch():
             return value.data
     return value.data
@@ -86,6 +98,12 @@ def has_arguments_besides_tensors(frame: Any) -> bool:
     return not _SAVED.issuperset(map(type, frame.saved_args)) or bool(
         _closed_over(frame.recompute_fn, "kwargs")
     )
+
+
+def arguments_of_checkpoint(frame: Any) -> list[Any]:
+    """What torch's checkpoint region keeps of its arguments, tensors excepted."""
+    found = [value for value in frame.saved_args if type(value).__module__ != _OF_TENSORS]
+    return found + list((_closed_over(frame.recompute_fn, "kwargs") or {}).values())
 
 
 def convert_arguments(frame: Any, convert: Callable[[Any], Any]) -> None:

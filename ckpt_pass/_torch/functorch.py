@@ -266,3 +266,8 @@ def selective_key(op: Any, args: tuple[Any, ...]) -> Any:
 def default_store() -> Any:
     """The store that the default process group was made with."""
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+def refused_hooks(error: RuntimeError) -> bool:
+    """Whether an error is that of a transform which allows no hooks on saved values."""
+    return "support saved tensor hooks" in str(error)

@@ -152,6 +152,8 @@ class Call:
         tensors: list[torch.Tensor] = []
 
         def make(value: Any) -> Any:
+            if isinstance(value, torch.Generator):
+                return torch.Generator(value.device)  # the user's own is not to move on
             if not isinstance(value, TensorSpec):
                 return value
             tensors.append(value.make())
@@ -180,6 +182,8 @@ def specs_in(value: Any) -> Iterator[TensorSpec]:
 def _text(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, torch.Generator):
+        return f"a generator on {value.device}"
     return str(value) if isinstance(value, TensorSpec) else repr(value)
 
 

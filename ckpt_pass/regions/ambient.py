@@ -1,7 +1,8 @@
 """What is around a region when its forward runs, and must be around its recomputation again.
 
-That is autocast, a default device, and the state of the random generators. Each is looked at only
-as far as it costs next to nothing: a region of a small model runs in some 100 microseconds.
+That is autocast, a default device, torch's switches (default dtype, deterministic algorithms,
+allowed attention kernels), and the state of the random generators. Each is looked at only as far as
+it costs next to nothing: a region of a small model runs in some 100 microseconds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from ckpt_pass._torch import autograd
+from ckpt_pass._torch.switches import set_switches, switches_now
 
 AutocastState = tuple[bool, torch.dtype, bool]
 _CPU = ("cpu",)
@@ -36,7 +38,9 @@ def _autocast_state(device_type: str) -> AutocastState:
 
 
 class Ambient:
-    """Autocast and the default device, as they are when this is made: in a region's forward.
+    """Autocast, the default device and torch's switches, as they are when this is made.
+
+    That is in a region's forward.
 
     Args:
         devices: those of the region's arguments, other than the CPU.
@@ -44,18 +48,20 @@ class Ambient:
     Attributes:
         autocast: its state, by device type.
         device: the ``with torch.device(...)`` around, if any.
+        switches: what decides which kernels run, and in which precision.
     """
 
-    __slots__ = ("autocast", "device")
+    __slots__ = ("autocast", "device", "switches")
 
     def __init__(self, devices: tuple[torch.device, ...]) -> None:
         kinds = ("cpu", *dict.fromkeys(d.type for d in devices)) if devices else _CPU
         self.autocast = [(kind, _autocast_state(kind)) for kind in kinds]
         self.device = autograd.device_context()
+        self.switches = switches_now()
 
     def changed(self) -> bool:
         """Whether there is something to enter."""
-        if self.device is not None:
+        if self.device is not None or switches_now() != self.switches:
             return True
         return any(_autocast_state(kind) != state for kind, state in self.autocast)
 
@@ -69,6 +75,10 @@ class Ambient:
                 )
         if self.device is not None:
             stack.enter_context(self.device)
+        now = switches_now()
+        if now != self.switches:
+            stack.callback(set_switches, now)
+            set_switches(self.switches)
 
 
 class RandomState:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
@@ -75,7 +75,7 @@ class Copier:
 
     def __call__(self, value: Any) -> Any:
         cls = type(value)
-        if cls in _KEPT or isinstance(value, (torch.Tensor, nn.Module)):
+        if cls in _KEPT or isinstance(value, torch.Tensor):
             return value
         made = self._made.get(id(value))
         if made is None:
@@ -145,10 +145,12 @@ class Arguments:
             self.mutable = copier.mutable
         self.devices = accelerators(tensors)
         self._args, self._kwargs = args, kwargs
-        self._tensors: list[tuple[torch.Tensor, int]] = []
+        self._tensors: list[tuple[torch.Tensor, int, bool]] = []
         hooks = autograd.saved_hooks()
         if hooks is None:
-            self._tensors = [(t, t._version) for t in tensors if not t.is_inference()]
+            self._tensors = [
+                (t, t._version, t.requires_grad) for t in tensors if not t.is_inference()
+            ]
         else:
             self._pack_with(hooks)
 
@@ -177,7 +179,20 @@ class Arguments:
         """
         if self._unpack is not None:
             return self._unpacked()
+        switched = {id(t): flag for t, _, flag in self._tensors if t.requires_grad is not flag}
+        if switched:
+            return self._with_flags(switched)
         return self._args, self._kwargs
+
+    def _with_flags(self, flags: dict[int, bool]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, but leaves that require gradients as they did."""
+
+        def flagged(value: torch.Tensor) -> torch.Tensor:
+            flag = flags.get(id(value))
+            return value if flag is None else value.detach().requires_grad_(flag)
+
+        args, kwargs = tree_map_only(torch.Tensor, flagged, (self._args, self._kwargs))
+        return args, kwargs
 
     def check(self) -> None:
         """Raise unless the tensors are what they were; containers hold what they held.
@@ -185,7 +200,7 @@ class Arguments:
         Raises:
             MutatedArgumentError: one was changed in place in the meantime.
         """
-        for tensor, version in self._tensors:
+        for tensor, version, _ in self._tensors:
             if tensor._version != version:
                 named = _named(self._args, self._kwargs)
                 where = next((name for name, value in named if value is tensor), "")

@@ -213,9 +213,15 @@ def run_region(
 def _leaves_no_region() -> bool:
     """Whether what runs now is transformed, or written down, into what knows no regions.
 
-    ``torch.func`` allows no hooks; ``torch.export`` makes a graph that has no backward.
+    ``torch.func`` and ``disable_saved_tensors_hooks`` allow no hooks;
+    ``torch.export`` makes a graph that has no backward.
     """
-    return autograd.transforms_active() or functorch.traces_before_autograd()
+    return (
+        autograd.transforms_active()
+        or functorch.traces_before_autograd()
+        # Dynamo cannot ask; what it traces allows them.
+        or not (torch.compiler.is_dynamo_compiling() or autograd.hooks_enabled())
+    )
 
 
 def options_for(
@@ -224,8 +230,16 @@ def options_for(
     keeps: Keeps | None = None,
     name: str | None = None,
     preserve_rng_state: bool = True,
+    arguments: tuple[Any, ...] = (),
 ) -> RegionOptions:
     """The options of a region: which modes go around it, in eager and in a trace.
+
+    Args:
+        fn: what it runs.
+        policy, keeps: what it keeps.
+        name: for messages.
+        preserve_rng_state: whether its recomputation draws the same random numbers.
+        arguments: what it is called with, where that is known.
 
     Raises:
         UnknownPolicyError: ``policy`` is none.

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import collections
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
 from typing import Any
 
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.holders import Holders, Spot, contents_of
+from ckpt_pass.state.objects import Keeper
+from ckpt_pass.state.spots import read_spot, write_spot
 
-_MISSING = object()
 _dict_values = dict.values
 
 
@@ -30,6 +31,7 @@ class Contents:
         "parameters",
         "sets",
         "spots",
+        "states",
     )
 
     def __init__(self, holders: Holders) -> None:
@@ -41,9 +43,10 @@ class Contents:
         self.sets: list[set[Any]] = list(map(set, holders.sets))
         self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
         self.spots = _read_all(holders.spots)
+        self.states: list[Any] = [keeper.read(value) for value, keeper in holders.objects]
         # Values that compare at no risk: lists of the same objects are equal before any is asked.
         self._flat = _values(self) if holders.simple else None
-        others = self.maps or self.lists or self.sets or self.cells or self.spots
+        others = self.maps or self.lists or self.sets or self.cells or self.spots or self.states
         self._is_all = not others
 
     def held_by(self, holders: Holders) -> bool:
@@ -70,7 +73,14 @@ class Contents:
             and (
                 not was.spots or _same([[read_spot(*spot[:2]) for spot in now.spots]], [was.spots])
             )
+            and not any(was.moved(now))
         )
+
+    def moved(self, holders: Holders) -> Iterator[tuple[Any, Keeper, Any]]:
+        """Objects whose state is another now: how it is kept, and what it was."""
+        for (value, keeper), state in zip(holders.objects, self.states, strict=True):
+            if not keeper.same(state, keeper.read(value)):
+                yield value, keeper, state
 
     def put_into(self, holders: Holders) -> None:
         """Make them hold this again."""
@@ -104,6 +114,9 @@ class Contents:
         for (space, name, _), value in zip(holders.spots, self.spots, strict=True):
             if read_spot(space, name) is not value:
                 write_spot(space, name, value)
+        for thing, keeper, state in self.moved(holders):
+            if keeper.write is not None:
+                keeper.write(thing, state)
 
 
 def _values(held: Holders | Contents) -> list[Any]:
@@ -139,30 +152,6 @@ def _sharded(*values: Any) -> bool:
 
 def _read_all(spots: list[Spot]) -> list[Any]:
     return [read_spot(space, name) for space, name, _ in spots]
-
-
-def read_spot(space: Any, name: str) -> Any:
-    """What a name in a namespace holds now."""
-    if isinstance(space, dict):
-        return space.get(name, _MISSING)
-    if isinstance(space, type):
-        return vars(space).get(name, _MISSING)
-    return getattr(space, name, _MISSING)
-
-
-def write_spot(space: Any, name: str, value: Any) -> None:
-    """Make a name in a namespace hold a value, or be gone."""
-    if value is _MISSING:
-        if isinstance(space, dict):
-            del space[name]
-        else:
-            delattr(space, name)
-    elif isinstance(space, dict):
-        space[name] = value
-    elif isinstance(space, type):
-        setattr(space, name, value)
-    else:
-        object.__setattr__(space, name, value)  # of frozen dataclasses too
 
 
 def _fill_mapping(mapping: dict[Any, Any], held: dict[Any, Any]) -> None:

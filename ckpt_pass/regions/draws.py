@@ -18,40 +18,56 @@ from ckpt_pass._torch import functorch
 from ckpt_pass.ops.taxonomy import draws_random
 from ckpt_pass.policy.sites import output_tensors
 
+Source = torch.device | torch.Generator
 
-def random_device(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
-    """The device whose default generator this call advances, or ``None`` if it draws nothing.
 
-    A generator that the caller passes is the caller's: a checkpoint does not restore it either.
+def random_source(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Source | None:
+    """What this call draws from; ``None`` if it draws nothing.
+
+    That is the generator that it is given, or the default one of its device.
     """
-    if not draws_random(op, args, kwargs) or kwargs.get("generator") is not None:
+    if not draws_random(op, args, kwargs):
         return None
     if any(
         isinstance(mode, functorch.FakeTensorMode) for mode in _get_current_dispatch_mode_stack()
     ):
         return None  # nothing is computed: a trace, or a run on shapes alone
+    given: torch.Generator | None = kwargs.get("generator")
     tensor = next(iter(output_tensors((*args, *kwargs.values()))), None)
     device = tensor.device if tensor is not None else torch.device(kwargs.get("device") or "cpu")
+    if given is not None:
+        device = given.device
     if device.type == "meta":
         return None
     # Reading the state of a generator is an error while its device captures a graph.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return None if capturing else device
+    return None if capturing else given or device
 
 
-def _state(device: torch.device) -> torch.Tensor:
+def _state(source: Source) -> torch.Tensor:
     """A generator's state: 5,056 bytes on the CPU, 16 on CUDA (torch 2.13), always on the host."""
-    if device.type == "cpu":
+    if isinstance(source, torch.Generator):
+        return source.get_state()
+    if source.type == "cpu":
         return torch.get_rng_state()
-    state: torch.Tensor = torch.get_device_module(device).get_rng_state(device)
+    state: torch.Tensor = torch.get_device_module(source).get_rng_state(source)
     return state
+
+
+def _set_state(source: Source, state: torch.Tensor) -> None:
+    if isinstance(source, torch.Generator):
+        source.set_state(state)
+    elif source.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(source).set_rng_state(state, source)
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The state of a device's default generator before and after an op drew from it."""
+    """The state of a generator before and after an op drew from it."""
 
-    device: torch.device
+    source: Source
     before: torch.Tensor
     after: torch.Tensor
 
@@ -62,25 +78,21 @@ class Draw:
         recomputation draws from the program's own stream, which must not be set back.
         """
         with _disable_current_modes():
-            if not torch.equal(_state(self.device), self.before):
-                return
-        if self.device.type == "cpu":
-            torch.set_rng_state(self.after)
-        else:
-            torch.get_device_module(self.device).set_rng_state(self.after, self.device)
+            if torch.equal(_state(self.source), self.before):
+                _set_state(self.source, self.after)
 
 
 class DrawWatch:
     """Takes the random state around one op that may draw."""
 
-    __slots__ = ("_before", "_device")
+    __slots__ = ("_before", "_source")
 
     def __init__(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._device = random_device(op, args, kwargs)
-        self._before = None if self._device is None else _state(self._device)
+        self._source = random_source(op, args, kwargs)
+        self._before = None if self._source is None else _state(self._source)
 
     def finished(self) -> Draw | None:
         """What was drawn since, or ``None``."""
-        if self._device is None or self._before is None:
+        if self._source is None or self._before is None:
             return None
-        return Draw(self._device, self._before, _state(self._device))
+        return Draw(self._source, self._before, _state(self._source))

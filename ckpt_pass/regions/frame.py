@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.profiler import record_function
 
+from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd, functorch, modules
 from ckpt_pass.policy.rules import Policy
 from ckpt_pass.regions.ambient import Ambient, RandomState, drawing_from
@@ -26,7 +27,7 @@ from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory
 from ckpt_pass.regions.sac import RecomputeMode, selective_contexts
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
-from ckpt_pass.regions.writes import WriteWatch, known_of
+from ckpt_pass.regions.writes import ReadWatch, WriteWatch, known_of
 
 Contexts = tuple[
     contextlib.AbstractContextManager[Any] | None, contextlib.AbstractContextManager[Any] | None
@@ -58,6 +59,10 @@ class RegionOptions:
     checked: bool = True
     root: Any = None
     policy: Policy | None = None
+
+
+class TransformInRegionError(CkptPassError, RuntimeError):
+    """A region calls a transform of ``torch.func`` that allows no region around it."""
 
 
 class _Complete(BaseException):
@@ -107,7 +112,7 @@ class Frame:
         """Run the region; what autograd saves inside is not kept."""
         options = self._options
         root = self._fn if options.root is None else options.root
-        known = known_of(root)
+        known = known_of(root, *args, *kwargs.values())
         self._outside = outside = Outside(root, known)
         self._arguments = self._kept(args, kwargs)
         if self._arguments.mutable:
@@ -116,7 +121,7 @@ class Frame:
         self._ambient = Ambient(devices)
         # Kept to the end of the forward, for backwards inside it; longer where numbers were drawn.
         before = self._random = None if options.draws is False else RandomState(devices)
-        around = self._contexts = self._made_contexts()
+        around = self._contexts = self._made_contexts((args, kwargs))
         if known.watched and around[0] is None:
             output = self._run(args, kwargs)
         else:
@@ -128,21 +133,22 @@ class Frame:
                 output = self._run(args, kwargs)
             if not known.watched:
                 outside.learn()
+        outside.check_iterators()
         if before is not None and not options.draws and not before.moved():
             self._random = None
         self._complete = True
         self._store = []  # what a backward inside the region had made and left
         return output
 
-    def _made_contexts(self) -> Contexts:
+    def _made_contexts(self, arguments: tuple[Any, ...]) -> Contexts:
         """The modes around this run's forward and recomputation."""
         if self._options.contexts is not None:
             return self._options.contexts()
-        owner, policy = self._outside.owner_of_statistics(), self._options.policy
+        owners, policy = self._outside.owners_of_statistics(*arguments), self._options.policy
         if policy is not None:
-            return selective_contexts(policy, owner=owner)
-        # What keeps nothing must not change its module's buffers twice, either.
-        return _NONE if owner is None else (None, RecomputeMode(RegionMemory(), owner=owner))
+            return selective_contexts(policy, owners=owners)
+        # What keeps nothing must not change its modules' buffers twice, either.
+        return (None, RecomputeMode(RegionMemory(), owners=owners)) if owners else _NONE
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         return Arguments(args, kwargs, self._options.name, self._outside.has)
@@ -151,6 +157,15 @@ class Frame:
         autograd.push_saved_hooks(self._saved.pack, self._unpack)
         try:
             return self._fn(*args, **kwargs)
+        except RuntimeError as error:
+            if not functorch.refused_hooks(error):
+                raise
+            raise TransformInRegionError(
+                f"{self._options.name} is a checkpoint region and calls a transform of torch.func "
+                "(grad, vjp, jacrev, hessian) inside, which allows no hooks on saved values; got "
+                f"{str(error)!r}. Expected torch.autograd.grad, jvp or vmap there. Use one of "
+                "these, or make regions inside the transform: there they simply run."
+            ) from error
         finally:
             autograd.pop_saved_hooks()
 
@@ -218,7 +233,7 @@ class Frame:
             autograd.set_grad_enabled(was_enabled)
 
     def _needs_nothing_around(self) -> bool:
-        bare = self._random is None and self._contexts[1] is None
+        bare = self._random is None and self._contexts[1] is None and not self._outside.suspects
         return bare and not functorch.profiler_is_running() and not self._ambient.changed()
 
     def _prepare(self, stack: contextlib.ExitStack) -> None:
@@ -230,6 +245,8 @@ class Frame:
             stack.enter_context(drawing_from(self._random))
         if self._contexts[1] is not None:
             stack.enter_context(self._contexts[1])
+        if self._outside.suspects:
+            stack.enter_context(ReadWatch(self._outside))
 
 
 def _stop() -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import dis
 import functools
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from typing import Any
@@ -22,6 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from ckpt_pass.state.code_names import CODE, FUNCTION, generators_named, names_read
+from ckpt_pass.state.objects import Keeper, keeper_for
+from ckpt_pass.state.spots import slots_of
 
 #: What every module has; its contents are looked at one by one.
 _NAMES = list(nn.Module().__dict__)
@@ -40,7 +44,7 @@ ATOMS: frozenset[type] = frozenset(
     (
         *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range, type),
         *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
-        *(torch.Generator, torch.finfo, torch.iinfo, staticmethod, classmethod, property),
+        *(torch.finfo, torch.iinfo, staticmethod, classmethod, property),
         *(types.ModuleType, types.BuiltinFunctionType, types.GetSetDescriptorType),
         *(types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
     )
@@ -58,6 +62,8 @@ class _Kind(Enum):
     FUNCTION = auto()
     METHOD = auto()
     PARTIAL = auto()
+    REFERENCE = auto()
+    STATE = auto()
     OBJECT = auto()
 
 
@@ -71,6 +77,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Kind], ...] = (
     (types.FunctionType, _Kind.FUNCTION),
     (types.MethodType, _Kind.METHOD),
     (functools.partial, _Kind.PARTIAL),
+    (weakref.ref, _Kind.REFERENCE),
 )
 
 
@@ -80,30 +87,23 @@ def _find_kind(cls: type) -> _Kind:
     for base, kind in _KINDS:
         if issubclass(cls, base):
             return kind
+    if keeper_for(cls) is not None:
+        return _Kind.STATE
     if issubclass(cls, (threading.local, Enum, BaseException)):
         return _Kind.IGNORED
-    library = cls.__module__.partition(".")[0]
+    plain = _library(cls) in _PLAIN_OBJECTS or dataclasses.is_dataclass(cls)
+    return _Kind.OBJECT if plain or is_users(cls) else _Kind.IGNORED
+
+
+def _library(thing: Any) -> str:
+    return (thing.__module__ or "").partition(".")[0]
+
+
+def is_users(thing: Any) -> bool:
+    """Whether a class or function is of no library whose objects are no state of a region."""
+    library = _library(thing)
     known = library in _LIBRARIES or library in sys.stdlib_module_names
-    plain = library in _PLAIN_OBJECTS or dataclasses.is_dataclass(cls) or library == "__main__"
-    return _Kind.IGNORED if known and not plain else _Kind.OBJECT
-
-
-def _find_slots(cls: type) -> tuple[str, ...]:
-    """The names of an object's fields that are in no ``__dict__``."""
-    found = [name for base in cls.__mro__ for name in _as_names(vars(base).get("__slots__", ()))]
-    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
-
-
-def _as_names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-@functools.lru_cache(maxsize=4096)
-def _globals_in(code: types.CodeType) -> tuple[str, ...]:
-    """The globals that a function's code reads, and that of the functions that it makes."""
-    own = [i.argval for i in dis.get_instructions(code) if i.opname in _GLOBAL_OPS]
-    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return tuple(dict.fromkeys([*own, *(name for c in inner for name in _globals_in(c))]))
+    return not known or library == "__main__"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +115,14 @@ class _Class:
         norm: its buffers are running statistics.
         bases: its classes that are not torch's own: their attributes may be state.
         reads: the globals that their methods read: a namespace and a name.
+        generators: the random generators that their methods draw from by a module's functions.
     """
 
     managed: bool
     norm: bool
     bases: tuple[type, ...]
     reads: tuple[tuple[dict[str, Any], str], ...]
+    generators: tuple[Any, ...]
 
 
 def _find_class(cls: type) -> _Class:
@@ -130,38 +132,28 @@ def _find_class(cls: type) -> _Class:
         for base in cls.__mro__
         if base is not object and base.__module__.partition(".")[0] not in ("torch", "typing")
     )
-    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
-    for base in bases:
-        for name, fn in vars(base).items():
-            if type(fn) is _FUNCTION and name != "__init__":
-                found |= {(id(space), n): (space, n) for space, n in _reads(fn)}
-    scripted = issubclass(cls, torch.jit.ScriptModule)
-    return _Class(managed or scripted, issubclass(cls, _NormBase), bases, tuple(found.values()))
+    functions = [
+        fn
+        for base in bases
+        for name, fn in vars(base).items()
+        if type(fn) is FUNCTION and name != "__init__"
+    ]
+    found = {(id(space), n): (space, n) for fn in functions for space, n in names_read(fn)}
+    generators = {id(g): g for fn in functions for g in generators_named(fn)}
+    return _Class(
+        managed or issubclass(cls, torch.jit.ScriptModule),
+        issubclass(cls, _NormBase),
+        bases,
+        tuple(found.values()),
+        tuple(generators.values()),
+    )
 
 
-def _reads(fn: types.FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
-    """The globals that a function reads, and those that its file's functions read for it."""
-    space, todo, seen = fn.__globals__, [fn], {fn.__code__}
-    while todo:
-        for name in _globals_in(todo.pop().__code__):
-            value = space.get(name, _FUNCTION)
-            if type(value) is _FUNCTION and value.__globals__ is space:
-                if value.__code__ not in seen:
-                    seen.add(value.__code__)
-                    todo.append(value)
-            elif type(value) not in _CODE:
-                yield space, name
-
-
-_FUNCTION = types.FunctionType
-_GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"))
-#: What a name mostly stands for: code.
-_CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, _FUNCTION, torch.dtype))
 #: Globals and class attributes that count something.
 _NUMBERS = frozenset((int, float, bool, complex, type(None)))
 # Looked up for every value that is met.
 _kind: Callable[[Any], _Kind] = functools.lru_cache(maxsize=4096)(_find_kind)
-_slots: Callable[[Any], tuple[str, ...]] = functools.lru_cache(maxsize=4096)(_find_slots)
+_slots: Callable[[Any], tuple[str, ...]] = functools.lru_cache(maxsize=4096)(slots_of)
 _class: Callable[[Any], _Class] = functools.lru_cache(maxsize=4096)(_find_class)
 #: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
 Spot = tuple[Any, str, Any]
@@ -176,6 +168,7 @@ class Holders:
         maps, lists, sets: containers.
         cells: variables of closures.
         spots: single names in namespaces that belong to others too, and what they hold.
+        objects: those with a state of their own, and how it is kept.
         tensors: the tensors that are held; some more than once.
         lasting: whether the only tensors are modules' parameters and buffers, which stay.
         simple: whether there is nothing else besides numbers and code, either.
@@ -192,6 +185,7 @@ class Holders:
         "lists",
         "maps",
         "norms",
+        "objects",
         "parameters",
         "sets",
         "simple",
@@ -208,6 +202,7 @@ class Holders:
         self.sets: list[set[Any]] = []
         self.cells: list[types.CellType] = []
         self.spots: list[Spot] = []
+        self.objects: list[tuple[Any, Keeper]] = []
         self.tensors: list[torch.Tensor] = []
         self.lasting = self.simple = True
         self.norms = False
@@ -220,15 +215,18 @@ class Holders:
         for root in roots:
             if isinstance(root, nn.Module):
                 self._module(root)
-            elif isinstance(root, _FUNCTION):
-                for space, name in _reads(root):
+            elif isinstance(root, FUNCTION):
+                for space, name in names_read(root):
                     self._global(space, name)
-                self._todo.append((root, 0))
-            elif isinstance(root, (types.MethodType, functools.partial)):
-                inner = root.__func__ if isinstance(root, types.MethodType) else root.func
-                self.add(inner)
+                self._todo += [(root, 0), *((g, 0) for g in generators_named(root))]
+            elif isinstance(root, types.MethodType):
+                self.add(root.__func__, root.__self__)
+            elif isinstance(root, functools.partial):
+                self.add(root.func)
                 self._todo.append((root, 0))
             else:
+                if _kind(type(root)) is _Kind.OBJECT:
+                    self._class(_class(type(root)))
                 self._todo.append((root, 0))
         while self._todo:
             self._follow(*self._todo.pop())
@@ -298,14 +296,15 @@ class Holders:
                 continue
             self._seen.add(base)
             for name, value in vars(base).items():
-                if type(value) is not _FUNCTION and not name.startswith("__"):
+                if type(value) is not FUNCTION and not name.startswith("__"):
                     self._spot(base, name, value)
         for space, name in known.reads:
             self._global(space, name)
+        self._todo += [(generator, 0) for generator in known.generators]
 
     def _global(self, space: dict[str, Any], name: str) -> None:
-        value = space.get(name, _FUNCTION)
-        if type(value) not in _CODE:
+        value = space.get(name, FUNCTION)
+        if type(value) not in CODE:
             self._spot(space, name, value)
 
     def _spot(self, space: Any, name: str, value: Any) -> None:
@@ -355,10 +354,18 @@ class Holders:
             self._contents((value.__func__, value.__self__), depth)
         elif kind is _Kind.PARTIAL:
             self._contents((value.func, value.args, value.keywords), depth)
+        elif kind is _Kind.REFERENCE:
+            self._contents((value(),), depth)
+        elif (keeper := keeper_for(type(value))) is not None:
+            self.objects.append((value, keeper))
         if kind is _Kind.OBJECT or (kind in (_Kind.DICT, _Kind.LIST) and _has_fields(value)):
             self._object(value, depth)
 
     def _closure(self, fn: types.FunctionType, depth: int) -> None:
+        if fn.__code__ not in self._seen and is_users(fn):
+            self._seen.add(fn.__code__)
+            for space, name in names_read(fn):
+                self._global(space, name)
         for cell in fn.__closure__ or ():
             if id(cell) not in self._seen:
                 self._seen.add(id(cell))
@@ -372,9 +379,7 @@ class Holders:
         if type(own) is dict and id(own) not in self._seen:
             self._seen.add(id(own))
             self.attributes.append(own)
-            # A module behind an object (a trainer, a parent) is more than what the region runs.
-            found = [v for v in own.values() if not isinstance(v, nn.Module)]
-            self._contents(found, depth + 1)
+            self._contents(own.values(), depth + 1)
         for name in _slots(type(value)):
             held = getattr(value, name, None)
             self.spots.append((value, name, held))

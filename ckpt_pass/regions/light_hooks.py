@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.profiler import record_function
 
 from ckpt_pass._torch import autograd, functorch
+from ckpt_pass._torch.switches import set_switches, switches_now
 from ckpt_pass.regions.arguments import Copier
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
@@ -41,6 +42,7 @@ class LightHooks:
         "_saved",
         "_stops_early",
         "_store",
+        "_switches",
         "name",
         "outside",
         "watch",
@@ -57,6 +59,7 @@ class LightHooks:
         self._complete = False
         self._checked = True
         self._stops_early = True
+        self._switches: tuple[Any, ...] | None = None
         #: What the region reads besides its arguments.
         self.outside: Outside | None = None
         #: Looks for what its forward overwrites, the first time.
@@ -76,6 +79,7 @@ class LightHooks:
             return False
         self._stops_early = bool(frame.early_stop)
         self._in_use = True
+        self._switches = switches_now()
         self._look_around(frame)
         asked = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
         # What torch has noted of our value, if it checks any.
@@ -85,7 +89,7 @@ class LightHooks:
 
     def _look_around(self, frame: Any) -> None:
         fn = autograd.function_of_checkpoint(frame)
-        known = known_of(fn)
+        known = known_of(fn, *autograd.arguments_of_checkpoint(frame))
         if known.name is None:
             known.name = _name_of(fn)
         self.name = known.name or self.name
@@ -101,10 +105,12 @@ class LightHooks:
         """Pop them; what a backward inside the region had made and left is let go."""
         self._complete = True
         self._store = []
-        if self.watch is not None and self.outside is not None:
-            self.outside.learn()
-            self.watch = None
         autograd.pop_saved_hooks()
+        if self.outside is not None:
+            if self.watch is not None:
+                self.outside.learn()
+                self.watch = None
+            self.outside.check_iterators()
 
     def take(self, number: int) -> torch.Tensor | None:
         """A recomputed value, once; ``None`` where it was not recomputed, or taken before."""
@@ -124,6 +130,9 @@ class LightHooks:
             self._range.__enter__()
         pack = hooks[0]
         self._store = []
+        if self._switches is not None:
+            self._switches, switches = switches_now(), self._switches
+            set_switches(switches)
         self._rerun = Recomputation(
             self.name, self._saved.looks, lambda: pack(_VALUE), self._checked
         )
@@ -140,6 +149,9 @@ class LightHooks:
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
+        if self._switches is not None:
+            self._switches, switches = switches_now(), self._switches
+            set_switches(switches)
         assert self._rerun is not None
         rerun, self._rerun = self._rerun, None
         made = rerun.handed_over()

@@ -10,8 +10,7 @@ Whatever else has changed is an error with the tensor's name.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +19,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass.regions.contents import Contents, read_spot, write_spot
+from ckpt_pass._torch import autograd
+from ckpt_pass.regions.behind import modules_behind
+from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders, contents_of
+from ckpt_pass.regions.known import Known
+from ckpt_pass.regions.naming import name_of
+from ckpt_pass.state.objects import SpentIteratorError
+from ckpt_pass.state.spots import read_spot, write_spot
 
 
 class MutatedStateError(CkptPassError, RuntimeError):
@@ -29,62 +34,6 @@ class MutatedStateError(CkptPassError, RuntimeError):
 
     A parameter, a buffer, or a tensor on an attribute, in a container, closure or global.
     """
-
-
-class Known:
-    """What earlier runs of a region have told; a module carries its own.
-
-    Attributes:
-        watched: whether a run was looked at, op by op.
-        quiet: whether that run has left everything as it was.
-        overwritten: names of the tensors that the region overwrites, as :meth:`Outside.name_of`
-            gives them.
-        name: of the module's class or of the function, once it is needed.
-        options: for whoever runs the region: how it runs where nothing else is asked for.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "_contents",
-        "_holders",
-        "_root",
-        "name",
-        "options",
-        "overwritten",
-        "quiet",
-        "watched",
-    )
-
-    def __init__(self, root: nn.Module | None = None) -> None:
-        self.watched = False
-        self.quiet = False
-        self.overwritten: set[str] = set()
-        self.name: str | None = None
-        self.options: Any = None
-        self._root = None if root is None else weakref.ref(root)
-        self._holders: Holders | None = None
-        self._contents: Contents | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # copies and pickles of the module find out for themselves
-
-    def is_of(self, module: nn.Module) -> bool:
-        """Whether it is that module's own: replicas share what their original carries."""
-        return self._root is not None and self._root() is module
-
-    def look(self, root: Any) -> tuple[Holders, Contents]:
-        """The holders of a region's state, and what they hold now."""
-        holders, contents = self._holders, self._contents
-        if holders is None or contents is None or not contents.held_by(holders):
-            holders = Holders(root)
-            contents = Contents(holders)
-            # What is kept here lives on: never values of a step.
-            lasts = self._root is not None and holders.lasting
-            if lasts and all(tensor.is_leaf for tensor in holders.tensors):
-                self._holders, self._contents = holders, contents
-            else:
-                self._holders = self._contents = None
-        return holders, contents
 
 
 class Outside:
@@ -95,45 +44,99 @@ class Outside:
         known: what earlier runs have told.
     """
 
-    __slots__ = ("_before", "_copies", "_held", "_holders", "_known", "_roots", "_versions")
+    __slots__ = (
+        "_before",
+        "_copies",
+        "_flags",
+        "_held",
+        "_holders",
+        "_known",
+        "_roots",
+        "_starts",
+        "_switched",
+        "_versions",
+        "suspects",
+    )
 
     def __init__(self, root: Any, known: Known) -> None:
         self._roots: tuple[Any, ...] = (root,)
         self._known = known
         self._holders, self._held = known.look(root)
-        self._versions = _versions(self._holders.tensors)
+        #: The memory that tensors looked at when the forward began, by the tensor's id.
+        self._starts: dict[int, torch.Tensor] = {}
         #: Copies of storages as they were when the forward began, by the storage's address.
         self._copies: dict[int, torch.UntypedStorage] = {}
         self._before: Contents | None = None
-        if known.overwritten:
-            self._copy_overwritten()
+        self._switched: list[torch.Tensor] = []
+        #: What has moved and has no copy, by its storage: the recomputation must not read it.
+        self.suspects: dict[int, torch.Tensor] = {}
+        self._note_tensors()
 
     def add(self, *arguments: Any) -> None:
         """Hold what arguments lead to as well."""
         self._roots += arguments
-        self._holders = Holders(*self._roots)
+        self._holders = Holders(*self._roots, *self._known.generators)
         self._held = Contents(self._holders)
-        self._versions = _versions(self._holders.tensors)
-        if self._known.overwritten:
-            self._copy_overwritten()
+        self._note_tensors()
+
+    def _note_tensors(self) -> None:
+        known, tensors = self._known, self._holders.tensors
+        self._versions, self._flags = _versions(tensors), [t.requires_grad for t in tensors]
+        if known.overwritten:
+            for tensor in self.storages().values():
+                if self.name_of(tensor) in known.overwritten:
+                    self.about_to_change(tensor)
+        if known.repointed or not known.watched:
+            self._starts = {
+                id(tensor): autograd.data_of(tensor)
+                for tensor in filter(_has_storage, tensors)
+                if not known.watched or self.name_of(tensor) in known.repointed
+            }
 
     def learn(self) -> None:
-        """Let later runs know what the forward has done, which ends now."""
+        """Let later runs know what the forward has done, which was looked at and ends now."""
         known, holders = self._known, self._holders
+        for tensor in holders.tensors:
+            self.about_to_read(tensor)
         known.overwritten.update(self.overwritten())
+        self._starts = {
+            id(tensor): self._starts[id(tensor)]
+            for tensor in filter(_has_storage, holders.tensors)
+            if known.repointed and self.name_of(tensor) in known.repointed
+        }
         unmoved = not self._copies and _versions(holders.tensors) == self._versions
-        known.watched, known.quiet = True, unmoved and self._held.held_by(holders)
+        quiet = unmoved and not self._starts and self._held.held_by(holders)
+        moved = {id(value) for value, _, _ in self._held.moved(holders)}
+        known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
 
-    def owner_of_statistics(self) -> nn.Module | None:
-        """The module that the region is (or is a method of), if it has running statistics."""
-        if not self._holders.norms:
-            return None
+    def owners_of_statistics(self, *arguments: Any) -> tuple[nn.Module, ...]:
+        """The modules that the region runs, as far as they have running statistics.
+
+        Args:
+            arguments: the region's own: a function may run a module among them.
+        """
         root = self._roots[0]
-        owner = root if isinstance(root, nn.Module) else getattr(root, "__self__", None)
-        if not isinstance(owner, nn.Module):
-            return None
-        norms = (module for module in owner.modules() if isinstance(module, _NormBase))
-        return owner if any(norm.track_running_stats for norm in norms) else None
+        if isinstance(root, nn.Module):
+            return (root,) if self._holders.norms and _has_statistics(root) else ()
+        return tuple(filter(_has_statistics, modules_behind(*self._roots, *arguments)))
+
+    def check_iterators(self) -> None:
+        """Raise where the forward, which ends now, has moved what cannot be moved back.
+
+        Raises:
+            SpentIteratorError: it has.
+        """
+        if not self._holders.objects:
+            return
+        for thing, keeper, _ in self._held.moved(self._holders):
+            if keeper.write is None and keeper.copy is None:
+                raise SpentIteratorError(
+                    f"{self.name_of(thing)} (a {type(thing).__name__}) has moved on in the forward "
+                    "of a checkpoint region, and cannot be moved back for its recomputation, which "
+                    "would take other values from it. Expected the same values in both. Count in "
+                    "an attribute, take the value before the region and pass it in, or take the "
+                    "module out of the region."
+                )
 
     def has(self, container: Any) -> bool:
         """Whether a container's contents are put back."""
@@ -156,10 +159,14 @@ class Outside:
             if self._copied(tensor) is not None:
                 yield self.name_of(tensor)
 
-    def _copy_overwritten(self) -> None:
-        for tensor in self.storages().values():
-            if self.name_of(tensor) in self._known.overwritten:
-                self.about_to_change(tensor)
+    def about_to_read(self, tensor: torch.Tensor) -> None:
+        """Note where the forward has made a tensor look at other memory."""
+        start = self._starts.get(id(tensor))
+        if start is None or start.data_ptr() == tensor.data_ptr():
+            return
+        # Sharded training gives parameters their memory, of another size, for a while.
+        if tensor.shape == start.shape or not isinstance(tensor, nn.Parameter):
+            self._known.repointed.add(self.name_of(tensor))
 
     def _copied(self, tensor: torch.Tensor) -> torch.UntypedStorage | None:
         if not self._copies or not _has_storage(tensor):
@@ -176,7 +183,9 @@ class Outside:
             MutatedStateError: a tensor has other values now, and no copy of it is there.
         """
         holders, held = self._holders, self._held
-        moved = self._copies or _versions(holders.tensors) != self._versions
+        moved = self._copies or self._starts or _versions(holders.tensors) != self._versions
+        if [t.requires_grad for t in holders.tensors] != self._flags:
+            self._switch_flags()
         if not moved and held.held_by(holders):
             # What has changed nothing will not, this time.
             self._before = None if self._known.quiet else held
@@ -185,34 +194,82 @@ class Outside:
         before = Contents(holders)
         held.put_into(holders)
         self._before = before
+        stand_ins = self._copied_iterators() if holders.objects else {}
         if moved:
             try:
-                self._substitute(differentiable)
+                stand_ins |= self._substitutes(differentiable)
             except MutatedStateError:
                 self.put_back()
                 raise
+        if stand_ins:
+            self._replace(stand_ins)
+
+    def _switch_flags(self) -> None:
+        """Let leaves require gradients as they did; :meth:`put_back` ends that."""
+        for tensor, flag in zip(self._holders.tensors, self._flags, strict=True):
+            if tensor.is_leaf and tensor.requires_grad is not flag:
+                tensor.requires_grad_(flag)
+                self._switched.append(tensor)
+
+    def _copied_iterators(self) -> dict[int, Any]:
+        """Iterators that have moved on, by their id, and what takes their places."""
+        return {
+            id(thing): keeper.copy(state)
+            for thing, keeper, state in self._held.moved(self._holders)
+            if keeper.copy is not None
+        }
 
     def put_back(self) -> None:
         """Make the holders hold what they held before :meth:`put_in`."""
         before, self._before = self._before, None
+        switched, self._switched, self.suspects = self._switched, [], {}
+        for tensor in switched:
+            tensor.requires_grad_(not tensor.requires_grad)
         if before is not None and not before.held_by(self._holders):
             before.put_into(self._holders)
 
-    def _substitute(self, differentiable: bool) -> None:
-        """Put copies in the places of tensors that were changed in place."""
+    def _substitutes(self, differentiable: bool) -> dict[int, Any]:
+        """What takes the places of tensors that were changed in place, by their id."""
         copies = {address: _copy(storage) for address, storage in self._copies.items()}
-        stand_ins: dict[int, torch.Tensor] = {}
+        stand_ins: dict[int, Any] = {}
         present = {id(value) for value in self._present()}
         for tensor, version in zip(self._holders.tensors, self._versions, strict=True):
             if id(tensor) not in present or id(tensor) in stand_ins:
                 continue
-            address = tensor.untyped_storage()._cdata if _has_storage(tensor) else 0
-            if address in copies and not (differentiable and tensor.requires_grad):
-                stand_ins[id(tensor)] = _alias(tensor, copies[address])
-            elif _version(tensor) != version or address in copies:
-                raise self._moved(tensor)
-        if stand_ins:
-            self._replace(stand_ins)
+            start = self._start_of(tensor)
+            address = start.untyped_storage()._cdata if _has_storage(start) else 0
+            copied = copies.get(address)
+            if copied is None and start is not tensor:
+                copied = start.untyped_storage()
+            if copied is not None and not (differentiable and tensor.requires_grad):
+                stand_ins[id(tensor)] = _alias(tensor, start, copied)
+            elif _version(tensor) != version or copied is not None:
+                if not address:
+                    raise self._moved(tensor)
+                self.suspects[tensor.untyped_storage()._cdata] = tensor
+        return stand_ins
+
+    def _start_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What a tensor was when the forward began, if the forward makes it another."""
+        start = self._starts.get(id(tensor))
+        if start is None or (
+            start.data_ptr() == tensor.data_ptr()
+            and self.name_of(tensor) not in self._known.repointed
+        ):
+            return tensor
+        return start
+
+    def check_read(self, tensors: Iterable[Any]) -> None:
+        """Raise where the recomputation is about to read what has moved.
+
+        Raises:
+            MutatedStateError: it is.
+        """
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and _has_storage(tensor):
+                found = self.suspects.get(tensor.untyped_storage()._cdata)
+                if found is not None:
+                    raise self._moved(found)
 
     def _present(self) -> Iterator[Any]:
         """What the holders hold now, those that FSDP2 has taken away excepted."""
@@ -226,7 +283,7 @@ class Outside:
         for space, name, _ in holders.spots:
             yield read_spot(space, name)
 
-    def _replace(self, stand_ins: dict[int, torch.Tensor]) -> None:
+    def _replace(self, stand_ins: dict[int, Any]) -> None:
         holders = self._holders
         for mapping in holders.mappings():
             found = {k: stand_ins[id(v)] for k, v in dict.items(mapping) if id(v) in stand_ins}
@@ -256,27 +313,14 @@ class Outside:
             "x += 1), or take the module out of the region."
         )
 
-    def name_of(self, tensor: torch.Tensor) -> str:
-        """A name for a tensor that is held."""
-        for root in self._roots:
-            for name, module in _modules(root):
-                for kind, key, value in _members(module):
-                    if value is tensor:
-                        where = f"{name}.{key}" if name else str(key)
-                        return f"{kind} {where!r} of {type(module).__name__}"
-        for space, name, value in self._holders.spots:
-            if value is tensor:
-                kind = "The global" if isinstance(space, dict) else "The attribute"
-                return f"{kind} {name!r}"
-        for sequence, held in zip(self._holders.lists, self._held.lists, strict=True):
-            for index, value in enumerate(held):
-                if value is tensor:
-                    return f"Element {index} of a {type(sequence).__name__}"
-        for mapping, entries in zip(self._holders.maps, self._held.maps, strict=True):
-            for key, value in entries.items():
-                if value is tensor:
-                    return f"Entry {key!r} of a {type(mapping).__name__}"
-        return "A tensor"
+    def name_of(self, thing: Any) -> str:
+        """A name for a tensor or an object that is held."""
+        return name_of(thing, self._roots, self._holders, self._held)
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    norms = (inner for inner in module.modules() if isinstance(inner, _NormBase))
+    return any(norm.track_running_stats for norm in norms)
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -301,36 +345,13 @@ def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     return copied
 
 
-def _alias(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
-    """A leaf like a tensor, over another storage."""
+def _alias(
+    tensor: torch.Tensor, start: torch.Tensor, storage: torch.UntypedStorage
+) -> torch.Tensor:
+    """A leaf like a tensor, over another storage, which it looks at as ``start`` does."""
     with torch.no_grad():
-        made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        made.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+        made = torch.empty(0, dtype=start.dtype, device=start.device)
+        made.set_(storage, start.storage_offset(), start.size(), start.stride())
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(made, tensor.requires_grad)
     return made.requires_grad_(tensor.requires_grad)
-
-
-def _modules(root: Any) -> Iterator[tuple[str, nn.Module]]:
-    owner = root if isinstance(root, nn.Module) else getattr(root, "__self__", None)
-    if isinstance(owner, nn.Module):
-        yield from owner.named_modules()
-    for cell in getattr(root, "__closure__", None) or ():
-        for value in contents_of(cell):
-            if isinstance(value, nn.Module):
-                yield from value.named_modules()
-
-
-def _members(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    own = module.__dict__
-    for kind, held in (
-        ("Parameter", own.get("_parameters")),
-        ("Buffer", own.get("_buffers")),
-        ("Attribute", own),
-    ):
-        for key, value in dict.items(held or {}):
-            yield kind, key, value
-            if kind == "Attribute" and isinstance(value, (list, tuple)):
-                yield from (("Element", f"{key}[{n}]", item) for n, item in enumerate(value))
-            elif kind == "Attribute" and isinstance(value, dict) and not key.startswith("_"):
-                yield from (("Entry", f"{key}[{n!r}]", item) for n, item in value.items())

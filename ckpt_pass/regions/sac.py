@@ -50,10 +50,13 @@ from ckpt_pass.regions.actions import (
 )
 from ckpt_pass.regions.draws import Draw, DrawWatch
 from ckpt_pass.regions.light_hooks import LightHooks
+from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory, Saved
 from ckpt_pass.regions.watch import RegionRecord, new_record
+from ckpt_pass.regions.writes import check_reads
 
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
+Owners = tuple[nn.Module, ...]
 
 NOT_SAVED = Opinion(CheckpointPolicy.PREFER_RECOMPUTE, "made again from what it shows")
 
@@ -86,18 +89,18 @@ def _light_contexts(policy: Policy) -> Contexts:
 
 
 def selective_contexts(
-    policy: Policy, hooks: LightHooks | None = None, owner: nn.Module | None = None
+    policy: Policy, hooks: LightHooks | None = None, owners: Owners = ()
 ) -> Contexts:
     """The two modes for one run of a region: for its forward, and for its recomputation.
 
     Args:
         policy: what the forward saves.
         hooks: for a region of ``torch.utils.checkpoint``: hooks lighter than torch's.
-        owner: the module that the region is, where its buffers are to change only once.
+        owners: the modules that the region runs, where their buffers are to change only once.
     """
     memory = RegionMemory()
     forward = ForwardMode(policy, memory, hooks)
-    return forward, RecomputeMode(memory, hooks, owner, forward)
+    return forward, RecomputeMode(memory, hooks, owners, forward)
 
 
 class ForwardMode(QuickMode):
@@ -286,9 +289,9 @@ def _key(op: Any, args: tuple[Any, ...]) -> Any:
     return id(op) if isinstance(op, OpOverload) else functorch.selective_key(op, args)
 
 
-def running_statistics(owner: nn.Module) -> Iterator[int]:
+def running_statistics(owners: Owners) -> Iterator[int]:
     """The storages of the buffers that normalisations in training update, by their address."""
-    for module in owner.modules():
+    for module in (module for owner in owners for module in owner.modules()):
         if isinstance(module, _NormBase) and module.training:
             yield from (b.untyped_storage()._cdata for b in module.buffers(recurse=False))
 
@@ -307,7 +310,6 @@ def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 class RecomputeMode(QuickMode):
     """Runs a region again and hands out what its forward saved."""
 
-    _pause: contextlib.AbstractContextManager[None] | None = None
     _buffers: frozenset[int] = frozenset()
     _collects = False
 
@@ -315,47 +317,44 @@ class RecomputeMode(QuickMode):
         self,
         memory: RegionMemory,
         hooks: LightHooks | None = None,
-        owner: nn.Module | None = None,
+        owners: Owners = (),
         forward: ForwardMode | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owner = owner
+        self._owners = owners
         self._forward = forward
         self._memory = memory
         self._counted = memory.entries
         self._hooks = hooks
+        self._outside: Outside | None = None
 
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
-        outside = self._hooks.outside if self._hooks is not None else None
+        self._cleanup = contextlib.ExitStack()
+        outside = self._outside = None if self._hooks is None else self._hooks.outside
         if outside is not None:
             outside.put_in()
-            self._owner = outside.owner_of_statistics()
+            self._cleanup.callback(outside.put_back)
+            self._owners = outside.owners_of_statistics()
         if self._forward is not None and not self._memory.complete:
-            self._pause = self._forward.paused()
-            self._pause.__enter__()
-        if self._owner is not None:
-            self._buffers = frozenset(running_statistics(self._owner))
+            self._cleanup.enter_context(self._forward.paused())
+        if self._owners:
+            self._buffers = frozenset(running_statistics(self._owners))
         self._collects = self._hooks is not None and self._hooks.enter_recompute()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        hooks = self._hooks
-        try:
-            if hooks is not None and self._collects:
-                hooks.exit_recompute(failed=exc[0] is not None)
-        finally:
-            pause, self._pause = self._pause, None
-            if pause is not None:
-                pause.__exit__(None, None, None)
-            if hooks is not None and hooks.outside is not None:
-                hooks.outside.put_back()
+        with self._cleanup:
+            if self._hooks is not None and self._collects:
+                self._hooks.exit_recompute(failed=exc[0] is not None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if self._outside is not None and self._outside.suspects:
+            check_reads(self._outside, func, args, kwargs or {})
         call = simple_call(func)
         if call is None:
             return self._dispatch(func, args, kwargs or {})

@@ -18,24 +18,33 @@ import torch
 from torch import nn
 
 from ckpt_pass._torch.dispatch import QuickMode
-from ckpt_pass.regions.actions import is_mutable, overwritten, statistics
-from ckpt_pass.regions.outside import Known, Outside
+from ckpt_pass.regions.actions import is_free, is_mutable, overwritten, statistics
+from ckpt_pass.regions.behind import modules_behind
+from ckpt_pass.regions.known import Known
+from ckpt_pass.regions.outside import Outside
 
-#: Of functions, by their code: a lambda is made anew for every run.
-_known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
+#: Of functions, by their code (a lambda is made anew for every run), by the module that they run.
+_known: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Known]] = (
+    weakref.WeakKeyDictionary()
+)
 # Where a module carries its own: a plain attribute, ``None`` in copies and pickles.
 _ATTRIBUTE = "_ckpt_pass_known"
 
 
-def known_of(fn: Any) -> Known:
-    """What is known of a function or module; shared by all regions that run it."""
+def known_of(fn: Any, *arguments: Any) -> Known:
+    """What is known of a function or module; shared by all regions that run it.
+
+    Args:
+        fn: the function or module.
+        arguments: what it is called with: a function may run a module among them.
+    """
     while not isinstance(fn, nn.Module):
         if isinstance(fn, functools.partial):
-            fn = fn.func
+            fn, arguments = fn.func, (*arguments, fn.args, fn.keywords)
         elif isinstance(fn, types.MethodType) and isinstance(fn.__self__, nn.Module):
             fn = fn.__self__
         else:
-            return _of_code(fn)
+            return _of_code(fn, next(modules_behind(fn, *arguments), None))
     found = fn.__dict__.get(_ATTRIBUTE)
     if found is None or not found.is_of(fn):
         found = fn.__dict__[_ATTRIBUTE] = Known(fn)
@@ -47,14 +56,17 @@ def forget(module: nn.Module) -> None:
     module.__dict__.pop(_ATTRIBUTE, None)
 
 
-def _of_code(fn: Any) -> Known:
-    code = getattr(fn, "__code__", fn)
+def _of_code(fn: Any, module: nn.Module | None) -> Known:
+    inner = fn.__func__ if isinstance(fn, types.MethodType) else fn
+    code = getattr(inner, "__code__", inner)
     try:
-        found = _known.get(code)
-        if found is None:
-            found = _known[code] = Known()
+        by_module = _known.setdefault(code, weakref.WeakKeyDictionary())
     except TypeError:  # neither hashed nor referred to weakly: looked at in every run
         return Known()
+    of = Known if module is None else module
+    found = by_module.get(of)
+    if found is None:
+        found = by_module[of] = Known()
     return found
 
 
@@ -74,10 +86,45 @@ class WriteWatch(QuickMode):
         return func(*args, **kwargs)
 
     def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Copy what an op is about to overwrite."""
+        """Copy what an op is about to overwrite, note what it reads."""
+        for tensor in tensors_in(args, kwargs):
+            self._outside.about_to_read(tensor)
         for tensor in _written(func, args, kwargs):
             if _address(tensor) in self._storages:
                 self._outside.about_to_change(tensor)
+
+
+class ReadWatch(QuickMode):
+    """Refuses to let a recomputation read what has moved since its forward."""
+
+    def __init__(self, outside: Outside) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._outside = outside
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        check_reads(self._outside, func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def check_reads(outside: Outside, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise where an op reads what has moved; what only looks at it (a view) does not.
+
+    Raises:
+        MutatedStateError: it does.
+    """
+    if not is_free(func):
+        outside.check_read(tensors_in(args, kwargs))
+
+
+def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an op's arguments, and in lists there."""
+    for value in (*args, *kwargs.values()):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, torch.Tensor):
+                yield item
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:

@@ -1,10 +1,12 @@
 """What a model and its arguments hold: every place that running them may change.
 
 A *holder* is such a place: a dict, a list, a deque, a set, the attributes of an object, a closure's
-cell. Holders are found from the modules, by way of their attributes (parameters, buffers, hooks,
-submodules, the training flag and whatever else is there), containers in these, functions' closures,
-and objects of the user's own classes. Objects of torch's and of Python's own library are not looked
-into, nor are globals, the attributes of classes, and what a ``functools.cache`` keeps.
+cell, a global that counts. Holders are found from the modules, by way of their attributes
+(parameters, buffers, hooks, submodules, the training flag and whatever else is there), containers
+in these, functions' closures, and objects of the user's own classes. Random generators, arrays and
+iterators have their states noted, those that a module's code names as globals too. Other objects of
+torch's and of Python's own library are not looked into, nor are other globals, the attributes of
+classes, and what a ``functools.cache`` keeps.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-Replace = Callable[[torch.Tensor], torch.Tensor]
+from ckpt_pass.state.code_names import FUNCTION, generators_named, names_read
+from ckpt_pass.state.objects import Keeper, keeper_for
+from ckpt_pass.state.spots import read_spot, slots_of, write_spot
+
+Replace = Callable[[Any], Any]
 
 _PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType)
 _OBJECTS_OF = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "numpy"}
@@ -97,6 +103,31 @@ class Holder:
                     sequence.__setitem__(place, index, other)
 
 
+class Names:
+    """Single names in a namespace: the slots of an object, globals; as a :class:`Holder`."""
+
+    def __init__(self, space: Any, names: Iterable[str]) -> None:
+        self._space = space
+        self._before = {name: read_spot(space, name) for name in names}
+
+    def values(self) -> Iterator[Any]:
+        """What they held when they were found."""
+        yield from self._before.values()
+
+    def restore(self) -> None:
+        """Put back what they held."""
+        for name, value in self._before.items():
+            if read_spot(self._space, name) is not value:
+                write_spot(self._space, name, value)
+
+    def replace(self, replace: Replace) -> None:
+        """Put other tensors in the place of the tensors."""
+        for name, value in self._before.items():
+            other = replaced(value, replace)
+            if other is not value:
+                write_spot(self._space, name, other)
+
+
 def _kind(place: dict[Any, Any]) -> type[dict[Any, Any]]:
     """The class whose methods do nothing but hold: a subclass may do more when it is written to."""
     return OrderedDict if isinstance(place, OrderedDict) else dict
@@ -124,8 +155,8 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def replaced(value: Any, replace: Replace) -> Any:
-    """A tensor's stand-in, a tuple with those of its tensors, or the value itself."""
-    if isinstance(value, torch.Tensor):
+    """The stand-in of a tensor or iterator, a tuple with those in it, or the value itself."""
+    if isinstance(value, torch.Tensor) or copies_stand_in(value):
         return replace(value)
     if isinstance(value, tuple):
         items = [replaced(item, replace) for item in value]
@@ -135,19 +166,25 @@ def replaced(value: Any, replace: Replace) -> Any:
     return value
 
 
+def copies_stand_in(value: Any) -> bool:
+    """Whether a value is an iterator that only copies of it can be set back for."""
+    keeper = keeper_for(type(value))
+    return keeper is not None and keeper.copy is not None
+
+
 class Reached:
     """Everything that is reached from some values.
 
     Attributes:
         holders: each place once.
         tensors: each tensor once.
-        generators: random generators.
+        objects: those with a state of their own: how it is kept, and what it was.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
-        self.holders: list[Holder] = []
+        self.holders: list[Holder | Names] = []
         self.tensors: list[torch.Tensor] = []
-        self.generators: list[torch.Generator] = []
+        self.objects: list[tuple[Any, Keeper, Any]] = []
         self._seen: dict[int, Any] = {}
         stack = list(roots)
         while stack:
@@ -161,12 +198,13 @@ class Reached:
         if isinstance(value, torch.Tensor):
             self.tensors.append(value)
             yield vars(value)
-        elif isinstance(value, torch.Generator):
-            self.generators.append(value)
+        elif (keeper := keeper_for(type(value))) is not None:
+            self.objects.append((value, keeper, keeper.read(value)))
+            return
         elif isinstance(value, (dict, list, deque, set, types.CellType)):
-            holder = Holder(value)
-            self.holders.append(holder)
-            yield from holder.values()
+            place = Holder(value)
+            self.holders.append(place)
+            yield from place.values()
         elif isinstance(value, (tuple, frozenset)):
             yield from value
         elif isinstance(value, types.MethodType):
@@ -176,8 +214,31 @@ class Reached:
             yield from (value.__defaults__, value.__kwdefaults__, vars(value))
         elif isinstance(value, functools.partial):
             yield from (value.func, value.args, value.keywords)
+        if isinstance(value, nn.Module):
+            yield from self._named_by(type(value))
         if _is_open(value):
             yield vars(value)
+        names = () if isinstance(value, torch.Tensor) else slots_of(type(value))
+        if names and type(value).__module__.partition(".")[0] not in _OBJECTS_OF:
+            holder = Names(value, names)
+            self.holders.append(holder)
+            yield from holder.values()
+
+    def _named_by(self, cls: type) -> Iterator[Any]:
+        """What counts or draws among the globals that a class of modules names."""
+        if id(cls) in self._seen or cls.__module__.partition(".")[0] in _OBJECTS_OF:
+            return
+        self._seen[id(cls)] = cls
+        for fn in (fn for base in cls.__mro__ for fn in vars(base).values()):
+            if type(fn) is not FUNCTION or fn.__module__.partition(".")[0] in _OBJECTS_OF:
+                continue
+            yield from generators_named(fn)
+            for space, name in names_read(fn):
+                value = read_spot(space, name)
+                if type(value) in (int, float):
+                    self.holders.append(Names(space, [name]))
+                elif keeper_for(type(value)) is not None:
+                    yield value
 
 
 def _is_open(value: Any) -> bool:

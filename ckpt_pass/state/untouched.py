@@ -17,6 +17,7 @@ import torch
 
 from ckpt_pass._torch import autograd
 from ckpt_pass.state.holders import Reached, replaced
+from ckpt_pass.state.objects import Keeper, SpentIteratorError, keeper_for
 
 StandIn = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,10 +43,9 @@ def untouched(
     flags = [(t, t.requires_grad) for t in reached.tensors if t.is_leaf]
     written = [tensor for tensor in reached.tensors if values and _may_change(tensor)]
     copies = [(tensor, tensor.detach().clone()) for tensor in written]
-    generators = [(generator, generator.get_state()) for generator in reached.generators]
     with random_state_restored():
         try:
-            if stand_in is None:
+            if stand_in is None and not any(keeper.copy for _, keeper, _ in reached.objects):
                 yield roots
             else:
                 once = _Once(stand_in)
@@ -66,8 +66,20 @@ def untouched(
                 if not torch.equal(tensor, content):
                     with torch.no_grad():
                         tensor.copy_(content)
-            for generator, state in generators:
-                generator.set_state(state)
+            for thing, keeper, state in reached.objects:
+                _set_back(thing, keeper, state)
+
+
+def _set_back(thing: Any, keeper: Keeper, state: Any) -> None:
+    if keeper.same(state, keeper.read(thing)):
+        return
+    if keeper.write is None:
+        raise SpentIteratorError(
+            f"A {type(thing).__name__} that the model reads from has moved on while the model was "
+            "looked at, and cannot be moved back. Expected state that can: count in an attribute, "
+            "or hand values in as arguments."
+        )
+    keeper.write(thing, state)
 
 
 @contextlib.contextmanager
@@ -82,16 +94,24 @@ def holders_restored(*roots: Any) -> Iterator[None]:
 
 
 class _Once:
-    """One stand-in for each tensor, with the attributes that the user gave the tensor."""
+    """One stand-in for each tensor, with what the user set on it; a copy for each iterator."""
 
-    def __init__(self, stand_in: StandIn) -> None:
+    def __init__(self, stand_in: StandIn | None) -> None:
         self._stand_in = stand_in
-        self._made: dict[int, torch.Tensor] = {}
+        self._made: dict[int, Any] = {}
 
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        found = self._made.get(id(tensor))
+    def __call__(self, thing: Any) -> Any:
+        if isinstance(thing, torch.Tensor):
+            return thing if self._stand_in is None else self._tensor(thing, self._stand_in)
+        keeper = keeper_for(type(thing))
+        if keeper is None or keeper.copy is None:
+            return thing
+        return self._made.setdefault(id(thing), keeper.copy(thing))
+
+    def _tensor(self, tensor: torch.Tensor, stand_in: StandIn) -> torch.Tensor:
+        found: torch.Tensor | None = self._made.get(id(tensor))
         if found is None:
-            found = self._made[id(tensor)] = self._stand_in(tensor)
+            found = self._made[id(tensor)] = stand_in(tensor)
             given = {} if autograd.is_fake(tensor) else vars(tensor)
             for name, value in given.items():
                 vars(found).setdefault(name, value)

@@ -1,0 +1,80 @@
+"""What earlier runs of a region have told, so that later ones need not look at every op."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from ckpt_pass.regions.contents import Contents
+from ckpt_pass.regions.holders import Holders
+from ckpt_pass.state.objects import global_generators
+
+
+class Known:
+    """What earlier runs of a region have told; a module carries its own.
+
+    Attributes:
+        watched: whether a run was looked at, op by op.
+        quiet: whether that run has left everything as it was.
+        overwritten: names of the tensors that the region overwrites, as :meth:`Outside.name_of`
+            gives them.
+        repointed: of those that it makes look at other memory (``tensor.data = ...``).
+        generators: those of the global random generators that it draws from; all of them until
+            that is known.
+        name: of the module's class or of the function, once it is needed.
+        options: for whoever runs the region: how it runs where nothing else is asked for.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_contents",
+        "_holders",
+        "_root",
+        "generators",
+        "name",
+        "options",
+        "overwritten",
+        "quiet",
+        "repointed",
+        "watched",
+    )
+
+    def __init__(self, root: nn.Module | None = None) -> None:
+        self.watched = False
+        self.quiet = False
+        self.overwritten: set[str] = set()
+        self.repointed: set[str] = set()
+        self.generators = global_generators()
+        self.name: str | None = None
+        self.options: Any = None
+        self._root = None if root is None else weakref.ref(root)
+        self._holders: Holders | None = None
+        self._contents: Contents | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # copies and pickles of the module find out for themselves
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether it is that module's own: replicas share what their original carries."""
+        return self._root is not None and self._root() is module
+
+    def look(self, root: Any) -> tuple[Holders, Contents]:
+        """The holders of a region's state, and what they hold now."""
+        holders, contents = self._holders, self._contents
+        if holders is None or contents is None or not contents.held_by(holders):
+            holders = Holders(root, *self.generators)
+            contents = Contents(holders)
+            # What is kept here lives on: never values of a step.
+            lasts = self._root is not None and holders.lasting
+            if lasts and all(tensor.is_leaf for tensor in holders.tensors):
+                self._holders, self._contents = holders, contents
+            else:
+                self._holders = self._contents = None
+        return holders, contents
+
+    def learnt(self, quiet: bool, generators: tuple[Any, ...]) -> None:
+        """Note what a run that was looked at has done."""
+        self.watched, self.quiet, self.generators = True, quiet, generators
+        self._holders = self._contents = None

@@ -1,0 +1,205 @@
+"""Objects with a state that no reference to them keeps: generators, arrays, iterators.
+
+Each kind is read, compared and put back in its own way. Iterators that can be copied have copies
+standing in for them; those that cannot (generators of Python, chains of iterators) can only be seen
+to have moved on.
+"""
+
+from __future__ import annotations
+
+import array
+import copy
+import functools
+import inspect
+import itertools
+import operator
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ckpt_pass._errors import CkptPassError
+
+#: Arrays up to this size are copied; a larger one is data that a step reads.
+MOST_BYTES = 1 << 16
+
+
+class SpentIteratorError(CkptPassError, RuntimeError):
+    """What runs twice has moved an iterator on that nothing can move back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """How the state of objects of one class is kept.
+
+    Attributes:
+        read: the state as a value of its own.
+        same: whether two states are the same.
+        write: gives an object a state back; ``None`` where nothing can.
+        copy: makes an object of a state, to stand in for the one that cannot be written to.
+    """
+
+    read: Callable[[Any], Any]
+    same: Callable[[Any, Any], bool] = lambda a, b: bool(a == b)
+    write: Callable[[Any, Any], None] | None = None
+    copy: Callable[[Any], Any] | None = None
+
+
+def global_generators() -> tuple[Any, ...]:
+    """Python's random generator, and numpy's where numpy is imported."""
+    numpy = sys.modules.get("numpy")
+    found = () if numpy is None else (numpy.random.mtrand._rand,)
+    return (_PYTHONS, *found)
+
+
+def generators_behind(value: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    """The random generators behind a module or function that code names.
+
+    Args:
+        value: what a global name stands for.
+        names: what else the code names: ``np.random.rand`` names ``random``.
+    """
+    if isinstance(value, types.ModuleType):
+        if value is random:
+            yield _PYTHONS
+        elif value.__name__ == "numpy.random" or (value.__name__ == "numpy" and "random" in names):
+            yield sys.modules["numpy"].random.mtrand._rand
+    elif (
+        isinstance(value, types.BuiltinFunctionType)
+        and keeper_for(type(value.__self__)) is not None
+    ):
+        yield value.__self__
+
+
+#: What the functions of ``random`` are methods of.
+_PYTHONS: random.Random = random.seed.__self__  # type: ignore[attr-defined]
+
+
+def _state_of_torchs(generator: torch.Generator) -> torch.Tensor:
+    return generator.get_state()
+
+
+def _same_states(one: torch.Tensor, other: torch.Tensor) -> bool:
+    # Not by an op of torch, which dispatch modes around would see.
+    return bool(one.numpy().tobytes() == other.numpy().tobytes())
+
+
+def _contents(values: Any) -> bytes | None:
+    kept = values.nbytes <= MOST_BYTES and not values.dtype.hasobject
+    return values.tobytes() if kept else None
+
+
+def _fill(values: Any, contents: bytes | None) -> None:
+    if contents is not None and values.nbytes == len(contents):
+        numpy = sys.modules["numpy"]
+        numpy.copyto(values, numpy.frombuffer(contents, values.dtype).reshape(values.shape))
+
+
+def _replace(sequence: Any, contents: Any) -> None:
+    sequence[:] = contents
+
+
+def _where(iterator: Any) -> list[int]:
+    """Where an iterator is, and those that it reads from."""
+    if isinstance(iterator, types.GeneratorType):
+        frame = iterator.gi_frame
+        at = -1 if frame is None else frame.f_lasti
+        return [at, *_numbers(tuple(inspect.getgeneratorlocals(iterator).values()))]
+    if isinstance(iterator, _OF_DICTS):
+        return [operator.length_hint(iterator)]
+    return _numbers(iterator.__reduce__())
+
+
+def _numbers(position: Any) -> list[int]:
+    """The numbers of a position, and who its objects are; only iterators are looked into."""
+    if isinstance(position, tuple):
+        return [number for part in position for number in _numbers(part)]
+    if isinstance(position, _ITERATORS):
+        return _where(position)
+    return [position if isinstance(position, int) else id(position)]
+
+
+def _plain(state: Any) -> Any:
+    """The state of a generator of numpy's as values that compare."""
+    if isinstance(state, dict):
+        return [(name, _plain(value)) for name, value in state.items()]
+    return state.tobytes() if hasattr(state, "tobytes") else state
+
+
+_TORCHS = Keeper(_state_of_torchs, _same_states, lambda g, state: g.set_state(state))
+_RANDOM = Keeper(lambda g: g.getstate(), write=lambda g, state: g.setstate(state))
+_BYTES = Keeper(bytes, write=_replace)
+_ARRAY = Keeper(lambda a: a[:], write=_replace)
+_NUMPYS = Keeper(_contents, write=_fill)
+_COPIED = Keeper(copy.copy, lambda a, b: _where(a) == _where(b), copy=copy.copy)
+_SEEN = Keeper(_where)
+
+_SEQUENCES: tuple[Any, ...] = ([], (), range(0), range(1 << 70), "", b"")
+#: Iterators whose copies share nothing that moves.
+_COPYABLE: tuple[type, ...] = (
+    itertools.count,
+    *(type(iter(values)) for values in _SEQUENCES),
+)
+_EMPTY: dict[Any, Any] = {}
+_OF_DICTS: tuple[type, ...] = tuple(
+    type(iter(values)) for values in (_EMPTY, _EMPTY.values(), _EMPTY.items())
+)
+#: Others: what they read from is shared with their copies.
+_OTHERS: tuple[type, ...] = (
+    *(types.GeneratorType, itertools.cycle, itertools.chain, itertools.islice),
+    *(enumerate, zip, map, filter, *_OF_DICTS),
+)
+_ITERATORS = (*_COPYABLE, *_OTHERS)
+_KINDS: tuple[tuple[tuple[type, ...], Keeper], ...] = (
+    ((torch.Generator,), _TORCHS),
+    ((bytearray,), _BYTES),
+    ((array.array,), _ARRAY),
+    (_COPYABLE, _COPIED),
+    (_OTHERS, _SEEN),
+)
+
+
+def _find_keeper(cls: type) -> Keeper | None:
+    for classes, keeper in _KINDS:
+        if issubclass(cls, classes):
+            return keeper
+    if issubclass(cls, random.Random) and not issubclass(cls, random.SystemRandom):
+        return _RANDOM
+    if cls.__module__.partition(".")[0] == "numpy":
+        return _of_numpy(cls, sys.modules["numpy"])
+    return None
+
+
+def _of_numpy(cls: type, numpy: Any) -> Keeper | None:
+    if issubclass(cls, numpy.ndarray):
+        return _NUMPYS
+    if issubclass(cls, numpy.random.RandomState):
+        return Keeper(_legacy_state, _same_plain, lambda g, state: g.set_state(state))
+    if issubclass(cls, numpy.random.Generator):
+        return _by_bit_generator(lambda generator: generator.bit_generator)
+    if issubclass(cls, numpy.random.BitGenerator):
+        return _by_bit_generator(lambda generator: generator)
+    return None
+
+
+def _legacy_state(generator: Any) -> Any:
+    return generator.get_state(legacy=False)
+
+
+def _same_plain(one: Any, other: Any) -> bool:
+    return bool(_plain(one) == _plain(other))
+
+
+def _by_bit_generator(of: Callable[[Any], Any]) -> Keeper:
+    def write(generator: Any, state: Any) -> None:
+        of(generator).state = state
+
+    return Keeper(lambda generator: of(generator).state, _same_plain, write)
+
+
+#: How the state of a class's objects is kept; ``None`` where they have none of these.
+keeper_for: Callable[[type], Keeper | None] = functools.lru_cache(maxsize=4096)(_find_keeper)

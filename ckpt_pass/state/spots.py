@@ -1,0 +1,42 @@
+"""Single names in namespaces that belong to others too: read and written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: What a name holds that is not there.
+MISSING = object()
+
+
+def read_spot(space: Any, name: str) -> Any:
+    """What a name in a namespace (a dict of globals, a class, an object with slots) holds now."""
+    if isinstance(space, dict):
+        return space.get(name, MISSING)
+    if isinstance(space, type):
+        return vars(space).get(name, MISSING)
+    return getattr(space, name, MISSING)
+
+
+def write_spot(space: Any, name: str, value: Any) -> None:
+    """Make a name in a namespace hold a value, or be gone."""
+    if value is MISSING:
+        if isinstance(space, dict):
+            del space[name]
+        else:
+            delattr(space, name)
+    elif isinstance(space, dict):
+        space[name] = value
+    elif isinstance(space, type):
+        setattr(space, name, value)
+    else:
+        object.__setattr__(space, name, value)  # of frozen dataclasses too
+
+
+def slots_of(cls: type) -> tuple[str, ...]:
+    """The names of an object's fields that are in no ``__dict__``."""
+    found = [name for base in cls.__mro__ for name in _names(vars(base).get("__slots__", ()))]
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
