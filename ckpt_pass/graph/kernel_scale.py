@@ -56,22 +56,20 @@ def made_small(call: Call) -> Small | None:
     if call.device.type != "cpu" or _bytes_of(call) < _SMALL_BYTES:
         return None
     work = _work_of(call)
-    if work is None or (work.flops <= LARGE_FLOPS and work.nbytes <= LARGE_BYTES):
+    if work is None or work.is_little:
         return None
-    full = work.longest
-    factor = 2
-    while max(work.flops / LARGE_FLOPS, work.nbytes / LARGE_BYTES) > factor:
-        factor *= 2
-    sizes = tuple(full // (factor * part) for part in (1, 2, 4))
-    if sizes[-1] < _LEAST:
-        return None
-    calls = [_cut(call, full, size) for size in sizes]
-    found = tuple(one for one in calls if one is not None)
-    first = _work_of(found[0]) if len(found) == len(sizes) else None
-    if first is None:
-        return None
-    flops = first.flops / work.flops if work.flops else 0.0
-    return Small(full, sizes, found, flops or first.nbytes / work.nbytes)
+    full = size = work.longest
+    while (size := size // 2) // 4 >= _LEAST:
+        sizes = (size, size // 2, size // 4)
+        calls = [_cut(call, full, size) for size in sizes]
+        found = tuple(one for one in calls if one is not None)
+        first = _work_of(found[0]) if len(found) == len(sizes) else None
+        if first is None:
+            return None
+        if first.is_little:
+            flops = first.flops / work.flops if work.flops else 0.0
+            return Small(full, sizes, found, flops or first.nbytes / work.nbytes)
+    return None
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,11 @@ class _Work:
     flops: int
     nbytes: int
     longest: int
+
+    @property
+    def is_little(self) -> bool:
+        """Whether it can be run for a plan."""
+        return self.flops <= LARGE_FLOPS and self.nbytes <= LARGE_BYTES
 
 
 def _bytes_of(call: Call) -> int:
