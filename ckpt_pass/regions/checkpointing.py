@@ -204,6 +204,8 @@ def run_region(
             **traced,
             **kwargs,
         )
+    if not autograd.hooks_enabled():  # torch.autograd.graph.disable_saved_tensors_hooks
+        return fn(*args, **kwargs)
     if kwargs:
         kwargs = without_cache(fn if options.root is None else options.root, kwargs)
     frame = Frame(fn, options) if link is None else link.frame(fn, options)
@@ -213,14 +215,9 @@ def run_region(
 def _leaves_no_region() -> bool:
     """Whether what runs now is transformed, or written down, into what knows no regions.
 
-    ``torch.func`` and ``disable_saved_tensors_hooks`` allow no hooks;
-    ``torch.export`` makes a graph that has no backward.
+    ``torch.func`` allows no hooks; ``torch.export`` makes a graph that has no backward.
     """
-    return (
-        autograd.transforms_active()
-        or functorch.traces_before_autograd()
-        or not autograd.hooks_enabled()
-    )
+    return autograd.transforms_active() or functorch.traces_before_autograd()
 
 
 def options_for(
@@ -264,8 +261,8 @@ def _shown(fn: Callable[..., Any], name: str | None) -> str:
 
 def _owners_of_buffers(fn: Callable[..., Any], arguments: tuple[Any, ...]) -> Owners:
     """The modules that a region runs, as far as they update running statistics."""
-    if isinstance(fn, nn.Module):
-        return (fn,) if _has_statistics(fn) else ()
+    if isinstance(fn, nn.Module) or torch.compiler.is_compiling():
+        return (fn,) if isinstance(fn, nn.Module) and _has_statistics(fn) else ()
     return tuple(filter(_has_statistics, modules_behind(fn, *arguments)))
 
 
