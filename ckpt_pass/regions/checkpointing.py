@@ -204,6 +204,8 @@ def run_region(
             **traced,
             **kwargs,
         )
+    if not autograd.hooks_enabled():  # torch.autograd.graph.disable_saved_tensors_hooks
+        return fn(*args, **kwargs)
     if kwargs:
         kwargs = without_cache(fn if options.root is None else options.root, kwargs)
     frame = Frame(fn, options) if link is None else link.frame(fn, options)
@@ -213,15 +215,9 @@ def run_region(
 def _leaves_no_region() -> bool:
     """Whether what runs now is transformed, or written down, into what knows no regions.
 
-    ``torch.func`` and ``disable_saved_tensors_hooks`` allow no hooks;
-    ``torch.export`` makes a graph that has no backward.
+    ``torch.func`` allows no hooks; ``torch.export`` makes a graph that has no backward.
     """
-    return (
-        autograd.transforms_active()
-        or functorch.traces_before_autograd()
-        # Dynamo cannot ask; what it traces allows them.
-        or not (torch.compiler.is_dynamo_compiling() or autograd.hooks_enabled())
-    )
+    return autograd.transforms_active() or functorch.traces_before_autograd()
 
 
 def options_for(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import pickle
+import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -370,25 +370,28 @@ def test_a_changed_argument() -> None:
         z.sum().backward()
 
 
-def test_other_shapes_and_fewer_values_in_the_recomputation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The environment is not put back for a recomputation."""
+def queued(*numbers: int) -> queue.SimpleQueue[int]:
+    """State that regions do not put back."""
+    found: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in numbers:
+        found.put(number)
+    return found
+
+
+def test_other_shapes_and_fewer_values_in_the_recomputation() -> None:
     (x,) = values((4, 8))
-    monkeypatch.setenv("ROWS", "4")
-    y = checkpoint(lambda v: v[: int(os.environ["ROWS"])].sin().exp(), x)
-    monkeypatch.setenv("ROWS", "2")
+    sizes = queued(4, 2)
+    y = checkpoint(lambda v: v[: sizes.get()].sin().exp(), x)
     with pytest.raises(ckpt_pass.RecomputeMismatchError, match=r"(?s)different metadata.*\[2, 8\]"):
         y.sum().backward()
-    monkeypatch.setenv("ROWS", "3")
+    deep = queued(3, 1)
 
     def fn(v: Tensor) -> Tensor:
-        for _ in range(int(os.environ["ROWS"])):
+        for _ in range(deep.get()):
             v = v.sin()
         return v
 
     y = checkpoint(fn, x)
-    monkeypatch.setenv("ROWS", "1")
     with pytest.raises(ckpt_pass.RecomputeMismatchError, match=r"during recomputation: 1\b"):
         y.sum().backward()
 
