@@ -46,7 +46,13 @@ from ckpt_pass.state.untouched import untouched
 
 #: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
 #: which neither hooks nor modes see. Counted as if held to the end.
-_SAVING_NUMBERS = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
+_SAVING_NUMBERS = frozenset(
+    {
+        torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor,
+        torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor,
+        torch.ops.aten.div.Tensor_mode, torch.ops.aten.div_.Tensor_mode,
+    }
+)  # fmt: skip
 _NUMBER_BYTES = 8
 
 MadeBy: TypeAlias = tuple[fx.Node, int]
@@ -116,6 +122,10 @@ class _Step:
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         output = self.model(*args, **kwargs)
         return self.loss_fn(output) if self.loss_fn is not None else output
+
+
+def _is_differentiated(given: list[torch.Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
 
 
 def _is_number(tensor: torch.Tensor) -> bool:
@@ -293,7 +303,7 @@ class Recorder(TorchDispatchMode):
         draws = draws_random(func, args, kwargs)
         self.trace.ops.append(OpRecord(site, self._graph._root, (), uses, changes, draws, False))
         output = self._run(func, args, kwargs, given)
-        if not self._backward and func in _SAVING_NUMBERS:
+        if not self._backward and func in _SAVING_NUMBERS and _is_differentiated(given):
             numbers = sum(isinstance(value, (int, float)) for value in args)
             self.trace.storages += [
                 StorageRecord(_NUMBER_BYTES, index, of_graph=True) for _ in range(numbers)

@@ -16,7 +16,7 @@ from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
-from ckpt_pass.regions.caches import without_cache
+from ckpt_pass.regions.caches import with_empty_caches
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.frame import Contexts, Frame, RegionOptions
 from ckpt_pass.regions.keeps import Keeps, rerun_context
@@ -203,8 +203,10 @@ def run_region(
             **traced,
             **kwargs,
         )
-    if kwargs:
-        kwargs = without_cache(fn if options.root is None else options.root, kwargs)
+    if args or kwargs:
+        root = fn if options.root is None else options.root
+        fn, args, kwargs = with_empty_caches(root, fn, args, kwargs)
+        options = replace(options, root=root) if options.root is None else options
     frame = Frame(fn, options) if link is None else link.frame(fn, options)
     return frame.forward(args, kwargs)
 
