@@ -33,13 +33,13 @@ class EmptyCache:
     @classmethod
     def of(cls, cache: Any, layers: frozenset[int]) -> EmptyCache:
         """What stands for a cache."""
-        return cls(_twin(cache, lambda number, layer: _emptied(layer)), layers)
+        return cls(_twin(cache, lambda number, layer: _copied(layer, _emptied)), layers)
 
     def made(self) -> Any:
         """An empty cache, to be filled once."""
 
         def own(number: int, layer: Any) -> Any:
-            return copy.copy(layer) if number in self.layers else layer
+            return _copied(layer, lambda value: value) if number in self.layers else layer
 
         return _twin(self.template, own)
 
@@ -66,8 +66,7 @@ def with_empty_caches(
         return fn, args, kwargs
 
     def emptied(value: Any) -> Any:
-        filled = not _is_cache(value) or any(map(value.get_seq_length, layers))
-        return value if filled else EmptyCache.of(value, layers)
+        return EmptyCache.of(value, layers) if _is_empty(value, layers) else value
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return fn(*map(_made, args), **{key: _made(value) for key, value in kwargs.items()})
@@ -95,13 +94,32 @@ def _twin(cache: Any, of_layer: Callable[[int, Any], Any]) -> Any:
     return twin
 
 
-def _emptied(layer: Any) -> Any:
-    """A layer of a cache without what it holds."""
+def _copied(layer: Any, of_value: Callable[[Any], Any]) -> Any:
+    """A layer of a cache with containers of its own, and something for each of its values."""
     twin = copy.copy(layer)
     for name, value in vars(layer).items():
-        if isinstance(value, torch.Tensor):
-            setattr(twin, name, value.detach().new_empty(0))
+        if isinstance(value, dict):
+            setattr(twin, name, {key: of_value(item) for key, item in value.items()})
+        else:
+            setattr(twin, name, of_value(value))
     return twin
+
+
+def _emptied(value: Any) -> Any:
+    return value.detach().new_empty(0) if isinstance(value, torch.Tensor) else value
+
+
+def _is_empty(value: Any, numbers: frozenset[int]) -> bool:
+    """Whether a value is a cache that holds nothing of some layers."""
+    if not _is_cache(value):
+        return False
+    held = vars(value)
+    layers = [layer for n, layer in enumerate(held.get("layers", ())) if n in numbers]
+    flat = [item for layer in layers for item in vars(layer).values()]
+    flat += [item for items in flat if isinstance(items, dict) for item in items.values()]
+    if any(isinstance(item, torch.Tensor) and item.numel() for item in flat):
+        return False
+    return all(_is_empty(part, numbers) for part in held.values() if _is_cache(part))
 
 
 def _is_cache(value: Any) -> bool:

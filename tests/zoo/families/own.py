@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +95,7 @@ class Pinn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         width = [2, WIDTH, WIDTH, WIDTH]
-        pairs = zip(width, width[1:], strict=False)
+        pairs = itertools.pairwise(width)
         self.layers = nn.Sequential(
             *(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairs), nn.Linear(WIDTH, 1)
         )
@@ -242,8 +243,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.broken = broken
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
-            for _ in range(4)
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(4)
         )
         self.head = nn.Linear(WIDTH, VOCAB)
 

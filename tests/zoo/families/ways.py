@@ -69,7 +69,9 @@ class _Measured:
     peak_bytes: int
 
 
-def _measured(module: nn.Module, batch: Mapping[str, Any], forward: Callable[..., Any]) -> _Measured:
+def _measured(
+    module: nn.Module, batch: Mapping[str, Any], forward: Callable[..., Any]
+) -> _Measured:
     """One step from the state that the module is in, and then the peak of another."""
 
     def step() -> Tensor:
@@ -175,7 +177,11 @@ class Trial:
 
 
 def _values(step: StepResult) -> dict[str, Tensor]:
-    return {"loss": step.loss, **step.gradients, **{f"buffer {n}": b for n, b in step.buffers.items()}}
+    return {
+        "loss": step.loss,
+        **step.gradients,
+        **{f"buffer {n}": b for n, b in step.buffers.items()},
+    }
 
 
 def _differing(found: StepResult, expected: StepResult) -> str:
@@ -287,9 +293,7 @@ def _ahead(trial: Trial, outcome: Outcome, notes: list[str]) -> Outcome:
     module, batch = trial.family.make()
     backend = ckpt_pass.make_backend(plan=plan, inner="aot_eager")
     found = _measured(module, batch, torch.compile(module, backend=backend))
-    outcome = replace(
-        outcome, budget_bytes=plan.budget_bytes, predicted_bytes=plan.peak_bytes
-    )
+    outcome = replace(outcome, budget_bytes=plan.budget_bytes, predicted_bytes=plan.peak_bytes)
     cut = ["UncoveredBudgetWarning"] if plan.warnings else []
     return trial.judged(outcome, found, notes + cut)
 
@@ -299,9 +303,7 @@ def _eager(trial: Trial, outcome: Outcome, notes: list[str]) -> Outcome:
     module, batch = trial.family.make()
     plan.apply(module)
     found = _measured(module, batch, module)
-    outcome = replace(
-        outcome, budget_bytes=plan.budget_bytes, predicted_bytes=plan.peak_bytes
-    )
+    outcome = replace(outcome, budget_bytes=plan.budget_bytes, predicted_bytes=plan.peak_bytes)
     return trial.judged(outcome, found, notes, EAGER_TOLERANCE)
 
 
