@@ -90,7 +90,8 @@ class Graphs:
 
         def run(*values: Any) -> Any:
             self.runs[index] += 1
-            return gm.forward(*values)
+            with torch.autograd.graph.saved_tensors_hooks(lambda value: None, lambda held: held):
+                return gm.forward(*values)  # there is no backward to hold anything for
 
         return run
 
@@ -161,17 +162,17 @@ def step_graphs(
     step: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    mode: FakeTensorMode,
+    mode: FakeTensorMode | None,
     dynamic: bool,
 ) -> Graphs:
-    """Run dynamo over ``step(*args, **kwargs)``, whose tensors are fakes of ``mode``.
+    """Run dynamo over ``step(*args, **kwargs)``, whose tensors are fakes of ``mode``, or real.
 
-    It ends when a graph holds the whole step. Only after a graph break the step's own code runs,
-    on fake tensors.
+    It ends when a graph holds the whole step. Only after a graph break the step's own code runs.
     """
     graphs = Graphs()
     whole = contextlib.suppress(_Whole)
-    with whole, _disable_current_modes(), mode, compilers.own_profile(), _resting_collector():
+    around = mode if mode is not None else contextlib.nullcontext()
+    with whole, _disable_current_modes(), around, compilers.own_profile(), _resting_collector():
         compilers.compile_apart(step, graphs, dynamic)(*args, **kwargs)
     return graphs
 

@@ -22,7 +22,7 @@ from ckpt_pass.compile.partition import (
     split,
 )
 from ckpt_pass.compile.record import Decided, record_plan, solver_rule
-from ckpt_pass.compile.replay import check_same_step, replay, signature_of
+from ckpt_pass.compile.replay import replay, signature_of, the_plan_of
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernels import Kernels
@@ -120,11 +120,10 @@ def _anew(
 
 def _again(joint: JointGraph, plan: Plan, labels: dict[fx.Node, str]) -> Decided:
     """Carry out a plan's decisions."""
-    asked = plan.asked
     if plan.budget_bytes is not None:  # bytes were written down as kernels really make them
         tell_real_sizes(Kernels().facts(joint.nodes))
     tags = tag(joint, OPEN)
-    check_same_step(plan, joint, tags, labels)
+    plan = the_plan_of(joint, plan.graphs, tags, labels)
     if plan.replay is not None:
         named = {label: node for node, label in labels.items()}
         pairs = [(named[one], named[other]) for one, other in plan.replay.merged]
@@ -134,6 +133,7 @@ def _again(joint: JointGraph, plan: Plan, labels: dict[fx.Node, str]) -> Decided
     for node, found in tags.items():
         tags[node] = replace(found, opinion=opinions.get(found.context.site, found.opinion))
     saved = _saved_as_tagged(joint)
+    asked = plan.asked
     return settled(joint, asked.policy, tags, saved, plan.sites, met, asked.goal)
 
 
@@ -232,7 +232,8 @@ class Partitioner(compilers.CustomPartitionerFn):
         """
         if not is_plain_data(self.policy) or (self.goal and not self.goal.is_plain_data):
             return None
-        made = self.plan.fingerprint if self.plan is not None else None
+        plans = self.plan.graphs if self.plan is not None else ()
+        made = "/".join(plan.fingerprint for plan in plans) or None
         asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}"
         return f"ckpt_pass/{source_hash()}/{asked}/{made}"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -40,6 +41,29 @@ def signature_of(joint: JointGraph) -> Signature:
         (looks(value) for node, value in tensors if node not in static),
         (looks(value) for node, value in tensors if node in static),
     )
+
+
+def the_plan_of(
+    joint: JointGraph,
+    plans: Sequence[Plan],
+    tags: Mapping[fx.Node, Tag],
+    labels: Mapping[fx.Node, str],
+) -> Plan:
+    """The one of a step's plans, one for each of its graphs, that was made for a graph.
+
+    Raises:
+        PlanMismatchError: none was; it says what differs from the one with most of its call sites.
+    """
+    sites = {found.context.site for found in tags.values()}
+    *others, nearest = sorted(plans, key=lambda plan: len(plan.sites & sites))
+    for plan in (nearest, *reversed(others)):
+        if others and plan.sites != sites:
+            continue
+        with contextlib.suppress(PlanMismatchError) if others else contextlib.nullcontext():
+            check_same_step(plan, joint, tags, labels)
+            return plan
+    check_same_step(nearest, joint, tags, labels)
+    return nearest
 
 
 def check_same_step(

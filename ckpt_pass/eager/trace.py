@@ -135,11 +135,17 @@ def _is_number(tensor: torch.Tensor) -> bool:
 class _Packed:
     """What autograd holds instead of a value; tells when it lets go."""
 
-    __slots__ = ("made_by", "number", "recorder", "spec")
+    __slots__ = ("made_by", "number", "real", "recorder", "spec")
 
     def __init__(
-        self, recorder: Recorder, number: int, value: torch.Tensor, made_by: MadeBy | None
+        self,
+        recorder: Recorder,
+        number: int,
+        value: torch.Tensor,
+        made_by: MadeBy | None,
+        real: torch.Tensor | None,
     ) -> None:
+        self.real = real
         self.recorder = recorder
         self.number = number
         self.made_by = made_by
@@ -265,10 +271,26 @@ class Recorder(TorchDispatchMode):
         storages = functorch.storages_of(value)
         storage = self._live.get(storages[0]._cdata, -1) if storages else -1
         self.trace.saved.append(SavedRecord(storage, self.moment))
-        return _Packed(self, len(self.trace.saved) - 1, value, self._origin(value))
+        number = len(self.trace.saved) - 1
+        return _Packed(self, number, value, self._origin(value), self._real(value))
+
+    def _real(self, value: torch.Tensor) -> torch.Tensor | None:
+        """A copy of a real mask or index: the backward asks it for its values as the forward did.
+
+        Autograd's own would keep the storage from dying where Python lets go of it.
+        """
+        if _is_number(value) or autograd.is_fake(value) or value.layout is not torch.strided:
+            return None
+        self._resting = True
+        try:
+            return value.detach().clone()
+        finally:
+            self._resting = False
 
     def _unpack(self, packed: _Packed) -> torch.Tensor:
         self.trace.asked.setdefault(packed.number, self.moment)
+        if packed.real is not None:
+            return packed.real
         shape, stride, dtype, device = packed.spec
         self._resting = True  # the value is described again, not allocated
         try:

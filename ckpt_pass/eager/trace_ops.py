@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map_only
 
-from ckpt_pass._torch import functorch
+from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.graph.kernel_cache import OutputFacts
 from ckpt_pass.policy.sites import output_tensors
 
@@ -52,14 +52,29 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an op on fake tensors; grouped products in any dtype.
+    """Run an op on fake tensors; by masks that are real, and grouped products in any dtype.
 
-    Their rule for shapes knows bf16 only, while the CPU's kernel takes fp32 too (torch 2.13).
+    The rule for the shapes of products knows bf16 only, while the CPU's kernel takes fp32 too (torch
+    2.13).
     """
+    if func is torch.ops.aten.index.Tensor:
+        return func(args[0], _without_masks(args[1]))
     if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:
         return func(*args, **kwargs)
     halves = [value.to(torch.bfloat16) for value in args[:2]]
     return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
+
+
+def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Indices with the numbers in the place of each real mask."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+        if index is None or not is_mask or autograd.is_fake(index):
+            found.append(index)
+        else:
+            found += index.nonzero().unbind(-1)
+    return found
 
 
 def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: set[int]) -> Any:

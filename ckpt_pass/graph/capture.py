@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import ahead, compilers
+from ckpt_pass._torch import ahead, autograd, compilers
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
@@ -33,7 +34,7 @@ class NothingToDifferentiateError(CkptPassError):
 
 
 class SeveralGraphsError(NotTraceableError):
-    """``torch.compile`` makes no single graph of the step, so that no plan is of all of it."""
+    """``torch.compile`` makes no single graph of the step, and the tool needs one."""
 
 
 def whole_step(model: nn.Module, loss_fn: LossFn | None) -> Callable[..., Any]:
@@ -61,10 +62,33 @@ def capture(
     dynamic: bool = False,
     regions: tuple[str, ...] | None = None,
 ) -> Iterator[JointGraph]:
-    """The joint graph that ``torch.compile`` makes of ``model(*args, **kwargs)``.
+    """The one joint graph that ``torch.compile`` makes of ``model(*args, **kwargs)``.
+
+    As :func:`capture_all`, for what is asked of a whole step.
+
+    Raises:
+        SeveralGraphsError: dynamo cuts the step; the message says where.
+        NotTraceableError, NothingToDifferentiateError: as there.
+    """
+    how: dict[str, Any] = {"loss_fn": loss_fn, "dynamic": dynamic, "regions": regions}
+    with capture_all(model, *args, kwargs=kwargs, **how) as joints:
+        yield _only(model, joints)
+
+
+@contextlib.contextmanager
+def capture_all(
+    model: nn.Module,
+    *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    loss_fn: LossFn | None = None,
+    dynamic: bool = False,
+    regions: tuple[str, ...] | None = None,
+) -> Iterator[tuple[JointGraph, ...]]:
+    """The joint graphs that ``torch.compile`` makes of ``model(*args, **kwargs)``, in order.
 
     Nothing is computed, and everything is left as it was (:mod:`ckpt_pass.state.untouched`).
-    Where dynamo cuts the step, the code between its graphs runs on fake tensors.
+    Where dynamo cuts the step, the code between its graphs runs on fake tensors; where that code
+    looks at values, the forward runs once for real.
 
     Args:
         model: the module; its parameters are untouched.
@@ -76,30 +100,82 @@ def capture(
 
     Raises:
         NotTraceableError: the trace failed; the message says where in the user's code.
-        SeveralGraphsError: dynamo cuts the step; the message says where.
         NothingToDifferentiateError: there is no backward to look at.
     """
     named = dict(kwargs or {})
-    fakes = ahead.Fakes(Reached((model, loss_fn, args, named)).tensors)
-    with untouched(model, loss_fn, args, named, stand_in=fakes) as (_, _, fake_args, fake_named):
-        words = _words(model, fake_args, fake_named)
-        try:
-            step = whole_step(model, loss_fn)
-            graphs = ahead.step_graphs(step, fake_args, fake_named, fakes.mode, dynamic)
-        except CkptPassError:
-            raise
-        except Exception as error:  # re-raised with the place in the user's code
+    how = _How(model, loss_fn, args, named, dynamic)
+    try:
+        found = how.on_fakes()
+    except autograd.NO_VALUES as error:
+        if not how.has_values:
             raise untraceable(model, error) from error
-        found = _only(model, graphs)
-        names = [
-            words.get(id(example)) or compilers.placeholder_source(node)
-            for node, example in zip(found.placeholders, found.examples, strict=True)
-        ]
+        found = how.for_real()
+    except CkptPassError:
+        raise
+    except Exception as error:  # re-raised with the place in the user's code
+        raise untraceable(model, error) from error
+    graphs, words = found
+    _check(model, graphs)
+    cut = (
+        "" if graphs.whole else "; ".join(graphs.breaks() or ["code that dynamo leaves to Python"])
+    )
+    joints = tuple(_joint(captured, words, regions, cut) for captured in graphs.captured)
+    del found, graphs  # and what was real of the step
+    yield joints
+
+
+@dataclass(frozen=True)
+class _How:
+    """A step, and the two ways to run dynamo over it."""
+
+    model: nn.Module
+    loss_fn: LossFn | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dynamic: bool
+
+    @property
+    def _roots(self) -> tuple[Any, ...]:
+        return self.model, self.loss_fn, self.args, self.kwargs
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the step can run for real."""
+        tensors = Reached(self._roots).tensors
+        return not any(autograd.is_fake(tensor) or tensor.is_meta for tensor in tensors)
+
+    def on_fakes(self) -> _Found:
+        """On fake tensors: nothing is computed."""
+        fakes = ahead.Fakes(Reached(self._roots).tensors)
+        with untouched(*self._roots, stand_in=fakes) as (_, _, args, kwargs):
+            return self._graphs(args, kwargs, fakes.mode)
+
+    def for_real(self) -> _Found:
+        """On the step's own tensors: the forward runs."""
+        with untouched(*self._roots, values=True):
+            return self._graphs(self.args, self.kwargs, None)
+
+    def _graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Any) -> _Found:
+        words = _words(self.model, args, kwargs)
+        step = whole_step(self.model, self.loss_fn)
+        return ahead.step_graphs(step, args, kwargs, mode, self.dynamic), words
+
+
+_Found: TypeAlias = tuple[ahead.Graphs, dict[int, str]]
+
+
+def _joint(
+    found: ahead.Captured, words: Mapping[int, str], regions: tuple[str, ...] | None, cut: str
+) -> JointGraph:
+    names = [
+        words.get(id(example)) or compilers.placeholder_source(node)
+        for node, example in zip(found.placeholders, found.examples, strict=True)
+    ]
     found.module.graph.eliminate_dead_code()
     static = found.options.get("static_lifetime_input_indices") or ()
     joint = read_joint(found.module, found.options["num_fwd_outputs"], static, regions, names)
-    joint.graph_break = "" if graphs.whole else "; ".join(graphs.breaks())
-    yield joint
+    joint.graph_break = cut
+    return joint
 
 
 def _words(model: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
@@ -116,11 +192,11 @@ def _words(model: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
     return found
 
 
-def _only(model: nn.Module, graphs: ahead.Graphs) -> ahead.Captured:
-    """The graph that has the step's backward.
+def _check(model: nn.Module, graphs: ahead.Graphs) -> None:
+    """Raise unless there is a graph with a backward.
 
     Raises:
-        NothingToDifferentiateError, NotTraceableError, SeveralGraphsError: there is not one.
+        NothingToDifferentiateError, NotTraceableError: there is none.
     """
     if not graphs.seen:
         raise NotTraceableError(
@@ -131,16 +207,22 @@ def _only(model: nn.Module, graphs: ahead.Graphs) -> ahead.Captured:
         )
     if not graphs.captured:
         raise no_gradient(model)
-    if graphs.whole or (len(graphs.captured) == 1 and graphs.breaks() and max(graphs.runs) == 1):
-        return graphs.captured[0]
-    places = graphs.breaks() or ["a place in code that it leaves to Python"]
+
+
+def _only(model: nn.Module, joints: tuple[JointGraph, ...]) -> JointGraph:
+    """The graph that has the step's backward.
+
+    Raises:
+        SeveralGraphsError: there is not one.
+    """
+    if len(joints) == 1:
+        return joints[0]
     raise SeveralGraphsError(
-        f"torch.compile makes {len(graphs.seen)} graphs of {type(model).__name__}, "
-        f"{len(graphs.captured)} with a backward: it cuts the step at {'; at '.join(places)}. "
-        "A plan is of one graph, and would not cover the others, nor what runs between them. "
-        "Expected a step without graph breaks (torch.compile(..., fullgraph=True) is an error at "
-        "each, TORCH_LOGS=graph_breaks lists them). Take them away, plan the whole step as it runs "
-        "without torch.compile (mode='eager'), or let make_backend(...) plan each graph."
+        f"torch.compile makes {len(joints)} graphs with a backward of {type(model).__name__}: it "
+        f"cuts the step at {joints[0].graph_break}. Expected a step of one graph: what is asked "
+        "here is asked of a whole step. Take the graph breaks away (torch.compile(..., "
+        "fullgraph=True) is an error at each, TORCH_LOGS=graph_breaks lists them), plan each graph "
+        "(ckpt_pass.plan), or plan the step as it runs without torch.compile (mode='eager')."
     )
 
 

@@ -154,7 +154,16 @@ def _empty_regions(plan: PlanRecord) -> Iterator[str]:
 
 def _breaks(plan: PlanRecord) -> Iterator[str]:
     step = plan.execution
-    if isinstance(step, CompiledExecution) and step.graph_break:
+    if not isinstance(step, CompiledExecution) or not step.graph_break:
+        return
+    if step.following:
+        count = len(step.following) + 1
+        yield (
+            f"graph break at {step.graph_break}: this is the first of {count} graphs. The budget "
+            "and the policy are each graph's alone, and a peak is one graph's (plan.graphs has "
+            "the plans of all); what runs between the graphs is in no plan"
+        )
+    else:
         yield (
             f"graph break at {step.graph_break}: what comes after it is not part of this graph, "
             "nor of its peak"

@@ -88,6 +88,16 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no number of a plan")
 
 
+def _following(reader: Reader) -> list[dict[str, Any]]:
+    """The plans of further graphs: of such a plan there are no further ones again."""
+    if "following" not in reader.value:
+        return []
+    found = [_plan(item) for item in reader["following"].items()]
+    if any(plan["following"] for plan in found):
+        raise PlanFileError(f"{reader.where}.following", "plans of one graph", "plans of several")
+    return found
+
+
 def _plan(reader: Reader) -> dict[str, Any]:
     decisions = _decisions(reader)
     sites = [decision.site for decision in decisions]
@@ -104,6 +114,7 @@ def _plan(reader: Reader) -> dict[str, Any]:
         predicted=_predicted(reader),
         proven=_proven(reader["proven"]),
         execution=_eager_execution(execution) if eager else _compiled_execution(execution),
+        following=[] if eager else _following(reader),
     )
 
 

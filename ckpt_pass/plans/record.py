@@ -107,6 +107,7 @@ class CompiledExecution:
             number itself where none was.
         dimensions: those sizes, and the inputs that have them.
         graph_break: where dynamo cut the model after this graph, and why; empty where it did not.
+        following: the plans of the step's further graphs, in order, where dynamo cut it.
         inductor: inductor's own peak, where it is the inner compiler and there is a budget.
     """
 
@@ -116,6 +117,7 @@ class CompiledExecution:
     dimensions: tuple[Dimension, ...] = ()
     graph_break: str = ""
     inductor: InductorPeak | None = None
+    following: tuple[PlanRecord, ...] = ()
 
 
 @dataclass(frozen=True)

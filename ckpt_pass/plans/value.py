@@ -113,7 +113,13 @@ class Plan(PlanRecord):
         Raises:
             PlanFileError: the text is no plan, or was changed after it was written.
         """
-        return cls(**plan_from_json(text))
+        return cls._of(plan_from_json(text))
+
+    @classmethod
+    def _of(cls, found: dict[str, Any]) -> Plan:
+        following = tuple(map(cls._of, found.pop("following")))
+        plan = cls(**found)
+        return plan.followed_by(following) if following else plan
 
     def save(self, path: str | Path) -> Path:
         """Write the plan to a file; return its path."""
@@ -150,6 +156,18 @@ class Plan(PlanRecord):
         """This plan of a graph after which dynamo cut the model."""
         assert isinstance(self.execution, CompiledExecution)
         return replace(self, execution=replace(self.execution, graph_break=graph_break))
+
+    def followed_by(self, following: tuple[Plan, ...]) -> Plan:
+        """This plan of a step's first graph, with those of its further graphs."""
+        assert isinstance(self.execution, CompiledExecution)
+        return replace(self, execution=replace(self.execution, following=following))
+
+    @property
+    def graphs(self) -> tuple[Plan, ...]:
+        """The plans of all graphs that ``torch.compile`` makes of the step, this one's first."""
+        step = self.execution
+        following = step.following if isinstance(step, CompiledExecution) else ()
+        return (self, *(plan for plan in following if isinstance(plan, Plan)))
 
     def within_inductor(self, budget_bytes: int, peak: InductorPeak, peak_at: str) -> Plan:
         """This plan with inductor's peak as its own, and the budget that was asked for.

@@ -112,6 +112,7 @@ def _plan_data(plan: PlanRecord) -> dict[str, Any]:
         "plain_timeline": None
         if plan.predicted.plain_timeline is None
         else _timeline_data(plan.predicted.plain_timeline),
+        **_following_data(plan.execution),
     }
 
 
@@ -126,6 +127,12 @@ def _predicted_data(found: Predicted) -> dict[str, Any]:
         "step_time_s": found.step_time_s,
         "measured_workspaces": found.measured_workspaces,
     }
+
+
+def _following_data(step: CompiledExecution | EagerExecution) -> dict[str, Any]:
+    """The plans of further graphs, where there are any."""
+    following = step.following if isinstance(step, CompiledExecution) else ()
+    return {"following": [_plan_data(plan) for plan in following]} if following else {}
 
 
 def _execution_data(step: CompiledExecution | EagerExecution) -> dict[str, Any]:

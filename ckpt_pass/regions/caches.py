@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,7 +61,8 @@ def with_empty_caches(
         return fn, args, kwargs
     if not isinstance(root, nn.Module) or getattr(root, "_can_checkpoint_with_cache", False):
         return fn, args, kwargs
-    layers = frozenset(module.layer_idx for module in root.modules() if _has_index(module))
+    indexed = filter(_has_index, root.modules())
+    layers = frozenset(cast(int, module.layer_idx) for module in indexed)
     if not layers:
         return fn, args, kwargs
 

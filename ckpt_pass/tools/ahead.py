@@ -15,13 +15,14 @@ from ckpt_pass.compile.backend import Backend
 from ckpt_pass.compile.engine import decide, policy_for
 from ckpt_pass.compile.record import record_plan
 from ckpt_pass.eager.planning import plan_eager
-from ckpt_pass.graph.capture import capture
+from ckpt_pass.graph.capture import capture_all
+from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import Goal, as_goal
 from ckpt_pass.plans.parts import SavedActivations
 from ckpt_pass.plans.value import Plan
-from ckpt_pass.policy.rules import PolicyLike
+from ckpt_pass.policy.rules import Policy, PolicyLike
 
 MODES = ("compiled", "eager")
 
@@ -56,7 +57,9 @@ def plan(
     """What a policy or a budget decides for a training step of a model, ahead of time.
 
     The step is traced by dynamo with fake tensors. Nothing is computed, but that with a budget
-    kernels that may have a workspace of their own are run once, alone, on made-up data. The
+    kernels that may have a workspace of their own are run once, alone, on made-up data, and that
+    the forward is run once where code between two graphs looks at values. Where dynamo cuts the
+    step, each graph is planned as the backend does it (``plan.graphs``, ``plan.warnings``). The
     decisions are those that ``torch.compile(model, backend=make_backend(policy))`` acts on. The
     model and its arguments are left as they were.
 
@@ -77,8 +80,8 @@ def plan(
     Raises:
         PlanModeError: an unknown mode, or arguments that it does not take.
         StepArgumentError: the model's forward does not take these arguments.
-        NotTraceableError, SeveralGraphsError, NothingToDifferentiateError: see
-            :func:`ckpt_pass.graph.capture.capture`.
+        NotTraceableError, NothingToDifferentiateError: see
+            :func:`ckpt_pass.graph.capture.capture_all`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
     """
     goal = as_goal(budget, solver, time_limit_s, cost)
@@ -89,9 +92,16 @@ def plan(
         eager_goal = _eager_goal(mode, goal, taken)
         return plan_eager(model, args, chosen, eager_goal, loss_fn, inputs)
     how: dict[str, Any] = {"loss_fn": loss_fn, "regions": regions, "dynamic": dynamic}
-    with capture(model, *args, kwargs=inputs, **how) as joint:
-        found = record_plan(decide(joint, chosen, goal))
-        return found.cut_at(joint.graph_break) if joint.graph_break else found
+    with capture_all(model, *args, kwargs=inputs, **how) as joints:
+        return _of_graphs(joints, chosen, goal)
+
+
+def _of_graphs(joints: tuple[JointGraph, ...], policy: Policy, goal: Goal | None) -> Plan:
+    """A plan of each graph, as the backend makes them."""
+    cut = joints[0].graph_break
+    plans = [record_plan(decide(joint, policy, goal, part=bool(cut))) for joint in joints]
+    first = plans[0].cut_at(cut) if cut else plans[0]
+    return first.followed_by(tuple(plans[1:])) if len(plans) > 1 else first
 
 
 def step_arguments(
@@ -198,7 +208,7 @@ def explain(model: Any, *args: Any, **options: Any) -> str:
     """
     if not _is_plain(model):
         return "\n\n".join(plan.listing() for plan in plans_of(model))
-    return _plan_for(model, args, options).listing()
+    return "\n\n".join(plan.listing() for plan in _plan_for(model, args, options).graphs)
 
 
 def _is_plain(model: Any) -> bool:

@@ -293,7 +293,12 @@ def _ahead(trial: Trial, outcome: Outcome, notes: list[str]) -> Outcome:
     module, batch = trial.family.make()
     backend = ckpt_pass.make_backend(plan=plan, inner="aot_eager")
     found = _measured(module, batch, torch.compile(module, backend=backend))
-    outcome = replace(outcome, budget_bytes=plan.budget_bytes, predicted_bytes=plan.peak_bytes)
+    alone = len(plan.graphs) == 1
+    outcome = replace(
+        outcome,
+        budget_bytes=plan.budget_bytes if alone else _bytes(0.5, outcome),
+        predicted_bytes=plan.peak_bytes if alone else None,
+    )
     cut = ["UncoveredBudgetWarning"] if plan.warnings else []
     return trial.judged(outcome, found, notes + cut)
 
