@@ -22,8 +22,9 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ckpt_pass._torch import ahead, autograd, functorch
+from ckpt_pass._torch import ahead, autograd, functorch, modules
 from ckpt_pass.eager.answers import Answers, asks, real_answers
+from ckpt_pass.eager.real_paths import RealPaths
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
     changed_tensors,
@@ -112,7 +113,8 @@ class _Step:
             moved = statistics_of(self.model)
             statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
             recorder = Recorder(self.model, fakes.mode, statistics, self.kernels, answers)
-            return recorder.record(lambda: self._run(args, kwargs))
+            with modules.converted_by_replacement(self.model):
+                return recorder.record(lambda: self._run(args, kwargs))
 
     def real(self) -> Any:
         """The forward on real tensors."""
@@ -202,7 +204,7 @@ class Recorder(TorchDispatchMode):
         """
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with self._stack.followed(), self._calls(), self:
-            with hooks:
+            with hooks, RealPaths(asks=self._answers is not None):
                 value = step()
             self.trace.forward_length = self.moment
             self._backward = True
@@ -368,7 +370,13 @@ class Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _as_really(self, call: fx.Node, output: Any, known: set[int]) -> Any:
-        """An op's fake outputs, made to look as its kernel's do."""
+        """An op's fake outputs, made to look as its kernel's do.
+
+        Not of what is real, nor where the size depends on values: a kernel's are made up.
+        """
+        fakes = any(autograd.is_fake(tensor) for tensor in output_tensors(output))
+        if not fakes or asks(call.target):
+            return output
         self._resting = True
         try:
             with self._fakes:

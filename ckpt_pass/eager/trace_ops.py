@@ -54,8 +54,8 @@ def is_dense(tensor: torch.Tensor) -> bool:
 def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an op on fake tensors; by masks that are real, and grouped products in any dtype.
 
-    The rule for the shapes of products knows bf16 only, while the CPU's kernel takes fp32 too (torch
-    2.13).
+    The rule for the shapes of products knows bf16 only, while the CPU's kernel takes fp32 too
+    (torch 2.13).
     """
     if func is torch.ops.aten.index.Tensor:
         return func(args[0], _without_masks(args[1]))
