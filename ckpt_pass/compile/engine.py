@@ -121,7 +121,8 @@ def _anew(
 def _again(joint: JointGraph, plan: Plan, labels: dict[fx.Node, str]) -> Decided:
     """Carry out a plan's decisions."""
     if plan.budget_bytes is not None:  # bytes were written down as kernels really make them
-        tell_real_sizes(Kernels().facts(joint.nodes))
+        calls = [node for node in joint.nodes if node.op == "call_function"]
+        tell_real_sizes(Kernels().facts(calls))
     tags = tag(joint, OPEN)
     plan = the_plan_of(joint, plan.graphs, tags, labels)
     if plan.replay is not None:

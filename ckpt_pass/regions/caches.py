@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,8 +61,7 @@ def with_empty_caches(
         return fn, args, kwargs
     if not isinstance(root, nn.Module) or getattr(root, "_can_checkpoint_with_cache", False):
         return fn, args, kwargs
-    indexed = filter(_has_index, root.modules())
-    layers = frozenset(cast(int, module.layer_idx) for module in indexed)
+    layers = frozenset(number for module in root.modules() for number in _numbers(module))
     if not layers:
         return fn, args, kwargs
 
@@ -128,5 +127,7 @@ def _is_cache(value: Any) -> bool:
     return ours and hasattr(value, "get_seq_length")
 
 
-def _has_index(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "layer_idx", None), int)
+def _numbers(module: nn.Module) -> list[int]:
+    """The number of the layer of which a module is a part, if it knows it."""
+    found = (getattr(module, name, None) for name in ("layer_idx", "layer_id"))
+    return [number for number in found if isinstance(number, int)]
