@@ -115,7 +115,8 @@ def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: s
 def described(value: Any) -> object:
     if isinstance(value, torch.Tensor):
         stride = value.stride() if value.layout is torch.strided else value.layout
-        return tuple(value.shape), stride, value.dtype, value.device
+        read = value.is_conj(), value.is_neg()
+        return tuple(value.shape), stride, value.dtype, value.device, read
     try:
         hash(value)
     except TypeError:
@@ -127,6 +128,8 @@ def copied(value: torch.Tensor) -> torch.Tensor:
     """A tensor of the same look with a storage of its own; of a sparse one an empty one."""
     if value.layout is not torch.strided:
         return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
-    return torch.empty_strided(
+    found = torch.empty_strided(
         tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
     )
+    found = torch._neg_view(found) if value.is_neg() else found
+    return found.conj() if value.is_conj() else found
