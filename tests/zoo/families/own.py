@@ -303,7 +303,7 @@ FAMILIES = (
     _own("translator", Translator, lambda: {"x": _sequence(), "y": torch.randn(4, 8, WIDTH)}),
     _own("own-densenet", DenseNet, lambda: {"images": pictures(16)}, "lists as arguments"),
     _own("own-unet", UNet, lambda: {"images": pictures(32)}),
-    _own("own-resnet", ResNet, lambda: {"images": pictures(16)}, "a buffer that counts"),
+    _own("own-resnet", ResNet, lambda: {"images": pictures(16)}),
     _own("autocast-mlp", Mlp,
          lambda: {"x": torch.randn(64, WIDTH), "ids": torch.randint(0, VOCAB, (64,))}),
     _own("broken-mlp", lambda: Mlp(broken=True),

@@ -23,7 +23,7 @@ with torch {torch}; `pip install -e '.[zoo]'` brings the libraries that other te
 
 | way | what is done |
 |---|---|
-| half | `make_backend(budget=0.5, inner="aot_eager")`, or the least that its refusal names |
+| half | `make_backend(budget=0.5, inner="aot_eager")`, or the least that it names |
 | least | the least that the refusal of 1 byte names |
 | ahead | `plan(budget=0.5)` on one model, `make_backend(plan=plan)` on another one |
 | eager | `plan(mode="eager", budget=0.5)`, or the least; applied to another model |
@@ -32,7 +32,7 @@ with torch {torch}; `pip install -e '.[zoo]'` brings the libraries that other te
 | result | means |
 |---|---|
 | *n* % | right, see below; *n*: the measured peak, of the plain one |
-| part, *n* % | right, but the budget covers a part of the step: dynamo cuts it, and a warning says so |
+| part, *n* % | right, but the budget covers a part of the step, which a warning says |
 | *an error* | refused, by this error of ours; the reasons are below |
 | torch | torch's own `aot_eager` does not compile it either |
 | **over**, **off** | right gradients, but a peak above the budget, or not the predicted one |
@@ -40,9 +40,9 @@ with torch {torch}; `pip install -e '.[zoo]'` brings the libraries that other te
 | **error**, **crash** | an error that is not ours; the process died or hung |
 
 Right means: loss, gradients and buffers are the plain step's to the last bit (compiled: those of
-torch's own `aot_eager`, or no further from the plain step's than these), the measured peak is within
-the budget, and is the predicted one (compiled to the byte, eager within 1 %). The peak of so small a
-step is mostly gradients and single activations; what counts here is that it is met.
+torch's own `aot_eager`, or no further from the plain step's than these), the measured peak is
+within the budget, and is the predicted one (compiled to the byte, eager within 1 %). The peak of so
+small a step is mostly gradients and single activations; what counts here is that it is met.
 
 """
 
