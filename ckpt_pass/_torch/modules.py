@@ -1,10 +1,15 @@
-"""How torch calls a module that has hooks."""
+"""How torch calls a module that has hooks, and how it converts one."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
@@ -27,3 +32,39 @@ def hooks_wait_for_errors(until: CodeType) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+@contextlib.contextmanager
+def converted_by_replacement(model: nn.Module) -> Iterator[None]:
+    """Let ``Module.to`` and its like run on fake parameters.
+
+    Torch swaps the insides of these, which fails as long as anything knows them. Here a parameter
+    that is converted is replaced; most conversions in a forward find that there is nothing to do.
+    """
+    changed = [module for module in model.modules() if "_apply" not in vars(module)]
+    for module in changed:
+        vars(module)["_apply"] = functools.partial(_replace_converted, module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            vars(module).pop("_apply", None)
+
+
+def _replace_converted(
+    module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    if recurse:
+        for child in module.children():
+            child._apply(convert)
+    owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for held in owned:
+        for name, tensor in held.items():
+            if tensor is None:
+                continue
+            with torch.no_grad():
+                found = convert(tensor)
+            if found is not tensor:
+                is_parameter = isinstance(tensor, nn.Parameter)
+                held[name] = nn.Parameter(found, tensor.requires_grad) if is_parameter else found
+    return module

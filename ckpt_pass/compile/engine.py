@@ -142,7 +142,8 @@ def _again(
 ) -> tuple[Decided, Replay | None]:
     """Carry out the decisions of the plan that was made for a graph."""
     if any(plan.budget_bytes is not None for plan in plans):
-        tell_real_sizes(Kernels().facts(joint.nodes))  # bytes were written down as these are
+        calls = [node for node in joint.nodes if node.op == "call_function"]
+        tell_real_sizes(Kernels().facts(calls))  # bytes were written down as these are
     tags = tag(joint, OPEN)
     plan = plan_of(plans, joint, tags, labels)
     asked = plan.asked

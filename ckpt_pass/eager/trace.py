@@ -22,8 +22,9 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ckpt_pass._torch import ahead, autograd, functorch
+from ckpt_pass._torch import ahead, autograd, functorch, modules
 from ckpt_pass.eager.answers import Answers, asks, real_answers
+from ckpt_pass.eager.real_paths import RealPaths
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
     adds_up,
@@ -46,7 +47,13 @@ from ckpt_pass.state.untouched import untouched
 
 #: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
 #: which neither hooks nor modes see. Counted as if held to the end.
-_SAVING_NUMBERS = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
+_SAVING_NUMBERS = frozenset(
+    {
+        torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor,
+        torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor,
+        torch.ops.aten.div.Tensor_mode, torch.ops.aten.div_.Tensor_mode,
+    }
+)  # fmt: skip
 _NUMBER_BYTES = 8
 
 MadeBy: TypeAlias = tuple[fx.Node, int]
@@ -106,7 +113,8 @@ class _Step:
             moved = statistics_of(self.model)
             statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
             recorder = Recorder(self.model, fakes.mode, statistics, self.kernels, answers)
-            return recorder.record(lambda: self._run(args, kwargs))
+            with modules.converted_by_replacement(self.model):
+                return recorder.record(lambda: self._run(args, kwargs))
 
     def real(self) -> Any:
         """The forward on real tensors."""
@@ -118,6 +126,10 @@ class _Step:
         return self.loss_fn(output) if self.loss_fn is not None else output
 
 
+def _is_differentiated(given: list[torch.Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+
 def _is_number(tensor: torch.Tensor) -> bool:
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
@@ -125,11 +137,17 @@ def _is_number(tensor: torch.Tensor) -> bool:
 class _Packed:
     """What autograd holds instead of a value; tells when it lets go."""
 
-    __slots__ = ("made_by", "number", "recorder", "spec")
+    __slots__ = ("made_by", "number", "real", "recorder", "spec")
 
     def __init__(
-        self, recorder: Recorder, number: int, value: torch.Tensor, made_by: MadeBy | None
+        self,
+        recorder: Recorder,
+        number: int,
+        value: torch.Tensor,
+        made_by: MadeBy | None,
+        real: torch.Tensor | None,
     ) -> None:
+        self.real = real
         self.recorder = recorder
         self.number = number
         self.made_by = made_by
@@ -186,7 +204,7 @@ class Recorder(TorchDispatchMode):
         """
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with self._stack.followed(), self._calls(), self:
-            with hooks:
+            with hooks, RealPaths(asks=self._answers is not None):
                 value = step()
             self.trace.forward_length = self.moment
             self._backward = True
@@ -255,10 +273,26 @@ class Recorder(TorchDispatchMode):
         storages = functorch.storages_of(value)
         storage = self._live.get(storages[0]._cdata, -1) if storages else -1
         self.trace.saved.append(SavedRecord(storage, self.moment))
-        return _Packed(self, len(self.trace.saved) - 1, value, self._origin(value))
+        number = len(self.trace.saved) - 1
+        return _Packed(self, number, value, self._origin(value), self._real(value))
+
+    def _real(self, value: torch.Tensor) -> torch.Tensor | None:
+        """A copy of a real mask or index: the backward asks it for its values as the forward did.
+
+        Autograd's own would keep the storage from dying where Python lets go of it.
+        """
+        if _is_number(value) or autograd.is_fake(value) or value.layout is not torch.strided:
+            return None
+        self._resting = True
+        try:
+            return value.detach().clone()
+        finally:
+            self._resting = False
 
     def _unpack(self, packed: _Packed) -> torch.Tensor:
         self.trace.asked.setdefault(packed.number, self.moment)
+        if packed.real is not None:
+            return packed.real
         shape, stride, dtype, device = packed.spec
         self._resting = True  # the value is described again, not allocated
         try:
@@ -293,7 +327,7 @@ class Recorder(TorchDispatchMode):
         draws = draws_random(func, args, kwargs)
         self.trace.ops.append(OpRecord(site, self._graph._root, (), uses, changes, draws, False))
         output = self._run(func, args, kwargs, given)
-        if not self._backward and func in _SAVING_NUMBERS:
+        if not self._backward and func in _SAVING_NUMBERS and _is_differentiated(given):
             numbers = sum(isinstance(value, (int, float)) for value in args)
             self.trace.storages += [
                 StorageRecord(_NUMBER_BYTES, index, of_graph=True) for _ in range(numbers)
@@ -336,7 +370,13 @@ class Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _as_really(self, call: fx.Node, output: Any, known: set[int]) -> Any:
-        """An op's fake outputs, made to look as its kernel's do."""
+        """An op's fake outputs, made to look as its kernel's do.
+
+        Not of what is real, nor where the size depends on values: a kernel's are made up.
+        """
+        fakes = any(autograd.is_fake(tensor) for tensor in output_tensors(output))
+        if not fakes or asks(call.target):
+            return output
         self._resting = True
         try:
             with self._fakes:

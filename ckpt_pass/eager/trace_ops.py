@@ -70,14 +70,29 @@ def adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an op on fake tensors; grouped products in any dtype.
+    """Run an op on fake tensors; by masks that are real, and grouped products in any dtype.
 
-    Their rule for shapes knows bf16 only, while the CPU's kernel takes fp32 too (torch 2.13).
+    The rule for the shapes of products knows bf16 only, while the CPU's kernel takes fp32 too
+    (torch 2.13).
     """
+    if func is torch.ops.aten.index.Tensor:
+        return func(args[0], _without_masks(args[1]))
     if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:
         return func(*args, **kwargs)
     halves = [value.to(torch.bfloat16) for value in args[:2]]
     return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
+
+
+def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Indices with the numbers in the place of each real mask."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+        if index is None or not is_mask or autograd.is_fake(index):
+            found.append(index)
+        else:
+            found += index.nonzero().unbind(-1)
+    return found
 
 
 def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: set[int]) -> Any:
@@ -118,7 +133,8 @@ def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: s
 def described(value: Any) -> object:
     if isinstance(value, torch.Tensor):
         stride = value.stride() if value.layout is torch.strided else value.layout
-        return tuple(value.shape), stride, value.dtype, value.device
+        read = value.is_conj(), value.is_neg()
+        return tuple(value.shape), stride, value.dtype, value.device, read
     try:
         hash(value)
     except TypeError:
@@ -130,6 +146,8 @@ def copied(value: torch.Tensor) -> torch.Tensor:
     """A tensor of the same look with a storage of its own; of a sparse one an empty one."""
     if value.layout is not torch.strided:
         return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
-    return torch.empty_strided(
+    found = torch.empty_strided(
         tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
     )
+    found = torch._neg_view(found) if value.is_neg() else found
+    return found.conj() if value.is_conj() else found

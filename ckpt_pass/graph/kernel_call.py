@@ -56,6 +56,8 @@ class TensorSpec:
         statistic: whether it is a further output of an op with several, such as a saved mean.
         source: what really makes it, and which output of that it is, where its bytes are opaque:
             they mean something to the kernel that wrote them alone.
+        held: elements of its memory, where an op copies all of that and not the tensor alone.
+        conjugate, negative: whether its values are to be read so; most kernels make a copy then.
     """
 
     size: tuple[int, ...]
@@ -65,12 +67,17 @@ class TensorSpec:
     rows: int | None = None
     statistic: bool = False
     source: tuple[Call, int] | None = None
+    conjugate: bool = False
+    negative: bool = False
+    held: int = 0
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f" to {self.rows}"
         made = "" if self.source is None else f" = {self.source[0]}#{self.source[1]}"
         name = str(self.dtype).removeprefix("torch.")
-        return f"{name}{list(self.size)}/{list(self.stride)}@{self.device.type}{rows}{made}"
+        read = " conjugate" * self.conjugate + " negative" * self.negative
+        read += f" of {self.held}" if self.held else ""
+        return f"{name}{list(self.size)}/{list(self.stride)}@{self.device.type}{rows}{made}{read}"
 
     def make(self) -> torch.Tensor:
         """A tensor of these sizes and strides; elements overlap where strides make them."""
@@ -79,7 +86,7 @@ class TensorSpec:
             made: torch.Tensor = call.prepared()()[0][index]
             return made
         extent = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True)) + 1
-        count = extent if all(self.size) else 0
+        count = max(extent, self.held) if all(self.size) else 0
         flat = torch.empty(count, dtype=self.dtype, device=self.device)
         if self.rows is not None:
             step = torch.linspace(self.rows / max(count, 1), self.rows, count)
@@ -91,7 +98,9 @@ class TensorSpec:
         else:
             index = not (self.dtype.is_floating_point or self.dtype.is_complex)
             flat.fill_(0 if index and self.dtype is not torch.bool else 1)
-        return flat.as_strided(self.size, self.stride)
+        found = flat.as_strided(self.size, self.stride)
+        found = torch._neg_view(found) if self.negative else found
+        return found.conj() if self.conjugate else found
 
 
 @dataclass(frozen=True)
@@ -242,7 +251,19 @@ def _argument(node: fx.Node, really: Mapping[fx.Node, Any], argument: Any) -> An
         value.device,
         statistic=is_multi_output_access(argument) and argument.args[1:] != (0,),
         source=_source(argument, really) if look.dtype is torch.uint8 else None,
+        conjugate=value.is_conj(),
+        negative=value.is_neg(),
+        held=_held(look) if node.target is torch.ops.aten.copy.default else 0,
     )
+
+
+def _held(look: Any) -> int:
+    """The elements of a view's memory, where they are more than the tensor spans."""
+    storage = look.untyped_storage() if isinstance(look, torch.Tensor) else None
+    if storage is None:
+        return 0
+    held = optimization_hint(storage.nbytes()) // look.dtype.itemsize
+    return held if held > optimization_hint(look.numel()) else 0
 
 
 def _source(argument: fx.Node, really: Mapping[fx.Node, Any]) -> tuple[Call, int] | None:

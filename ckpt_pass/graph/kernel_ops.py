@@ -47,12 +47,19 @@ def may_have_workspace(node: fx.Node) -> bool:
     An elementwise kernel does not, where all tensors, the output too, have one dtype and no number
     is given: on the CPU others are cast first, and of a Python number a kernel makes a tensor of 8
     bytes and then one of the values' dtype. Nor where all lie in memory alike: of an expanded
-    gradient (that of a sum) ``gelu_backward`` makes a copy that is contiguous.
+    gradient (that of a sum) ``gelu_backward`` makes a copy that is contiguous; a view that is to be
+    read as conjugate or negative is copied as well.
     """
     if not is_runnable(node):
         return False
     assert callable(node.target)
-    return not is_elementwise(node.target) or _casts_on_cpu(node) or _lies_otherwise(node)
+    if not is_elementwise(node.target) or _casts_on_cpu(node) or _lies_otherwise(node):
+        return True
+    if node.target is torch.ops.aten.copy.default:  # of a view it copies all of its base's memory
+        return True
+    values = (given.meta.get("val") for given in node.all_input_nodes)
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    return any(tensor.is_conj() or tensor.is_neg() for tensor in tensors)
 
 
 def _lies_otherwise(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
-from ckpt_pass.regions.caches import without_cache
+from ckpt_pass.regions.caches import with_empty_caches
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.frame import Frame, RegionOptions
 from ckpt_pass.regions.keeps import Keeps
@@ -206,8 +206,11 @@ def run_region(
         )
     if not autograd.hooks_enabled():  # torch.autograd.graph.disable_saved_tensors_hooks
         return fn(*args, **kwargs)
-    if kwargs:
-        kwargs = without_cache(fn if options.root is None else options.root, kwargs)
+    if args or kwargs:
+        root = fn if options.root is None else options.root
+        run, args, kwargs = with_empty_caches(root, fn, args, kwargs)
+        if run is not fn:
+            fn, options = run, replace(options, root=root)
     frame = Frame(fn, options) if link is None else link.frame(fn, options)
     return frame.forward(args, kwargs)
 
