@@ -148,6 +148,18 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
         return copy.deepcopy(module)
 
 
+def with_copied_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A module with a graph of its own; what the graph reads is shared, fake constants among it."""
+    found = fx.GraphModule(module, copy.deepcopy(module.graph))
+    found.meta = dict(module.meta)
+    return found
+
+
+def run_graphs(module: fx.GraphModule, _inputs: Sequence[Any]) -> CompiledFn:
+    """A backend that runs dynamo's graphs as they are."""
+    return module.forward
+
+
 def stock_backend(inner: str, memory_budget: float) -> Callable[..., CompiledFn]:
     """Torch's own backend; ``activation_memory_budget`` is set only while it compiles."""
     patched = functorch_config.patch(activation_memory_budget=memory_budget)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
 
@@ -18,8 +19,8 @@ class WatchedFakeMode(FakeTensorMode):
     A dispatch mode around the step would do, but that dynamo then leaves the step to Python.
 
     Attributes:
-        watcher: called for each op of the step, not for those that an op is made of; ``None`` for
-            nobody.
+        watcher: called for each op that the step runs, not for those that an op is made of, nor
+            while a part of it is compiled; ``None`` for nobody.
     """
 
     #: Rules of higher-order operators are found by the very class of a mode; see below.
@@ -35,7 +36,7 @@ class WatchedFakeMode(FakeTensorMode):
             return super().__torch_dispatch__(func, types, args, kwargs)
         rule = func.python_key_table[FakeTensorMode]
         watcher, given = self.watcher, dict(kwargs or {})
-        if watcher is None:
+        if watcher is None or _is_compiling():
             return rule(self, *args, **given)
         # The ops inside are watched as well: what they make is known already then.
         return watcher(func, tuple(args), given, lambda _: rule(self, *args, **given))
@@ -43,7 +44,7 @@ class WatchedFakeMode(FakeTensorMode):
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op on fake tensors; the signature is torch's."""
         watcher, given = self.watcher, dict(kwargs or {})
-        if watcher is None:
+        if watcher is None or _is_compiling():
             return super().dispatch(func, types, args, given)
         plain = super().dispatch
         self.watcher = None
@@ -51,6 +52,11 @@ class WatchedFakeMode(FakeTensorMode):
             return watcher(func, tuple(args), given, lambda op: plain(op, types, args, given))
         finally:
             self.watcher = watcher
+
+
+def _is_compiling() -> bool:
+    """Whether dynamo or AOTAutograd looks at ops of a step, rather than the step running them."""
+    return TracingContext.try_get() is not None
 
 
 def _as_ops() -> Mapping[Any, Any]:

@@ -85,6 +85,11 @@ class Answers:
 class _Asked(TorchDispatchMode):
     """Notes the answers of a real forward."""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions are no part of what is asked by Python (read by torch)."""
+        return True
+
     def __init__(self, answers: Answers) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._answers = answers

@@ -60,7 +60,7 @@ class SeenGraph:
 
     def joint(self, regions: tuple[str, ...] | None) -> JointGraph:
         """The graph, read anew: what is decided for it changes a copy."""
-        module = compilers.copied(self.module)
+        module = compilers.with_copied_graph(self.module)
         module.graph.eliminate_dead_code()
         names = list(self.input_names)
         return read_joint(module, self.num_fwd_outputs, self.static_inputs, regions, names)
@@ -139,11 +139,20 @@ class FakeStep:
             raise untraceable(self.model, error) from error
 
     def _real_answers(self) -> Answers:
-        """What the forward answers where its Python looks at values."""
+        """What the code between the graphs is told of values: the forward runs for real.
+
+        It runs compiled, so that the same code is left to Python, and once before, so that it is
+        compiled then.
+        """
+        step = whole_step(self.model, self.loss_fn)
+        compiled = compilers.compile_apart(step, compilers.run_graphs, False)
+        with compilers.own_profile():
+            self._run_for_real(compiled)
+            return real_answers(lambda: self._run_for_real(compiled))
+
+    def _run_for_real(self, compiled: Callable[..., Any]) -> None:
         with untouched(self.model, self.loss_fn, self.args, self.kwargs, values=True):
-            return real_answers(
-                lambda: whole_step(self.model, self.loss_fn)(*self.args, **self.kwargs)
-            )
+            compiled(*self.args, **self.kwargs)
 
     def _run(self, partitioner: Partitioner, answers: Answers | None) -> StepRun:
         roots = self.model, self.loss_fn, self.args, dict(self.kwargs)
@@ -231,7 +240,7 @@ class _Graphs:
 
         def partition(joint: fx.GraphModule, given: Any, **options: Any) -> Any:
             static = tuple(options.get("static_lifetime_input_indices") or ())
-            kept = compilers.copied(joint)
+            kept = compilers.with_copied_graph(joint)
             self.seen[index] = SeenGraph(kept, options["num_fwd_outputs"], static, names, cut)
             return chosen(joint, given, **options)
 
