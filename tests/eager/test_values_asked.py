@@ -121,3 +121,22 @@ def test_a_mask_that_no_layer_reads_counts_while_regions_hold_it() -> None:
 def test_a_forward_that_goes_another_way_is_refused() -> None:
     with pytest.raises(ckpt_pass.OtherPathError, match="takes the same way twice"):
         ckpt_pass.plan(Counting(), torch.randn(8, 16), torch.arange(8), budget=0.9, mode="eager")
+
+
+class Slope(nn.Module):
+    """Looks at a value, and takes a gradient in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
+        (slope,) = torch.autograd.grad(h.tanh().square().sum(), h, create_graph=True)
+        return (h - 0.1 * slope) * float(h.detach().mean())
+
+
+def test_a_gradient_inside_a_forward_that_looks_at_values() -> None:
+    model, x = nn.Sequential(Slope(), Slope()), torch.randn(4, 8)
+    plan = ckpt_pass.plan(model, x, loss_fn=torch.sum, budget=1.0, mode="eager")
+    assert plan.peak_bytes > 0
