@@ -9,6 +9,7 @@ takes the memory of a forward without gradients.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -103,14 +104,36 @@ class _Asked(TorchDispatchMode):
         return output
 
 
+class _HeldNoneError(BaseException):
+    """A backward inside the forward has asked for a value; no handler of the user's takes it."""
+
+
+def _none(_: torch.Tensor) -> None:
+    return None
+
+
+def _not_held(_: None) -> torch.Tensor:
+    raise _HeldNoneError
+
+
 def real_answers(forward: Callable[[], Any]) -> Answers:
     """Run a forward on real tensors and note what it was told of their values.
 
-    Autograd records as in a step, but holds no values: there is no backward. The random state is
-    afterwards what it was before.
+    Autograd records as in a step, but holds no values: there is no backward. Where there is one
+    inside the forward, that runs again and values are held. The random state is afterwards what it
+    was before.
+
+    Args:
+        forward: runs it, and leaves everything as it was.
     """
+    try:
+        return _noted(forward, torch.autograd.graph.saved_tensors_hooks(_none, _not_held))
+    except _HeldNoneError:
+        return _noted(forward, contextlib.nullcontext())
+
+
+def _noted(forward: Callable[[], Any], hooks: contextlib.AbstractContextManager[Any]) -> Answers:
     answers = Answers()
-    nothing_held = torch.autograd.graph.saved_tensors_hooks(lambda value: None, lambda held: held)
-    with torch.random.fork_rng(), _Asked(answers), nothing_held:
+    with torch.random.fork_rng(), _Asked(answers), hooks:
         forward()
     return answers

@@ -148,3 +148,22 @@ def test_masks_conversions_and_names_by_values() -> None:
     assert 0.9 * plan.peak_bytes <= measured.peak_bytes <= plan.peak_bytes
     assert type(model.parts["part_0"].weight) is nn.Parameter
     assert "_apply" not in vars(model)
+
+
+class Slope(nn.Module):
+    """Looks at a value, and takes a gradient in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
+        (slope,) = torch.autograd.grad(h.tanh().square().sum(), h, create_graph=True)
+        return (h - 0.1 * slope) * float(h.detach().mean())
+
+
+def test_a_gradient_inside_a_forward_that_looks_at_values() -> None:
+    model, x = nn.Sequential(Slope(), Slope()), torch.randn(4, 8)
+    plan = ckpt_pass.plan(model, x, loss_fn=torch.sum, budget=1.0, mode="eager")
+    assert plan.peak_bytes > 0

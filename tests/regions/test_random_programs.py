@@ -122,7 +122,7 @@ def run(model: OddModel, step: Callable[[Tensor], Tensor] | None = None) -> Seen
     with collector_rests():
         for _ in range(STEPS):
             model.zero_grad()
-            loss = (step or model)(torch.randn(ROWS, WIDTH))
+            loss = (model if step is None else step)(torch.randn(ROWS, WIDTH))
             loss.backward()
             seen.losses.append(loss.detach())
             del loss
@@ -188,9 +188,6 @@ def check_plan(program: OddProgram, fraction: float) -> str:
         plan = ckpt_pass.plan(model, x, budget=budget, mode="eager")
     except ckpt_pass.InfeasibleBudgetError as error:
         plan = ckpt_pass.plan(model, x, budget=error.least_feasible_bytes, mode="eager")
-    except ckpt_pass.NotTraceableError as error:
-        assert "gradient" in program.steps, error
-        return type(error).__name__
     assert attributes_of(model) == before
     with plan.applied(model) if plan.regions else contextlib.nullcontext():
         assert run(model).differs_from(wanted) == ""
@@ -239,7 +236,7 @@ FRACTIONS = st.floats(0.4, 1.0)
 HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=HEALTH)
+@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=HEALTH)
 @given(program=odd_programs(), way=st.sampled_from(sorted(WAYS)), fraction=FRACTIONS)
 def test_odd_programs(program: OddProgram, way: str, fraction: float) -> None:
     WAYS[way](program, fraction)
