@@ -38,6 +38,7 @@ with torch {torch}; `pip install -e '.[zoo]'` brings the libraries that other te
 | **over**, **off** | right gradients, but a peak above the budget, or not the predicted one |
 | **wrong** | other gradients |
 | **error**, **crash** | an error that is not ours; the process died or hung |
+| nothing | not run |
 
 Right means: loss, gradients and buffers are the plain step's to the last bit (compiled: those of
 torch's own `aot_eager`, or no further from the plain step's than these), the measured peak is
