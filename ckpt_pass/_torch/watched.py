@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Watcher: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[[Any], Any]], Any]
 """``watcher(func, args, kwargs, run)`` returns what the op returns, which is ``run(func)``."""
@@ -52,6 +53,32 @@ class WatchedFakeMode(FakeTensorMode):
             return watcher(func, tuple(args), given, lambda op: plain(op, types, args, given))
         finally:
             self.watcher = watcher
+
+
+class WatchedMode(TorchDispatchMode):
+    """Real tensors, whose ops a watcher may see, those of compiled parts as well.
+
+    Attributes:
+        watcher: as of :class:`WatchedFakeMode`.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watcher: Watcher | None = None
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo may run what it has compiled (read by torch)."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an op."""
+        watcher, given = self.watcher, dict(kwargs or {})
+        if watcher is None or _is_compiling():
+            return func(*args, **given)
+        return watcher(func, tuple(args), given, lambda op: op(*args, **given))
 
 
 def _is_compiling() -> bool:

@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import ahead, autograd, compilers
-from ckpt_pass._torch.watched import WatchedFakeMode
+from ckpt_pass._torch import ahead, autograd, compilers, functorch
+from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner
-from ckpt_pass.eager.answers import Answers, asks, real_answers
+from ckpt_pass.eager.answers import Answers, OtherPathError, asks, real_answers
 from ckpt_pass.eager.trace_ops import adds_up, with_real_looks
 from ckpt_pass.graph.capture import (
     LossFn,
@@ -125,11 +125,7 @@ class FakeStep:
             NothingToDifferentiateError: there is no backward.
         """
         try:
-            try:
-                return self._run(partitioner, None)
-            except autograd.NO_VALUES:
-                pass
-            return self._run(partitioner, self._real_answers())
+            return self._in_some_way(partitioner)
         except CkptPassError:
             raise
         except Exception as error:  # whatever the model's own code raises, with the place
@@ -154,48 +150,83 @@ class FakeStep:
         with untouched(self.model, self.loss_fn, self.args, self.kwargs, values=True):
             compiled(*self.args, **self.kwargs)
 
-    def _run(self, partitioner: Partitioner, answers: Answers | None) -> StepRun:
-        roots = self.model, self.loss_fn, self.args, dict(self.kwargs)
+    def _in_some_way(self, partitioner: Partitioner) -> StepRun:
+        """On fake tensors; told of values where it looks at them; or for real where it must be."""
+        try:
+            return self._on_fakes(partitioner, None)
+        except autograd.NO_VALUES:
+            if any(autograd.is_fake(t) or t.is_meta for t in Reached(self._roots).tensors):
+                raise
+        try:
+            return self._on_fakes(partitioner, self._real_answers())
+        except (OtherPathError, RuntimeError, *autograd.NO_VALUES):
+            pass  # on fake tensors it goes another way, or sizes depend on values in its graphs
+        return self._for_real(partitioner)
+
+    @property
+    def _roots(self) -> tuple[Any, ...]:
+        return self.model, self.loss_fn, self.args, dict(self.kwargs)
+
+    def _on_fakes(self, partitioner: Partitioner, answers: Answers | None) -> StepRun:
         mode = WatchedFakeMode()
-        fakes = ahead.Fakes(Reached(roots).tensors, mode)
-        with untouched(*roots, stand_in=fakes) as (model, loss_fn, args, kwargs):
-            words = input_words(self.model, args, kwargs)
-            graphs = _Graphs(partitioner, mode, words)
-            leaves = [t for t in Reached((model, loss_fn, args, kwargs)).tensors if t.is_leaf]
-            with ahead.on_fakes(mode):
-                compiled = compilers.compile_apart(whole_step(model, loss_fn), graphs, False)
-                for _ in range(_MOST_RUNS):
-                    before = len(graphs.seen)
-                    graphs.begin(device_type_of(leaves), answers.anew() if answers else None)
-                    self._step(compiled, args, kwargs, graphs)
-                    for leaf in leaves:
-                        leaf.grad = None
-                    if len(graphs.seen) == before:
-                        break
-            return graphs.found()
+        fakes = ahead.Fakes(Reached(self._roots).tensors, mode)
+        with untouched(*self._roots, stand_in=fakes) as roots, ahead.on_fakes(mode):
+            graphs = _Graphs(partitioner, mode, mode, input_words(self.model, *roots[2:]), answers)
+            return self._run(roots, graphs)
+
+    def _for_real(self, partitioner: Partitioner) -> StepRun:
+        """The whole step runs, a few times, and takes the memory of one with nothing recomputed."""
+        mode = WatchedMode()
+        with untouched(*self._roots, values=True) as roots, compilers.own_profile():
+            words = input_words(self.model, *roots[2:])
+            fake = functorch.FakeTensorMode(allow_non_fake_inputs=True)
+            return self._run(roots, _Graphs(partitioner, mode, fake, words, None))
+
+    def _run(self, roots: tuple[Any, ...], graphs: _Graphs) -> StepRun:
+        model, loss_fn, args, kwargs = roots
+        leaves = [tensor for tensor in Reached(roots).tensors if tensor.is_leaf]
+        compiled = compilers.compile_apart(whole_step(model, loss_fn), graphs, False)
+        for number in range(_MOST_RUNS):
+            before = len(graphs.seen)
+            graphs.begin(device_type_of(leaves))
+            with graphs.watched() if number else contextlib.nullcontext():
+                self._step(compiled, args, kwargs, graphs)
+            for leaf in leaves:
+                leaf.grad = None
+            if number and len(graphs.seen) == before:
+                break
+        return graphs.found()
 
     def _step(self, compiled: Callable[..., Any], args: Any, kwargs: Any, graphs: _Graphs) -> None:
-        with graphs.watched():
-            value = compiled(*args, **kwargs)
-            graphs.backward = True
-            outputs = [v for v in tree_leaves(value) if isinstance(v, Tensor) and v.requires_grad]
-            del value
-            if not outputs:
-                raise no_gradient(self.model)
-            if len(outputs) == 1 and outputs[0].numel() == 1:
-                outputs[0].backward()
-            else:
-                torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
-            del outputs
+        value = compiled(*args, **kwargs)
+        graphs.backward = True
+        outputs = [v for v in tree_leaves(value) if isinstance(v, Tensor) and v.requires_grad]
+        del value
+        if not outputs:
+            raise no_gradient(self.model)
+        if len(outputs) == 1 and outputs[0].numel() == 1:
+            outputs[0].backward()
+        else:
+            torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
 
 
 @dataclass(eq=False)
 class _Graphs:
-    """The backend of a run; watches it, too."""
+    """The backend of a run; watches it, too.
+
+    Attributes:
+        partitioner: decides for each graph.
+        mode: tells of the ops that run.
+        fake: for tensors without data; the same where the step runs on such.
+        words: what the inputs are, by ``id``.
+        answers: what code between the graphs is told of values, if it must be.
+    """
 
     partitioner: Partitioner
-    mode: WatchedFakeMode
+    mode: WatchedFakeMode | WatchedMode
+    fake: functorch.FakeTensorMode
     words: Mapping[int, str]
+    answers: Answers | None
     seen: list[SeenGraph | None] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
     calls: list[GraphCall] = field(default_factory=list)
@@ -204,18 +235,24 @@ class _Graphs:
 
     compiler_name = "ckpt_ahead"
 
-    def begin(self, device_type: str, answers: Answers | None) -> None:
+    def begin(self, device_type: str) -> None:
         """Count anew."""
-        self.held = HeldBytes(self.mode, device_type)
-        self.answers = answers
+        self.held = HeldBytes(self.fake, device_type)
+        self._left = self.answers.anew() if self.answers is not None else None
         self.calls = []
         self.backward = self._inside = False
 
+    @property
+    def _is_real(self) -> bool:
+        return isinstance(self.mode, WatchedMode)
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
+        """Inside, what runs is seen."""
         self.mode.watcher = self._watch
         try:
-            yield
+            with self.mode if isinstance(self.mode, WatchedMode) else contextlib.nullcontext():
+                yield
         finally:
             self.mode.watcher = None
 
@@ -274,18 +311,19 @@ class _Graphs:
     ) -> Any:
         if op_name(func).startswith("prim."):
             return run(func)
-        if self.answers is not None and not self.backward and asks(func):
-            with self.mode:
-                result = self.answers.next(func)
+        if self._left is not None and not self.backward and asks(func):
+            with self.fake:
+                result = self._left.next(func)
         else:
-            joins = self.backward and not self._inside and adds_up(func, args, kwargs)
+            between = self.backward and not self._inside and not self._is_real
+            joins = between and adds_up(func, args, kwargs)
             result = run(torch.ops.aten.add_.Tensor if joins else func)
-        looks = None if self._inside else self._as_really
+        looks = None if self._inside or self._is_real else self._as_really
         return self.held.note(func, args, kwargs, result, self._where(func), looks)
 
     def _as_really(self, call: fx.Node, result: Any, given: set[int]) -> Any:
         """What an op between the graphs returns, made to look as its kernel's: others see it."""
-        with self.mode:
+        with self.fake:
             return with_real_looks(result, self.kernels.outputs(call), given)
 
     def _where(self, func: Any) -> str:
