@@ -150,8 +150,10 @@ class ForwardMode(TorchDispatchMode):
     def __exit__(self, *exc: Any) -> None:
         self._settle()
         self._memory.complete = True
-        self._cleanup.close()
-        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        try:
+            self._cleanup.close()
+        finally:
+            super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
