@@ -149,11 +149,13 @@ class ForwardMode(QuickMode):
     def __exit__(self, *exc: Any) -> None:
         self._settle()
         self._memory.complete = True
-        if self._hooked and self._hooks is not None:
-            self._hooks.exit_forward()
-        if self._scopes is not None:
-            self._scopes.__exit__(None, None, None)
-        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        try:
+            if self._hooked and self._hooks is not None:
+                self._hooks.exit_forward()
+        finally:
+            if self._scopes is not None:
+                self._scopes.__exit__(None, None, None)
+            super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
