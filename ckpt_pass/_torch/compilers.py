@@ -142,17 +142,24 @@ def inductor_option_names() -> frozenset[str]:
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph and what belongs to it; tensors are shared where torch shares them."""
-    with warnings.catch_warnings():
-        # torch 2.13 copies its own tree specs in a way that it warns of.
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    with _quiet_copies():
         return copy.deepcopy(module)
 
 
 def with_copied_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A module with a graph of its own; what the graph reads is shared, fake constants among it."""
-    found = fx.GraphModule(module, copy.deepcopy(module.graph))
+    with _quiet_copies():
+        found = fx.GraphModule(module, copy.deepcopy(module.graph))
     found.meta = dict(module.meta)
     return found
+
+
+@contextlib.contextmanager
+def _quiet_copies() -> Iterator[None]:
+    """Torch 2.13 copies its own tree specs in a way that it warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        yield
 
 
 def run_graphs(module: fx.GraphModule, _inputs: Sequence[Any]) -> CompiledFn:

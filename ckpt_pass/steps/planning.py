@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-from torch import fx
 
 from ckpt_pass.compile.engine import OPEN, Partitioner, decide, opened
 from ckpt_pass.compile.record import record_plan
 from ckpt_pass.graph.capture import no_graph
-from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.planner.problem import with_waiting
 from ckpt_pass.planner.solution import InfeasibleBudgetError, without_recompute
 from ckpt_pass.plans.budget import resolve_budget
@@ -157,7 +153,7 @@ class _Planning:
         found = []
         for number, graph in enumerate(self.plain.graphs):
             # A policy may speak of one layer alone.
-            key = _looks(graph) if self.policy is OPEN else str(number)
+            key = graph.looks if self.policy is OPEN else str(number)
             if key not in known:
                 known[key] = self._levels_of(graph)
             found.append(known[key])
@@ -183,17 +179,3 @@ class _Planning:
                 made = graph_as_problem.solved(goal, budget, asked)
                 found.setdefault(made.steps, level_of(made, plain, budget, waiting))
         return list(found.values())
-
-
-def _looks(graph: SeenGraph) -> str:
-    """A hash of a graph's ops, edges, shapes and dtypes; names of modules do not matter."""
-    nodes = list(graph.module.graph.nodes)
-    number = {node: index for index, node in enumerate(nodes)}
-    digest = hashlib.sha256(f"{graph.num_fwd_outputs}/{graph.static_inputs}".encode())
-    for node in nodes:
-        args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
-        target = op_name(node.target) if node.op == "call_function" else node.op
-        value = node.meta.get("val")
-        looks = (getattr(value, "dtype", ""), list(getattr(value, "shape", ())))
-        digest.update(f"{target}{args}{looks}\n".encode())
-    return digest.hexdigest()

@@ -7,8 +7,10 @@ them runs as it is. Nothing is computed; every value is held by whom it is held 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,6 +59,20 @@ class SeenGraph:
     static_inputs: tuple[int, ...]
     input_names: tuple[str, ...]
     graph_break: str
+
+    @cached_property
+    def looks(self) -> str:
+        """A hash of its ops, edges, shapes and dtypes; names of modules do not matter."""
+        nodes = list(self.module.graph.nodes)
+        number = {node: index for index, node in enumerate(nodes)}
+        digest = hashlib.sha256(f"{self.num_fwd_outputs}/{self.static_inputs}".encode())
+        for node in nodes:
+            args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+            target = op_name(node.target) if node.op == "call_function" else node.op
+            value = node.meta.get("val")
+            looks = (getattr(value, "dtype", ""), list(getattr(value, "shape", ())))
+            digest.update(f"{target}{args}{looks}\n".encode())
+        return digest.hexdigest()
 
     def joint(self, regions: tuple[str, ...] | None) -> JointGraph:
         """The graph, read anew: what is decided for it changes a copy."""
@@ -186,14 +202,14 @@ class FakeStep:
         model, loss_fn, args, kwargs = roots
         leaves = [tensor for tensor in Reached(roots).tensors if tensor.is_leaf]
         compiled = compilers.compile_apart(whole_step(model, loss_fn), graphs, False)
-        for number in range(_MOST_RUNS):
+        for _ in range(_MOST_RUNS):
             before = len(graphs.seen)
             graphs.begin(device_type_of(leaves))
-            with graphs.watched() if number else contextlib.nullcontext():
+            with graphs.watched():
                 self._step(compiled, args, kwargs, graphs)
             for leaf in leaves:
                 leaf.grad = None
-            if number and len(graphs.seen) == before:
+            if len(graphs.seen) == before:
                 break
         return graphs.found()
 
@@ -333,9 +349,13 @@ class _Graphs:
 
     def found(self) -> StepRun:
         """What the last run was."""
-        numbers = [index for index, graph in enumerate(self.seen) if graph is not None]
-        renamed = {index: number for number, index in enumerate(numbers)}
+        found = {index: graph for index, graph in enumerate(self.seen) if graph is not None}
+        called = {call.graph for call in self.calls}
+        # Dynamo makes some anew once it has learnt what changes from step to step.
+        known = {graph.looks for index, graph in found.items() if index in called}
+        kept = [i for i, graph in found.items() if i in called or graph.looks not in known]
+        renamed = {index: number for number, index in enumerate(kept)}
         calls = tuple(replace(call, graph=renamed[call.graph]) for call in self.calls)
-        graphs = tuple(graph for graph in self.seen if graph is not None)
+        graphs = tuple(found[index] for index in kept)
         breaks = tuple(dict.fromkeys(self.breaks))
         return StepRun(graphs, calls, self.held.curve(), breaks)
