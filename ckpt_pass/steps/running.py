@@ -36,7 +36,7 @@ from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.state.holders import Reached
-from ckpt_pass.state.untouched import untouched
+from ckpt_pass.state.untouched import random_state_restored, untouched
 
 #: The first run compiles; what a step makes at first use is there in the second, and may make
 #: dynamo compile it anew.
@@ -205,7 +205,8 @@ class FakeStep:
         for _ in range(_MOST_RUNS):
             before = len(graphs.seen)
             graphs.begin(device_type_of(leaves))
-            with graphs.watched():
+            # Each run draws what the user's next step will: layers are dropped by chance, say.
+            with random_state_restored(), graphs.watched():
                 self._step(compiled, args, kwargs, graphs)
             for leaf in leaves:
                 leaf.grad = None
