@@ -120,6 +120,7 @@ def test_each_round_runs_every_variant_once_in_another_order() -> None:
     assert "".join(calls) == "abcbcacab"
 
 
+@pytest.mark.slow
 def test_peaks_of_a_small_model() -> None:
     result = peaks.run([peaks.Reference("small", small, children_of("layers"), 10**9)])
     rows = {row.variant: row for row in result.rows if isinstance(row, PeakRow)}
@@ -192,6 +193,7 @@ def shown(result: Result) -> str:
     return captured.get()
 
 
+@pytest.mark.slow
 def test_budgets_beside_torch_on_a_small_model() -> None:
     result = budgets.run({"small": small}, budgets=(1.0, 0.0))
     saving, recomputing = budget_rows(result)

@@ -33,7 +33,15 @@ def test_six_ways(family: Family) -> None:
             assert len(words) > 60  # a cause and a cure
 
 
-@pytest.mark.parametrize("family", ODD, ids=str)
+#: In every run; the others with the slow tests.
+QUICK = 5
+
+
+@pytest.mark.parametrize(
+    "family",
+    [*ODD[:QUICK], *(pytest.param(family, marks=pytest.mark.slow) for family in ODD[QUICK:])],
+    ids=str,
+)
 def test_the_oddest_in_eager_mode(family: Family) -> None:
     trial = ways.Trial(family)
     assert _bad([trial.run("eager"), trial.run("all")]) == []

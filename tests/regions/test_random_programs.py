@@ -242,6 +242,7 @@ def test_odd_programs(program: OddProgram, way: str, fraction: float) -> None:
     WAYS[way](program, fraction)
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=HEALTH)
 @given(program=odd_programs(), fraction=FRACTIONS)
 def test_odd_programs_compiled(program: OddProgram, fraction: float) -> None:
