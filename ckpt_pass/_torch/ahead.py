@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import output_graph, symbolic_convert
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -186,21 +183,7 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
     """Inside, fake tensors of a mode are what there is, and dynamo remembers nothing of it."""
     quick = dynamo_config.patch(run_gc_after_compile=False)  # the caller's heap may be large
     alone = compilers.own_profile()
-    with _disable_current_modes(), mode, alone, quick, _resting_collector(), _no_headers():
-        yield
-
-
-@contextlib.contextmanager
-def _no_headers() -> Iterator[None]:
-    """Dynamo parses the file of every call for a line of its log; not where nobody reads it."""
-    logs = (
-        getattr(output_graph, "trace_call_log", None),
-        getattr(symbolic_convert, "trace_source_log", None),
-    )
-    if any(log is None or log.isEnabledFor(logging.DEBUG) for log in logs):
-        yield
-        return
-    with mock.patch.object(symbolic_convert, "get_funcname", lambda *_: None, create=True):
+    with _disable_current_modes(), mode, alone, quick, _resting_collector():
         yield
 
 

@@ -41,8 +41,6 @@ transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_activ
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-#: Where the class of what stands for a tensor among a region's arguments is from.
-_OF_TENSORS = "torch._C._autograd"
 
 
 def saved_hooks() -> tuple[PackHook, UnpackHook] | None:
@@ -102,7 +100,7 @@ def has_arguments_besides_tensors(frame: Any) -> bool:
 
 def arguments_of_checkpoint(frame: Any) -> list[Any]:
     """What torch's checkpoint region keeps of its arguments, tensors excepted."""
-    found = [value for value in frame.saved_args if type(value).__module__ != _OF_TENSORS]
+    found = [value for value in frame.saved_args if type(value) not in _SAVED]
     return found + list((_closed_over(frame.recompute_fn, "kwargs") or {}).values())
 
 

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import functorch
 from ckpt_pass._torch.generated import GeneratedHalf
-from ckpt_pass.graph.held import HeldBytes, device_type_of, fake_like
+from ckpt_pass.graph.calls import fake_like
+from ckpt_pass.graph.held import HeldBytes, device_type_of
 from ckpt_pass.graph.kernel_run import FAILURES
 from ckpt_pass.ops.taxonomy import op_name
 

@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from ckpt_pass._torch import ahead, autograd, functorch, modules
 from ckpt_pass.eager.answers import Answers, asks, real_answers
@@ -28,36 +28,21 @@ from ckpt_pass.eager.real_paths import RealPaths
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
     adds_up,
+    as_really,
     changed_tensors,
-    copied,
-    described,
+    differentiate,
+    saved_numbers_bytes,
     statistics_of,
     storage_ids,
     with_known_shape,
-    with_real_looks,
 )
-from ckpt_pass.graph.capture import no_gradient
-from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD
+from ckpt_pass.graph.calls import Calls, MadeBy
 from ckpt_pass.graph.kernels import Kernels
-from ckpt_pass.ops.taxonomy import OpClass, classify, draws_random, never_recompute, op_name
+from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
-
-#: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
-#: which neither hooks nor modes see. Counted as if held to the end.
-_SAVING_NUMBERS = frozenset(
-    {
-        torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor,
-        torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor,
-        torch.ops.aten.div.Tensor_mode, torch.ops.aten.div_.Tensor_mode,
-    }
-)  # fmt: skip
-_NUMBER_BYTES = 8
-
-MadeBy: TypeAlias = tuple[fx.Node, int]
-"""The call that made a value, and which of its outputs that is."""
 
 
 def trace_step(
@@ -126,12 +111,12 @@ class _Step:
         return self.loss_fn(output) if self.loss_fn is not None else output
 
 
-def _is_differentiated(given: list[torch.Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-
-
 def _is_number(tensor: torch.Tensor) -> bool:
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+#: What stands in a record until its call is written down.
+_NO_CALL = fx.Graph()._root
 
 
 class _Packed:
@@ -173,7 +158,6 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._answers = answers
-        self._opaque: dict[int, MadeBy] = {}
         self._fakes = fakes
         self._statistics = statistics
         self._model = model
@@ -183,8 +167,7 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, int] = {}
         self._refs: dict[int, weakref.ref[Any]] = {}
         self._open: list[int] = []
-        self._nodes: dict[Any, fx.Node] = {}
-        self._graph = fx.Graph()
+        self._written = Calls(fakes)
         self._resting = False
         self._backward = False
 
@@ -208,7 +191,7 @@ class Recorder(TorchDispatchMode):
                 value = step()
             self.trace.forward_length = self.moment
             self._backward = True
-            self._differentiate(value)
+            differentiate(self._model, value)
         end = self.moment
         for saved in self.trace.saved:
             saved.released = min(saved.released, end)
@@ -216,16 +199,6 @@ class Recorder(TorchDispatchMode):
             storage.dies = min(storage.dies, end)
         self._refs.clear()
         return self.trace
-
-    def _differentiate(self, value: Any) -> None:
-        flat, _ = tree_flatten(value)
-        outputs = [v for v in flat if isinstance(v, torch.Tensor) and v.requires_grad]
-        if not outputs:
-            raise no_gradient(self._model)
-        if len(outputs) == 1 and outputs[0].numel() == 1:
-            outputs[0].backward()
-        else:
-            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
     @contextlib.contextmanager
     def _calls(self) -> Iterator[None]:
@@ -274,7 +247,7 @@ class Recorder(TorchDispatchMode):
         storage = self._live.get(storages[0]._cdata, -1) if storages else -1
         self.trace.saved.append(SavedRecord(storage, self.moment))
         number = len(self.trace.saved) - 1
-        return _Packed(self, number, value, self._origin(value), self._real(value))
+        return _Packed(self, number, value, self._written.maker_of(value), self._real(value))
 
     def _real(self, value: torch.Tensor) -> torch.Tensor | None:
         """A copy of a real mask or index: the backward asks it for its values as the forward did.
@@ -283,32 +256,28 @@ class Recorder(TorchDispatchMode):
         """
         if _is_number(value) or autograd.is_fake(value) or value.layout is not torch.strided:
             return None
-        self._resting = True
-        try:
+        with self._rest():
             return value.detach().clone()
-        finally:
-            self._resting = False
 
     def _unpack(self, packed: _Packed) -> torch.Tensor:
         self.trace.asked.setdefault(packed.number, self.moment)
         if packed.real is not None:
             return packed.real
         shape, stride, dtype, device = packed.spec
-        self._resting = True  # the value is described again, not allocated
-        try:
-            with self._fakes:
-                value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        finally:
-            self._resting = False
+        with self._rest(), self._fakes:  # the value is described again, not allocated
+            value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
         if packed.made_by is not None:
-            self._note_opaque(value, packed.made_by)
+            self._written.note_maker(value, packed.made_by)
         return value
 
-    def _note_opaque(self, value: torch.Tensor, made_by: MadeBy) -> None:
-        """Remember, while it lives, which call made a value whose bytes only kernels can read."""
-        storage = value.untyped_storage()
-        self._opaque[storage._cdata] = made_by
-        weakref.finalize(storage, self._opaque.pop, storage._cdata, None)
+    @contextlib.contextmanager
+    def _rest(self) -> Iterator[None]:
+        """Inside, ops are the record's own."""
+        before, self._resting = self._resting, True
+        try:
+            yield
+        finally:
+            self._resting = before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -325,16 +294,15 @@ class Recorder(TorchDispatchMode):
         site = self._site(func)
         index = self.moment
         draws = draws_random(func, args, kwargs)
-        self.trace.ops.append(OpRecord(site, self._graph._root, (), uses, changes, draws, False))
+        self.trace.ops.append(OpRecord(site, _NO_CALL, (), uses, changes, draws, False))
         output = self._run(func, args, kwargs, given)
-        if not self._backward and func in _SAVING_NUMBERS and _is_differentiated(given):
-            numbers = sum(isinstance(value, (int, float)) for value in args)
-            self.trace.storages += [
-                StorageRecord(_NUMBER_BYTES, index, of_graph=True) for _ in range(numbers)
-            ]
+        numbers = 0 if self._backward else saved_numbers_bytes(func, args, given)
+        if numbers:
+            self.trace.storages.append(StorageRecord(numbers, index, of_graph=True))
         record = self.trace.ops[index]
-        record.call = self._call(func, args, kwargs, output)
-        output = self._as_really(record.call, output, known)
+        with self._rest():
+            record.call = self._written.node(func, args, kwargs, output)
+            output = self._as_really(record.call, output, known)
         record.makes = tuple(self._born(output, known, index))
         record.effects = self._has_effects(func, record, args, kwargs)
         return output
@@ -370,34 +338,12 @@ class Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _as_really(self, call: fx.Node, output: Any, known: set[int]) -> Any:
-        """An op's fake outputs, made to look as its kernel's do.
-
-        Not of what is real, nor where the size depends on values: a kernel's are made up.
-        """
-        fakes = any(autograd.is_fake(tensor) for tensor in output_tensors(output))
-        if not fakes or asks(call.target):
-            return output
-        self._resting = True
-        try:
-            with self._fakes:
-                found = with_real_looks(output, self._kernels.outputs(call), known)
-        finally:
-            self._resting = False
+        with self._fakes:
+            found = as_really(call, output, self._kernels, known)
         if found is not output:
-            call.meta["val"] = tree_map_only(torch.Tensor, self._copied, found)
-        if isinstance(found, (tuple, list)):
-            for index, value in enumerate(found):
-                if index and isinstance(value, torch.Tensor) and value.dtype is torch.uint8:
-                    self._note_opaque(value, (call, index))
+            self._written.returns(call, found)
+        self._written.note_outputs(call, found)
         return found
-
-    def _copied(self, value: torch.Tensor) -> torch.Tensor:
-        self._resting = True
-        try:
-            with self._fakes:
-                return copied(value)
-        finally:
-            self._resting = False
 
     def _site(self, func: Any) -> CallSite | None:
         if self._backward:
@@ -452,39 +398,3 @@ class Recorder(TorchDispatchMode):
             return False
         moved = changed_tensors(func, args, kwargs)
         return not moved or not storage_ids(moved) <= self._statistics
-
-    def _call(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
-        """The node that stands for this call and all equal ones."""
-        flat, spec = tree_flatten((args, kwargs))
-        key = (func, spec, tuple((described(value), self._origin(value)) for value in flat))
-        found = self._nodes.get(key)
-        if found is None:
-            self._resting = True
-            try:
-                with self._fakes:
-                    found = self._node(func, args, kwargs, output)
-            finally:
-                self._resting = False
-            self._nodes[key] = found
-        return found
-
-    def _origin(self, value: Any) -> MadeBy | None:
-        if not isinstance(value, torch.Tensor) or value.dtype is not torch.uint8:
-            return None
-        return self._opaque.get(value.untyped_storage()._cdata)
-
-    def _node(self, func: Any, args: Any, kwargs: Any, output: Any) -> fx.Node:
-        def placeholder(value: torch.Tensor) -> fx.Node:
-            node = self._graph.placeholder(f"value_{len(self._graph.nodes)}")
-            node.meta["val"] = copied(value)
-            made_by = self._origin(value)
-            if made_by is not None:
-                node.meta[MADE_BY] = made_by
-            return node
-
-        nodes = tree_map_only(torch.Tensor, placeholder, (args, kwargs))
-        call = self._graph.call_function(func, *nodes)
-        call.meta["val"] = tree_map_only(torch.Tensor, copied, output)
-        if classify(func) is OpClass.RECURRENT:
-            call.meta[WITH_GRAD] = torch.is_grad_enabled()
-        return call

@@ -6,13 +6,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ckpt_pass._torch import autograd, functorch
+from ckpt_pass.eager.answers import asks
+from ckpt_pass.graph.capture import no_gradient
 from ckpt_pass.graph.kernel_cache import OutputFacts
+from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.policy.sites import output_tensors
+
+#: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
+#: which neither hooks nor modes see. Counted as if held to the end.
+_SAVING_NUMBERS = frozenset(
+    {
+        torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor,
+        torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor,
+        torch.ops.aten.div.Tensor_mode, torch.ops.aten.div_.Tensor_mode,
+    }
+)  # fmt: skip
+NUMBER_BYTES = 8
 
 
 def statistics_of(model: nn.Module) -> Iterator[str]:
@@ -130,24 +144,49 @@ def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: s
     return output if same else looks
 
 
-def described(value: Any) -> object:
-    if isinstance(value, torch.Tensor):
-        stride = value.stride() if value.layout is torch.strided else value.layout
-        read = value.is_conj(), value.is_neg()
-        return tuple(value.shape), stride, value.dtype, value.device, read
-    try:
-        hash(value)
-    except TypeError:
-        return repr(value)
-    return type(value), value
+def as_really(call: fx.Node, output: Any, kernels: Kernels, known: set[int]) -> Any:
+    """An op's fake outputs, made to look as its kernel's do.
+
+    Not of what is real, nor where the size depends on values: a kernel's are made up.
+
+    Args:
+        call: the op.
+        output: what the rules for fake tensors say.
+        kernels: what measures it.
+        known: the storages that were there before.
+    """
+    fakes = any(autograd.is_fake(tensor) for tensor in output_tensors(output))
+    if not fakes or asks(call.target):
+        return output
+    return with_real_looks(output, kernels.outputs(call), known)
 
 
-def copied(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same look with a storage of its own; of a sparse one an empty one."""
-    if value.layout is not torch.strided:
-        return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
-    found = torch.empty_strided(
-        tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
-    )
-    found = torch._neg_view(found) if value.is_neg() else found
-    return found.conj() if value.is_conj() else found
+def saved_numbers_bytes(func: Any, args: tuple[Any, ...], given: Iterable[torch.Tensor]) -> int:
+    """The bytes that autograd holds to the end for numbers that Python gave an op.
+
+    It holds each as a tensor of its own, which neither hooks nor modes see.
+    """
+    if func not in _SAVING_NUMBERS or not torch.is_grad_enabled():
+        return 0
+    if not any(tensor.requires_grad for tensor in given):
+        return 0
+    return NUMBER_BYTES * sum(isinstance(value, (int, float)) for value in args)
+
+
+def differentiate(model: nn.Module, value: Any) -> None:
+    """Run the backward of what a step returned.
+
+    A scalar is a loss. Of anything else every output gets a gradient of its own size, as from a
+    loss that is computed elsewhere.
+
+    Raises:
+        NothingToDifferentiateError: nothing in it requires a gradient.
+    """
+    outputs = [v for v in tree_leaves(value) if isinstance(v, torch.Tensor) and v.requires_grad]
+    del value
+    if not outputs:
+        raise no_gradient(model)
+    if len(outputs) == 1 and outputs[0].numel() == 1:
+        outputs[0].backward()
+    else:
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])

@@ -16,11 +16,10 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_pass._torch import functorch
-from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD
-from ckpt_pass.graph.kernel_ops import is_runnable
+from ckpt_pass.graph.calls import Calls
+from ckpt_pass.graph.kernel_ops import is_computing
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels
-from ckpt_pass.ops.taxonomy import OpClass, classify
-from ckpt_pass.policy.sites import optimization_hint, output_tensors
+from ckpt_pass.policy.sites import output_tensors
 
 Looks: TypeAlias = Callable[[fx.Node, Any, set[int]], Any]
 """``looks(call, result, given)``: the result, looking as a kernel's; ``given`` are the storages
@@ -57,7 +56,7 @@ class _Storage:
 
     __slots__ = ("born", "died", "index", "maker", "nbytes", "reference")
 
-    def __init__(self, reference: StorageWeakRef, nbytes: int, born: int) -> None:
+    def __init__(self, reference: StorageWeakRef | None, nbytes: int, born: int) -> None:
         self.reference = reference
         self.nbytes = nbytes
         self.born = born
@@ -65,6 +64,11 @@ class _Storage:
         #: The call that made it, and which of its outputs it is behind.
         self.maker: fx.Node | None = None
         self.index = 0
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nothing holds it any more."""
+        return self.reference is not None and self.reference.expired()
 
 
 class HeldBytes:
@@ -76,15 +80,13 @@ class HeldBytes:
     """
 
     def __init__(self, fake: functorch.FakeTensorMode, device_type: str) -> None:
-        self._fake = fake
         self._device_type = device_type
         self._alive: dict[int, _Storage] = {}
         self._storages: list[_Storage] = []
         self._where: list[str] = []
-        self._graph = fx.Graph()
-        self._called: dict[fx.Node, int] = {}
-        #: Who made the values that kernels alone can read, such as an LSTM's.
-        self._opaque: dict[int, tuple[fx.Node, int]] = {}
+        self._calls = Calls(fake)
+        #: The calls that may have a workspace, by the moment at which they ran.
+        self._called: dict[int, fx.Node] = {}
 
     @property
     def moment(self) -> int:
@@ -112,26 +114,29 @@ class HeldBytes:
         """
         given = given_storages(args, kwargs)
         self._let_go()
-        node = self._node(func, args, kwargs, result)
+        node = self._calls.node(func, args, kwargs, result) if is_computing(func) else None
         if looks is not None and node is not None:
             found = looks(node, result, given)
             if found is not result:
                 result = found
-                with self._fake:
-                    node.meta["val"] = fx.node.map_aggregate(result, fake_like)
+                self._calls.returns(node, result)
         for index, tensor in enumerate(output_tensors(result)):
             if _lies(tensor) and tensor.untyped_storage()._cdata not in given:
                 self._add(tensor, node, index)
         if node is not None:
-            self._called[node] = self.moment
+            self._calls.note_outputs(node, result)
+            self._called[self.moment] = node
         self._where.append(where)
         return result
 
+    def hold(self, nbytes: int) -> None:
+        """Bytes that the op which runs next leaves behind, to the end."""
+        self._storages.append(_Storage(None, nbytes, self.moment))
+
     def _let_go(self) -> None:
-        gone = [key for key, storage in self._alive.items() if storage.reference.expired()]
+        gone = [key for key, storage in self._alive.items() if storage.is_gone]
         for key in gone:
             self._alive.pop(key).died = self.moment
-            self._opaque.pop(key, None)
 
     def _add(self, tensor: Tensor, node: fx.Node | None, index: int) -> None:
         storage = tensor.untyped_storage()
@@ -139,41 +144,13 @@ class HeldBytes:
             return
         made = _Storage(StorageWeakRef(storage), storage.nbytes(), self.moment)
         made.maker, made.index = node, index
-        if node is not None and tensor.dtype is torch.uint8:
-            self._opaque[storage._cdata] = node, index
         self._alive[storage._cdata] = made
         self._storages.append(made)
-
-    def _node(
-        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
-    ) -> fx.Node | None:
-        """The call as a node of a graph, with tensors of its own, so that it holds none."""
-
-        def described(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            node = self._graph.placeholder("given")
-            node.meta["val"] = fake_like(value)
-            made_by = self._opaque.get(value.untyped_storage()._cdata) if _lies(value) else None
-            if made_by is not None:
-                node.meta[MADE_BY] = made_by
-            return node
-
-        node = self._graph.call_function(func)
-        if not is_runnable(node):
-            return None
-        with self._fake:
-            node.args = fx.node.map_aggregate(args, described)
-            node.kwargs = fx.node.map_aggregate(dict(kwargs), described)
-            node.meta["val"] = fx.node.map_aggregate(result, fake_like)
-        if classify(func) is OpClass.RECURRENT:
-            node.meta[WITH_GRAD] = torch.is_grad_enabled()
-        return node
 
     def curve(self) -> Curve:
         """The bytes over what has run, workspaces of the kernels among them."""
         self._let_go()
-        facts = Kernels().facts([*self._called], WORKSPACE)
+        facts = Kernels().facts([*dict.fromkeys(self._called.values())], WORKSPACE)
         steps = [0] * (self.moment + 1)
         for storage in self._storages:
             found = facts.get(storage.maker) if storage.maker is not None else None
@@ -186,8 +163,9 @@ class HeldBytes:
             steps[storage.born] += nbytes
             steps[self.moment if storage.died is None else storage.died] -= nbytes
         bytes_at = [*accumulate(steps[:-1])]
-        for node, found in facts.items():
-            bytes_at[self._called[node]] += found.workspace_bytes or 0
+        for moment, node in self._called.items():
+            found = facts.get(node)
+            bytes_at[moment] += (found.workspace_bytes or 0) if found is not None else 0
         return Curve(tuple(bytes_at), tuple(self._where))
 
 
@@ -200,20 +178,6 @@ def given_storages(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]
 def _lies(tensor: Tensor) -> bool:
     """Whether a tensor has a storage that can be counted."""
     return tensor.layout is torch.strided
-
-
-def fake_like(value: Any) -> Any:
-    """A tensor with the metadata of one, symbolic sizes at their traced values; or the value."""
-    if isinstance(value, torch.SymInt):
-        return optimization_hint(value)
-    if isinstance(value, (torch.SymFloat, torch.SymBool)):
-        return value.node.hint
-    if not isinstance(value, Tensor):
-        return value
-    if value.layout is not torch.strided:
-        return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
-    size, stride = ([*map(optimization_hint, part)] for part in (value.shape, value.stride()))
-    return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
 
 
 def device_type_of(tensors: Any) -> str:

@@ -91,9 +91,14 @@ def _casts_on_cpu(node: fx.Node) -> bool:
 
 def is_runnable(node: fx.Node) -> bool:
     """Whether an op computes something, and may be run alone without doing anything else."""
-    if node.op != "call_function" or not callable(node.target):
+    return node.op == "call_function" and is_computing(node.target)
+
+
+def is_computing(target: object) -> bool:
+    """The same of what is called."""
+    if not callable(target):
         return False
-    op_class = classify(node.target)
+    op_class = classify(target)
     return op_class not in COMPUTES_NOTHING and op_class not in NOT_RUN
 
 

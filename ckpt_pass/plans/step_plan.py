@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_pass.plans.audit import findings
+from ckpt_pass.plans.files import PlanFile
 from ckpt_pass.plans.parts import Decision
 from ckpt_pass.plans.reading import is_of_step, read_plan_text, step_from_json
 from ckpt_pass.plans.record import Asked
@@ -25,7 +26,7 @@ _GRAPHS = 20
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepPlan(PlanFile):
     """The decisions for a step of several graphs, as a value that prints, saves and loads itself.
 
     Attributes:
@@ -127,22 +128,6 @@ class StepPlan:
         """
         found = step_from_json(text)
         return cls(**{**found, "parts": tuple(Plan(**part) for part in found["parts"])})
-
-    def save(self, path: str | Path) -> Path:
-        """Write the plan to a file; return its path."""
-        path = Path(path)
-        path.write_text(self.to_json(), encoding="utf-8")
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> StepPlan:
-        """Read a plan from a file.
-
-        Raises:
-            PlanFileError: the file is no such plan, or was changed after it was written.
-            OSError: the file cannot be read.
-        """
-        return cls.from_json(read_plan_text(Path(path)))
 
     def summary(self) -> str:
         """The plan in a few lines."""

@@ -17,8 +17,9 @@ from torch import nn
 from ckpt_pass._errors import nearest
 from ckpt_pass.graph.shapes import bytes_at, where_within
 from ckpt_pass.plans.audit import findings
+from ckpt_pass.plans.files import PlanFile
 from ckpt_pass.plans.plot import plot_plan
-from ckpt_pass.plans.reading import plan_from_json, read_plan_text
+from ckpt_pass.plans.reading import plan_from_json
 from ckpt_pass.plans.record import (
     CompiledExecution,
     EagerExecution,
@@ -55,7 +56,7 @@ _MOVED = {
 
 
 @dataclass(frozen=True)
-class Plan(PlanRecord):
+class Plan(PlanRecord, PlanFile):
     """The decisions for one graph, as a value that prints, draws, saves and applies itself.
 
     What it holds stands in :class:`ckpt_pass.plans.record.PlanRecord`: ``decisions``, ``saved``,
@@ -114,22 +115,6 @@ class Plan(PlanRecord):
             PlanFileError: the text is no plan, or was changed after it was written.
         """
         return cls(**plan_from_json(text))
-
-    def save(self, path: str | Path) -> Path:
-        """Write the plan to a file; return its path."""
-        path = Path(path)
-        path.write_text(self.to_json(), encoding="utf-8")
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        """Read a plan from a file.
-
-        Raises:
-            PlanFileError: the file is no plan, or was changed after it was written.
-            OSError: the file cannot be read.
-        """
-        return cls.from_json(read_plan_text(Path(path)))
 
     def apply(self, model: nn.Module) -> None:
         """Make the plan's regions checkpoint regions of an eager model, until :meth:`remove`.

@@ -14,8 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import fx, nn
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import ahead, autograd, compilers, functorch
@@ -23,11 +22,10 @@ from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner
 from ckpt_pass.eager.answers import Answers, OtherPathError, asks, real_answers
-from ckpt_pass.eager.trace_ops import adds_up, with_real_looks
+from ckpt_pass.eager.trace_ops import adds_up, as_really, differentiate, saved_numbers_bytes
 from ckpt_pass.graph.capture import (
     LossFn,
     input_words,
-    no_gradient,
     untraceable,
     whole_step,
 )
@@ -35,6 +33,7 @@ from ckpt_pass.graph.held import Curve, HeldBytes, device_type_of
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.policy.sites import output_tensors
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import random_state_restored, untouched
 
@@ -217,14 +216,7 @@ class FakeStep:
     def _step(self, compiled: Callable[..., Any], args: Any, kwargs: Any, graphs: _Graphs) -> None:
         value = compiled(*args, **kwargs)
         graphs.backward = True
-        outputs = [v for v in tree_leaves(value) if isinstance(v, Tensor) and v.requires_grad]
-        del value
-        if not outputs:
-            raise no_gradient(self.model)
-        if len(outputs) == 1 and outputs[0].numel() == 1:
-            outputs[0].backward()
-        else:
-            torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+        differentiate(self.model, value)
 
 
 @dataclass(eq=False)
@@ -335,13 +327,17 @@ class _Graphs:
             between = self.backward and not self._inside and not self._is_real
             joins = between and adds_up(func, args, kwargs)
             result = run(torch.ops.aten.add_.Tensor if joins else func)
+        if not self._inside and not self.backward:
+            numbers = saved_numbers_bytes(func, args, output_tensors((*args, *kwargs.values())))
+            if numbers:
+                self.held.hold(numbers)
         looks = None if self._inside or self._is_real else self._as_really
         return self.held.note(func, args, kwargs, result, self._where(func), looks)
 
     def _as_really(self, call: fx.Node, result: Any, given: set[int]) -> Any:
         """What an op between the graphs returns, made to look as its kernel's: others see it."""
         with self.fake:
-            return with_real_looks(result, self.kernels.outputs(call), given)
+            return as_really(call, result, self.kernels, given)
 
     def _where(self, func: Any) -> str:
         half = "backward" if self.backward else "forward"

@@ -110,39 +110,30 @@ def plan(
 
 
 def plan_one(
-    model: nn.Module,
-    *args: Any,
-    policy: PolicyLike | None = None,
-    budget: BudgetLike | None = None,
-    solver: SolverLike = DEFAULT_SOLVER,
-    time_limit_s: float | None = None,
-    cost: str = "roofline",
-    loss_fn: Callable[[Any], torch.Tensor] | None = None,
-    regions: tuple[str, ...] | None = None,
-    dynamic: bool = False,
-    mode: str = "compiled",
-    kwargs: Mapping[str, Any] | None = None,
-    **named: Any,
+    model: nn.Module, *args: Any, kwargs: Mapping[str, Any] | None = None, **named: Any
 ) -> Plan:
-    """As :func:`plan`, of a step that is one graph.
+    """As :func:`plan`, of a step that is one graph; with the same options.
 
     Raises:
         SeveralGraphsError: dynamo cuts the step.
     """
-    wanted = _Wanted(policy, as_goal(budget, solver, time_limit_s, cost), mode, dynamic)
+    options = {key: named.pop(key) for key in _options_of(plan) if key in named}
+    how = {key: options.pop(key) for key in ("solver", "time_limit_s", "cost") if key in options}
+    goal = as_goal(options.pop("budget", None), **how)
+    loss_fn, regions = options.pop("loss_fn", None), options.pop("regions", None)
     inputs = step_arguments(model, plan, args, kwargs, named)
-    step = FakeStep(model, args, inputs, loss_fn, regions)
-    return _of_one_graph(step, wanted) if mode == "compiled" else _eager_plan(step, wanted)
+    step, wanted = FakeStep(model, args, inputs, loss_fn, regions), _Wanted(goal=goal, **options)
+    return _of_one_graph(step, wanted) if wanted.mode == "compiled" else _eager_plan(step, wanted)
 
 
 @dataclass(frozen=True)
 class _Wanted:
     """What is asked of a plan, but for the step."""
 
-    policy: PolicyLike | None
-    goal: Goal | None
-    mode: str
-    dynamic: bool
+    policy: PolicyLike | None = None
+    goal: Goal | None = None
+    mode: str = "compiled"
+    dynamic: bool = False
 
     @property
     def chosen(self) -> Policy:
@@ -205,11 +196,7 @@ def step_arguments(
     try:
         signature.bind(*args, **found)
     except TypeError as error:
-        options = [
-            parameter.name
-            for parameter in inspect.signature(tool).parameters.values()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        ]
+        options = _options_of(tool)
         unknown = [name for name in named if name not in signature.parameters]
         near = nearest(unknown[0], [*options, *signature.parameters]) if unknown else ""
         raise StepArgumentError(
@@ -219,6 +206,12 @@ def step_arguments(
             "these names goes into kwargs={...}."
         ) from None
     return found
+
+
+def _options_of(tool: Callable[..., Any]) -> list[str]:
+    """The names that a function of ours takes for itself, not for the model."""
+    parameters = inspect.signature(tool).parameters.values()
+    return [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
 
 
 def _eager_goal(mode: str, goal: Goal | None, taken: Mapping[str, object]) -> Goal:

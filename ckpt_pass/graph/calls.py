@@ -1,0 +1,123 @@
+"""Calls of ops as nodes of a graph, with tensors of their own: what kernels are measured by.
+
+A node holds no tensor of the step, so that it keeps nothing alive; equal calls are one node.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from ckpt_pass._torch import functorch
+from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD
+from ckpt_pass.ops.taxonomy import OpClass, classify
+from ckpt_pass.policy.sites import optimization_hint
+
+MadeBy: TypeAlias = tuple[fx.Node, int]
+"""The call that made a value, and which of its outputs that is."""
+
+
+class Calls:
+    """Writes calls down.
+
+    Args:
+        fake: the mode of the tensors that stand in the nodes.
+    """
+
+    def __init__(self, fake: functorch.FakeTensorMode) -> None:
+        self._fake = fake
+        self._graph = fx.Graph()
+        self._nodes: dict[Any, fx.Node] = {}
+        self._opaque: dict[int, MadeBy] = {}
+
+    def node(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> fx.Node:
+        """The node that stands for a call and all equal ones."""
+        given = (args, dict(kwargs))
+        flat, spec = tree_flatten(given)
+        key = (func, spec, tuple((_described(value), self.maker_of(value)) for value in flat))
+        found = self._nodes.get(key)
+        if found is None:
+            with self._fake:
+                found = self._nodes[key] = self._made(func, given, output)
+        return found
+
+    def _made(self, func: Any, given: tuple[Any, Any], output: Any) -> fx.Node:
+        def placeholder(value: Tensor) -> fx.Node:
+            node = self._graph.placeholder(f"value_{len(self._graph.nodes)}")
+            node.meta["val"] = fake_like(value)
+            made_by = self.maker_of(value)
+            if made_by is not None:
+                node.meta[MADE_BY] = made_by
+            return node
+
+        call = self._graph.call_function(func, *tree_map_only(Tensor, placeholder, given))
+        self._look(call, output)
+        if classify(func) is OpClass.RECURRENT:
+            call.meta[WITH_GRAD] = torch.is_grad_enabled()
+        return call
+
+    def returns(self, call: fx.Node, output: Any) -> None:
+        """Note what a call returns, where that looks otherwise than was written down."""
+        with self._fake:
+            self._look(call, output)
+
+    @staticmethod
+    def _look(call: fx.Node, output: Any) -> None:
+        call.meta["val"] = tree_map_only(Tensor, fake_like, output)
+
+    def note_outputs(self, call: fx.Node, output: Any) -> None:
+        """Remember which call made values whose bytes only kernels can read, such as an LSTM's."""
+        if isinstance(output, (tuple, list)):
+            for index, value in enumerate(output):
+                if index and isinstance(value, Tensor) and value.dtype is torch.uint8:
+                    self.note_maker(value, (call, index))
+
+    def note_maker(self, value: Tensor, made_by: MadeBy) -> None:
+        """The same for one value, as long as it lives."""
+        storage = value.untyped_storage()
+        self._opaque[storage._cdata] = made_by
+        weakref.finalize(storage, self._opaque.pop, storage._cdata, None)
+
+    def maker_of(self, value: Any) -> MadeBy | None:
+        """Which call made such a value; ``None`` for all others."""
+        if not isinstance(value, Tensor) or value.dtype is not torch.uint8:
+            return None
+        return self._opaque.get(value.untyped_storage()._cdata)
+
+
+def _described(value: Any) -> object:
+    if isinstance(value, Tensor):
+        stride = value.stride() if value.layout is torch.strided else value.layout
+        read = value.is_conj(), value.is_neg()
+        return tuple(value.shape), stride, value.dtype, value.device, read
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return type(value), value
+
+
+def fake_like(value: Any) -> Any:
+    """A tensor of the same look with a storage of its own, symbolic sizes at their traced values.
+
+    Of a sparse tensor an empty one. Other values are themselves.
+    """
+    if isinstance(value, torch.SymInt):
+        return optimization_hint(value)
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return value.node.hint
+    if not isinstance(value, Tensor):
+        return value
+    if value.layout is not torch.strided:
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
+    size, stride = ([*map(optimization_hint, part)] for part in (value.shape, value.stride()))
+    found = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+    found = torch._neg_view(found) if value.is_neg() else found
+    return found.conj() if value.is_conj() else found
