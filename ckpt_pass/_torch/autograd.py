@@ -91,29 +91,45 @@ def function_of_checkpoint(frame: Any) -> Any:
     return _closed_over(frame.recompute_fn, "fn")
 
 
+def _kept_arguments(frame: Any) -> tuple[list[Any], dict[str, Any]]:
+    """What torch's checkpoint region keeps of its arguments: by position, and by name.
+
+    Tensors by position are kept apart. Torch 2.13 has a list of the frame's own, and a dict that
+    its function closes over; before, both are in a list that an autograd node's function closes
+    over, behind a dummy (``_NoopSaveInputs``).
+    """
+    if hasattr(frame, "saved_args"):
+        return frame.saved_args, _closed_over(frame.recompute_fn, "kwargs") or {}
+    node = frame.input_saver.grad_fn
+    _dummy, named, *positional = _closed_over(node.get_args, "args") if node else (None, {})
+    return positional, named
+
+
 def has_arguments_besides_tensors(frame: Any) -> bool:
     """Whether torch's checkpoint region keeps anything else of its arguments."""
-    return not _SAVED.issuperset(map(type, frame.saved_args)) or bool(
-        _closed_over(frame.recompute_fn, "kwargs")
-    )
+    positional, named = _kept_arguments(frame)
+    return not _SAVED.issuperset(map(type, positional)) or bool(named)
 
 
 def arguments_of_checkpoint(frame: Any) -> list[Any]:
     """What torch's checkpoint region keeps of its arguments, tensors excepted."""
-    found = [value for value in frame.saved_args if type(value) not in _SAVED]
-    return found + list((_closed_over(frame.recompute_fn, "kwargs") or {}).values())
+    positional, named = _kept_arguments(frame)
+    return [value for value in positional if type(value) not in _SAVED] + list(named.values())
 
 
 def convert_arguments(frame: Any, convert: Callable[[Any], Any]) -> None:
-    """Change what torch's checkpoint region keeps of its arguments, tensors excepted.
-
-    Positional ones are in a list, the others in a dict that its function closes over.
-    """
-    frame.saved_args = [v if type(v) in _SAVED else convert(v) for v in frame.saved_args]
+    """Change what torch's checkpoint region keeps of its arguments, tensors excepted."""
+    positional, named = _kept_arguments(frame)
+    positional = [value if type(value) in _SAVED else convert(value) for value in positional]
+    named = {key: convert(value) for key, value in named.items()}
+    if not hasattr(frame, "saved_args"):
+        if frame.input_saver.grad_fn is not None:
+            _closed_over(frame.input_saver.grad_fn.get_args, "args")[1:] = [named, *positional]
+        return
+    frame.saved_args = positional
     names, closure = frame.recompute_fn.__code__.co_freevars, frame.recompute_fn.__closure__
     if "kwargs" in names:
-        cell = closure[names.index("kwargs")]
-        cell.cell_contents = {key: convert(v) for key, v in cell.cell_contents.items()}
+        closure[names.index("kwargs")].cell_contents = named
 
 
 def recompute_anew(frame: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.utils.checkpoint
 from torch import fx
+from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
 from torch._functorch._aot_autograd.functional_utils import _is_functional_graph
 from torch._functorch.compile_utils import raise_getitems
@@ -140,6 +141,28 @@ def pair_random_state(
     ``nondeterministic_seeded``.
     """
     return partitioners.functionalize_rng_ops(joint, forward, backward, num_symbols)
+
+
+def recomputed_by_default(
+    module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
+) -> frozenset[str]:
+    """Names of the forward ops that torch's own partitioner lets the backward run again.
+
+    Without a memory budget it recomputes what Inductor fuses into kernels that run anyway, where
+    that moves fewer bytes (``min_cut_rematerialization_partition``). The graph is changed.
+    """
+    forward = {node.name for node in module.graph.nodes if node.op == "call_function"}
+    with functorch_config.patch(activation_memory_budget=1.0):
+        first, second = partitioners.min_cut_rematerialization_partition(
+            module,
+            (),
+            num_fwd_outputs=num_fwd_outputs,
+            static_lifetime_input_indices=list(static_inputs),
+        )
+    runs = [
+        {n.name for n in half.graph.nodes if n.op == "call_function"} for half in (first, second)
+    ]
+    return frozenset(forward & runs[0] & runs[1])
 
 
 def force_save_effects(module: fx.GraphModule) -> None:

@@ -18,7 +18,7 @@ from ckpt_pass.graph.kernels import (
 )
 from ckpt_pass.graph.problem import GraphProblem, borders_of, build_problem, check_sizes
 from ckpt_pass.graph.real_looks import tell_real_sizes
-from ckpt_pass.planner.problem import Problem, with_waiting
+from ckpt_pass.planner.problem import Problem, with_costs, with_waiting
 from ckpt_pass.planner.solution import (
     InfeasibleBudgetError,
     Solution,
@@ -129,7 +129,7 @@ def meet_budget(joint: JointGraph, goal: Goal, part: bool = False, waiting_bytes
         SymbolicBytesError: a size depends on data.
     """
     opened = open_up(joint, goal)
-    plain = without_recompute(opened.problem)
+    plain = without_recompute(with_costs(opened.problem))
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     asked = with_waiting(opened.problem, waiting_bytes)
     try:

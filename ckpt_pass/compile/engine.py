@@ -220,6 +220,7 @@ class Partitioner(compilers.CustomPartitionerFn):
         plans: plans to carry out again, if any: that of the graph, or of each of several.
         in_place: whether what runs the backward takes ops that write over their inputs.
         part: whether the graph is one of several of a step.
+        fuses: whether what runs the halves fuses ops, so that some run again at no cost.
     """
 
     policy: Policy
@@ -230,6 +231,7 @@ class Partitioner(compilers.CustomPartitionerFn):
     plans: tuple[Plan, ...] = ()
     in_place: bool = False
     part: bool = False
+    fuses: bool = False
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -241,8 +243,13 @@ class Partitioner(compilers.CustomPartitionerFn):
         """
         gm.graph.eliminate_dead_code()
         static = kwargs.get("static_lifetime_input_indices") or ()
-        joint = read_joint(gm, kwargs["num_fwd_outputs"], static, self.regions, self.input_names)
-        joint.in_place = self.in_place
+        outputs = kwargs["num_fwd_outputs"]
+        fused = self.fuses and self.goal is not None
+        free = (
+            functorch.recomputed_by_default(compilers.copied(gm), outputs, static) if fused else ()
+        )
+        joint = read_joint(gm, outputs, static, self.regions, self.input_names)
+        joint.in_place, joint.fused = self.in_place, frozenset(free)
         decided = decide(joint, self.policy, self.goal, self.plans, self.part)
         if self.on_plan is not None:
             self.on_plan(record_plan(decided))

@@ -77,6 +77,7 @@ def compile_within(
         InfeasibleBudgetError: no plan fits the budget after inductor's changes.
         DryRunError: the code that inductor generates needs data to be followed.
     """
+    partitioner = replace(partitioner, fuses=True)
     goal = partitioner.goal
     assert goal is not None
 

@@ -37,6 +37,7 @@ from ckpt_pass.eager.trace_ops import (
     with_known_shape,
 )
 from ckpt_pass.graph.calls import Calls, MadeBy
+from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
@@ -367,12 +368,14 @@ class Recorder(TorchDispatchMode):
 
     def _born(self, output: Any, known: set[int], index: int) -> Iterator[int]:
         tensors = output_tensors(output)
-        for storage in (part for tensor in tensors for part in functorch.storages_of(tensor)):
+        pairs = ((tensor, part) for tensor in tensors for part in functorch.storages_of(tensor))
+        for tensor, storage in pairs:
             key = storage._cdata
             if key in known or key in self._live:
                 continue
             number = len(self.trace.storages)
-            self.trace.storages.append(StorageRecord(storage.nbytes(), index))
+            nbytes = allocated_bytes(storage.nbytes(), tensor.device.type)
+            self.trace.storages.append(StorageRecord(nbytes, index))
             self._live[key] = number
             self._refs[number] = weakref.ref(storage, self._death(key, number))
             yield number

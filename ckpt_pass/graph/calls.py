@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ckpt_pass._torch import functorch
-from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD
+from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD, only_its_maker_knows
 from ckpt_pass.ops.taxonomy import OpClass, classify
 from ckpt_pass.policy.sites import optimization_hint
 
@@ -73,10 +73,10 @@ class Calls:
         call.meta["val"] = tree_map_only(Tensor, fake_like, output)
 
     def note_outputs(self, call: fx.Node, output: Any) -> None:
-        """Remember which call made values whose bytes only kernels can read, such as an LSTM's."""
+        """Remember which call made what only kernels can read: an LSTM's bytes, a seed."""
         if isinstance(output, (tuple, list)):
             for index, value in enumerate(output):
-                if index and isinstance(value, Tensor) and value.dtype is torch.uint8:
+                if index and isinstance(value, Tensor) and only_its_maker_knows(value):
                     self.note_maker(value, (call, index))
 
     def note_maker(self, value: Tensor, made_by: MadeBy) -> None:
@@ -87,7 +87,7 @@ class Calls:
 
     def maker_of(self, value: Any) -> MadeBy | None:
         """Which call made such a value; ``None`` for all others."""
-        if not isinstance(value, Tensor) or value.dtype is not torch.uint8:
+        if not isinstance(value, Tensor) or not only_its_maker_knows(value):
             return None
         return self._opaque.get(value.untyped_storage()._cdata)
 

@@ -24,6 +24,8 @@ _OUTPUT_SIZED_WORKSPACE = frozenset(
     {"aten.native_dropout.default", "aten.native_dropout_backward.default"}
 )
 
+_BLOCK = 512
+
 
 class SymbolicBytesError(CkptPassError):
     """Bytes depend on a size that only the data of a run tell."""
@@ -152,6 +154,16 @@ def as_bytes(size: int | torch.SymInt) -> Bytes:
         expression = sympy.sympify(size.node.expr)
         return int(expression) if expression.is_number else expression
     return int(size)
+
+
+def allocated_bytes(nbytes: int, device_type: str) -> int:
+    """The bytes that a device hands out for a storage.
+
+    The caching allocators of accelerators hand out multiples of 512 bytes (``kMinBlockSize`` in
+    ``c10/cuda/CUDACachingAllocator.cpp``). What such an allocator adds where it does not split a
+    block that is a little too large is not in here: that depends on what was freed before.
+    """
+    return nbytes if device_type in ("cpu", "meta") else -(-nbytes // _BLOCK) * _BLOCK
 
 
 def storage_sizes(value: Any) -> dict[StorageKey, int | torch.SymInt]:

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_pass._torch import functorch
 from ckpt_pass.graph.calls import Calls
+from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernel_ops import is_computing
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels
 from ckpt_pass.policy.sites import output_tensors
@@ -24,9 +25,6 @@ from ckpt_pass.policy.sites import output_tensors
 Looks: TypeAlias = Callable[[fx.Node, Any, set[int]], Any]
 """``looks(call, result, given)``: the result, looking as a kernel's; ``given`` are the storages
 that were there before."""
-
-#: The caching allocators of accelerators hand out multiples of so many bytes.
-_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,7 @@ class HeldBytes:
             if found is not None and found.outputs and storage.index < len(found.outputs):
                 real = found.outputs[storage.index].storage_bytes
                 nbytes = real if real is not None else nbytes
-            if self._device_type != "cpu":
-                nbytes = -(-nbytes // _BLOCK) * _BLOCK
+            nbytes = allocated_bytes(nbytes, self._device_type)
             steps[storage.born] += nbytes
             steps[self.moment if storage.died is None else storage.died] -= nbytes
         bytes_at = [*accumulate(steps[:-1])]

@@ -54,6 +54,7 @@ class JointGraph:
         static_inputs: primals that live on between steps: parameters and buffers.
         in_place: whether the backward may write over values of its own
             (:mod:`ckpt_pass.graph.reinplace`). Inductor wants functional graphs; it does so itself.
+        fused: names of forward ops that run again at no cost, inside of kernels that run anyway.
         graph_break: where dynamo cut the step that the graph is a part of; empty for a whole one.
     """
 
@@ -64,6 +65,7 @@ class JointGraph:
     regions_pattern: tuple[str, ...] | None = None
     in_place: bool = True
     graph_break: str = ""
+    fused: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.refresh()

@@ -33,6 +33,8 @@ NOTHING: Mapping[fx.Node, Any] = MappingProxyType({})
 
 #: Arguments that split the rows of another into groups: they rise to the number of rows.
 OFFSET_ARGUMENTS = ("offs",)
+#: Numbers that say what is drawn: a seed, an offset, or both in one.
+_SEED = 2
 
 
 class KernelError(CkptPassError):
@@ -250,7 +252,7 @@ def _argument(node: fx.Node, really: Mapping[fx.Node, Any], argument: Any) -> An
         look.dtype,
         value.device,
         statistic=is_multi_output_access(argument) and argument.args[1:] != (0,),
-        source=_source(argument, really) if look.dtype is torch.uint8 else None,
+        source=_source(argument, really) if only_its_maker_knows(look) else None,
         conjugate=value.is_conj(),
         negative=value.is_neg(),
         held=_held(look) if node.target is torch.ops.aten.copy.default else 0,
@@ -264,6 +266,18 @@ def _held(look: Any) -> int:
         return 0
     held = optimization_hint(storage.nbytes()) // look.dtype.itemsize
     return held if held > optimization_hint(look.numel()) else 0
+
+
+def only_its_maker_knows(look: torch.Tensor) -> bool:
+    """Whether made-up contents would lead a kernel astray: bytes, and seeds of random numbers.
+
+    Of fused attention on CUDA the seed and the offset of what it draws are further outputs, numbers
+    in memory of the host where fake tensors say the device's: its backward reads them there.
+    """
+    number = not (look.dtype.is_floating_point or look.dtype.is_complex)
+    return look.dtype is torch.uint8 or (
+        number and look.dim() <= 1 and optimization_hint(look.numel()) <= _SEED
+    )
 
 
 def _source(argument: fx.Node, really: Mapping[fx.Node, Any]) -> tuple[Call, int] | None:

@@ -12,6 +12,7 @@ import torch
 from torch.profiler import record_function
 
 from ckpt_pass._torch import functorch
+from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernel_cache import KernelFacts, OutputFacts
 from ckpt_pass.graph.kernel_call import Call, Run
 from ckpt_pass.measure.allocations import profiled, quiet_collector, read_recording
@@ -177,7 +178,8 @@ def _cuda_memory(call: Call) -> tuple[int, Outputs]:
     # An allocator that does not know what was requested says 0.
     kind = "requested_bytes" if after["requested_bytes.all.peak"] else "allocated_bytes"
     peak = after[f"{kind}.all.peak"] - before[f"{kind}.all.current"]
-    return max(0, int(peak) - _new_bytes(*result)), _looks(*result)
+    workspace = max(0, int(peak) - _new_bytes(*result))
+    return allocated_bytes(workspace, call.device.type), _looks(*result)
 
 
 def _times(calls: Mapping[str, Call], failed: Reasons) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass._torch import functorch
 from ckpt_pass.graph.cost import (
+    allocated_bytes,
     as_bytes,
     at_traced_shape,
     device_type,
@@ -69,8 +70,10 @@ class _Storages:
         for key, size in storage_sizes(value).items():
             if key not in self._ids:
                 self._ids[key] = len(self.nbytes)
-                self.sizes.append(as_bytes(size))
-                self.nbytes.append(at_traced_shape(size))
+                nbytes = at_traced_shape(size)
+                handed_out = allocated_bytes(nbytes, _device_type(value))
+                self.nbytes.append(handed_out)
+                self.sizes.append(as_bytes(size) + handed_out - nbytes)
             found.append(self._ids[key])
         return tuple(found)
 
@@ -78,6 +81,10 @@ class _Storages:
         """Note that a storage existed before the step."""
         self.sizes[storage] = self.nbytes[storage] = 0
         self.made.add(storage)
+
+
+def _device_type(value: Any) -> str:
+    return next((tensor.device.type for tensor in output_tensors(value)), "cpu")
 
 
 def borders_of(joint: JointGraph, described: GraphProblem) -> tuple[int, ...]:
@@ -254,7 +261,7 @@ def _op(
         late=node in joint.needs_tangents,
         workspace_bytes=at_traced_shape(_workspace(node, facts)),
         random_state_bytes=random_state_bytes(node) if forward and random else 0,
-        time_s=time_s if makes else 0.0,
+        time_s=time_s if makes and node.name not in joint.fused else 0.0,
         flops=flops,
         savable=savable,
         must_save=forward and (tag is CheckpointPolicy.MUST_SAVE or returned),

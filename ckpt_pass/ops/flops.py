@@ -7,31 +7,44 @@ does not either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cache
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ckpt_pass._torch.operators import OpOverloadPacket
 from ckpt_pass.ops.taxonomy import functional_twin
 
-# Operator without a formula in torch 2.13 -> operator whose formula reads the same leading
-# arguments: (query, key, value, ...) forward, (grad_out, query, key, value, ...) backward.
-# Without these rows, attention on the CPU would count as free.
-_LIKE = {
-    "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (
-        "_scaled_dot_product_flash_attention_backward"
-    ),
-    "_scaled_dot_product_fused_attention_overrideable": "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_fused_attention_overrideable_backward": (
-        "_scaled_dot_product_flash_attention_backward"
-    ),
-}
+#: Torch's names of fused attention, each with a backward of the name with this at its end. Torch
+#: 2.13 has no formula for those of the CPU, which would count as free, and that of 2.11 raises
+#: where several query heads share a key head.
+_ATTENTIONS = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+_BACKWARD = "_backward"
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Flops of attention of ``query`` [B, H, T, D]: the scores, and the values that they weigh.
+
+    ``key`` [B, K, S, D] and ``value`` [B, K, S, E] may have fewer heads, which are used again.
+    """
+    batch, heads, rows, inner = query.shape
+    return int(2 * batch * heads * rows * key.shape[-2] * (inner + value.shape[-1]))
+
+
+def _attention_backward_flops(
+    _grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    """Flops of the scores made again, and of the two products for each of the two made before."""
+    batch, heads, rows, inner = query.shape
+    return int(2 * batch * heads * rows * key.shape[-2] * (3 * inner + 2 * value.shape[-1]))
 
 
 def _grouped_mm_flops(left: Any, right: Any, *_: Any, **__: Any) -> int:
@@ -52,17 +65,11 @@ def _grouped_mm_backward_flops(left: Any, right: Any, *_: Any, **__: Any) -> int
 
 # By the packet's name: an op of another library need not be registered.
 _OURS: dict[str, Callable[..., int]] = {
+    **{f"aten.{name}": _attention_flops for name in _ATTENTIONS},
+    **{f"aten.{name}{_BACKWARD}": _attention_backward_flops for name in _ATTENTIONS},
     "aten._grouped_mm": _grouped_mm_flops,
     "transformers.grouped_mm_fallback_backward": _grouped_mm_backward_flops,
 }
-
-
-@cache
-def _missing_formulas() -> Mapping[Any, Callable[..., int]]:
-    """Return the formulas of torch's registry for operators that it lacks, by packet."""
-    aten = torch.ops.aten
-    pairs = ((getattr(aten, name), getattr(aten, model)) for name, model in _LIKE.items())
-    return MappingProxyType({op: flop_registry[model] for op, model in pairs})
 
 
 def flop_formula(op: Any) -> Callable[..., int] | None:
@@ -73,10 +80,13 @@ def flop_formula(op: Any) -> Callable[..., int] | None:
     that a user registers with torch's ``register_flop_formula`` are found too, and go before ours.
     """
     packet = getattr(functional_twin(op), "overloadpacket", op)
-    found = flop_registry.get(packet) or _missing_formulas().get(packet)
-    if found is None and isinstance(packet, OpOverloadPacket):
-        return _OURS.get(str(packet))
-    return found
+    ours = _OURS.get(str(packet)) if isinstance(packet, OpOverloadPacket) else None
+    found = flop_registry.get(packet)
+    return ours if found is None or (_is_torchs(found) and ours is not None) else found
+
+
+def _is_torchs(formula: Callable[..., int]) -> bool:
+    return formula.__module__ == flop_counter.__name__
 
 
 class FlopCounter(TorchDispatchMode):

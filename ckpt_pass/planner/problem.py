@@ -192,6 +192,20 @@ def with_waiting(problem: Problem, nbytes: int) -> Problem:
     )
 
 
+def with_costs(problem: Problem) -> Problem:
+    """The problem where every op that makes something takes time, as much as the mean if none.
+
+    To recompute nothing means nothing at all then, whatever is fused.
+    """
+    times = [op.time_s for op in problem.ops if op.time_s]
+    free = [op for op in problem.ops if op.makes and not op.time_s]
+    if not times or not free:
+        return problem
+    mean = sum(times) / len(times)
+    ops = (replace(op, time_s=op.time_s or mean) if op.makes else op for op in problem.ops)
+    return replace(problem, ops=tuple(ops))
+
+
 def needed_by(ops: Sequence[Op], roots: Iterable[int], stop: Set[int]) -> set[int]:
     """The ops that must run to have the results of ``roots``, where those in ``stop`` are had."""
     needed: set[int] = set()
