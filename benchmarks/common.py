@@ -278,8 +278,41 @@ class InductorRow:
         return self.measured_bytes - self.gradient_bytes
 
 
+@dataclass(frozen=True)
+class GpuRow:
+    """One way through a step, on an accelerator.
+
+    Attributes:
+        budget_bytes: ``None`` where no budget of ours is given.
+        predicted_bytes: by the plan; what was measured where there is none.
+        first_s: seconds of the first step with cold caches.
+        step_s: median of later ones.
+        time_ratio: by the time of the way that it stands beside.
+        gradient_off: the worst distance from the first way's gradients, as a share of the largest.
+        beside: the way with whose peak as its budget it was planned; empty where with none.
+    """
+
+    way: str
+    budget_bytes: int | None
+    predicted_bytes: int
+    measured_bytes: int
+    first_s: float
+    step_s: float
+    time_ratio: float
+    gradient_off: float
+    beside: str = ""
+
+
 OwnRow: TypeAlias = (
-    PeakRow | BudgetRow | PlanningRow | DeepRow | EagerRow | OptimumRow | ClaimRow | InductorRow
+    PeakRow
+    | BudgetRow
+    | PlanningRow
+    | DeepRow
+    | EagerRow
+    | OptimumRow
+    | ClaimRow
+    | InductorRow
+    | GpuRow
 )
 Row: TypeAlias = TimingRow | OwnRow | StrategyOf
 

@@ -29,6 +29,7 @@ from benchmarks import (  # noqa: E402
     deep,
     eager_budgets,
     eager_cost,
+    gpu,
     inductor,
     optimum,
     partition_cost,
@@ -53,6 +54,8 @@ NAMES = (
     "optimum",
     "strategies",
 )
+#: Run where it is named alone: it needs a GPU to say much.
+NAMED_ALONE = ("gpu",)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Benchmarks of ckpt_pass against torch itself.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join((*NAMES, *NAMED_ALONE))}"
+    )
     parser.add_argument("--rounds", type=_at_least_one, help="timings of each variant")
     parser.add_argument("--save", action="store_true", help=f"write JSON to {RESULTS.name}/")
     parser.add_argument(
@@ -115,6 +120,8 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
     elif name == "inductor":
         models = inductor.ALL if options.all else inductor.SMALL
         yield inductor.run(models, dtype=torch.bfloat16 if options.bf16 else torch.float32)
+    elif name == "gpu":
+        yield gpu.run(rounds=rounds or gpu.ROUNDS)
     elif name == "planning":
         layers = planning.ALL_LAYERS if options.all else planning.LAYERS
         yield planning.run(layers, rounds or planning.ROUNDS)
@@ -125,7 +132,9 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
     elif name == "strategies":
         yield from strategies.run(rounds or strategies.ROUNDS)
     else:
-        raise SystemExit(f"There is no benchmark {name!r}; there are {', '.join(NAMES)}.")
+        raise SystemExit(
+            f"There is no benchmark {name!r}; there are {', '.join((*NAMES, *NAMED_ALONE))}."
+        )
 
 
 def show(result: Result, console: Console) -> None:

@@ -13,6 +13,7 @@ from benchmarks.common import (
     Cost,
     DeepRow,
     EagerRow,
+    GpuRow,
     InductorRow,
     OptimumRow,
     PeakRow,
@@ -113,6 +114,19 @@ def _inductor(title: str, rows: Sequence[InductorRow]) -> Table:
     return table
 
 
+def _gpu(title: str, rows: Sequence[GpuRow]) -> Table:
+    table = Table(title=title)
+    table.add_column("way")
+    for column in ("budget", "predicted", "measured", "first s", "step ms", "ratio", "grads off"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        budget = "" if row.budget_bytes is None else f"{row.budget_bytes:,}"
+        sizes = budget, f"{row.predicted_bytes:,}" if budget else "", f"{row.measured_bytes:,}"
+        times = f"{row.first_s:.1f}", f"{row.step_s * 1e3:.2f}", f"{row.time_ratio:.3f}"
+        table.add_row(row.way, *sizes, *times, f"{row.gradient_off:.1e}")
+    return table
+
+
 def _planning(title: str, rows: Sequence[PlanningRow]) -> Table:
     table = Table(title=f"{title}; medians of {rows[0].rounds}, CPU seconds")
     table.add_column("model")
@@ -203,6 +217,7 @@ _TABLES: dict[type, Callable[[str, Any], Table]] = {
     PlanningRow: _planning,
     DeepRow: _depths,
     EagerRow: _eager,
+    GpuRow: _gpu,
     InductorRow: _inductor,
     OptimumRow: _optimum,
     ClaimRow: _claims,

@@ -16,6 +16,7 @@ from benchmarks import (
     budgets,
     deep,
     eager_cost,
+    gpu,
     inductor,
     optimum,
     partition_cost,
@@ -30,6 +31,7 @@ from benchmarks.common import (
     ClaimRow,
     Cost,
     DeepRow,
+    GpuRow,
     InductorRow,
     OptimumRow,
     PeakRow,
@@ -81,6 +83,16 @@ def test_budgets_with_inductor_on_a_small_model() -> None:
     assert least.measured_bytes < middle.budget_bytes
     names = {bar.what: bar for bar in result.bars}
     assert names["measured peak over the budget, worst"].met
+
+
+@pytest.mark.slow
+def test_the_way_of_a_gpu_is_gone_without_one() -> None:
+    result = gpu.run(device="cpu", stock=(1.0,), parts=(0.0,), rounds=1)
+    rows = [row for row in result.rows if isinstance(row, GpuRow)]
+    assert [row.budget_bytes is None for row in rows] == [True, True, *[False] * (len(rows) - 2)]
+    for row in rows[2:]:
+        assert row.measured_bytes == row.predicted_bytes <= (row.budget_bytes or 0)
+    assert all(row.gradient_off < 1e-4 and row.step_s > 0 for row in rows)
 
 
 def test_eager_variants_save_what_their_names_say() -> None:

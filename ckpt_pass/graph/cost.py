@@ -15,6 +15,7 @@ from ckpt_pass._torch import functorch
 from ckpt_pass.graph.joint import JointGraph, StorageKey
 from ckpt_pass.ops.flops import flop_formula
 from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.planner.caching_allocator import in_blocks
 from ckpt_pass.policy.sites import Bytes, optimization_hint, output_tensors
 
 #: Ops whose kernels allocate a tensor of their (first) output's size besides the output. The CPU's
@@ -23,8 +24,6 @@ from ckpt_pass.policy.sites import Bytes, optimization_hint, output_tensors
 _OUTPUT_SIZED_WORKSPACE = frozenset(
     {"aten.native_dropout.default", "aten.native_dropout_backward.default"}
 )
-
-_BLOCK = 512
 
 
 class SymbolicBytesError(CkptPassError):
@@ -159,11 +158,10 @@ def as_bytes(size: int | torch.SymInt) -> Bytes:
 def allocated_bytes(nbytes: int, device_type: str) -> int:
     """The bytes that a device hands out for a storage.
 
-    The caching allocators of accelerators hand out multiples of 512 bytes (``kMinBlockSize`` in
-    ``c10/cuda/CUDACachingAllocator.cpp``). What such an allocator adds where it does not split a
+    The caching allocators of accelerators hand out blocks. What one adds where it does not split a
     block that is a little too large is not in here: that depends on what was freed before.
     """
-    return nbytes if device_type in ("cpu", "meta") else -(-nbytes // _BLOCK) * _BLOCK
+    return nbytes if device_type in ("cpu", "meta") else in_blocks(nbytes)
 
 
 def storage_sizes(value: Any) -> dict[StorageKey, int | torch.SymInt]:

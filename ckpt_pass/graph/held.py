@@ -6,7 +6,7 @@ any more. What kernels allocate besides is measured (:mod:`ckpt_pass.graph.kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -17,9 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_pass._torch import functorch
 from ckpt_pass.graph.calls import Calls
-from ckpt_pass.graph.cost import allocated_bytes
+from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernel_ops import is_computing
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels
+from ckpt_pass.planner.caching_allocator import Lifetime, handed_out
 from ckpt_pass.policy.sites import output_tensors
 
 Looks: TypeAlias = Callable[[fx.Node, Any, set[int]], Any]
@@ -149,21 +150,43 @@ class HeldBytes:
         """The bytes over what has run, workspaces of the kernels among them."""
         self._let_go()
         facts = Kernels().facts([*dict.fromkeys(self._called.values())], WORKSPACE)
-        steps = [0] * (self.moment + 1)
-        for storage in self._storages:
-            found = facts.get(storage.maker) if storage.maker is not None else None
-            nbytes = storage.nbytes
-            if found is not None and found.outputs and storage.index < len(found.outputs):
-                real = found.outputs[storage.index].storage_bytes
-                nbytes = real if real is not None else nbytes
-            nbytes = allocated_bytes(nbytes, self._device_type)
-            steps[storage.born] += nbytes
-            steps[self.moment if storage.died is None else storage.died] -= nbytes
-        bytes_at = [*accumulate(steps[:-1])]
-        for moment, node in self._called.items():
-            found = facts.get(node)
-            bytes_at[moment] += (found.workspace_bytes or 0) if found is not None else 0
+        found = {moment: facts.get(node) for moment, node in self._called.items()}
+        workspaces = {m: one.workspace_bytes or 0 for m, one in found.items() if one is not None}
+        lifetimes = [
+            Lifetime(
+                storage.born,
+                self.moment if storage.died is None else storage.died,
+                self._nbytes(storage, facts),
+            )
+            for storage in self._storages
+        ]
+        if self._device_type == "cpu":
+            bytes_at = _added_up(lifetimes, workspaces, self.moment)
+        else:
+            bytes_at = handed_out(lifetimes, workspaces, self.moment)
         return Curve(tuple(bytes_at), tuple(self._where))
+
+    @staticmethod
+    def _nbytes(storage: _Storage, facts: Mapping[fx.Node, KernelFacts]) -> int:
+        found = facts.get(storage.maker) if storage.maker is not None else None
+        if found is not None and found.outputs and storage.index < len(found.outputs):
+            real = found.outputs[storage.index].storage_bytes
+            return storage.nbytes if real is None else real
+        return storage.nbytes
+
+
+def _added_up(
+    lifetimes: Sequence[Lifetime], workspaces: Mapping[int, int], moments: int
+) -> list[int]:
+    """The bytes at each moment where memory is handed out to the byte."""
+    steps = [0] * (moments + 1)
+    for one in lifetimes:
+        steps[one.born] += one.nbytes
+        steps[one.died] -= one.nbytes
+    bytes_at = [*accumulate(steps[:-1])]
+    for moment, nbytes in workspaces.items():
+        bytes_at[moment] += nbytes
+    return bytes_at
 
 
 def given_storages(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]:

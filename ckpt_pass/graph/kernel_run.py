@@ -65,6 +65,8 @@ def measure(calls: Mapping[str, Call], what: frozenset[str]) -> tuple[Facts, Rea
         outputs = _outputs(calls, failed) if "outputs" in what else {}
         memory = _memory(calls, failed) if "workspace" in what else {}
         times = _times(calls, failed) if "time" in what else {}
+    if any(call.device.type == "cuda" for call in calls.values()):
+        torch.cuda.empty_cache()  # blocks of sizes that the step does not ask for would be used
     found = {}
     for key in calls.keys() - failed.keys():
         workspace_bytes, looks = memory.get(key, (None, outputs.get(key)))

@@ -120,6 +120,8 @@ def _numbers(position: Any) -> list[int]:
         return [number for part in position for number in _numbers(part)]
     if isinstance(position, _ITERATORS):
         return _where(position)
+    if isinstance(position, range):  # from Python 3.12 on what is left of it is a new one
+        return [position.start, position.stop, position.step]
     return [position if isinstance(position, int) else id(position)]
 
 

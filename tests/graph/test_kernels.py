@@ -105,11 +105,11 @@ def test_a_known_workspace_is_found_to_the_byte(kernels: Kernels) -> None:
 
 
 @pytest.mark.gpu
-def test_a_known_workspace_is_found_to_the_byte_on_a_gpu(kernels: Kernels) -> None:
+def test_a_known_workspace_is_found_to_the_block_on_a_gpu(kernels: Kernels) -> None:
     with capture(Scratch(1_000, 70_000).cuda(), torch.ones(8, device="cuda")) as joint:
         facts = kernels.facts(joint.nodes, WORKSPACE_AND_TIME)
         found = [facts[node] for node in of_op(joint.nodes, "scratch")]
-        assert [known.workspace_bytes for known in found] == [1_000, 70_000]
+        assert [known.workspace_bytes for known in found] == [1_024, 70_144]
         assert all(known.time_s is not None and known.time_s > 0 for known in found)
 
 
