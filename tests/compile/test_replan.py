@@ -103,6 +103,20 @@ def test_workspaces_and_copies_in_other_layouts_are_counted() -> None:
     assert peak_bytes <= plan.peak_bytes <= 1.01 * peak_bytes
 
 
+def test_what_kernels_make_again_for_nothing_is_not_saved() -> None:
+    """With room for all, torch's own partitioner has fused kernels run cheap ops again."""
+    net, x = Net(), torch.randn(512, 64)
+    torch._dynamo.reset()
+    stock = torch.compile(net, backend="inductor")
+    theirs = ckpt_pass.measure_step(lambda: stock(x), repeats=1).peak_bytes
+    plan, ours = compiled_for(net, (x,), "1GiB")
+    assert ours == plan.peak_bytes <= theirs
+    assert plan.replans == 0 and plan.predicted.recompute_time_s == 0
+    # A fraction is still one of the step in which nothing runs again.
+    half, _ = compiled_for(net, (x,), 0.9)
+    assert half.budget_bytes is not None and half.budget_bytes > theirs
+
+
 def test_a_graph_without_a_backward_has_no_plan() -> None:
     net, x = Net(), torch.randn(8, 64)
     backend = ckpt_pass.make_backend(budget=0.5, inner="inductor")
