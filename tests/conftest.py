@@ -17,12 +17,19 @@ SEED = 0
 @pytest.fixture(scope="session", autouse=True)
 def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Use two threads, and caches of this session's own: no hits from other runs."""
-    # Test processes side by side share the cores: one thread each.
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    side_by_side = "PYTEST_XDIST_WORKER" in os.environ
+    # Test processes side by side share the cores, one thread each, and the caches: every one would
+    # compile inductor's headers, and measure the same kernels.
+    torch.set_num_threads(1 if side_by_side else 2)
+    base = tmp_path_factory.getbasetemp()
+    caches = base.parent if side_by_side else base
     with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("inductor")
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
-        patch.setenv("CKPT_PASS_CACHE", str(tmp_path_factory.mktemp("kernels")))
+        for variable, name in (
+            ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+            ("CKPT_PASS_CACHE", "kernels"),
+        ):
+            (caches / name).mkdir(exist_ok=True)
+            patch.setenv(variable, str(caches / name))
         yield
 
 

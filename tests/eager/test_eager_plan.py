@@ -19,6 +19,11 @@ from ckpt_pass.planner.eager_solve import EagerPool
 from tests.zoo import hf
 
 LARGE: dict[str, Callable[[], Any]] = {"gpt2-12L": hf.gpt2_12l, "llama-16L": hf.llama_16l}
+#: In every run; all of them are among the slow tests.
+SOME = ("gpt2", "mixtral", "resnet")
+some_models = pytest.mark.parametrize(
+    "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in hf.MODELS]
+)
 every_model = pytest.mark.parametrize("name", hf.MODELS)
 
 
@@ -51,7 +56,7 @@ def check_budgets(make: Callable[[], Any], count: int) -> None:
     assert times == sorted(times, reverse=True)
 
 
-@every_model
+@some_models
 def test_budgets_are_met(name: str) -> None:
     check_budgets(hf.MODELS[name], 3)
 
