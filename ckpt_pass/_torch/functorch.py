@@ -149,9 +149,13 @@ def recomputed_by_default(
     """Names of the forward ops that torch's own partitioner lets the backward run again.
 
     Without a memory budget it recomputes what Inductor fuses into kernels that run anyway, where
-    that moves fewer bytes (``min_cut_rematerialization_partition``). The graph is changed.
+    that moves fewer bytes (``min_cut_rematerialization_partition``). What a checkpoint region or a
+    budget of torch's asks for is no matter here. The graph is changed.
     """
     forward = {node.name for node in module.graph.nodes if node.op == "call_function"}
+    for node in module.graph.nodes:
+        for asked in ("recompute", "memory_budget", "custom"):
+            node.meta.pop(asked, None)
     with functorch_config.patch(activation_memory_budget=1.0):
         first, second = partitioners.min_cut_rematerialization_partition(
             module,

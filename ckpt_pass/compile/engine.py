@@ -244,12 +244,11 @@ class Partitioner(compilers.CustomPartitionerFn):
         gm.graph.eliminate_dead_code()
         static = kwargs.get("static_lifetime_input_indices") or ()
         outputs = kwargs["num_fwd_outputs"]
-        fused = self.fuses and self.goal is not None
-        free = (
-            functorch.recomputed_by_default(compilers.copied(gm), outputs, static) if fused else ()
-        )
         joint = read_joint(gm, outputs, static, self.regions, self.input_names)
-        joint.in_place, joint.fused = self.in_place, frozenset(free)
+        joint.in_place = self.in_place
+        if self.fuses and self.goal is not None:
+            copy = compilers.with_copied_graph(gm)
+            joint.fused = functorch.recomputed_by_default(copy, outputs, static)
         decided = decide(joint, self.policy, self.goal, self.plans, self.part)
         if self.on_plan is not None:
             self.on_plan(record_plan(decided))

@@ -32,7 +32,7 @@ _RAISED = 2
 #: ... as long as this share of the budget is left to gain.
 _WORTH_IT = 0.03
 #: Last resorts: for the least that any plan needs, and so much more of the way to no recomputation.
-_LAST_RESORTS = (0.0, 0.1)
+_LAST_RESORTS = (0.0, 0.1, 0.3)
 #: The careful way: inductor's options where the user gives none (channels-last copies of weights
 #: and images are memory on top), and how far apart ops may stand that share a kernel. On T5 (4 and
 #: 4 layers) kernels over the whole backward take 19.6 MB where 7.3 are planned; with distances

@@ -175,6 +175,8 @@ class Chain:
         undone = regions[link.last]
         order, _ = unroll(self._problem, undone.anchors, {*saved, *undone.earlier}, ())
         ran = [index for index in order if index in inside]
+        if not ran:  # what the last region needs is there without them
+            return set()
         anchors = set(undone.anchors)
         begin = order.index(ran[0])
         end = next(index for index in order[begin:] if index in anchors)
