@@ -55,7 +55,10 @@ def eager_problem(trace: EagerTrace, kernels: Mapping[fx.Node, KernelFacts]) -> 
         for index, op in enumerate(trace.ops)
     )
     storages = tuple(EagerStorage(s.nbytes, s.born, s.dies, s.of_graph) for s in trace.storages)
-    values = tuple(SavedValue(v.storage, v.released) for v in trace.saved)
+    values = tuple(
+        SavedValue(v.storage, v.released, number in trace.asked)
+        for number, v in enumerate(trace.saved)
+    )
     keeping_s = KEEPING_S
     if all(kernels.get(call, _NOT_MEASURED).time_s is None for call in costs):
         ops = _with_shared_times(ops, device_type(trace.ops[-1].call))

@@ -16,7 +16,7 @@ from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.opinion import settled
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.policy.sites import SiteCounter
-from ckpt_pass.regions.actions import IGNORED
+from ckpt_pass.regions.actions import IGNORED, is_free
 
 #: Modules that are recomputed together, by FQN in their order.
 Segment = Sequence[str]
@@ -81,7 +81,7 @@ class Predictor:
 
 def _saves(policy: Policy, op: OpRecord) -> bool | None:
     """Whether a region with this policy keeps an op's outputs; ``None`` if the op does not tell."""
-    if op.changes or op.call.target in IGNORED:
+    if op.changes or op.call.target in IGNORED or is_free(op.call.target):
         return False
     found = settled(policy, SiteCounter().visit(op.call.target, ()))
     return None if found is None else found.saves

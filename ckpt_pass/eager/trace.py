@@ -31,6 +31,8 @@ from ckpt_pass.eager.trace_ops import (
     as_really,
     changed_tensors,
     differentiate,
+    fresh_ids,
+    is_taken_over,
     saved_numbers_bytes,
     statistics_of,
     storage_ids,
@@ -285,8 +287,10 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._resting or op_name(func).startswith("prim."):
             return func(*args, **kwargs)
-        if self._backward and adds_up(func, args, kwargs):
+        if adds_up(func, args, kwargs):
             func = torch.ops.aten.add_.Tensor
+        elif is_taken_over(func, args):
+            func, kwargs = torch.ops.aten.detach.default, {}
         given = [t for t in output_tensors((*args, *kwargs.values()))]
         known = storage_ids(given)
         uses = tuple(sorted({self._live[key] for key in known if key in self._live}))
@@ -303,7 +307,7 @@ class Recorder(TorchDispatchMode):
         with self._rest():
             record.call = self._written.node(func, args, kwargs, output)
             output = self._as_really(record.call, output, known)
-        record.makes = tuple(self._born(output, known, index))
+        record.makes = tuple(self._born(output, known - fresh_ids(func, args), index))
         record.effects = self._has_effects(func, record, args, kwargs)
         return output
 
