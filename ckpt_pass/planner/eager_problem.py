@@ -249,8 +249,11 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     for op in plan.kept:  # held for the recomputation that takes it, if not longer
         for storage in problem.ops[op].makes:
             region = problem.regions[int(op_region[op])]
-            at = starts[int(op_region[op])] + min(table.dies[storage], region.ops[1])
-            end_places[storage] = max(end_places[storage], at - region.ops[0])
+            place = min(table.dies[storage] - region.ops[0], region.needed)
+            taken_at = starts[int(op_region[op])] + place
+            reached = op - region.ops[0] < region.needed  # what is not is held with the region
+            at = taken_at if reached else before_death[region.done]
+            end_places[storage] = max(end_places[storage], at)
 
     delta = np.zeros(length + 2, dtype=np.int64)
     np.add.at(delta, before_op[table.born], table.nbytes)
