@@ -39,7 +39,7 @@ def trace_step(
     not depend on parameters are real: models look at them (an attention mask that masks nothing is
     left out), and would take another way if they were fake. Where the forward looks at other
     values, it is run once for real (:mod:`ckpt_pass.eager.answers`); the record is of the way that
-    it goes with these inputs.
+    it goes with these inputs. Gradients that are there are not: the step makes its own.
     """
     step = _Step(model, args, loss_fn, dict(kwargs or {}), kernels or Kernels())
     answers: Answers | None = None
@@ -72,7 +72,12 @@ class _Step:
 
         def stand_in(tensor: torch.Tensor) -> torch.Tensor:
             real = not (is_number(tensor) or autograd.is_fake(tensor) or tensor.is_meta)
-            return tensor.detach().clone() if real else fakes(tensor)
+            if real:
+                return tensor.detach().clone()
+            found = fakes(tensor)
+            if found.is_leaf:
+                found.grad = None  # a step begins without gradients: those that are there need less
+            return found
 
         with untouched(*roots, stand_in=stand_in) as (_, _, args, kwargs):
             buffers = dict(self.model.named_buffers())
