@@ -187,7 +187,7 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
         needed=_needed(trace, call),
         reruns=min(asked),
         done=max(trace.saved[number].released for number in inside),
-        arguments=tuple(outside),
+        arguments=tuple(sorted({*outside, *call.held})),
         extra_bytes=torch.get_rng_state().nbytes if draws else 0,
     )
 

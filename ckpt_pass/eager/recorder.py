@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.eager.answers import Answers, asks
+from ckpt_pass.eager.held_objects import HeldObjects
 from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
@@ -88,6 +89,7 @@ class Recorder(TorchDispatchMode):
         self._kernels = kernels
         self._answers = answers
         self._numbers = RealNumbers(faked)
+        self._objects = HeldObjects(self._storages)
         self._fakes = fakes
         self._statistics = statistics
         self._model = model
@@ -120,6 +122,7 @@ class Recorder(TorchDispatchMode):
             with hooks, RealPaths(asks=self._answers is not None):
                 value = step()
             self.trace.forward_length = self.moment
+            self._objects.settle()
             self._backward = True
             differentiate(self._model, value)
         end = self.moment
@@ -141,15 +144,19 @@ class Recorder(TorchDispatchMode):
             self._open.append(len(trace.calls))
             trains = all(part.training for part in module.modules())
             trace.calls.append(CallRecord(name, parent, *here, trains))
+            self._objects.enter()
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             call = self.trace.calls[self._open.pop()]
             call.ops = (call.ops[0], self.moment)
             call.values = (call.values[0], len(self.trace.saved))
             call.outputs = self._storages(output)
+            self._objects.leave()
 
-        def note_arguments(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.trace.calls[self._open[-1]].given = self._storages((args, kwargs))
+        def note_arguments(module: nn.Module, args: Any, kwargs: Any) -> None:
+            call = self.trace.calls[self._open[-1]]
+            call.given = self._storages((args, kwargs))
+            self._objects.note(module, call, (args, kwargs))
 
         handles = [
             register_module_forward_pre_hook(enter),
