@@ -144,6 +144,8 @@ def _why_once(trace: EagerTrace, call: CallRecord) -> str:
         for storage in op.changes:
             if storage >= 0 and trace.storages[storage].born < first:
                 return f"{op_name(op.call.target)} in it overwrites what came from outside"
+    if not trace.asked_again.isdisjoint(range(*call.values)):
+        return "a function in it asks for its saved tensors more than once"
     return ""
 
 

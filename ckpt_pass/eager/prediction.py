@@ -60,8 +60,9 @@ class Predictor:
         first, last = calls[segment[0]][0], calls[segment[-1]][0]
         ops, values = (first.ops[0], last.ops[1]), (first.values[0], last.values[1])
         trains = all(found[0].trains for found in calls.values())
-        given = first.given
-        return region_of(self.trace, CallRecord(segment[0], -1, ops, values, trains, given=given))
+        held = tuple({storage for found in calls.values() for storage in found[0].held})
+        call = CallRecord(segment[0], -1, ops, values, trains, given=first.given, held=held)
+        return region_of(self.trace, call)
 
     def _calls(self, name: str) -> list[CallRecord]:
         return [call for call in self.trace.calls if call.name == name]

@@ -99,6 +99,7 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, int] = {}
         self._refs: dict[int, weakref.ref[Any]] = {}
         self._open: list[int] = []
+        self._asked: set[int] = set()  # in the backward
         self._written = Calls(fakes)
         self._resting = False
         self._backward = False
@@ -194,6 +195,10 @@ class Recorder(TorchDispatchMode):
             return value.detach().clone()
 
     def _unpack(self, packed: _Packed) -> torch.Tensor:
+        if self._backward and packed.number in self._asked:
+            self.trace.asked_again.add(packed.number)
+        if self._backward:
+            self._asked.add(packed.number)
         self.trace.asked.setdefault(packed.number, self.moment)
         if packed.real is not None:
             return packed.real

@@ -84,5 +84,7 @@ class EagerTrace:
     storages: list[StorageRecord] = field(default_factory=list)
     saved: list[SavedRecord] = field(default_factory=list)
     asked: dict[int, int] = field(default_factory=dict)
+    #: The saved values that the backward has asked for more than once.
+    asked_again: set[int] = field(default_factory=set)
     calls: list[CallRecord] = field(default_factory=list)
     forward_length: int = 0

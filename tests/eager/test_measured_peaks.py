@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ckpt_pass
+from ckpt_pass.eager.prediction import predictor
+from ckpt_pass.regions.wrapping import RegionSpec, applied_regions
 
 WIDTH = 16
 
@@ -188,3 +190,88 @@ def test_gradients_that_are_there_change_no_plan_and_need_no_more() -> None:
     with without.applied(model), ckpt_pass.MemoryProfiler() as profiler:
         model(x).backward()
     assert profiler.peak_bytes <= without.peak_bytes
+
+
+class Kept:
+    """What layers put away, for whoever asks."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+
+class PutsAway(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, kept: Kept) -> Tensor:
+        made = self.fc(x).tanh()
+        kept.seen.append(made.detach().repeat(1, 4))
+        return made.sin()
+
+
+class Collecting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PutsAway() for _ in range(3))
+        self.head = nn.Linear(WIDTH, 4 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self._through(x)).exp().square().mean()
+
+    def _through(self, x: Tensor) -> Tensor:
+        kept = Kept()
+        for layer in self.layers:
+            x = layer(x, kept)
+        return x
+
+
+def test_objects_that_regions_hold_keep_what_is_put_into_them() -> None:
+    torch.manual_seed(0)
+    model, x = Collecting(), torch.randn(64, WIDTH)
+    names = ["layers.0", "layers.1", "layers.2"]
+    predicted = predictor(model, (x,)).predict([((name,), None) for name in names])
+    assert predicted is not None
+    with applied_regions(model, {name: RegionSpec() for name in names}):
+        found = ckpt_pass.measure_step(lambda: model(x), repeats=1)
+    assert found.peak_bytes == predicted.peak_bytes
+
+
+class ReadTwice(torch.autograd.Function):
+    """Its backward asks for what is saved once for each value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.cos())
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[1] + ctx.saved_tensors[0] * 0
+
+
+class Mixed(nn.Module):
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.twice, self.fc = twice, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.fc(x).tanh()
+        return x + (ReadTwice.apply(made) if self.twice else made.sin().exp())
+
+
+class Pieces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(Mixed(k % 2 == 1) for k in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).square().mean()
+
+
+def test_what_is_asked_twice_is_in_no_region() -> None:
+    torch.manual_seed(0)
+    model, x = Pieces(), torch.randn(64, WIDTH)
+    plan = least(model, x)
+    assert set(plan.regions) == {"layers.0", "layers.2"}
+    assert off(plan, model, x) == 0
