@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -39,6 +41,10 @@ hooks_enabled: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_e
 #: Whether ``torch.func`` is transforming what runs now.
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
+
+#: The function below the engine's, and the modules of those that torch puts around a dispatch.
+_RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
+_BETWEEN = frozenset(("torch._compile", "torch._dynamo.eval_frame"))
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -170,6 +176,27 @@ def device_context() -> AbstractContextManager[Any] | None:
 def storage_holders(storage: torch.UntypedStorage) -> int:
     """How many tensors (and others) share a storage, the Python object itself not counted."""
     return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def called_by_engine() -> bool:
+    """Whether the op that a ``__torch_dispatch__`` sees was called by autograd's engine, in C++.
+
+    Or by one of its formulas; not by Python code that the engine runs: a hook, or the backward of a
+    function of its own. On a thread of the engine's no frames lie below.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "__torch_dispatch__":
+        frame = frame.f_back
+    frame = frame.f_back if frame is not None else None
+    while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
+        frame = frame.f_back
+    return frame is None or frame.f_code is _RUN_BACKWARD
+
+
+def accumulates() -> bool:
+    """Whether what runs now was called by the node that fills a leaf's ``.grad``."""
+    node = torch._C._current_autograd_node()
+    return node is not None and node.name().endswith("AccumulateGrad") and called_by_engine()
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

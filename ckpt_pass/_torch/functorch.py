@@ -250,10 +250,15 @@ def storages_of(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, ...]:
     """
     if tensor.layout is torch.strided:
         return (tensor.untyped_storage(),)
-    if tensor.layout is torch.sparse_coo:
-        with _disable_current_modes(), torch.no_grad():
-            return tensor._indices().untyped_storage(), tensor._values().untyped_storage()
-    return ()
+    return tuple(part.untyped_storage() for part in parts_of(tensor))
+
+
+def parts_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Indices and values of a sparse tensor; of other layouts nothing."""
+    if tensor.layout is not torch.sparse_coo:
+        return ()
+    with _disable_current_modes(), torch.no_grad():
+        return tensor._indices(), tensor._values()
 
 
 def resize_fake_storage(tensor: torch.Tensor, nbytes: int | torch.SymInt) -> None:

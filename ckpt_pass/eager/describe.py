@@ -55,7 +55,10 @@ def eager_problem(trace: EagerTrace, kernels: Mapping[fx.Node, KernelFacts]) -> 
         for index, op in enumerate(trace.ops)
     )
     storages = tuple(EagerStorage(s.nbytes, s.born, s.dies, s.of_graph) for s in trace.storages)
-    values = tuple(SavedValue(v.storage, v.released) for v in trace.saved)
+    values = tuple(
+        SavedValue(v.storage, v.released, number in trace.asked)
+        for number, v in enumerate(trace.saved)
+    )
     keeping_s = KEEPING_S
     if all(kernels.get(call, _NOT_MEASURED).time_s is None for call in costs):
         ops = _with_shared_times(ops, device_type(trace.ops[-1].call))
@@ -141,6 +144,8 @@ def _why_once(trace: EagerTrace, call: CallRecord) -> str:
         for storage in op.changes:
             if storage >= 0 and trace.storages[storage].born < first:
                 return f"{op_name(op.call.target)} in it overwrites what came from outside"
+    if not trace.asked_again.isdisjoint(range(*call.values)):
+        return "a function in it asks for its saved tensors more than once"
     return ""
 
 
@@ -184,7 +189,7 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
         needed=_needed(trace, call),
         reruns=min(asked),
         done=max(trace.saved[number].released for number in inside),
-        arguments=tuple(outside),
+        arguments=tuple(sorted({*outside, *call.held})),
         extra_bytes=torch.get_rng_state().nbytes if draws else 0,
     )
 

@@ -16,7 +16,7 @@ from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.opinion import settled
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.policy.sites import SiteCounter
-from ckpt_pass.regions.actions import IGNORED
+from ckpt_pass.regions.actions import IGNORED, is_free
 
 #: Modules that are recomputed together, by FQN in their order.
 Segment = Sequence[str]
@@ -60,8 +60,9 @@ class Predictor:
         first, last = calls[segment[0]][0], calls[segment[-1]][0]
         ops, values = (first.ops[0], last.ops[1]), (first.values[0], last.values[1])
         trains = all(found[0].trains for found in calls.values())
-        given = first.given
-        return region_of(self.trace, CallRecord(segment[0], -1, ops, values, trains, given=given))
+        held = tuple({storage for found in calls.values() for storage in found[0].held})
+        call = CallRecord(segment[0], -1, ops, values, trains, given=first.given, held=held)
+        return region_of(self.trace, call)
 
     def _calls(self, name: str) -> list[CallRecord]:
         return [call for call in self.trace.calls if call.name == name]
@@ -81,7 +82,7 @@ class Predictor:
 
 def _saves(policy: Policy, op: OpRecord) -> bool | None:
     """Whether a region with this policy keeps an op's outputs; ``None`` if the op does not tell."""
-    if op.changes or op.call.target in IGNORED:
+    if op.changes or op.call.target in IGNORED or is_free(op.call.target):
         return False
     found = settled(policy, SiteCounter().visit(op.call.target, ()))
     return None if found is None else found.saves

@@ -63,6 +63,7 @@ class CallRecord:
         trains: whether all of it is in training mode.
         outputs: the storages that it returned.
         given: those among its arguments, of which a region holds all, used or not.
+        held: those that objects among its arguments hold when the forward ends.
     """
 
     name: str
@@ -72,6 +73,7 @@ class CallRecord:
     trains: bool
     outputs: tuple[int, ...] = ()
     given: tuple[int, ...] = ()
+    held: tuple[int, ...] = ()
 
 
 @dataclass
@@ -82,5 +84,7 @@ class EagerTrace:
     storages: list[StorageRecord] = field(default_factory=list)
     saved: list[SavedRecord] = field(default_factory=list)
     asked: dict[int, int] = field(default_factory=dict)
+    #: The saved values that the backward has asked for more than once.
+    asked_again: set[int] = field(default_factory=set)
     calls: list[CallRecord] = field(default_factory=list)
     forward_length: int = 0

@@ -1,47 +1,21 @@
-"""Record an eager training step on fake tensors: what it runs, allocates, saves and lets go.
-
-The model's own Python runs, and torch's autograd engine, as in a real step; nothing is computed.
-Autograd's saved values are described and not kept, so that the record tells how long Python alone
-holds each storage; when autograd would have let go is recorded beside it.
-"""
+"""Record an eager training step on fake tensors, as often as it takes to know its way."""
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch import nn
 
-from ckpt_pass._torch import ahead, autograd, functorch, modules
-from ckpt_pass.eager.answers import Answers, asks, real_answers
-from ckpt_pass.eager.real_paths import RealPaths
-from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
-from ckpt_pass.eager.trace_ops import (
-    adds_up,
-    as_really,
-    changed_tensors,
-    differentiate,
-    saved_numbers_bytes,
-    statistics_of,
-    storage_ids,
-    with_known_shape,
-)
-from ckpt_pass.graph.calls import Calls, MadeBy
-from ckpt_pass.graph.cost import allocated_bytes
+from ckpt_pass._torch import ahead, autograd, modules
+from ckpt_pass.eager.answers import Answers, real_answers
+from ckpt_pass.eager.real_numbers import Maker, StaleNumbers, is_number
+from ckpt_pass.eager.recorder import Recorder
+from ckpt_pass.eager.step_record import EagerTrace
+from ckpt_pass.eager.trace_ops import statistics_of
 from ckpt_pass.graph.kernels import Kernels
-from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
-from ckpt_pass.policy.module_stack import ModuleStack
-from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
 
@@ -65,14 +39,20 @@ def trace_step(
     not depend on parameters are real: models look at them (an attention mask that masks nothing is
     left out), and would take another way if they were fake. Where the forward looks at other
     values, it is run once for real (:mod:`ckpt_pass.eager.answers`); the record is of the way that
-    it goes with these inputs.
+    it goes with these inputs. Gradients that are there are not: the step makes its own.
     """
     step = _Step(model, args, loss_fn, dict(kwargs or {}), kernels or Kernels())
-    try:
-        return step.recorded(None)
-    except autograd.NO_VALUES:
-        pass
-    return step.recorded(real_answers(step.real))
+    answers: Answers | None = None
+    faked: frozenset[Maker] = frozenset()
+    while True:
+        try:
+            return step.recorded(answers.anew() if answers is not None else None, faked)
+        except autograd.NO_VALUES:
+            if answers is not None:
+                raise
+            answers = real_answers(step.real)
+        except StaleNumbers as found:
+            faked |= {found.maker}
 
 
 @dataclass(frozen=True)
@@ -85,20 +65,25 @@ class _Step:
     kwargs: Mapping[str, Any]
     kernels: Kernels
 
-    def recorded(self, answers: Answers | None) -> EagerTrace:
+    def recorded(self, answers: Answers | None, faked: frozenset[Maker]) -> EagerTrace:
         """The record of the step on fake tensors."""
         roots = self.model, self.loss_fn, self.args, self.kwargs
         fakes = ahead.Fakes(Reached(roots).tensors)
 
         def stand_in(tensor: torch.Tensor) -> torch.Tensor:
-            real = not (_is_number(tensor) or autograd.is_fake(tensor) or tensor.is_meta)
-            return tensor.detach().clone() if real else fakes(tensor)
+            real = not (is_number(tensor) or autograd.is_fake(tensor) or tensor.is_meta)
+            if real:
+                return tensor.detach().clone()
+            found = fakes(tensor)
+            if found.is_leaf:
+                found.grad = None  # a step begins without gradients: those that are there need less
+            return found
 
         with untouched(*roots, stand_in=stand_in) as (_, _, args, kwargs):
             buffers = dict(self.model.named_buffers())
             moved = statistics_of(self.model)
             statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
-            recorder = Recorder(self.model, fakes.mode, statistics, self.kernels, answers)
+            recorder = Recorder(self.model, fakes.mode, statistics, self.kernels, answers, faked)
             with modules.converted_by_replacement(self.model):
                 return recorder.record(lambda: self._run(args, kwargs))
 
@@ -110,294 +95,3 @@ class _Step:
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         output = self.model(*args, **kwargs)
         return self.loss_fn(output) if self.loss_fn is not None else output
-
-
-def _is_number(tensor: torch.Tensor) -> bool:
-    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
-
-
-#: What stands in a record until its call is written down.
-_NO_CALL = fx.Graph()._root
-
-
-class _Packed:
-    """What autograd holds instead of a value; tells when it lets go."""
-
-    __slots__ = ("made_by", "number", "real", "recorder", "spec")
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        number: int,
-        value: torch.Tensor,
-        made_by: MadeBy | None,
-        real: torch.Tensor | None,
-    ) -> None:
-        self.real = real
-        self.recorder = recorder
-        self.number = number
-        self.made_by = made_by
-        self.spec = (tuple(value.shape), value.stride(), value.dtype, value.device)
-
-    def __del__(self) -> None:
-        self.recorder.trace.saved[self.number].released = self.recorder.moment
-
-
-class Recorder(TorchDispatchMode):
-    """Records every op below autograd, and what becomes of the memory."""
-
-    supports_higher_order_operators = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        fakes: Any,
-        statistics: frozenset[int],
-        kernels: Kernels,
-        answers: Answers | None = None,
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._kernels = kernels
-        self._answers = answers
-        self._fakes = fakes
-        self._statistics = statistics
-        self._model = model
-        self.trace = EagerTrace()
-        self._stack = ModuleStack(model)
-        self._sites = SiteCounter()
-        self._live: dict[int, int] = {}
-        self._refs: dict[int, weakref.ref[Any]] = {}
-        self._open: list[int] = []
-        self._written = Calls(fakes)
-        self._resting = False
-        self._backward = False
-
-    @property
-    def moment(self) -> int:
-        """How many ops have begun."""
-        return len(self.trace.ops)
-
-    def record(self, step: Callable[[], Any]) -> EagerTrace:
-        """Run the step and record it.
-
-        A scalar is a loss. Of anything else every output gets a gradient of its own size, as from
-        a loss that is computed elsewhere.
-
-        Raises:
-            NothingToDifferentiateError: nothing that it returns requires a gradient.
-        """
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        with self._stack.followed(), self._calls(), self:
-            with hooks, RealPaths(asks=self._answers is not None):
-                value = step()
-            self.trace.forward_length = self.moment
-            self._backward = True
-            differentiate(self._model, value)
-        end = self.moment
-        for saved in self.trace.saved:
-            saved.released = min(saved.released, end)
-        for storage in self.trace.storages:
-            storage.dies = min(storage.dies, end)
-        self._refs.clear()
-        return self.trace
-
-    @contextlib.contextmanager
-    def _calls(self) -> Iterator[None]:
-        """Note where each module call begins and ends."""
-
-        def enter(module: nn.Module, _args: Any) -> None:
-            trace, parent = self.trace, self._open[-1] if self._open else -1
-            path = self._stack.path
-            name = path[-1][0] if path else ""
-            here = (self.moment, self.moment), (len(trace.saved), len(trace.saved))
-            self._open.append(len(trace.calls))
-            trains = all(part.training for part in module.modules())
-            trace.calls.append(CallRecord(name, parent, *here, trains))
-
-        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            call = self.trace.calls[self._open.pop()]
-            call.ops = (call.ops[0], self.moment)
-            call.values = (call.values[0], len(self.trace.saved))
-            call.outputs = self._storages(output)
-
-        def note_arguments(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.trace.calls[self._open[-1]].given = self._storages((args, kwargs))
-
-        handles = [
-            register_module_forward_pre_hook(enter),
-            register_module_forward_hook(leave, always_call=True),
-            # Hooks on all modules at once are not told keyword arguments.
-            *(
-                part.register_forward_pre_hook(note_arguments, with_kwargs=True, prepend=True)
-                for part in self._model.modules()
-            ),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _storages(self, value: Any) -> tuple[int, ...]:
-        """The storages of the step among the tensors of a value."""
-        keys = storage_ids(t for t in tree_flatten(value)[0] if isinstance(t, torch.Tensor))
-        return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
-
-    def _pack(self, value: torch.Tensor) -> _Packed:
-        storages = functorch.storages_of(value)
-        storage = self._live.get(storages[0]._cdata, -1) if storages else -1
-        self.trace.saved.append(SavedRecord(storage, self.moment))
-        number = len(self.trace.saved) - 1
-        return _Packed(self, number, value, self._written.maker_of(value), self._real(value))
-
-    def _real(self, value: torch.Tensor) -> torch.Tensor | None:
-        """A copy of a real mask or index: the backward asks it for its values as the forward did.
-
-        Autograd's own would keep the storage from dying where Python lets go of it.
-        """
-        if _is_number(value) or autograd.is_fake(value) or value.layout is not torch.strided:
-            return None
-        with self._rest():
-            return value.detach().clone()
-
-    def _unpack(self, packed: _Packed) -> torch.Tensor:
-        self.trace.asked.setdefault(packed.number, self.moment)
-        if packed.real is not None:
-            return packed.real
-        shape, stride, dtype, device = packed.spec
-        with self._rest(), self._fakes:  # the value is described again, not allocated
-            value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        if packed.made_by is not None:
-            self._written.note_maker(value, packed.made_by)
-        return value
-
-    @contextlib.contextmanager
-    def _rest(self) -> Iterator[None]:
-        """Inside, ops are the record's own."""
-        before, self._resting = self._resting, True
-        try:
-            yield
-        finally:
-            self._resting = before
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._resting or op_name(func).startswith("prim."):
-            return func(*args, **kwargs)
-        if self._backward and adds_up(func, args, kwargs):
-            func = torch.ops.aten.add_.Tensor
-        given = [t for t in output_tensors((*args, *kwargs.values()))]
-        known = storage_ids(given)
-        uses = tuple(sorted({self._live[key] for key in known if key in self._live}))
-        changes = tuple(self._changed(func, args, kwargs))
-        site = self._site(func)
-        index = self.moment
-        draws = draws_random(func, args, kwargs)
-        self.trace.ops.append(OpRecord(site, _NO_CALL, (), uses, changes, draws, False))
-        output = self._run(func, args, kwargs, given)
-        numbers = 0 if self._backward else saved_numbers_bytes(func, args, given)
-        if numbers:
-            self.trace.storages.append(StorageRecord(numbers, index, of_graph=True))
-        record = self.trace.ops[index]
-        with self._rest():
-            record.call = self._written.node(func, args, kwargs, output)
-            output = self._as_really(record.call, output, known)
-        record.makes = tuple(self._born(output, known, index))
-        record.effects = self._has_effects(func, record, args, kwargs)
-        return output
-
-    def _run(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]
-    ) -> Any:
-        """Run an op on fake tensors, and on real ones where it makes whole numbers of such."""
-        if self._answers is not None and not self._backward and asks(func):
-            return self._answered(self._answers, func, args, kwargs, given)
-        if any(autograd.is_fake(tensor) for tensor in given):
-            return with_known_shape(func, args, kwargs)
-        if not given:
-            with self._fakes:
-                output = func(*args, **kwargs)
-            if any(_is_number(tensor) for tensor in output_tensors(output)):
-                return output
-        return func(*args, **kwargs)
-
-    def _answered(
-        self,
-        answers: Answers,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: list[torch.Tensor],
-    ) -> Any:
-        """What an op that asks for values answered in the real forward, of fake tensors."""
-        with self._fakes:
-            answer = answers.next(func)
-        if any(autograd.is_fake(tensor) for tensor in given) or not list(output_tensors(answer)):
-            return answer
-        return func(*args, **kwargs)
-
-    def _as_really(self, call: fx.Node, output: Any, known: set[int]) -> Any:
-        with self._fakes:
-            found = as_really(call, output, self._kernels, known)
-        if found is not output:
-            self._written.returns(call, found)
-        self._written.note_outputs(call, found)
-        return found
-
-    def _site(self, func: Any) -> CallSite | None:
-        if self._backward:
-            return None
-        path: ModulePath = self._stack.path
-        return self._sites.visit(func, path).site
-
-    def _changed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[int]:
-        """The storages that an op overwrites."""
-        schema = getattr(func, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            return
-        for index, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[index] if index < len(args) else kwargs.get(argument.name)
-                for tensor in output_tensors(
-                    value if isinstance(value, (list, tuple)) else [value]
-                ):
-                    for storage in functorch.storages_of(tensor):
-                        yield self._live.get(storage._cdata, -1)
-
-    def _born(self, output: Any, known: set[int], index: int) -> Iterator[int]:
-        tensors = output_tensors(output)
-        pairs = ((tensor, part) for tensor in tensors for part in functorch.storages_of(tensor))
-        for tensor, storage in pairs:
-            key = storage._cdata
-            if key in known or key in self._live:
-                continue
-            number = len(self.trace.storages)
-            nbytes = allocated_bytes(storage.nbytes(), tensor.device.type)
-            self.trace.storages.append(StorageRecord(nbytes, index))
-            self._live[key] = number
-            self._refs[number] = weakref.ref(storage, self._death(key, number))
-            yield number
-
-    def _death(self, key: int, number: int) -> Callable[[Any], None]:
-        def died(_: Any) -> None:
-            self._live.pop(key, None)
-            self.trace.storages[number].dies = self.moment
-
-        return died
-
-    def _has_effects(
-        self, func: Any, record: OpRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
-        """Whether an op must not run twice.
-
-        Random numbers, changes of new values, and running statistics apart: a region moves those
-        once (``RecomputeMode``).
-        """
-        if record.draws or (record.changes and -1 not in record.changes):
-            return False
-        if not never_recompute(func, record.call.args, record.call.kwargs):
-            return False
-        moved = changed_tensors(func, args, kwargs)
-        return not moved or not storage_ids(moved) <= self._statistics

@@ -55,6 +55,17 @@ def storage_ids(tensors: Iterable[torch.Tensor]) -> set[int]:
     return {s._cdata for tensor in tensors for s in functorch.storages_of(tensor)}
 
 
+def fresh_ids(func: Any, args: tuple[Any, ...]) -> set[int]:
+    """What an op is given that has been allocated for it: Python's numbers, as one tensor.
+
+    ``torch.tensor`` and an index that is a list copy them where no mode sees it. Memory that is not
+    torch's own, an array's, cannot be resized.
+    """
+    if func is not torch.ops.aten.lift_fresh.default:
+        return set()
+    return {s._cdata for s in functorch.storages_of(args[0]) if s.resizable()}
+
+
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor's elements fill its memory without overlap."""
     expected = 1
@@ -73,6 +84,8 @@ def adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """
     if func is not torch.ops.aten.add.Tensor or len(args) != 2 or kwargs:
         return False
+    if torch.is_grad_enabled():  # a backward through this one may need both
+        return False
     first, second = args
     if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
         return False
@@ -80,7 +93,19 @@ def adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if not alike or first.layout is not torch.strided or second.layout is not torch.strided:
         return False
     alone = autograd.storage_holders(functorch.storages_of(first)[0]) == 2
-    return alone and is_dense(first)
+    return alone and is_dense(first) and autograd.called_by_engine()
+
+
+def is_taken_over(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the engine copies a sparse gradient that it would take over in a real step.
+
+    Python has seen this one's indices and values, and holds them (``accumulate_grad.h``, case 1.2).
+    """
+    if func is not torch.ops.aten.clone.default or args[0].layout is not torch.sparse_coo:
+        return False
+    parts = functorch.parts_of(args[0])
+    taken = autograd.accumulates() and all(part.is_contiguous() for part in parts)
+    return taken and not torch.is_grad_enabled()
 
 
 def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,7 +172,8 @@ def with_real_looks(output: Any, outputs: Sequence[OutputFacts] | None, known: s
 def as_really(call: fx.Node, output: Any, kernels: Kernels, known: set[int]) -> Any:
     """An op's fake outputs, made to look as its kernel's do.
 
-    Not of what is real, nor where the size depends on values: a kernel's are made up.
+    Not of what is real, nor where the size depends on values: a kernel's are made up. Nor of what
+    is sparse: a kernel is run on empty ones.
 
     Args:
         call: the op.
@@ -155,8 +181,10 @@ def as_really(call: fx.Node, output: Any, kernels: Kernels, known: set[int]) -> 
         kernels: what measures it.
         known: the storages that were there before.
     """
-    fakes = any(autograd.is_fake(tensor) for tensor in output_tensors(output))
-    if not fakes or asks(call.target):
+    tensors = list(output_tensors(output))
+    strided = all(tensor.layout is torch.strided for tensor in tensors)
+    fakes = any(autograd.is_fake(tensor) for tensor in tensors)
+    if not fakes or not strided or asks(call.target):
         return output
     return with_real_looks(output, kernels.outputs(call), known)
 

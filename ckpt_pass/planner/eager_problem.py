@@ -67,10 +67,13 @@ class SavedValue:
     Attributes:
         storage: what holds it; -1 where it existed before the step.
         released: the moment when autograd lets go.
+        asked: whether the backward looks at it. A region that has made it again lets go of it then,
+            and otherwise when it is done.
     """
 
     storage: int
     released: int
+    asked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +199,7 @@ class _Table:
         self.value_number = _ints(i for i, _ in known)
         self.value_storage = _ints(v.storage for _, v in known)
         self.released = _ints(v.released for _, v in known)
+        self.asked = np.array([v.asked for _, v in known], dtype=bool)
         self.workspace = _ints(op.workspace_bytes for op in problem.ops)
 
 
@@ -220,8 +224,9 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     free = ~own & (held_in < 0)
     np.maximum.at(ends, table.value_storage[free], table.released[free])
     keeps = own & kept[table.value_storage]
-    np.maximum.at(ends, table.value_storage[keeps], table.released[keeps])
     done = np.array([region.done for region in problem.regions] or [0], dtype=np.int64)
+    taken = np.where(table.asked, table.released, done[held_in])
+    np.maximum.at(ends, table.value_storage[keeps], taken[keeps])
     foreign = (held_in >= 0) & ~own
     np.maximum.at(ends, table.value_storage[foreign], done[held_in[foreign]])
     for index in chosen:
@@ -240,12 +245,15 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     dropped = own & ~kept[table.value_storage]
     where = order[table.value_storage[dropped]]
     there = where >= 0
-    np.maximum.at(end2, where[there], before_death[table.released[dropped][there]])
+    np.maximum.at(end2, where[there], before_death[taken[dropped][there]])
     for op in plan.kept:  # held for the recomputation that takes it, if not longer
         for storage in problem.ops[op].makes:
             region = problem.regions[int(op_region[op])]
-            at = starts[int(op_region[op])] + min(table.dies[storage], region.ops[1])
-            end_places[storage] = max(end_places[storage], at - region.ops[0])
+            place = min(table.dies[storage] - region.ops[0], region.needed)
+            taken_at = starts[int(op_region[op])] + place
+            reached = op - region.ops[0] < region.needed  # what is not is held with the region
+            at = taken_at if reached else before_death[region.done]
+            end_places[storage] = max(end_places[storage], at)
 
     delta = np.zeros(length + 2, dtype=np.int64)
     np.add.at(delta, before_op[table.born], table.nbytes)

@@ -59,9 +59,7 @@ def with_empty_caches(
     """
     if not any(map(_is_cache, args)) and not any(map(_is_cache, kwargs.values())):
         return fn, args, kwargs
-    if not isinstance(root, nn.Module) or getattr(root, "_can_checkpoint_with_cache", False):
-        return fn, args, kwargs
-    layers = frozenset(number for module in root.modules() for number in _numbers(module))
+    layers = _layers(root)
     if not layers:
         return fn, args, kwargs
 
@@ -72,6 +70,18 @@ def with_empty_caches(
         return fn(*map(_made, args), **{key: _made(value) for key, value in kwargs.items()})
 
     return run, tuple(map(emptied, args)), {key: emptied(v) for key, v in kwargs.items()}
+
+
+def is_emptied(root: Any, value: Any) -> bool:
+    """Whether a region of ``root`` gets an empty cache in the place of an argument."""
+    return _is_cache(value) and bool(_layers(root)) and _is_empty(value, _layers(root))
+
+
+def _layers(root: Any) -> frozenset[int]:
+    """The numbers of the layers of a region that may get empty caches."""
+    if not isinstance(root, nn.Module) or getattr(root, "_can_checkpoint_with_cache", False):
+        return frozenset()
+    return frozenset(number for module in root.modules() for number in _numbers(module))
 
 
 def _made(value: Any) -> Any:
