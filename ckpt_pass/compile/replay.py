@@ -59,7 +59,7 @@ def plan_of(
     flops = sum(node_flops(n) for n in joint.nodes if n.op == "call_function") if plans[1:] else 0
 
     def unlike(plan: Plan) -> tuple[int, int]:
-        return len(plan.sites ^ sites), abs(plan.step_flops - flops)
+        return len(plan.sites ^ sites), abs(plan.predicted.step_flops - flops)
 
     ordered = sorted(plans, key=unlike)
     differences = []
