@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ckpt_pass.compile.budgeting import Met
 from ckpt_pass.compile.symbolic import BudgetExceededWarning
 from ckpt_pass.compile.tagging import Tag
-from ckpt_pass.graph.cost import own_bytes
+from ckpt_pass.graph.cost import node_flops, own_bytes
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import build_problem
@@ -54,8 +54,14 @@ def plan_of(
         PlanMismatchError: none was; it says what differs from the one that is nearest.
     """
     sites = {found.context.site for found in tags.values()}
-    # The most similar first; of plans that are alike any will do.
-    ordered = sorted(plans, key=lambda plan: len(plan.sites ^ sites))
+    # The most similar first. Forwards that are alike differ in their backward: an input needs no
+    # gradient. A step's flops tell; what is computed once in it makes them a little less.
+    flops = sum(node_flops(n) for n in joint.nodes if n.op == "call_function") if plans[1:] else 0
+
+    def unlike(plan: Plan) -> tuple[int, int]:
+        return len(plan.sites ^ sites), abs(plan.predicted.step_flops - flops)
+
+    ordered = sorted(plans, key=unlike)
     differences = []
     for plan in ordered:
         reasons = _differences(plan, joint, tags, labels)

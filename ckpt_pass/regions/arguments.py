@@ -16,6 +16,7 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.ambient import accelerators
 from ckpt_pass.regions.holders import ATOMS
+from ckpt_pass.state.objects import keeper_for
 
 #: Containers that are copied entry by entry; what is derived from them may be more than that.
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
@@ -66,12 +67,14 @@ class Copier:
 
     Attributes:
         mutable: what a recomputation may change: copies, and objects that are kept as they are.
+        iterators: whether there are iterators, which a run moves on.
     """
 
     def __init__(self, keeps: Callable[[Any], bool]) -> None:
         self._keeps = keeps
         self._made: dict[int, Any] = {}
         self.mutable: list[Any] = []
+        self.iterators = False
 
     def __call__(self, value: Any) -> Any:
         cls = type(value)
@@ -84,6 +87,9 @@ class Copier:
         return made
 
     def _copy(self, cls: type, value: Any) -> Any:
+        if _is_iterator(value):
+            self.iterators = True
+            return copy.copy(value)
         if isinstance(value, tuple):
             items = [self(item) for item in value]
             if all(a is b for a, b in zip(items, value, strict=True)):
@@ -106,6 +112,22 @@ class Copier:
         return made
 
 
+def _is_iterator(value: Any) -> bool:
+    """Whether a value is an iterator that a copy can stand in for."""
+    keeper = keeper_for(type(value))
+    return keeper is not None and keeper.copy is not None
+
+
+def _with_new_iterators(value: Any) -> Any:
+    """An argument, or a tuple, with a copy of each iterator; those in containers are put back."""
+    if isinstance(value, tuple):
+        items = [_with_new_iterators(item) for item in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)._make(items) if hasattr(value, "_make") else type(value)(items)
+    return copy.copy(value) if _is_iterator(value) else value
+
+
 class Arguments:
     """A region's arguments, kept for its recomputation.
 
@@ -121,7 +143,17 @@ class Arguments:
         keeps: whether a container is state of the region itself, and put back as that.
     """
 
-    __slots__ = ("_args", "_flat", "_kwargs", "_name", "_tensors", "_unpack", "devices", "mutable")
+    __slots__ = (
+        "_args",
+        "_flat",
+        "_iterators",
+        "_kwargs",
+        "_name",
+        "_tensors",
+        "_unpack",
+        "devices",
+        "mutable",
+    )
 
     def __init__(
         self,
@@ -132,6 +164,7 @@ class Arguments:
     ) -> None:
         self._name = name
         self._unpack: autograd.UnpackHook | None = None
+        self._iterators = False
         #: What a recomputation may change: to be put back before each.
         self.mutable: list[Any] = []
         values = (*args, *kwargs.values()) if kwargs else args
@@ -142,7 +175,7 @@ class Arguments:
             args = tuple(copier(value) for value in args)
             kwargs = {key: copier(value) for key, value in kwargs.items()}
             tensors = [tensor for _, tensor in _named(args, kwargs)]
-            self.mutable = copier.mutable
+            self.mutable, self._iterators = copier.mutable, copier.iterators
         self.devices = accelerators(tensors)
         self._args, self._kwargs = args, kwargs
         self._tensors: list[tuple[torch.Tensor, int, bool]] = []
@@ -177,8 +210,12 @@ class Arguments:
         Raises:
             MutatedArgumentError: one was changed in place in the meantime.
         """
-        if self._unpack is not None:
-            return self._unpacked()
+        args, kwargs = self._held() if self._unpack is None else self._unpacked()
+        if not self._iterators:
+            return args, kwargs
+        return _with_new_iterators(args), {k: _with_new_iterators(v) for k, v in kwargs.items()}
+
+    def _held(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         switched = {id(t): flag for t, _, flag in self._tensors if t.requires_grad is not flag}
         if switched:
             return self._with_flags(switched)

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ckpt_pass.regions.holders import contents_of, is_users
-from ckpt_pass.state.code_names import FUNCTION, names_read
+from ckpt_pass.regions.holders import is_users
+from ckpt_pass.state.code_names import FUNCTION, contents_of, reads_of
+from ckpt_pass.state.spots import read_spot
 
 _CONTAINERS = (list, tuple, dict, functools.partial, types.MethodType, FUNCTION)
 
@@ -48,8 +49,8 @@ def _inside(value: Any) -> Iterator[Any]:
     elif isinstance(value, FUNCTION):
         for cell in value.__closure__ or ():
             yield from contents_of(cell)
-        for space, name in names_read(value):
-            if isinstance(found := space.get(name), (nn.Module, *_CONTAINERS)):
+        for space, name in reads_of([value]).names:
+            if isinstance(found := read_spot(space, name), (nn.Module, *_CONTAINERS)):
                 yield found
     elif is_users(type(value)) and hasattr(value, "__dict__"):
         yield from vars(value).values()

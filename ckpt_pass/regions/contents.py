@@ -10,7 +10,8 @@ from operator import is_
 from typing import Any
 
 from ckpt_pass._torch import autograd
-from ckpt_pass.regions.holders import Holders, Spot, contents_of
+from ckpt_pass.regions.holders import Holders, Spot
+from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import Keeper
 from ckpt_pass.state.spots import read_spot, write_spot
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import sys
-import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,10 +20,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from ckpt_pass.state.code_names import CODE, FUNCTION, generators_named, names_read
-from ckpt_pass.state.objects import Keeper, keeper_for
-from ckpt_pass.state.spots import slots_of
+from ckpt_pass.state.code_names import (
+    CODE,
+    FUNCTION,
+    Reads,
+    contents_of,
+    functions_in,
+    is_users_name,
+    reads_of,
+)
+from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
+from ckpt_pass.state.spots import MISSING, read_spot, slots_of
 
 #: What every module has; its contents are looked at one by one.
 _NAMES = list(nn.Module().__dict__)
@@ -35,9 +42,7 @@ _FORWARD_HOOKS = tuple(name for name in _INTERNAL if "forward" in name and "hook
 #: Objects found in objects are followed so far: deeper lies what a region does not work on.
 _OBJECT_DEPTH = 3
 #: Standard modules whose instances are containers.
-_PLAIN_OBJECTS = frozenset({"collections", "types"})
-#: Libraries whose objects are no state of a region.
-_LIBRARIES = frozenset({"torch", "numpy", "ckpt_pass"})
+_PLAIN_OBJECTS = frozenset({"collections", "types", "weakref"})
 
 #: Types of values that hold nothing.
 ATOMS: frozenset[type] = frozenset(
@@ -89,7 +94,7 @@ def _find_kind(cls: type) -> _Kind:
             return kind
     if keeper_for(cls) is not None:
         return _Kind.STATE
-    if issubclass(cls, (threading.local, Enum, BaseException)):
+    if issubclass(cls, (Enum, BaseException)):
         return _Kind.IGNORED
     plain = _library(cls) in _PLAIN_OBJECTS or dataclasses.is_dataclass(cls)
     return _Kind.OBJECT if plain or is_users(cls) else _Kind.IGNORED
@@ -101,9 +106,7 @@ def _library(thing: Any) -> str:
 
 def is_users(thing: Any) -> bool:
     """Whether a class or function is of no library whose objects are no state of a region."""
-    library = _library(thing)
-    known = library in _LIBRARIES or library in sys.stdlib_module_names
-    return not known or library == "__main__"
+    return is_users_name(thing.__module__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,22 +114,22 @@ class _Class:
     """What is known of a class of modules.
 
     Attributes:
-        managed: its attributes are its library's (FSDP, compiled and scripted modules).
+        managed: its attributes are its library's (FSDP; compiled, scripted and lazy modules).
         norm: its buffers are running statistics.
         bases: its classes that are not torch's own: their attributes may be state.
-        reads: the globals that their methods read: a namespace and a name.
-        generators: the random generators that their methods draw from by a module's functions.
+        reads: what their methods read.
     """
 
     managed: bool
     norm: bool
     bases: tuple[type, ...]
-    reads: tuple[tuple[dict[str, Any], str], ...]
-    generators: tuple[Any, ...]
+    reads: Reads
 
 
 def _find_class(cls: type) -> _Class:
-    managed = cls.__module__.startswith(("torch.distributed.", "torch._dynamo."))
+    managed = cls.__module__.startswith(("torch.distributed.", "torch._dynamo.")) or issubclass(
+        cls, LazyModuleMixin
+    )
     bases = tuple(
         base
         for base in cls.__mro__
@@ -135,17 +138,15 @@ def _find_class(cls: type) -> _Class:
     functions = [
         fn
         for base in bases
-        for name, fn in vars(base).items()
-        if type(fn) is FUNCTION and name != "__init__"
+        for name, value in vars(base).items()
+        for fn in functions_in(value)
+        if name != "__init__"
     ]
-    found = {(id(space), n): (space, n) for fn in functions for space, n in names_read(fn)}
-    generators = {id(g): g for fn in functions for g in generators_named(fn)}
     return _Class(
         managed or issubclass(cls, torch.jit.ScriptModule),
         issubclass(cls, _NormBase),
         bases,
-        tuple(found.values()),
-        tuple(generators.values()),
+        reads_of(functions),
     )
 
 
@@ -216,9 +217,8 @@ class Holders:
             if isinstance(root, nn.Module):
                 self._module(root)
             elif isinstance(root, FUNCTION):
-                for space, name in names_read(root):
-                    self._global(space, name)
-                self._todo += [(root, 0), *((g, 0) for g in generators_named(root))]
+                self._read(reads_of([root]))
+                self._todo.append((root, 0))
             elif isinstance(root, types.MethodType):
                 self.add(root.__func__, root.__self__)
             elif isinstance(root, functools.partial):
@@ -298,14 +298,21 @@ class Holders:
             for name, value in vars(base).items():
                 if type(value) is not FUNCTION and not name.startswith("__"):
                     self._spot(base, name, value)
-        for space, name in known.reads:
-            self._global(space, name)
-        self._todo += [(generator, 0) for generator in known.generators]
+        self._read(known.reads)
 
-    def _global(self, space: dict[str, Any], name: str) -> None:
-        value = space.get(name, FUNCTION)
-        if type(value) not in CODE:
-            self._spot(space, name, value)
+    def _read(self, reads: Reads) -> None:
+        for space, name in reads.names:
+            value = read_spot(space, name)
+            if type(value) not in CODE and value is not MISSING:
+                self._spot(space, name, value)
+        self._todo += [(value, 0) for value in (*reads.generators, *reads.defaults)]
+        for cell in reads.cells:
+            self._cell(cell, 0)
+
+    def _cell(self, cell: types.CellType, depth: int) -> None:
+        if self._is_new(cell):
+            self.cells.append(cell)
+            self._contents(tuple(contents_of(cell)), depth)
 
     def _spot(self, space: Any, name: str, value: Any) -> None:
         kind = _kind(type(value))
@@ -358,19 +365,16 @@ class Holders:
             self._contents((value(),), depth)
         elif (keeper := keeper_for(type(value))) is not None:
             self.objects.append((value, keeper))
+            self._contents(held_inside(value), depth)
         if kind is _Kind.OBJECT or (kind in (_Kind.DICT, _Kind.LIST) and _has_fields(value)):
             self._object(value, depth)
 
     def _closure(self, fn: types.FunctionType, depth: int) -> None:
         if fn.__code__ not in self._seen and is_users(fn):
             self._seen.add(fn.__code__)
-            for space, name in names_read(fn):
-                self._global(space, name)
+            self._read(reads_of([fn]))
         for cell in fn.__closure__ or ():
-            if id(cell) not in self._seen:
-                self._seen.add(id(cell))
-                self.cells.append(cell)
-                self._contents(tuple(contents_of(cell)), depth)
+            self._cell(cell, depth)
 
     def _object(self, value: Any, depth: int) -> None:
         if depth >= _OBJECT_DEPTH:
@@ -392,11 +396,3 @@ class Holders:
 
 def _has_fields(value: Any) -> bool:
     return type(value) not in (dict, list, collections.deque) and hasattr(value, "__dict__")
-
-
-def contents_of(cell: types.CellType) -> Iterator[Any]:
-    """What a variable of a closure holds; nothing where it is not bound yet."""
-    try:
-        yield cell.cell_contents
-    except ValueError:
-        return

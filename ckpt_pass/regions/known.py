@@ -66,8 +66,9 @@ class Known:
         if holders is None or contents is None or not contents.held_by(holders):
             holders = Holders(root, *self.generators)
             contents = Contents(holders)
-            # What is kept here lives on: never values of a step.
+            # What is kept here lives on: never values of a step, nor buffers that are replaced.
             lasts = self._root is not None and holders.lasting
+            lasts = lasts and (self.quiet or not holders.buffers)
             if lasts and all(tensor.is_leaf for tensor in holders.tensors):
                 self._holders, self._contents = holders, contents
             else:

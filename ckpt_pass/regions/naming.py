@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from ckpt_pass.regions.contents import Contents
-from ckpt_pass.regions.holders import Holders, contents_of
+from ckpt_pass.regions.holders import Holders
+from ckpt_pass.state.code_names import contents_of
 
 
 def name_of(thing: Any, roots: tuple[Any, ...], holders: Holders, held: Contents) -> str:

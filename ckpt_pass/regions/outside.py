@@ -22,9 +22,10 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.contents import Contents
-from ckpt_pass.regions.holders import Holders, contents_of
+from ckpt_pass.regions.holders import Holders
 from ckpt_pass.regions.known import Known
 from ckpt_pass.regions.naming import name_of
+from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import SpentIteratorError
 from ckpt_pass.state.spots import read_spot, write_spot
 

@@ -1,11 +1,13 @@
-"""What the code of functions names besides their own variables: globals, random generators."""
+"""What the code of functions reads besides their own variables: globals, closures, generators."""
 
 from __future__ import annotations
 
 import dis
 import functools
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,36 +18,147 @@ FUNCTION = types.FunctionType
 #: What a name mostly stands for: code.
 CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, FUNCTION, torch.dtype))
 _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"))
+#: What stands for code in closures, and holds no state.
+_FIXED = (type, types.ModuleType, types.BuiltinFunctionType, FUNCTION, str)
+#: Libraries whose globals, classes and objects are no state of a step.
+_LIBRARIES = frozenset({"torch", "numpy", "ckpt_pass"})
 
 
-def names_read(fn: types.FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
-    """The globals that a function reads, and those that its file's functions read for it."""
-    for space, name, value, _ in _named(fn):
-        if type(value) not in CODE:
-            yield space, name
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What some functions read.
+
+    Attributes:
+        names: globals, and attributes of classes and modules that globals name: a namespace (a
+            dict or a class) and a name.
+        generators: the random generators that they draw from by a module's functions.
+        cells: variables of their closures.
+        defaults: values of their parameters that are made once, and kept from call to call.
+    """
+
+    names: tuple[tuple[Any, str], ...]
+    generators: tuple[Any, ...]
+    cells: tuple[types.CellType, ...]
+    defaults: tuple[Any, ...]
 
 
-def generators_named(fn: types.FunctionType) -> Iterator[Any]:
-    """The random generators that the same code draws from by functions of ``random`` or numpy."""
-    for _, _, value, names in _named(fn):
-        yield from generators_behind(value, names)
+def reads_of(functions: Iterable[types.FunctionType]) -> Reads:
+    """What functions read, those included that they call in their file or close over."""
+    names: dict[tuple[int, str], tuple[Any, str]] = {}
+    generators: dict[int, Any] = {}
+    cells: dict[int, types.CellType] = {}
+    defaults: dict[int, Any] = {}
+    for fn in _reached(functions):
+        if not is_users_space(fn.__globals__):
+            continue
+        for name, value in _globals_of(fn):
+            found = generators_behind(value, fn.__code__.co_names)
+            generators.update((id(generator), generator) for generator in found)
+            for space, inner in _places(fn, name, value):
+                names[id(space), inner] = (space, inner)
+        cells.update((id(cell), cell) for cell in _state_cells(fn))
+        kept = (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())
+        defaults.update((id(v), v) for v in kept if not isinstance(v, (*_FIXED, int, float)))
+    return Reads(
+        tuple(names.values()),
+        tuple(generators.values()),
+        tuple(cells.values()),
+        tuple(defaults.values()),
+    )
 
 
-def _named(
-    fn: types.FunctionType,
-) -> Iterator[tuple[dict[str, Any], str, Any, tuple[str, ...]]]:
-    """Namespace, name, what it stands for, and the attributes that the same code names."""
-    space, todo, seen = fn.__globals__, [fn.__code__], {fn.__code__}
+def functions_in(value: Any) -> Iterator[types.FunctionType]:
+    """The functions that an attribute of a class, or a global, stands for."""
+    if type(value) is FUNCTION:
+        yield value
+    elif isinstance(value, (staticmethod, classmethod)):
+        yield from functions_in(value.__func__)
+    elif isinstance(value, property):
+        yield from (f for f in (value.fget, value.fset) if type(f) is FUNCTION)
+    elif isinstance(value, functools.cached_property):
+        yield from functions_in(value.func)
+    elif type(value) is _CACHED:
+        yield from functions_in(value.__wrapped__)
+
+
+_CACHED = type(functools.cache(int))
+
+
+def is_users_space(space: dict[str, Any]) -> bool:
+    """Whether a file's globals are of no library whose state is none of a step's."""
+    return is_users_name(space.get("__name__"))
+
+
+def is_users_name(module: str | None) -> bool:
+    """Whether a module's name is of no library whose objects are no state of a step."""
+    library = (module or "").partition(".")[0]
+    known = library in _LIBRARIES or library in sys.stdlib_module_names
+    return not known or library == "__main__"
+
+
+def _reached(functions: Iterable[types.FunctionType]) -> Iterator[types.FunctionType]:
+    """Functions, those of their files that they name, and what they close over (decorated ones)."""
+    todo, seen = list(functions), set()
     while todo:
-        code = todo.pop()
-        for name in _globals_in(code):
-            value = space.get(name, FUNCTION)
-            if type(value) is FUNCTION and value.__globals__ is space:
-                if value.__code__ not in seen:
-                    seen.add(value.__code__)
-                    todo.append(value.__code__)
-            else:
-                yield space, name, value, code.co_names
+        fn = todo.pop()
+        if fn in seen:
+            continue
+        seen.add(fn)
+        yield fn
+        for _, value in _globals_of(fn):
+            todo += (f for f in functions_in(value) if f.__globals__ is fn.__globals__)
+        for cell in fn.__closure__ or ():
+            for value in contents_of(cell):
+                todo += functions_in(value)
+
+
+def _globals_of(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name in _globals_in(fn.__code__):
+        yield name, fn.__globals__.get(name, FUNCTION)
+
+
+def _places(fn: types.FunctionType, name: str, value: Any) -> Iterator[tuple[Any, str]]:
+    """Where a global that a function names holds state: itself, or the attributes it has."""
+    if isinstance(value, type):
+        yield from _of_class(value)
+    elif isinstance(value, types.ModuleType):
+        own = vars(value)
+        if is_users_space(own):
+            names = _attributes_in(fn.__code__)
+            yield from ((own, inner) for inner in names if type(own.get(inner)) not in CODE)
+    elif type(value) not in CODE:
+        yield fn.__globals__, name
+
+
+def _of_class(cls: type) -> Iterator[tuple[Any, str]]:
+    for base in cls.__mro__:
+        if is_users_name(base.__module__):
+            for name, value in vars(base).items():
+                code = isinstance(value, _FIXED) or hasattr(type(value), "__get__")
+                if not code and not name.startswith("__"):
+                    yield base, name
+
+
+def _state_cells(fn: types.FunctionType) -> Iterator[types.CellType]:
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        held = tuple(contents_of(cell))
+        if name != "__class__" and not (held and isinstance(held[0], _FIXED)):
+            yield cell
+
+
+def contents_of(cell: types.CellType) -> Iterator[Any]:
+    """What a variable of a closure holds; nothing where it is not bound yet."""
+    try:
+        yield cell.cell_contents
+    except ValueError:
+        return
+
+
+@functools.lru_cache(maxsize=4096)
+def _attributes_in(code: types.CodeType) -> tuple[str, ...]:
+    """The attributes that a function's code names, and that of the functions that it makes."""
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return tuple(dict.fromkeys([*code.co_names, *(n for c in inner for n in _attributes_in(c))]))
 
 
 @functools.lru_cache(maxsize=4096)

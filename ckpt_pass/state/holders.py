@@ -5,8 +5,8 @@ cell, a global that counts. Holders are found from the modules, by way of their 
 (parameters, buffers, hooks, submodules, the training flag and whatever else is there), containers
 in these, functions' closures, and objects of the user's own classes. Random generators, arrays and
 iterators have their states noted, those that a module's code names as globals too. Other objects of
-torch's and of Python's own library are not looked into, nor are other globals, the attributes of
-classes, and what a ``functools.cache`` keeps.
+torch's and of Python's own library are not looked into, nor are other globals and what a
+``functools.cache`` keeps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckpt_pass.state.code_names import FUNCTION, generators_named, names_read
+from ckpt_pass.state.code_names import functions_in, is_users_space, reads_of
 from ckpt_pass.state.objects import Keeper, keeper_for
 from ckpt_pass.state.spots import read_spot, slots_of, write_spot
 
@@ -229,16 +229,17 @@ class Reached:
         if id(cls) in self._seen or cls.__module__.partition(".")[0] in _OBJECTS_OF:
             return
         self._seen[id(cls)] = cls
-        for fn in (fn for base in cls.__mro__ for fn in vars(base).values()):
-            if type(fn) is not FUNCTION or fn.__module__.partition(".")[0] in _OBJECTS_OF:
-                continue
-            yield from generators_named(fn)
-            for space, name in names_read(fn):
-                value = read_spot(space, name)
-                if type(value) in (int, float):
-                    self.holders.append(Names(space, [name]))
-                elif keeper_for(type(value)) is not None:
-                    yield value
+        functions = (
+            f for base in cls.__mro__ for v in vars(base).values() for f in functions_in(v)
+        )
+        reads = reads_of(fn for fn in functions if is_users_space(fn.__globals__))
+        yield from (*reads.generators, *reads.defaults, *reads.cells)
+        for space, name in reads.names:
+            value = read_spot(space, name)
+            if type(value) in (int, float):
+                self.holders.append(Names(space, [name]))
+            elif keeper_for(type(value)) is not None:
+                yield value
 
 
 def _is_open(value: Any) -> bool:

@@ -8,6 +8,7 @@ to have moved on.
 from __future__ import annotations
 
 import array
+import contextvars
 import copy
 import functools
 import inspect
@@ -15,6 +16,7 @@ import itertools
 import operator
 import random
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -132,6 +134,26 @@ def _plain(state: Any) -> Any:
     return state.tobytes() if hasattr(state, "tobytes") else state
 
 
+def _fields(local: threading.local) -> dict[str, Any]:
+    return dict(vars(local))
+
+
+def _same_fields(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
+
+
+def _set_fields(local: threading.local, fields: dict[str, Any]) -> None:
+    own = vars(local)
+    own.clear()
+    own.update(fields)
+
+
+def _set_variable(variable: contextvars.ContextVar[Any], value: Any) -> None:
+    if value is not _UNSET:  # a variable that was set cannot be unset
+        variable.set(value)
+
+
+_UNSET = object()
 _TORCHS = Keeper(_state_of_torchs, _same_states, lambda g, state: g.set_state(state))
 _RANDOM = Keeper(lambda g: g.getstate(), write=lambda g, state: g.setstate(state))
 _BYTES = Keeper(bytes, write=_replace)
@@ -139,6 +161,9 @@ _ARRAY = Keeper(lambda a: a[:], write=_replace)
 _NUMPYS = Keeper(_contents, write=_fill)
 _COPIED = Keeper(copy.copy, lambda a, b: _where(a) == _where(b), copy=copy.copy)
 _SEEN = Keeper(_where)
+# By the thread that asks: a backward may run in another one than its forward.
+_OF_THREADS = Keeper(_fields, _same_fields, _set_fields)
+_OF_CONTEXTS = Keeper(lambda v: v.get(_UNSET), operator.is_, _set_variable)
 
 _SEQUENCES: tuple[Any, ...] = ([], (), range(0), range(1 << 70), "", b"")
 #: Iterators whose copies share nothing that moves.
@@ -160,6 +185,8 @@ _KINDS: tuple[tuple[tuple[type, ...], Keeper], ...] = (
     ((torch.Generator,), _TORCHS),
     ((bytearray,), _BYTES),
     ((array.array,), _ARRAY),
+    ((threading.local,), _OF_THREADS),
+    ((contextvars.ContextVar,), _OF_CONTEXTS),
     (_COPYABLE, _COPIED),
     (_OTHERS, _SEEN),
 )
@@ -201,6 +228,15 @@ def _by_bit_generator(of: Callable[[Any], Any]) -> Keeper:
         of(generator).state = state
 
     return Keeper(lambda generator: of(generator).state, _same_plain, write)
+
+
+def held_inside(value: Any) -> tuple[Any, ...]:
+    """What an object with a state of its own holds, which may have a state, too."""
+    if isinstance(value, threading.local):
+        return tuple(vars(value).values())
+    if isinstance(value, contextvars.ContextVar):
+        return (value.get(None),)
+    return ()
 
 
 #: How the state of a class's objects is kept; ``None`` where they have none of these.

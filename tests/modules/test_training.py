@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import ckpt_pass
 from ckpt_pass import accumulate_gradients, accumulation_windows
 from ckpt_pass.regions.wrapping import RegionSpec, apply_regions
 from tests.test_distributed import RANKS, on_ranks
+from tests.told import Told
 
 WIDTH = 8
 SAMPLES = 22  # 4 + 4 + 4 + 4 + 4 + 2: the last batch is short, and so is the last window
@@ -197,20 +197,14 @@ def test_wrong_arguments() -> None:
 # --- mixed precision ------------------------------------------------------------------------
 
 
-class Notes(threading.local):
-    """A list that regions do not put back, as they do a module's own."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[torch.dtype, bool, torch.dtype]] = []
-
-
 class Watched(nn.Module):
     """A linear layer that notes the dtype and the autocast state of each of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(WIDTH, WIDTH)
-        self.seen = Notes()
+        self.seen = Told()
+        self.seen.calls = []
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.inner(x)

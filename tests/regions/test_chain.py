@@ -26,6 +26,7 @@ from ckpt_pass import (
 )
 from ckpt_pass.measure.step import measure_step
 from ckpt_pass.regions.wrapping import RegionSpec, applied_regions
+from tests.told import Told
 from tests.zoo import run_step
 
 WIDTH = 64
@@ -44,12 +45,13 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        CALLS[self] = CALLS.get(self, 0) + 1
+        CALLS.runs[self] = CALLS.runs.get(self, 0) + 1
         return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))  # type: ignore[no-any-return]
 
 
 #: How often each block ran; regions put back what they know of, not this.
-CALLS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+CALLS = Told()
+CALLS.runs = weakref.WeakKeyDictionary()
 Glue = Callable[[Tensor], Tensor]
 
 
@@ -118,10 +120,10 @@ def test_how_often_layers_run() -> None:
 
     def calls(placement: Any) -> list[int]:
         for layer in model.layers:
-            CALLS[layer] = 0
+            CALLS.runs[layer] = 0
         with applied(model, placement):
             model(x).backward()
-        return [CALLS[layer] for layer in model.layers]
+        return [CALLS.runs[layer] for layer in model.layers]
 
     assert calls("none") == [1] * 6
     assert calls(Segments(2)) == [2] * 6
@@ -248,10 +250,11 @@ def test_nothing_is_left_when_some_values_are_never_asked_for() -> None:
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             hidden = self.b(x).cos()
-            seen.append(weakref.ref(hidden))
+            told.seen.append(weakref.ref(hidden))
             return self.a(x).sin(), hidden.exp()
 
-    seen: list[weakref.ref[Tensor]] = []
+    told = Told()
+    told.seen = seen = []
     first, second = ckpt_pass.checkpoint(Two(), torch.randn(4, 8, requires_grad=True))
     first.sum().backward()
     assert len(seen) == 2

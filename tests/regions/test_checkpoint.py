@@ -6,7 +6,6 @@ import copy
 import functools
 import pickle
 import queue
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +20,7 @@ import ckpt_pass
 from ckpt_pass import checkpoint
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.wrapping import RegionSpec, applied_regions, apply_regions
+from tests.told import Told
 from tests.zoo.surroundings import no_collector, on_threads
 
 Fn = Callable[..., Any]
@@ -339,7 +339,7 @@ class Failing:
     """Fails in its n-th run."""
 
     def __init__(self, at: int) -> None:
-        self.at, self.told = at, threading.local()  # which a region does not put back
+        self.at, self.told = at, Told()  # which a region does not put back
         self.told.runs = 0
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import (
 )
 
 import ckpt_pass
+from tests.told import Told
 from tests.zoo.surroundings import SINCE_2_13, on_threads
 
 ROWS, WIDTH = 4, 8
@@ -437,7 +438,7 @@ class Failing(Block):
 
     def __init__(self, at_call: int) -> None:
         super().__init__()
-        self.at_call, self.told = at_call, threading.local()  # which a region does not put back
+        self.at_call, self.told = at_call, Told()  # which a region does not put back
         self.told.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:

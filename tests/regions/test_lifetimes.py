@@ -9,7 +9,6 @@ plain step, or refused where a value that a policy has kept is asked for twice.
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import ckpt_pass
 from ckpt_pass.regions.keeps import Keeps
 from ckpt_pass.regions.wrapping import RegionSpec, apply_regions
+from tests.told import Told
 from tests.zoo.surroundings import no_collector
 
 Fn = Callable[..., Any]
@@ -384,7 +384,7 @@ def test_a_tensor_that_a_module_puts_away_keeps_no_other_alive(way: Way) -> None
 
 def test_a_backward_through_what_a_recomputation_left() -> None:
     """Plain torch has let go of the values by then, too."""
-    put_away = threading.local()  # not put back after the recomputation, as a list would be
+    put_away = Told()  # not put back after the recomputation, as a list would be
 
     def layer(x: Tensor) -> Tensor:
         put_away.value = x.exp().sin()

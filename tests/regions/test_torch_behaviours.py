@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,6 +34,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ckpt_pass
 from ckpt_pass.ops.flops import FlopCounter
+from tests.told import Told
 from tests.zoo.surroundings import no_collector
 
 aten = torch.ops.aten
@@ -71,7 +71,7 @@ class Counted:
     """A function that counts its runs, where a region does not put the count back."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn, self._told = fn, threading.local()
+        self.fn, self._told = fn, Told()
         self._told.runs = 0
 
     @property
@@ -100,7 +100,7 @@ def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 
 @every
 def test_tensors_are_not_kept_alive_but_arguments_are(ours: Region) -> None:
-    told = threading.local()  # which a region does not put back
+    told = Told()  # which a region does not put back
     told.inner = inner = []
 
     def fn(x: Tensor) -> Tensor:
@@ -771,7 +771,7 @@ def test_identity_of_arguments(ours: Region) -> None:
 
     Their container does not: the recomputation gets it as it was, and the caller's stays as it is.
     """
-    told = threading.local()  # which a region does not put back
+    told = Told()  # which a region does not put back
     told.seen = seen = []
 
     def fn(v: Tensor, box: dict[str, Tensor]) -> Tensor:

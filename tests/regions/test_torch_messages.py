@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import (
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ckpt_pass
+from tests.told import Told
 from tests.zoo.surroundings import SINCE_2_13
 
 aten = torch.ops.aten
@@ -49,7 +49,7 @@ def torchs(fn: Region, x: Tensor, policy: Any) -> Any:
 
 def changing(first: Region, then: Region) -> Region:
     """A function that does something else when it runs again."""
-    runs = threading.local()  # not put back for the recomputation, as a list would be
+    runs = Told()  # not put back for the recomputation, as a list would be
 
     def fn(x: Tensor) -> Any:
         runs.count = getattr(runs, "count", 0) + 1

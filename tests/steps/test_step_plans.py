@@ -217,3 +217,31 @@ def test_sharing_a_budget_is_as_good_as_trying_all() -> None:
         found = choose(moments, levels, budget)
         assert found is not None and peak(tuple(found)) <= budget  # type: ignore[arg-type]
         assert sum(levels[g][n].time_s for g, n in enumerate(found)) == best
+
+
+class Halves(nn.Module):
+    """Dynamo cuts each layer in two; the input of the first half of the first needs no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        torch._dynamo.graph_break()
+        return x + self.down(hidden.tanh())
+
+
+def test_forwards_that_are_alike_have_backwards_of_their_own() -> None:
+    model, x = nn.Sequential(Halves(), Halves()), torch.randn(64, 32)
+    plan = ckpt_pass.plan(model, x, budget=1.0, loss_fn=torch.sum)
+    assert isinstance(plan, ckpt_pass.StepPlan)
+    torch._dynamo.reset()
+    backend = ckpt_pass.make_backend(plan=plan, inner="aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ckpt_pass.BudgetExceededWarning)
+        compiled(x).sum().backward()
+    assert len({part.peak_bytes for part in plan.parts if len(part.sites) == 2}) == 2
+    made = {(part.peak_bytes, part.budget_bytes) for part in plan.parts}
+    assert {(run.peak_bytes, run.budget_bytes) for run in backend.plans} <= made
