@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 #: Raised by fake tensors that were asked for a value, or for a size that depends on values.
 NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -176,6 +178,41 @@ def device_context() -> AbstractContextManager[Any] | None:
 def storage_holders(storage: torch.UntypedStorage) -> int:
     """How many tensors (and others) share a storage, the Python object itself not counted."""
     return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def is_held_alone(gradient: torch.Tensor) -> bool:
+    """Whether the engine, which adds to a gradient, is the only one to hold it.
+
+    To be asked in a ``__torch_dispatch__`` that sees the sum.
+    """
+    alone = storage_holders(gradient.untyped_storage()) == 2
+    return alone and gradient._use_count() == uses_when_alone()  # type: ignore[attr-defined]
+
+
+@functools.cache
+def uses_when_alone() -> int:
+    """What torch counts of a gradient that the engine alone holds, as a dispatch mode sees it.
+
+    A sum in the backward of a function of two uses tells; other versions of torch may count
+    otherwise. To be asked before a backward begins.
+    """
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.add.Tensor:
+                seen.append(args[0]._use_count())
+            return func(*args, **(kwargs or {}))
+
+    with _disable_current_modes(), torch.enable_grad(), torch.inference_mode(False):
+        value = torch.ones(2, requires_grad=True) * 1
+        result = (value.sin() * value.cos()).sum()
+        with Watch():  # type: ignore[no-untyped-call]
+            result.backward()
+    (found,) = seen
+    return int(found)
 
 
 def called_by_engine() -> bool:

@@ -92,8 +92,7 @@ def adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     alike = first.shape == second.shape and first.dtype == second.dtype
     if not alike or first.layout is not torch.strided or second.layout is not torch.strided:
         return False
-    alone = autograd.storage_holders(functorch.storages_of(first)[0]) == 2
-    return alone and is_dense(first) and autograd.called_by_engine()
+    return autograd.is_held_alone(first) and is_dense(first) and autograd.called_by_engine()
 
 
 def is_taken_over(func: Any, args: tuple[Any, ...]) -> bool:
@@ -214,6 +213,7 @@ def differentiate(model: nn.Module, value: Any) -> None:
     del value
     if not outputs:
         raise no_gradient(model)
+    autograd.uses_when_alone()  # not to be found out while a backward runs
     if len(outputs) == 1 and outputs[0].numel() == 1:
         outputs[0].backward()
     else:
