@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers
@@ -163,9 +164,29 @@ class _Used:
     atol: float
 
     @property
-    def step(self) -> Callable[[], Tensor]:
+    def plain(self) -> Callable[[], Tensor]:
         """The plain step."""
-        return self.anew(step_of(self.model, self.args, self.loss_fn, self.kwargs))
+        return step_of(self.model, self.args, self.loss_fn, self.kwargs)
+
+    @property
+    def step(self) -> Callable[[], Tensor]:
+        """The plain step, anew."""
+        return self.anew(self.plain)
+
+    def measured(self, step: Callable[[], Tensor] | None = None) -> Measurement:
+        """What a step (the plain one) costs that begins with the same attributes each time.
+
+        What it leaves on them is there until its backward is over.
+        """
+        forward = step or self.plain
+        given = [*self.model.parameters(), *tree_leaves((self.args, dict(self.kwargs)))]
+        leaves = [leaf for leaf in given if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+        def whole() -> None:
+            with holders_restored(self.model, self.loss_fn, self.args, self.kwargs):
+                forward().backward()
+
+        return measure_step(whole, repeats=1, backward=False, params=leaves)
 
     def anew(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """A step that begins with the attributes that the first one began with.
@@ -224,10 +245,10 @@ def _verify_policy(policy: PolicyLike | None, used: _Used) -> Verdict:
     """Each layer as a region with one policy."""
     words = "none" if policy is None else describe(as_policy(policy))
     specs = {name: RegionSpec(policy=policy) for name in layers_of(used.model)}
-    plain = measure_step(used.step, repeats=1)
+    plain = used.measured()
     same = used.with_regions(specs)
     with applied_regions(used.model, specs):
-        measured = measure_step(used.step, repeats=1)
+        measured = used.measured()
     return Verdict(f"eager regions, policy {words}", (*same, _not_above(plain, measured)))
 
 
@@ -235,7 +256,7 @@ def _verify_eager(plan: Plan, used: _Used) -> Verdict:
     check_eager_step(plan.signature, used.model, used.args, used.kwargs)
     same = used.with_regions(plan.region_specs())
     with plan.applied(used.model):
-        measured = measure_step(used.step, repeats=1)
+        measured = used.measured()
     return Verdict(f"eager plan {plan.fingerprint[:12]}", (*same, *_promises(plan, measured)))
 
 
@@ -246,11 +267,11 @@ def _verify_compiled(plan: Plan | StepPlan, used: _Used) -> Verdict:
     for compiler in ("aot_eager", backend):
         whole = whole_step(used.model, used.loss_fn)
         compiled = compilers.compile_apart(whole, compiler, dynamic)
-        steps.append(used.anew(lambda c=compiled: c(*used.args, **used.kwargs)))  # type: ignore[misc]
-    plain, planned = steps
+        steps.append(lambda c=compiled: c(*used.args, **used.kwargs))
+    plain, planned = map(used.anew, steps)
     with compilers.own_profile():
         found = compare_gradients(plain, planned, used.model, rtol=used.rtol, atol=used.atol)
-        promises = tuple(_promises(plan, measure_step(planned, repeats=1)))
+        promises = tuple(_promises(plan, used.measured(steps[-1])))
     return Verdict(f"plan {plan.fingerprint[:12]}", (*used.same(found), *promises))
 
 

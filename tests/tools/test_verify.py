@@ -66,6 +66,22 @@ def test_steps_of_the_same_code_and_other_shapes_hold_one_after_the_other() -> N
         assert found.ok, str(found)
 
 
+def test_tensors_that_a_step_leaves_on_modules_are_there_until_its_backward_is_over() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.utils.spectral_norm(nn.Linear(32, 128))  # sets ``weight`` in each forward
+            self.down = nn.Linear(128, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.down(nn.functional.gelu(self.up(x)))).square().mean()
+
+    found = ckpt_pass.verify(Normed(), torch.randn(64, 32), budget=0.9)
+    assert found.ok, str(found)
+    peak = next(check for check in found.checks if check.what == "peak, predicted")
+    assert peak.got == peak.expected
+
+
 def test_a_policy_holds_compiled() -> None:
     model, args = hf.gpt2()
     ckpt_pass.verify(model, *args, policy="save-matmul").raise_if_failed()
