@@ -76,7 +76,7 @@ def test_tensors_that_a_step_leaves_on_modules_are_there_until_its_backward_is_o
         def forward(self, x: Tensor) -> Tensor:
             return (x + self.down(nn.functional.gelu(self.up(x)))).square().mean()
 
-    found = ckpt_pass.verify(Normed(), torch.randn(64, 32), budget=0.9)
+    found = ckpt_pass.verify(Normed(), torch.randn(256, 32), budget=1.0)
     assert found.ok, str(found)
     peak = next(check for check in found.checks if check.what == "peak, predicted")
     assert peak.got == peak.expected
