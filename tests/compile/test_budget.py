@@ -64,7 +64,8 @@ def test_device_without_a_device() -> None:
 
 # Under torch 2.11 dynamo finds other ops in BERT's mask than a trace on fake tensors does, so that
 # the least peak ahead of time is another step's.
-BERT = pytest.param("bert", marks=pytest.mark.skipif(not SINCE_2_13, reason="its mask differs"))
+MARKS = (pytest.mark.slow, pytest.mark.skipif(not SINCE_2_13, reason="its mask differs"))
+BERT = pytest.param("bert", marks=MARKS)
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mixtral")]

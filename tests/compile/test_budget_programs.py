@@ -54,7 +54,7 @@ EXAMPLES = {
 HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=HEALTH)
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=HEALTH)
 @given(**EXAMPLES)
 # The counter of the batch norm is written to whether or not an output needs it: 8 bytes.
 @example(

@@ -84,7 +84,10 @@ def between(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
 SMALL = "two layers"
 
 
-@pytest.mark.parametrize("with_budget", [False, True], ids=["default", "budget"])
+@pytest.mark.parametrize(
+    "with_budget",
+    [pytest.param(False, marks=pytest.mark.slow, id="default"), pytest.param(True, id="budget")],
+)
 @pytest.mark.parametrize(
     "name", [SMALL, *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "llama", "bert"))]
 )

@@ -208,6 +208,7 @@ def test_boundaries_count() -> None:
     assert row.saved_share == 1 - 4 / (16 * 17)
 
 
+@pytest.mark.slow
 def test_the_paper_keeps_what_the_step_saves(x: Tensor) -> None:
     """Saved bytes differ from placement to placement as they do in the measured step."""
     model = Net(4)
