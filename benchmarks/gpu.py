@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ckpt_pass
 from benchmarks.common import Bar, GpuRow, Result
+from benchmarks.inductor import least_bytes
 from ckpt_pass._torch.compilers import stock_backend
 from tests.zoo import checkpoint_blocks, loss_of
 from tests.zoo.hf import TrainStep, next_token_loss
@@ -135,7 +136,7 @@ class _Ways:
 
     def ours(self, parts: Sequence[float]) -> None:
         others = list(self._rows)
-        least = self._least()
+        least = least_bytes(self.model, (self._tokens,))
         for other in others:
             if other.measured_bytes >= least:
                 self._add_ours(f"ours, peak of: {other.way}", other.measured_bytes, other.way)
@@ -157,17 +158,6 @@ class _Ways:
             mine, theirs = by_way[row.way], by_way[row.beside or self._rows[0].way]
             ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
             yield replace(row, step_s=statistics.median(mine), time_ratio=ratio)
-
-    def _least(self) -> int:
-        backend = ckpt_pass.make_backend(budget=1)
-        try:
-            torch.compile(self.model, backend=backend, fullgraph=True)(self._tokens)
-        except RuntimeError as error:  # dynamo wraps a backend's errors
-            why = getattr(error, "inner_exception", error)
-            if isinstance(why, ckpt_pass.InfeasibleBudgetError):
-                return why.least_feasible_bytes
-            raise
-        raise AssertionError("a budget of one byte was met")
 
     def _add_ours(self, way: str, budget: int, beside: str) -> None:
         backend = ckpt_pass.make_backend(budget=budget)

@@ -102,9 +102,22 @@ def _rows(
     gradient_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     model = _Model(name, module, inputs, gradient_bytes)
     yield from model.stock(stock_budgets)
-    plain, least = model.plain_bytes(), model.least_bytes()
+    plain, least = model.plain_bytes(), least_bytes(module, inputs)
     for part in parts:
         yield model.at(part, least + int(part * (plain - least)))
+
+
+def least_bytes(module: torch.nn.Module, inputs: Sequence[Any]) -> int:
+    """What the refusal of a budget of one byte names."""
+    backend = ckpt_pass.make_backend(budget=1, inner="inductor")
+    try:
+        torch.compile(module, backend=backend, fullgraph=True)(*inputs)
+    except RuntimeError as error:  # dynamo wraps a backend's errors
+        why = getattr(error, "inner_exception", error)
+        if isinstance(why, ckpt_pass.InfeasibleBudgetError):
+            return why.least_feasible_bytes
+        raise
+    raise AssertionError("a budget of one byte was met")
 
 
 class _Model:
@@ -135,19 +148,6 @@ class _Model:
     def plain_bytes(self) -> int:
         """Inductor's peak with nothing recomputed."""
         return self._measured(ckpt_pass.make_backend(budget=AMPLE, inner="inductor"))[1]
-
-    def least_bytes(self) -> int:
-        """What the refusal of a budget of one byte names."""
-        torch._dynamo.reset()
-        backend = ckpt_pass.make_backend(budget=1, inner="inductor")
-        try:
-            torch.compile(self._module, backend=backend, fullgraph=True)(*self._inputs)
-        except RuntimeError as error:  # dynamo wraps a backend's errors
-            why = getattr(error, "inner_exception", error)
-            if isinstance(why, ckpt_pass.InfeasibleBudgetError):
-                return why.least_feasible_bytes
-            raise
-        raise AssertionError("a budget of one byte was met")
 
     def stock(self, budgets: Sequence[float]) -> Iterator[InductorRow]:
         """The lowest peak of stock Inductor, and how long its first call at a budget of 1 took."""

@@ -80,7 +80,7 @@ def test_budgets_with_inductor_on_a_small_model() -> None:
     for row in (least, middle):
         assert row.measured_bytes == row.predicted_bytes <= row.budget_bytes
         assert row.rounds >= 1 and row.compile_s > 0
-    assert least.measured_bytes < middle.budget_bytes
+    assert least.measured_bytes <= middle.budget_bytes
     names = {bar.what: bar for bar in result.bars}
     assert names["measured peak over the budget, worst"].met
 

@@ -245,8 +245,8 @@ def _verify_policy(policy: PolicyLike | None, used: _Used) -> Verdict:
     """Each layer as a region with one policy."""
     words = "none" if policy is None else describe(as_policy(policy))
     specs = {name: RegionSpec(policy=policy) for name in layers_of(used.model)}
+    same = used.with_regions(specs)  # first: it says so where there is no loss
     plain = used.measured()
-    same = used.with_regions(specs)
     with applied_regions(used.model, specs):
         measured = used.measured()
     return Verdict(f"eager regions, policy {words}", (*same, _not_above(plain, measured)))
