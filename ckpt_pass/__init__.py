@@ -155,6 +155,7 @@ from ckpt_pass.errors import MutatedActivationError as MutatedActivationError
 from ckpt_pass.errors import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.errors import MutatedStateError as MutatedStateError
 from ckpt_pass.errors import NoLayersError as NoLayersError
+from ckpt_pass.errors import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.errors import NoLossError as NoLossError
 from ckpt_pass.errors import NoRegionsError as NoRegionsError
 from ckpt_pass.errors import NotAppliedError as NotAppliedError

@@ -58,6 +58,7 @@ from ckpt_pass.planner.moves import InvalidMoveError as InvalidMoveError
 from ckpt_pass.planner.problem import InvalidProblemError as InvalidProblemError
 from ckpt_pass.planner.solution import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.planner.solvers import InvalidTimeLimitError as InvalidTimeLimitError
+from ckpt_pass.planner.solvers import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.planner.solvers import UnknownSolverError as UnknownSolverError
 from ckpt_pass.planner.solvers import WrongSolutionError as WrongSolutionError
 from ckpt_pass.plans.budget import InvalidBudgetError as InvalidBudgetError
