@@ -55,12 +55,15 @@ class Cover:
         """The most bytes over the budget where moving helps."""
         return max(_most(self._forward), _most(self._backward))
 
-    def chosen(self, order: Iterable[int], start: Mask | None = None) -> Mask | None:
+    def chosen(
+        self, order: Iterable[int], start: Mask | None = None, kept: int | None = None
+    ) -> Mask | None:
         """A set that covers all that is over, or ``None``.
 
         Args:
             order: rows, the preferred ones first.
             start: rows that are moved to begin with; they are given back last.
+            kept: one of them that is not given back.
         """
         if self._always > 0:
             return None
@@ -93,6 +96,8 @@ class Cover:
             if _most(ahead) > 0 or _most(behind) > 0:
                 take(found)
         for row in reversed(taken):
+            if row == kept:
+                continue
             nbytes = self._nbytes[row]
             ahead, behind = forward[self._begin[row] :], backward[: self._end[row] + 1]
             if (

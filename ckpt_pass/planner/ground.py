@@ -84,16 +84,16 @@ class Ground:
     @cached_property
     def least_bytes(self) -> int:
         """The peak where all that may be moved is away for as long as it can be."""
-        rows = self.rows
-        everything = np.ones(len(rows), dtype=bool)
-        if not self.link.may_hold(int(rows.nbytes.sum())):
-            everything = self.longest_away()
-        forward, backward = self.left(everything, 0)
+        forward, backward = self.left(self.all_away, 0)
         return int(max(forward.max(initial=0), backward.max(initial=0)))
 
-    def longest_away(self) -> Mask:
-        """What fits on the other side, the longest idle first."""
-        rows, taken = self.rows, np.zeros(len(self.rows), dtype=bool)
+    @cached_property
+    def all_away(self) -> Mask:
+        """All that may be moved; if the other side is too small for it, the longest idle."""
+        rows = self.rows
+        if self.link.may_hold(int(rows.nbytes.sum())):
+            return np.ones(len(rows), dtype=bool)
+        taken = np.zeros(len(rows), dtype=bool)
         room = self.link.host_bytes or 0
         for row in np.argsort(rows.last - rows.first, kind="stable").tolist():
             if rows.nbytes[row] <= room:

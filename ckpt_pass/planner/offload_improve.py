@@ -9,17 +9,23 @@ Changes are tried many at once first, then fewer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
-
-import numpy as np
 
 from ckpt_pass.planner.covering import Cover, by_idle_time
 from ckpt_pass.planner.ground import Ground, Mask
 from ckpt_pass.planner.improve import Change, ways_to_spare
 from ckpt_pass.planner.schedule import Drop
-from ckpt_pass.planner.solution import Solution, evaluate
+from ckpt_pass.planner.solution import Solution, evaluate, step_time
+
+# Storages of which it is tried whether they better move, or better stay.
+_OTHERS = 60
+# Values that are saved in exchange for as many others, each for each.
+_EXCHANGED = 6
+
+# Sums of seconds are equal within this, relatively.
+_ROUNDING = 1e-9
 
 _Plan: TypeAlias = tuple[frozenset[int], frozenset[Drop]]
 
@@ -74,9 +80,18 @@ class Search:
     def run(self) -> Joint:
         """The best plan that was found; the first one where there is none better."""
         start = self.best
-        self._mask_search()
-        while self._left > 0 and (self._round(self._to_save) | self._round(self._to_lose)):
-            self._mask_search()
+        if start.time_s <= step_time(start.ground.problem) * (1 + _ROUNDING):
+            return start  # nothing is left to gain
+        self._move_others()
+        while self._left > 0:
+            before = self.best
+            self._round(ways_to_spare(before.ground.problem, before.ground.plan))
+            self._round(_to_lose(self.best))
+            if self.best is before:
+                self._exchange()
+            if self.best is before:
+                break
+            self._move_others()
         if self.best is start:
             return start
         label = f"{start.solver}, improved"
@@ -84,51 +99,53 @@ class Search:
 
     # -- which storages move, the plan as it is
 
-    def _mask_search(self) -> None:
-        """Move less: give back one storage after another where that costs no time."""
-        best = self.best
-        for row in np.flatnonzero(best.mask)[::-1].tolist():
-            mask = best.mask.copy()
-            mask[row] = False
-            if not best.ground.covers(mask, self._budget_bytes):
+    def _move_others(self) -> None:
+        """Move one storage less, or one more and perhaps others less, while that is better."""
+        ground = self.best.ground
+        if self.best.time_s <= ground.compute_s * (1 + _ROUNDING):
+            return  # nothing waits
+        cover = Cover(ground, self._budget_bytes)
+        order = by_idle_time(ground, self._budget_bytes)
+        for row in order[: _OTHERS // 2] + order[-_OTHERS // 2 :]:
+            mask = self.best.mask.copy()
+            mask[row] = not mask[row]
+            rest = [other for other in order if other != row]
+            found = cover.chosen(rest, mask, kept=row if mask[row] else None)
+            if found is None:
                 continue
-            time_s = best.ground.step_time_s(mask, self._budget_bytes)
-            if time_s <= best.time_s:
-                best = Joint(best.ground, mask, time_s, best.solver)
-        self.best = best
+            joint = Joint(
+                ground,
+                found,
+                ground.step_time_s(found, self._budget_bytes),
+                self.best.solver,
+            )
+            if joint.rank < self.best.rank:
+                self.best = joint
 
     # -- what is saved
 
-    def _to_save(self) -> list[Change]:
-        return list(ways_to_spare(self.best.ground.problem, self.best.ground.plan))
-
-    def _to_lose(self) -> list[Change]:
-        """What is moved, those first whose copies take the most for the time of their ops."""
-        ground = self.best.ground
-        problem, link = ground.problem, ground.link
-        priced = []
-        for storage in self.best.storages:
-            holders = problem.holders[storage] & ground.plan.saved
-            nbytes = problem.storage_bytes[storage]
-            if any(problem.ops[i].must_save for i in holders):
-                continue
-            time_s = problem.ops[problem.makers[storage]].time_s
-            copies_s = link.out_s(nbytes) + link.in_s(nbytes)
-            priced.append((time_s / copies_s, storage, Change(lose=frozenset(holders))))
-        return [change for _, _, change in sorted(priced, key=lambda entry: entry[:2])]
-
-    def _round(self, listed: object) -> bool:
-        """Try changes of one kind, many at once first; whether any was good."""
-        assert callable(listed)
-        start, changes = self.best, listed()
+    def _round(self, listed: Iterable[Change]) -> None:
+        """Try changes of one kind, many at once first."""
+        changes = list(listed)
         size = (len(changes) + 1) // 2
         while size and self._left > 0:
             for begin in range(0, len(changes), size):
                 if self._left <= 0:
-                    break
+                    return
                 self._try(changes[begin : begin + size])
             size //= 2
-        return self.best is not start
+
+    def _exchange(self) -> None:
+        """Save one thing more and another one less."""
+        plan = self.best.ground.plan
+        more = list(ways_to_spare(self.best.ground.problem, plan))[:_EXCHANGED]
+        less = _to_lose(self.best)[:_EXCHANGED]
+        for one in more:
+            for other in less:
+                if self._left <= 0:
+                    return
+                if not one.save & other.lose:
+                    self._try((one, other))
 
     def _try(self, changes: Sequence[Change]) -> None:
         best = self.best
@@ -146,6 +163,20 @@ class Search:
         found = fitted(Ground(problem, plan, best.ground.link), self._budget_bytes, best)
         if found is not None and found.rank < best.rank:
             self.best = found
+
+
+def _to_lose(joint: Joint) -> list[Change]:
+    """What is saved and may be recomputed, the least time for each byte first."""
+    problem, plan = joint.ground.problem, joint.ground.plan
+    priced = []
+    for storage in {s for index in plan.saved for s in problem.ops[index].holds}:
+        nbytes, maker = problem.storage_bytes[storage], problem.makers.get(storage)
+        holders = problem.holders[storage] & plan.saved
+        if not nbytes or maker is None or any(problem.ops[i].must_save for i in holders):
+            continue
+        change = Change(lose=frozenset(holders))
+        priced.append((problem.ops[maker].time_s / nbytes, storage, change))
+    return [change for _, _, change in sorted(priced, key=lambda entry: entry[:2])]
 
 
 def fitted(ground: Ground, budget_bytes: int, like: Joint) -> Joint | None:

@@ -12,13 +12,14 @@ clock than the best one without a link, than those that only move, or than the f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from ckpt_pass.planner.ground import Ground
 from ckpt_pass.planner.link import Link
+from ckpt_pass.planner.lower import Curve, lowered
 from ckpt_pass.planner.offload_bound import overhead_bound
 from ckpt_pass.planner.offload_improve import Joint, Search
 from ckpt_pass.planner.offload_rules import choices, everything, largest_first, layers_but_the_last
@@ -27,8 +28,11 @@ from ckpt_pass.planner.solve import Pool
 
 # Plans that the local search begins with.
 _STARTS = 3
-# Ops simulated in the local search, all plans together.
-_WORK = 250_000
+# Plans that are made to fit although they cannot be best as they are: the search may improve them.
+_SPARE = 6
+# Ops simulated in the local search, all plans together, and in the descent before it.
+_WORK = 300_000
+_LOWER_WORK = 300_000
 
 
 def solve_with_link(
@@ -52,12 +56,12 @@ def solve_with_link(
     problem = pool.problem
     plans = [*pool.plans.values(), *([] if known is None else [known])]
     grounds = [Ground(problem, plan, link) for plan in plans]
-    found = sorted(_candidates(grounds, budget_bytes), key=lambda joint: joint.rank)
+    grounds += _descents(Ground(problem, without_recompute(problem), link), budget_bytes)
+    found = sorted(_candidates(grounds, budget_bytes, known), key=lambda joint: joint.rank)
     if not found:
         least = min(ground.least_bytes for ground in grounds)
         raise InfeasibleBudgetError(budget_bytes, least)
-    starts = list({(j.ground.plan.saved, j.ground.plan.drops): j for j in reversed(found)}.values())
-    starts = sorted(starts, key=lambda joint: joint.rank)[:_STARTS]
+    starts = _starts(found, known)
     evaluations = _WORK // max(len(problem.ops), 1) // len(starts)
     ends = [Search(start, budget_bytes, evaluations).run() for start in starts]
     best = min(ends, key=lambda joint: joint.rank).solution(budget_bytes)
@@ -66,17 +70,47 @@ def solve_with_link(
     return replace(best, lower_bound_s=bound_s, status=status)
 
 
-def _candidates(grounds: Iterable[Ground], budget_bytes: int) -> Iterator[Joint]:
-    """Every plan made to fit, those that promise most first, as long as one can be best."""
+def _descents(plain: Ground, budget_bytes: int) -> list[Ground]:
+    """Where moving alone is not enough: with as little recomputation as lowers the peak."""
+    problem, link = plain.problem, plain.link
+
+    def curve(plan: Solution) -> Curve:
+        ground = plain if plan is plain.plan else Ground(problem, plan, link)
+        forward, backward = ground.left(ground.all_away, 0)
+        found = Curve([*forward.tolist(), *backward.tolist()])
+        rows, place = ground.rows, found.peak_index
+        backward_place = place - len(forward)
+        away = ground.all_away & (rows.last < place) & (rows.first > backward_place)
+        return Curve(found.bytes_at, frozenset(rows.storage[away].tolist()))
+
+    evaluations = _LOWER_WORK // max(len(problem.ops), 1)
+    lower = lowered(problem, plain.plan, evaluations, curve, budget_bytes)
+    return [Ground(problem, plan, link) for plan in lower]
+
+
+def _starts(found: Sequence[Joint], known: Solution | None) -> list[Joint]:
+    """The best of what was found, of different plans; that which moves nothing is among them."""
+    best_of = {id(joint.ground): joint for joint in reversed(found)}
+    ranked = sorted(best_of.values(), key=lambda joint: joint.rank)
+    still = [joint for joint in ranked[_STARTS:] if joint.ground.plan is known]
+    return [*ranked[:_STARTS], *still]
+
+
+def _candidates(
+    grounds: Iterable[Ground], budget_bytes: int, known: Solution | None
+) -> Iterator[Joint]:
+    """Plans made to fit, those that promise most first: all that can be best, and some more."""
     promised = sorted(
         ((_least_time_s(g, budget_bytes), k, g) for k, g in enumerate(grounds)),
         key=lambda entry: entry[:2],
     )
-    best_s = float("inf")
+    best_s, spare = float("inf"), _SPARE
     for promise_s, _, ground in promised:
         plain = ground.plan is without_recompute(ground.problem)
-        if promise_s > best_s and not plain:
-            continue
+        if promise_s > best_s and not plain and ground.plan is not known:
+            spare -= 1
+            if spare < 0:
+                continue
         for joint in _ways(ground, budget_bytes, plain=plain):
             best_s = min(best_s, joint.time_s)
             yield joint
