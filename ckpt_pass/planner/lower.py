@@ -25,7 +25,7 @@ class Curve:
 
     Attributes:
         bytes_at: while each op of the schedule runs.
-        away: storages that are elsewhere at the peak: to save less of them helps nothing.
+        away: storages that are not there at the peak: to save less of them helps nothing.
     """
 
     bytes_at: Sequence[int]

@@ -53,7 +53,7 @@ class Movable:
     Attributes:
         storage, nbytes: of each.
         made, last: places in the forward: of the op that makes it, and of its last use.
-        first: place in the backward of its first use.
+        first, end: places in the backward of its first and of its last use.
     """
 
     storage: Ints
@@ -61,6 +61,7 @@ class Movable:
     made: Ints
     last: Ints
     first: Ints
+    end: Ints
 
     @classmethod
     def of(cls, problem: Problem, steps: Schedule) -> Movable:
@@ -84,13 +85,16 @@ class Movable:
         first, again = np.full(count, -1), np.zeros(count, dtype=bool)
         first[storage[::-1]] = place[::-1]
         again[storage[::-1]] = made[::-1]
+        end = np.full(count, -1)
+        end[storage] = place
         may = np.zeros(count, dtype=bool)
         may[[s for index in steps.saved for s in problem.ops[index].holds]] = True
         may[[*problem.held, *problem.output_storages, *problem.immovable]] = False
         may &= (tables.sizes > 0) & (made_at >= 0) & (first >= 0) & ~again
         found = np.flatnonzero(may)
         found = found[np.argsort(made_at[found], kind="stable")]
-        return cls(found, tables.sizes[found], made_at[found], last[found], first[found])
+        columns = (tables.sizes, made_at, last, first, end)
+        return cls(found, *(column[found] for column in columns))
 
     def __len__(self) -> int:
         return len(self.storage)

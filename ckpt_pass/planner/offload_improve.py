@@ -10,7 +10,7 @@ Changes are tried many at once first, then fewer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ckpt_pass.planner.covering import Cover, by_idle_time
@@ -25,7 +25,7 @@ _OTHERS = 60
 _EXCHANGED = 6
 
 # Sums of seconds are equal within this, relatively.
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 
 _Plan: TypeAlias = tuple[frozenset[int], frozenset[Drop]]
 
@@ -64,24 +64,31 @@ class Joint:
 
 
 class Search:
-    """A local search with so many simulations to spend.
+    """A local search, which can be taken up again.
 
     Args:
-        best: where to begin.
+        start: where to begin.
         budget_bytes: the peak to stay within.
-        evaluations: how many plans may be simulated.
+
+    Attributes:
+        best: the best plan so far.
     """
 
-    def __init__(self, best: Joint, budget_bytes: int, evaluations: int) -> None:
-        self.best, self._budget_bytes = best, budget_bytes
-        self._left = evaluations
-        self._seen: set[_Plan] = {(best.ground.plan.saved, best.ground.plan.drops)}
+    def __init__(self, start: Joint, budget_bytes: int) -> None:
+        self.best, self._budget_bytes = start, budget_bytes
+        self._label = f"{start.solver}, improved"
+        self._left = 0
+        self._seen: set[_Plan] = {(start.ground.plan.saved, start.ground.plan.drops)}
 
-    def run(self) -> Joint:
-        """The best plan that was found; the first one where there is none better."""
-        start = self.best
-        if start.time_s <= step_time(start.ground.problem) * (1 + _ROUNDING):
-            return start  # nothing is left to gain
+    def run(self, evaluations: int) -> None:
+        """Search on.
+
+        Args:
+            evaluations: how many plans may be simulated.
+        """
+        self._left = evaluations
+        if self.best.time_s <= step_time(self.best.ground.problem) * (1 + ROUNDING):
+            return  # nothing is left to gain
         self._move_others()
         while self._left > 0:
             before = self.best
@@ -92,17 +99,17 @@ class Search:
             if self.best is before:
                 break
             self._move_others()
-        if self.best is start:
-            return start
-        label = f"{start.solver}, improved"
-        return Joint(self.best.ground, self.best.mask, self.best.time_s, label)
+
+    def _take(self, found: Joint) -> None:
+        if found.rank < self.best.rank:
+            self.best = replace(found, solver=self._label)
 
     # -- which storages move, the plan as it is
 
     def _move_others(self) -> None:
         """Move one storage less, or one more and perhaps others less, while that is better."""
         ground = self.best.ground
-        if self.best.time_s <= ground.compute_s * (1 + _ROUNDING):
+        if self.best.time_s <= ground.compute_s * (1 + ROUNDING):
             return  # nothing waits
         cover = Cover(ground, self._budget_bytes)
         order = by_idle_time(ground, self._budget_bytes)
@@ -119,8 +126,7 @@ class Search:
                 ground.step_time_s(found, self._budget_bytes),
                 self.best.solver,
             )
-            if joint.rank < self.best.rank:
-                self.best = joint
+            self._take(joint)
 
     # -- what is saved
 
@@ -161,8 +167,8 @@ class Search:
         self._left -= 1
         plan = evaluate(problem, saved, best.ground.plan.solver, drops)
         found = fitted(Ground(problem, plan, best.ground.link), self._budget_bytes, best)
-        if found is not None and found.rank < best.rank:
-            self.best = found
+        if found is not None:
+            self._take(found)
 
 
 def _to_lose(joint: Joint) -> list[Change]:

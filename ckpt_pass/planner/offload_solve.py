@@ -23,7 +23,13 @@ from ckpt_pass.planner.lower import Curve, lowered
 from ckpt_pass.planner.offload_bound import overhead_bound
 from ckpt_pass.planner.offload_improve import Joint, Search
 from ckpt_pass.planner.offload_rules import choices, everything, largest_first, layers_but_the_last
-from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, without_recompute
+from ckpt_pass.planner.problem import Problem
+from ckpt_pass.planner.solution import (
+    InfeasibleBudgetError,
+    Solution,
+    evaluate,
+    without_recompute,
+)
 from ckpt_pass.planner.solve import Pool
 
 # Plans that the local search begins with.
@@ -62,9 +68,7 @@ def solve_with_link(
         least = min(ground.least_bytes for ground in grounds)
         raise InfeasibleBudgetError(budget_bytes, least)
     starts = _starts(found, known)
-    evaluations = _WORK // max(len(problem.ops), 1) // len(starts)
-    ends = [Search(start, budget_bytes, evaluations).run() for start in starts]
-    best = min(ends, key=lambda joint: joint.rank).solution(budget_bytes)
+    best = _searched(starts, budget_bytes).solution(budget_bytes)
     bound_s = min(overhead_bound(problem, budget_bytes, link, best), best.overhead_s)
     status = "optimal" if best.overhead_s <= bound_s else "feasible"
     return replace(best, lower_bound_s=bound_s, status=status)
@@ -79,13 +83,30 @@ def _descents(plain: Ground, budget_bytes: int) -> list[Ground]:
         forward, backward = ground.left(ground.all_away, 0)
         found = Curve([*forward.tolist(), *backward.tolist()])
         rows, place = ground.rows, found.peak_index
-        backward_place = place - len(forward)
-        away = ground.all_away & (rows.last < place) & (rows.first > backward_place)
-        return Curve(found.bytes_at, frozenset(rows.storage[away].tolist()))
+        behind = place - len(forward)
+        away = ground.all_away & (rows.last < place) & (rows.first > behind)
+        elsewhere = away | (rows.made > place) | (rows.end < behind)
+        return Curve(found.bytes_at, frozenset(rows.storage[elsewhere].tolist()))
 
-    evaluations = _LOWER_WORK // max(len(problem.ops), 1)
-    lower = lowered(problem, plain.plan, evaluations, curve, budget_bytes)
-    return [Ground(problem, plan, link) for plan in lower]
+    plan, evaluations = plain.plan, _LOWER_WORK // max(len(problem.ops), 1)
+    plans = []
+    for begin in (plan, _without_idle(problem, plan, curve(plan))):
+        plans += lowered(problem, begin, evaluations // 2, curve, budget_bytes)
+    return [Ground(problem, plan, link) for plan in plans]
+
+
+def _without_idle(problem: Problem, plan: Solution, curve: Curve) -> Solution:
+    """A plan that saves nothing that lies idle at its peak: it may be dropped there then.
+
+    What is read before the peak and again after it cannot be away at the peak.
+    """
+    at = problem.ops[plan.profile.schedule[curve.peak_index]]
+    idle = {
+        index
+        for index in plan.saved - problem.bound
+        if not set(problem.ops[index].holds) & {*at.touches, *curve.away}
+    }
+    return evaluate(problem, plan.saved - idle, plan.solver, plan.drops)
 
 
 def _starts(found: Sequence[Joint], known: Solution | None) -> list[Joint]:
@@ -94,6 +115,20 @@ def _starts(found: Sequence[Joint], known: Solution | None) -> list[Joint]:
     ranked = sorted(best_of.values(), key=lambda joint: joint.rank)
     still = [joint for joint in ranked[_STARTS:] if joint.ground.plan is known]
     return [*ranked[:_STARTS], *still]
+
+
+def _searched(starts: Sequence[Joint], budget_bytes: int) -> Joint:
+    """The best that local searches find: of those from all starts the better half goes on."""
+    count = len(starts[0].ground.problem.ops)
+    searches = [Search(start, budget_bytes) for start in starts]
+    rounds = len(starts).bit_length()
+    for _ in range(rounds):
+        evaluations = _WORK // (max(count, 1) * rounds * len(searches))
+        for search in searches:
+            search.run(evaluations)
+        searches.sort(key=lambda search: search.best.rank)
+        searches = searches[: (len(searches) + 1) // 2]
+    return searches[0].best
 
 
 def _candidates(
