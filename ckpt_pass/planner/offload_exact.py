@@ -43,7 +43,7 @@ def exact_with_link(problem: Problem, budget_bytes: int, link: Link) -> Solution
     """
     best: Joint | None = None
     least_bytes: int | None = None
-    for saved, drops in _plans(problem):
+    for saved, drops in list(_plans(problem)):  # refused before any is simulated
         plan = evaluate(problem, saved, "exact", drops)
         if broken_rule(problem, plan):
             continue
