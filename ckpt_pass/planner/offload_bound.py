@@ -62,7 +62,7 @@ def overhead_bound(problem: Problem, budget_bytes: int, link: Link, plan: Soluti
         if not size or value >= above_s:
             break
         prices = np.maximum(0.0, prices + scale * (above_s - value) / size * slack)
-    return min(best, above_s)
+    return float(min(best, above_s))
 
 
 class _Carried:
