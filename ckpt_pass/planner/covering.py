@@ -85,7 +85,10 @@ class Cover:
             mask[row] = True
             return True
 
-        for row in np.flatnonzero(start).tolist() if start is not None else ():
+        must = self.ground.must
+        if not all([take(row) for row in np.flatnonzero(must).tolist()]):
+            return None
+        for row in np.flatnonzero(start & ~must).tolist() if start is not None else ():
             take(row)
         rest = (row for row in order if not mask[row])
         while _most(forward) > 0 or _most(backward) > 0:
@@ -96,7 +99,7 @@ class Cover:
             if _most(ahead) > 0 or _most(behind) > 0:
                 take(found)
         for row in reversed(taken):
-            if row == kept:
+            if row == kept or must[row]:
                 continue
             nbytes = self._nbytes[row]
             ahead, behind = forward[self._begin[row] :], backward[: self._end[row] + 1]

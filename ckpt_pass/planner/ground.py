@@ -45,6 +45,11 @@ class Ground:
         return Movable.of(self.problem, self.plan.steps)
 
     @cached_property
+    def must(self) -> Mask:
+        """Of the rows those that are not left where they are."""
+        return np.isin(self.rows.storage, list(self.problem.must_move))
+
+    @cached_property
     def forward_bytes(self) -> Ints:
         """Bytes while each op of the forward runs."""
         return self._bytes[: len(self.plan.steps.forward)]
@@ -93,10 +98,10 @@ class Ground:
         rows = self.rows
         if self.link.may_hold(int(rows.nbytes.sum())):
             return np.ones(len(rows), dtype=bool)
-        taken = np.zeros(len(rows), dtype=bool)
-        room = self.link.host_bytes or 0
+        taken = self.must.copy()
+        room = (self.link.host_bytes or 0) - int(rows.nbytes[taken].sum())
         for row in np.argsort(rows.last - rows.first, kind="stable").tolist():
-            if rows.nbytes[row] <= room:
+            if rows.nbytes[row] <= room and not taken[row]:
                 taken[row] = True
                 room -= int(rows.nbytes[row])
         return taken

@@ -55,6 +55,8 @@ def exact_with_link(problem: Problem, budget_bytes: int, link: Link) -> Solution
             raise _too_many(f"a plan with {len(ground.rows)} values that may be moved")
         for flags in itertools.product((False, True), repeat=len(ground.rows)):
             mask = np.array(flags, dtype=bool)
+            if not mask[ground.must].all():
+                continue
             found = Joint(ground, mask, ground.step_time_s(mask, budget_bytes), "exact")
             if found.time_s < float("inf") and (best is None or found.rank < best.rank):
                 best = found

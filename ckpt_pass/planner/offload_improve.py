@@ -114,6 +114,8 @@ class Search:
         cover = Cover(ground, self._budget_bytes)
         order = by_idle_time(ground, self._budget_bytes)
         for row in order[: _OTHERS // 2] + order[-_OTHERS // 2 :]:
+            if ground.must[row]:
+                continue
             mask = self.best.mask.copy()
             mask[row] = not mask[row]
             rest = [other for other in order if other != row]

@@ -17,9 +17,10 @@ from ckpt_pass.planner.ground import Ground, Mask
 def largest_first(ground: Ground, budget_bytes: int) -> Mask | None:
     """The largest storages, until the plan fits or the other side is full (torchtitan's rule)."""
     rows, link = ground.rows, ground.link
-    mask, away = np.zeros(len(rows), dtype=bool), 0
-    order = np.argsort(-rows.nbytes, kind="stable").tolist()
-    for row in order:
+    mask = ground.must.copy()
+    away = int(rows.nbytes[mask].sum())
+    order = np.argsort(-rows.nbytes, kind="stable")
+    for row in order[~mask[order]].tolist():
         if ground.covers(mask, budget_bytes):
             break
         if link.may_hold(away + int(rows.nbytes[row])):
@@ -34,7 +35,7 @@ def layers_but_the_last(ground: Ground, budget_bytes: int) -> Mask | None:
     makers = [problem.ops[problem.makers[storage]] for storage in rows.storage.tolist()]
     regions = np.array([op.region for op in makers], dtype=np.int64)
     last = max((op.region for op in problem.ops if op.forward), default=-1)
-    mask = (regions >= 0) & (regions != last)
+    mask = ((regions >= 0) & (regions != last)) | ground.must
     return mask if ground.covers(mask, budget_bytes) else None
 
 

@@ -152,7 +152,7 @@ def _candidates(
 
 
 def _ways(ground: Ground, budget_bytes: int, *, plain: bool) -> Iterator[Joint]:
-    nothing = np.zeros(len(ground.rows), dtype=bool)
+    nothing = ground.must  # more than need be is not moved
     masks = []
     if ground.covers(nothing, budget_bytes):
         masks.append((nothing, ground.plan.solver))

@@ -14,7 +14,7 @@ from ckpt_pass.planner.built_in import Auto as Auto
 from ckpt_pass.planner.built_in import exact, layers, uniform_cut
 from ckpt_pass.planner.exact import broken_rule
 from ckpt_pass.planner.link import Link
-from ckpt_pass.planner.moves import InvalidMoveError
+from ckpt_pass.planner.moves import InvalidMoveError, Movable
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import Solution, evaluate
 
@@ -273,6 +273,14 @@ def _checked(
             f"{what} a plan that peaks at {real.peak_bytes:,} bytes, expected at most "
             f"{budget_bytes:,}; a solver that finds none raises InfeasibleBudgetError. {cure}"
         )
+    if link is not None and problem.must_move:
+        known = set(Movable.of(problem, real.steps).storage.tolist())
+        left = known.intersection(problem.must_move) - {move.storage for move in real.moves}
+        if left:
+            raise WrongSolutionError(
+                f"{what} a plan that leaves storage {min(left)} where it is, expected that it is "
+                f"moved. {cure}"
+            )
     if link is not None and real.times and not link.may_hold(real.times.host_peak_bytes):
         raise WrongSolutionError(
             f"{what} a plan that moves {real.times.host_peak_bytes:,} bytes at a time, expected at "

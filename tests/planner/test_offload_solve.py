@@ -170,6 +170,24 @@ def test_what_must_not_move_stays() -> None:
     assert moved not in {move.storage for move in found.moves}
 
 
+@pytest.mark.parametrize("name", ["layers", "exact"])
+def test_what_must_move_does_where_it_is_saved(name: str) -> None:
+    problem = replace(chain(), must_move=(2,))
+    for budget in (24, 33, 43):
+        found = run_solver(name, problem, budget, link=Link(0.1, 0.1))
+        assert (2 in found.saved) == (2 in {move.storage for move in found.moves})
+    bound = replace(problem.ops[2], must_save=True)
+    ops = (*problem.ops[:2], bound, *problem.ops[3:])
+    found = run_solver(name, replace(problem, ops=ops), 43, link=Link(0.1, 0.1))
+    assert [move.storage for move in found.moves] == [2]
+    with pytest.raises(WrongSolutionError, match="leaves storage 2 where it is"):
+        run_solver(staying, replace(problem, ops=ops), 100, link=Link(1.0, 1.0))
+
+
+def staying(problem: Problem, budget_bytes: int, link: Link) -> Solution:
+    return evaluate(problem, range(4), "own", (), (), link)
+
+
 def test_solvers_that_know_no_link_are_refused() -> None:
     problem, link = chain(), Link(1.0, 1.0)
     with pytest.raises(NoLinkSolverError, match=r"'uniform-cut' knows nothing of moving values"):
