@@ -145,6 +145,8 @@ from ckpt_pass.errors import GradientMismatchError as GradientMismatchError
 from ckpt_pass.errors import InactiveRegionsWarning as InactiveRegionsWarning
 from ckpt_pass.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.errors import InvalidBudgetError as InvalidBudgetError
+from ckpt_pass.errors import InvalidLinkError as InvalidLinkError
+from ckpt_pass.errors import InvalidMoveError as InvalidMoveError
 from ckpt_pass.errors import InvalidRuleError as InvalidRuleError
 from ckpt_pass.errors import InvalidTimeLimitError as InvalidTimeLimitError
 from ckpt_pass.errors import LayerProfileError as LayerProfileError
@@ -153,6 +155,7 @@ from ckpt_pass.errors import MutatedActivationError as MutatedActivationError
 from ckpt_pass.errors import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.errors import MutatedStateError as MutatedStateError
 from ckpt_pass.errors import NoLayersError as NoLayersError
+from ckpt_pass.errors import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.errors import NoLossError as NoLossError
 from ckpt_pass.errors import NoRegionsError as NoRegionsError
 from ckpt_pass.errors import NotAppliedError as NotAppliedError

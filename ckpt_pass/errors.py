@@ -21,8 +21,8 @@ from ckpt_pass.distributed import PlansDivergeError as PlansDivergeError
 from ckpt_pass.distributed import RankMissingError as RankMissingError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
-from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
+from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import SeveralGraphsError as SeveralGraphsError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.graph.kernel_cache import KernelCacheWarning as KernelCacheWarning
@@ -53,9 +53,12 @@ from ckpt_pass.modules.training import AccumulationError as AccumulationError
 from ckpt_pass.ops.taxonomy import NotAnOpError as NotAnOpError
 from ckpt_pass.planner.contract import UnsupportedProblemError as UnsupportedProblemError
 from ckpt_pass.planner.exact import ExactSolverError as ExactSolverError
+from ckpt_pass.planner.link import InvalidLinkError as InvalidLinkError
+from ckpt_pass.planner.moves import InvalidMoveError as InvalidMoveError
 from ckpt_pass.planner.problem import InvalidProblemError as InvalidProblemError
 from ckpt_pass.planner.solution import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.planner.solvers import InvalidTimeLimitError as InvalidTimeLimitError
+from ckpt_pass.planner.solvers import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.planner.solvers import UnknownSolverError as UnknownSolverError
 from ckpt_pass.planner.solvers import WrongSolutionError as WrongSolutionError
 from ckpt_pass.plans.budget import InvalidBudgetError as InvalidBudgetError

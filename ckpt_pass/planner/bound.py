@@ -65,15 +65,14 @@ def lower_bound(problem: Problem, budget_bytes: int, plan: Solution) -> Bound:
     """
     if plan.recompute_time_s <= 0:
         return Bound(0.0)
-    graph = CutGraph.of(problem)
-    held = _held(problem, graph, _moments(problem, plan))
+    held = held_at(problem, plan)
     met: dict[frozenset[int], None] = {}
     best = max(_ascended(held, budget_bytes, plan.recompute_time_s, s, met) for s in _SCALES)
     return Bound(min(best, plan.recompute_time_s), tuple(met))
 
 
 def _ascended(
-    held: _Held, budget_bytes: int, above_s: float, scale: float, met: dict[frozenset[int], None]
+    held: Held, budget_bytes: int, above_s: float, scale: float, met: dict[frozenset[int], None]
 ) -> float:
     """The best bound of one run of Polyak's subgradient steps towards ``above_s``.
 
@@ -106,7 +105,7 @@ def _ascended(
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """The optimistic lives of the values that may be saved.
 
     Attributes:
@@ -144,6 +143,11 @@ class _Held:
         return value, used - budget_bytes, saved
 
 
+def held_at(problem: Problem, plan: Solution) -> Held:
+    """The optimistic lives at the moments of a plan's peaks."""
+    return _held(problem, CutGraph.of(problem), _moments(problem, plan))
+
+
 def _moments(problem: Problem, plan: Solution) -> list[int]:
     """Places among the anchors: where the plan's bytes are highest, spread over the backward."""
     anchors = anchor_order(problem)
@@ -159,7 +163,7 @@ def _moments(problem: Problem, plan: Solution) -> list[int]:
     return sorted({0, *(int(part[at[part].argmax()]) for part in parts if len(part))})
 
 
-def _held(problem: Problem, graph: CutGraph, moments: Sequence[int]) -> _Held:
+def _held(problem: Problem, graph: CutGraph, moments: Sequence[int]) -> Held:
     anchors, at = anchor_order(problem), np.array(moments)
     direct, first = _direct_uses(problem, anchors)
     through = np.zeros((len(graph.members), len(at)), dtype=bool)
@@ -185,7 +189,7 @@ def _held(problem: Problem, graph: CutGraph, moments: Sequence[int]) -> _Held:
             between = np.flatnonzero((at > before) & (at < after))
             if len(between):
                 gaps.append((member, between))
-    return _Held(graph, graph.save_bytes, fixed, through, tuple(gaps))
+    return Held(graph, graph.save_bytes, fixed, through, tuple(gaps))
 
 
 def _fixed(problem: Problem, anchors: Sequence[int], *, overwrite: bool) -> NDArray[np.int64]:

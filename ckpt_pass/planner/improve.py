@@ -37,11 +37,12 @@ def improved(problem: Problem, plan: Solution, budget_bytes: int, evaluations: i
 
 
 @dataclass(frozen=True)
-class _Move:
-    """What to save, or to keep, instead of computing it again."""
+class Change:
+    """What to save, or to keep, instead of computing it again; or not to save any more."""
 
     save: frozenset[int] = frozenset()
     keep: frozenset[Drop] = frozenset()
+    lose: frozenset[int] = frozenset()
 
 
 class _Search:
@@ -59,7 +60,7 @@ class _Search:
             swaps: for a move that needs too much, give up something that is saved.
         """
         start = self.best
-        for move in _moves(self._problem, start):
+        for move in ways_to_spare(self._problem, start):
             # What was accepted before in this round stays.
             found = self._try(move, frozenset())
             if found is None:
@@ -70,7 +71,7 @@ class _Search:
                     self._try(move, frozenset({index}))
         return self.best is not start
 
-    def _try(self, move: _Move, lose: frozenset[int]) -> Solution | None:
+    def _try(self, move: Change, lose: frozenset[int]) -> Solution | None:
         """Simulate, and take what is better; ``None`` when no simulation is left."""
         if self._left <= 0:
             return None
@@ -84,23 +85,23 @@ class _Search:
         return found
 
 
-def _moves(problem: Problem, plan: Solution) -> Iterator[_Move]:
+def ways_to_spare(problem: Problem, plan: Solution) -> Iterator[Change]:
     """What to save or to keep, the most recompute time for each byte first."""
     runs = Counter(plan.steps.backward)
-    priced: list[tuple[float, int, _Move]] = []
+    priced: list[tuple[float, int, Change]] = []
     for index, times in runs.items():
         op = problem.ops[index]
         save = _savable(problem, runs, index) if op.forward else frozenset()
         time_s = _time_to_make(problem, runs, index) * times
         if save and time_s > 0:
             nbytes = sum(problem.storage_bytes[s] for i in save for s in problem.ops[i].holds)
-            priced.append((-time_s / max(nbytes, 1), index, _Move(save=save)))
+            priced.append((-time_s / max(nbytes, 1), index, Change(save=save)))
     for drop in sorted(plan.drops):
         op = problem.ops[drop[1]]
         if runs[drop[1]] > 1 and op.time_s > 0:
             nbytes = sum(problem.storage_bytes[s] for s in op.makes)
             price = -op.time_s / max(nbytes, 1)
-            priced.append((price, drop[1], _Move(keep=frozenset({drop}))))
+            priced.append((price, drop[1], Change(keep=frozenset({drop}))))
     for _, _, move in sorted(priced, key=lambda entry: entry[:2]):
         yield move
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from ckpt_pass.planner.liveness import Tables
 from ckpt_pass.planner.problem import Problem, needed_by
 from ckpt_pass.planner.schedule import Drop
 from ckpt_pass.planner.segments import Segment, by_kind, segments
 from ckpt_pass.planner.solution import Solution
 from ckpt_pass.planner.squeeze import Undone, squeezed
+from ckpt_pass.planner.tables import Tables
 
 # Drops for one way to undo a region; the layers of the reference models have none left after 20.
 _STEPS = 40

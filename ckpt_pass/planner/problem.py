@@ -83,6 +83,8 @@ class Problem:
             then those that the backward runs for an effect.
         output_storages: storages of the gradients, which live to the end.
         given: storages that the backward starts with besides what was saved: tangents.
+        immovable: storages that must stay on the device, whoever could do without them there.
+        must_move: storages that are moved where they are saved and there is a link.
     """
 
     ops: tuple[Op, ...]
@@ -92,6 +94,8 @@ class Problem:
     backward_outputs: tuple[int, ...]
     output_storages: tuple[int, ...]
     given: tuple[int, ...] = ()
+    immovable: tuple[int, ...] = ()
+    must_move: tuple[int, ...] = ()
     _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def derived(self, name: str, make: Callable[[Problem], _T]) -> _T:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass.planner.clock import Times, clock
 from ckpt_pass.planner.cut import CutGraph
+from ckpt_pass.planner.link import Link
 from ckpt_pass.planner.liveness import MemoryProfile, simulate
+from ckpt_pass.planner.moves import Move, check_moves
 from ckpt_pass.planner.problem import Problem, needed_by
 from ckpt_pass.planner.schedule import Drop, Schedule, schedule
 
@@ -42,8 +45,11 @@ class Solution:
         solver: what found it, in words.
         status: ``optimal`` (no plan recomputes less), ``feasible``, or ``time limit`` (the best
             that was found in time).
-        lower_bound_s: no plan within the budget has less recompute time, in the order of the
-            backward that all plans have here; 0 where nothing is known.
+        lower_bound_s: no plan within the budget has less recompute time (with a link: less
+            :attr:`overhead_s`), in the order of the backward that all plans have here; 0 where
+            nothing is known.
+        moves: what leaves the device and comes back.
+        times: the step by the clock, where a link was given.
     """
 
     drops: frozenset[Drop]
@@ -54,6 +60,13 @@ class Solution:
     solver: str
     status: str = "feasible"
     lower_bound_s: float = 0.0
+    moves: tuple[Move, ...] = ()
+    times: Times | None = None
+
+    @property
+    def overhead_s(self) -> float:
+        """Recompute time, and what the ops wait for copies."""
+        return self.recompute_time_s + (self.times.stall_s if self.times else 0.0)
 
     @property
     def saved(self) -> frozenset[int]:
@@ -67,19 +80,50 @@ class Solution:
 
 
 def evaluate(
-    problem: Problem, saved: Collection[int], solver: str = "given", drops: Collection[Drop] = ()
+    problem: Problem,
+    saved: Collection[int],
+    solver: str = "given",
+    drops: Collection[Drop] = (),
+    moves: Sequence[Move] = (),
+    link: Link | None = None,
 ) -> Solution:
-    """Simulate what is saved and dropped; what the backward does not read is left out of it."""
+    """Simulate what is saved, dropped and moved; what the backward does not read is left out of it.
+
+    Args:
+        problem: the step.
+        saved, drops: see :func:`ckpt_pass.planner.schedule.schedule`.
+        solver: what found the plan, in words.
+        moves: what leaves the device and comes back.
+        link: what moves it; without one nothing is known of the time of the copies.
+
+    Raises:
+        InvalidMoveError: a move cannot be carried out.
+    """
     dropped = frozenset(drops)
     steps = schedule(problem, saved, dropped)
+    check_moves(problem, steps, moves)
+    return solution_of(problem, steps, dropped, solver, moves, link)
+
+
+def solution_of(
+    problem: Problem,
+    steps: Schedule,
+    drops: frozenset[Drop],
+    solver: str,
+    moves: Sequence[Move] = (),
+    link: Link | None = None,
+) -> Solution:
+    """The same for a schedule that is made, and moves that were checked."""
     again = repeated(problem, steps.backward)
     return Solution(
-        drops=dropped,
+        drops=drops,
         steps=steps,
-        profile=simulate(problem, steps),
+        profile=simulate(problem, steps, moves),
         recompute_time_s=sum(problem.ops[i].time_s for i in again),
         recompute_flops=sum(problem.ops[i].flops for i in again),
         solver=solver,
+        moves=tuple(sorted(moves)),
+        times=None if link is None else clock(problem, steps, moves, link),
     )
 
 
@@ -103,10 +147,17 @@ def without_recompute(problem: Problem) -> Solution:
     )
 
 
-def cheapest_first(plan: Solution) -> tuple[float, int, int, list[int], list[Drop]]:
-    """Time, then flops, then peak; what it saves and drops makes the order total."""
-    time = plan.recompute_time_s
-    return time, plan.recompute_flops, plan.peak_bytes, sorted(plan.saved), sorted(plan.drops)
+def cheapest_first(
+    plan: Solution,
+) -> tuple[float, int, int, list[int], list[Drop], tuple[Move, ...]]:
+    """Time, then flops, then peak; what it saves, drops and moves makes the order total.
+
+    The time is that of the whole step where the clock has told it. Plans with and without are not
+    to be compared.
+    """
+    time = plan.recompute_time_s if plan.times is None else plan.times.step_time_s
+    choices = sorted(plan.saved), sorted(plan.drops), plan.moves
+    return time, plan.recompute_flops, plan.peak_bytes, *choices
 
 
 def step_time(problem: Problem) -> float:

@@ -68,7 +68,12 @@ def solve(problem: Problem, budget_bytes: int, borders: Collection[int] = ()) ->
     Raises:
         InfeasibleBudgetError: nothing that was found fits.
     """
-    pool = Pool(problem, borders)
+    return solve_from(Pool(problem, borders), budget_bytes)
+
+
+def solve_from(pool: Pool, budget_bytes: int) -> Solution:
+    """The same with the plans that are considered for every budget made already."""
+    problem = pool.problem
     found = pool.best(budget_bytes)
     if found is None:
         raise InfeasibleBudgetError(budget_bytes, pool.least_bytes)
@@ -92,7 +97,7 @@ class Pool:
     """
 
     def __init__(self, problem: Problem, borders: Collection[int]) -> None:
-        self._problem = problem
+        self.problem = problem
         self.plans: dict[object, Solution] = {}
         self._cuts: dict[frozenset[int], Solution] = {}  # many prices give the same
         plain = without_recompute(problem)
@@ -126,9 +131,7 @@ class Pool:
     def _descend(self) -> None:
         lowest = sorted(self.plans.values(), key=lambda p: (p.peak_bytes, *cheapest_first(p)))
         for plan in lowest[:_DESCENTS]:
-            for lower in lowered(
-                self._problem, plan, _LOWER_WORK // max(len(self._problem.ops), 1)
-            ):
+            for lower in lowered(self.problem, plan, _LOWER_WORK // max(len(self.problem.ops), 1)):
                 self._add(lower)
 
     @property
@@ -148,9 +151,9 @@ class Pool:
         return min(fitting, key=cheapest_first, default=None)
 
     def _cut(self, pinned: Collection[int], price: float) -> Solution:
-        saved = frozenset(CutGraph.of(self._problem, pinned).solve(price))
+        saved = frozenset(CutGraph.of(self.problem, pinned).solve(price))
         if saved not in self._cuts:
-            self._cuts[saved] = self._add(evaluate(self._problem, saved, "uniform cut"))
+            self._cuts[saved] = self._add(evaluate(self.problem, saved, "uniform cut"))
         return self._cuts[saved]
 
     def _mix(self, peak_bytes: int) -> Solution | None:
@@ -160,7 +163,7 @@ class Pool:
         if mix is None:
             return None
         known = self.plans.get((mix.saved, mix.drops))
-        return known or self._add(evaluate(self._problem, mix.saved, "chain of layers", mix.drops))
+        return known or self._add(evaluate(self.problem, mix.saved, "chain of layers", mix.drops))
 
     def _add(self, plan: Solution) -> Solution:
         return self.plans.setdefault((plan.saved, plan.drops), plan)

@@ -7,26 +7,17 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from ckpt_pass._errors import CkptPassError, nearest
-from ckpt_pass.planner.contract import Contracted, UnsupportedProblemError
-from ckpt_pass.planner.cut import CutGraph, mean_price
-from ckpt_pass.planner.exact import broken_rule, solve_exact
+from ckpt_pass.planner.built_in import Auto as Auto
+from ckpt_pass.planner.built_in import exact, layers, uniform_cut
+from ckpt_pass.planner.exact import broken_rule
+from ckpt_pass.planner.link import Link
+from ckpt_pass.planner.moves import InvalidMoveError, Movable
 from ckpt_pass.planner.problem import Problem
-from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, cheapest_first, evaluate
-from ckpt_pass.planner.solve import solve
+from ckpt_pass.planner.solution import Solution, evaluate
 
-# Up to this size (`Contracted.size`) `auto` asks the exact solver too. Single blocks of the
-# reference models have 35 to 755, those of Mixtral 1,279; up to 755 all were solved within 3 s,
-# at 1,082 some took 20 s.
-_AUTO_SIZE = 800
-# Nodes of HiGHS' search that `auto` allows: blocks within the size needed at most 13. A limit in
-# seconds would let the machine's load change the plan.
-_AUTO_NODES = 100
-# Prices of a saved byte, as powers of two of the forward's mean time for each byte it makes: from
-# "save whatever saves time" to "save only what is all but free", in half steps.
-_PRICE_EXPONENTS = tuple(step / 2 for step in range(-20, 21))
 # A lower bound may exceed a time by rounding, relatively by no more than this.
 _ROUNDING = 1e-6
 
@@ -41,6 +32,10 @@ class InvalidTimeLimitError(CkptPassError):
 
 class WrongSolutionError(CkptPassError):
     """A solver returned something that is no plan within the budget."""
+
+
+class NoLinkSolverError(CkptPassError):
+    """Values may be moved, and the solver knows nothing of that."""
 
 
 @runtime_checkable
@@ -73,6 +68,27 @@ class Solver(Protocol):
         ...
 
 
+class LinkSolver(Solver, Protocol):
+    """A solver that may also move values, where it is given a link."""
+
+    def __call__(
+        self,
+        problem: Problem,
+        budget_bytes: int,
+        borders: Collection[int] = (),
+        time_limit_s: float | None = None,
+        link: Link | None = None,
+    ) -> Solution:
+        """Solve (:class:`Solver`).
+
+        Args:
+            problem, budget_bytes, borders, time_limit_s: see :class:`Solver`.
+            link: what moves values; ``None`` for plans without moves. With one, plans are compared
+                by the time of their step by the clock.
+        """
+        ...
+
+
 #: What users may pass: a name, a solver, or any callable with a solver's arguments.
 SolverLike: TypeAlias = "str | Solver | Callable[..., Solution]"
 
@@ -95,134 +111,33 @@ class FunctionSolver:
         budget_bytes: int,
         borders: Collection[int] = (),
         time_limit_s: float | None = None,
+        link: Link | None = None,
     ) -> Solution:
-        """Solve (:class:`Solver`)."""
-        offered = {"borders": borders, "time_limit_s": time_limit_s}
-        taken = inspect.signature(self.function).parameters
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
-            offered = {key: value for key, value in offered.items() if key in taken}
-        return self.function(problem, budget_bytes, **offered)
+        """Solve (:class:`LinkSolver`); the function is told of a link only where there is one."""
+        offered: dict[str, Any] = {"borders": borders, "time_limit_s": time_limit_s}
+        if link is not None:
+            offered["link"] = link
+        taken = {key: value for key, value in offered.items() if _takes(self.function, key)}
+        return self.function(problem, budget_bytes, **taken)
+
+    @property
+    def knows_links(self) -> bool:
+        """Whether the function takes a link."""
+        return _takes(self.function, "link")
 
 
-def _uniform_cut(problem: Problem, budget_bytes: int) -> Solution:
-    """The best time-optimal cut at one price for a saved byte, the same everywhere."""
-    plans = problem.derived("uniform cuts", _uniform_cuts)
-    fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
-    if not fitting:
-        raise InfeasibleBudgetError(budget_bytes, min(plan.peak_bytes for plan in plans))
-    return min(fitting, key=cheapest_first)
-
-
-def _uniform_cuts(problem: Problem) -> tuple[Solution, ...]:
-    price, graph = mean_price(problem), CutGraph.of(problem)
-    prices = (0.0, *(price * 2.0**exponent for exponent in _PRICE_EXPONENTS))
-    cuts = dict.fromkeys(graph.solve(price) for price in prices)
-    return tuple(evaluate(problem, saved, "uniform cut") for saved in cuts)
-
-
-def _exact(
-    problem: Problem,
-    budget_bytes: int,
-    borders: Collection[int],
-    time_limit_s: float | None,
-) -> Solution:
-    """The plan of least recompute time, for small steps; begins with the layered solver's."""
-    known, least_bytes = _layered(problem, budget_bytes, borders)
-    known_bytes = least_bytes if least_bytes > budget_bytes else None
-    return solve_exact(problem, budget_bytes, time_limit_s, known=known, known_bytes=known_bytes)
-
-
-@dataclass(frozen=True)
-class Auto:
-    """The layered solver, and the exact one besides where the step is small enough.
-
-    Without a time limit the same problem and budget give the same plan.
-
-    Attributes:
-        size: the most decisions to recompute for which the exact solver is asked.
-        nodes: what its search may visit.
-    """
-
-    size: int = _AUTO_SIZE
-    nodes: int = _AUTO_NODES
-    name: ClassVar[str] = "auto"
-
-    def __call__(
-        self,
-        problem: Problem,
-        budget_bytes: int,
-        borders: Collection[int] = (),
-        time_limit_s: float | None = None,
-    ) -> Solution:
-        """Solve (:class:`Solver`)."""
-        known, least_bytes = _layered(problem, budget_bytes, borders)
-        if known is not None and known.status == "optimal":
-            return _told(known, "its lower bound proves it")
-        why_not = self._why_not_exact(problem)
-        if why_not is None:
-            return self._with_exact(
-                problem, budget_bytes, borders, time_limit_s, known, least_bytes
-            )
-        if known is None:
-            raise InfeasibleBudgetError(budget_bytes, least_bytes)
-        return _told(known, why_not)
-
-    def _why_not_exact(self, problem: Problem) -> str | None:
-        try:
-            size = Contracted.of(problem).size
-        except UnsupportedProblemError:
-            return "the exact solver cannot describe the step"
-        if size > self.size:
-            return f"{size:,} choices are too many for the exact solver"
-        return None
-
-    def _with_exact(
-        self,
-        problem: Problem,
-        budget_bytes: int,
-        borders: Collection[int],
-        time_limit_s: float | None,
-        known: Solution | None,
-        least_bytes: int,
-    ) -> Solution:
-        try:
-            known_bytes = least_bytes if least_bytes > budget_bytes else None
-            found = solve_exact(problem, budget_bytes, time_limit_s, self.nodes, known, known_bytes)
-        except InfeasibleBudgetError as error:
-            least_bytes = min(least_bytes, error.least_feasible_bytes)
-            raise InfeasibleBudgetError(budget_bytes, least_bytes) from None
-        if known is None:
-            return _told(found, "the layered solver found nothing that fits")
-        bound = max(found.lower_bound_s, known.lower_bound_s)
-        if found.recompute_time_s < known.recompute_time_s:
-            return _told(replace(found, lower_bound_s=bound), "faster than the layered plan")
-        proven = "proven by" if found.status == "optimal" else "not beaten by"
-        status = "optimal" if found.status == "optimal" else known.status
-        kept = replace(known, status=status, lower_bound_s=min(bound, known.recompute_time_s))
-        return _told(kept, f"{proven} the exact solver")
-
-
-def _layered(
-    problem: Problem, budget_bytes: int, borders: Collection[int]
-) -> tuple[Solution | None, int]:
-    """The layered solver's plan, or the least peak that it found."""
-    try:
-        found = solve(problem, budget_bytes, borders)
-    except InfeasibleBudgetError as error:
-        return None, error.least_feasible_bytes
-    return (None if broken_rule(problem, found) else found), found.peak_bytes
-
-
-def _told(plan: Solution, why: str) -> Solution:
-    return replace(plan, solver=f"{plan.solver} ({why})")
+def _takes(function: Callable[..., object], name: str) -> bool:
+    """Whether a function takes a keyword argument."""
+    known = inspect.signature(function).parameters
+    return name in known or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
 
 
 # The layered solver is never long at it, so that a time limit changes nothing.
 _BUILT_IN: tuple[Solver, ...] = (
     Auto(),
-    FunctionSolver("layers", solve),
-    FunctionSolver("exact", _exact),
-    FunctionSolver("uniform-cut", _uniform_cut),
+    FunctionSolver("layers", layers),
+    FunctionSolver("exact", exact),
+    FunctionSolver("uniform-cut", uniform_cut),
 )
 #: Every named solver. The names are the public interface.
 SOLVERS: Mapping[str, Solver] = MappingProxyType({solver.name: solver for solver in _BUILT_IN})
@@ -239,7 +154,8 @@ def as_solver(solver: SolverLike) -> Solver:
 
     Args:
         solver: a name (:func:`solver_names` lists them), a solver, or a callable
-            ``solver(problem, budget_bytes)`` that may also take ``borders`` and ``time_limit_s``.
+            ``solver(problem, budget_bytes)`` that may also take ``borders``, ``time_limit_s`` and
+            ``link``.
 
     Raises:
         UnknownSolverError: no solver has that name, or the object is none of these.
@@ -268,14 +184,17 @@ def run_solver(
     budget_bytes: int,
     borders: Collection[int] = (),
     time_limit_s: float | None = None,
+    link: Link | None = None,
 ) -> Solution:
-    """Solve, and check what came out: its numbers are those of the simulator.
+    """Solve, and check what came out: its numbers are those of the simulator and the clock.
 
     Args:
         solver: see :func:`as_solver`.
         problem, budget_bytes, borders, time_limit_s: see :class:`Solver`.
+        link: what may move values; without one nothing moves.
 
     Raises:
+        NoLinkSolverError: there is a link, and the solver knows nothing of it.
         UnknownSolverError: there is no such solver.
         InvalidTimeLimitError: the limit is no positive number of seconds.
         InfeasibleBudgetError: no plan that the solver found fits.
@@ -283,9 +202,22 @@ def run_solver(
     """
     chosen = as_solver(solver)
     limit = checked_time_limit(time_limit_s)
-    return _checked(
-        chosen.name, problem, budget_bytes, chosen(problem, budget_bytes, borders, limit)
-    )
+    if link is None:
+        found = chosen(problem, budget_bytes, borders, limit)
+    elif _knows_links(chosen):
+        found = chosen(problem, budget_bytes, borders, limit, link=link)
+    else:
+        raise NoLinkSolverError(
+            f"Solver {chosen.name!r} knows nothing of moving values, and a link is given; expected "
+            "a solver that takes a link. Use solver='auto', or plan without offloading."
+        )
+    return _checked(chosen.name, problem, budget_bytes, found, link)
+
+
+def _knows_links(solver: Solver) -> TypeGuard[LinkSolver]:
+    if isinstance(solver, FunctionSolver):
+        return solver.knows_links
+    return _takes(solver, "link")
 
 
 def checked_time_limit(time_limit_s: float | None) -> float | None:
@@ -305,8 +237,10 @@ def checked_time_limit(time_limit_s: float | None) -> float | None:
     return float(time_limit_s)
 
 
-def _checked(name: str, problem: Problem, budget_bytes: int, found: object) -> Solution:
-    """A solver's answer with the simulator's numbers.
+def _checked(
+    name: str, problem: Problem, budget_bytes: int, found: object, link: Link | None
+) -> Solution:
+    """A solver's answer with the numbers of the simulator and the clock.
 
     Raises:
         WrongSolutionError: it is no plan within the budget.
@@ -325,7 +259,12 @@ def _checked(name: str, problem: Problem, budget_bytes: int, found: object) -> S
             f"{what} a plan that names op {strange[0]}, expected indices below "
             f"{len(problem.ops)}: it belongs to another problem. {cure}"
         )
-    real = evaluate(problem, found.saved, found.solver, found.drops)
+    if found.moves and link is None:
+        raise WrongSolutionError(f"{what} a plan with moves, and there is no link. {cure}")
+    try:
+        real = evaluate(problem, found.saved, found.solver, found.drops, found.moves, link)
+    except InvalidMoveError as error:
+        raise WrongSolutionError(f"{what} a plan that cannot run. {error} {cure}") from error
     broken = broken_rule(problem, real)
     if broken:
         raise WrongSolutionError(f"{what} a plan that breaks a rule. {broken} {cure}")
@@ -334,9 +273,22 @@ def _checked(name: str, problem: Problem, budget_bytes: int, found: object) -> S
             f"{what} a plan that peaks at {real.peak_bytes:,} bytes, expected at most "
             f"{budget_bytes:,}; a solver that finds none raises InfeasibleBudgetError. {cure}"
         )
-    if found.lower_bound_s > real.recompute_time_s * (1 + _ROUNDING):
+    if link is not None and problem.must_move:
+        known = set(Movable.of(problem, real.steps).storage.tolist())
+        left = known.intersection(problem.must_move) - {move.storage for move in real.moves}
+        if left:
+            raise WrongSolutionError(
+                f"{what} a plan that leaves storage {min(left)} where it is, expected that it is "
+                f"moved. {cure}"
+            )
+    if link is not None and real.times and not link.may_hold(real.times.host_peak_bytes):
+        raise WrongSolutionError(
+            f"{what} a plan that moves {real.times.host_peak_bytes:,} bytes at a time, expected at "
+            f"most {link.host_bytes:,}. {cure}"
+        )
+    if found.lower_bound_s > real.overhead_s * (1 + _ROUNDING):
         raise WrongSolutionError(
             f"{what} a lower bound of {found.lower_bound_s} s above its own plan's recompute time "
-            f"of {real.recompute_time_s} s, expected at most that. {cure}"
+            f"of {real.overhead_s} s, expected at most that. {cure}"
         )
     return replace(real, status=found.status, lower_bound_s=found.lower_bound_s)
