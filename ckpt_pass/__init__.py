@@ -39,6 +39,9 @@ from ckpt_pass.ops.taxonomy import OpClass as OpClass
 from ckpt_pass.ops.taxonomy import classify as classify
 from ckpt_pass.ops.taxonomy import taxonomy_counts as taxonomy_counts
 
+# --- Offloading: values that are kept somewhere else --------------------------------------
+from ckpt_pass.offloading.options import Offload as Offload
+
 # --- Budgets and plans --------------------------------------------------------------------
 from ckpt_pass.plans.differences import plan_differences as plan_differences
 from ckpt_pass.plans.parts import Decision as Decision
@@ -141,14 +144,17 @@ from ckpt_pass.errors import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.errors import DryRunError as DryRunError
 from ckpt_pass.errors import EndedRecomputationError as EndedRecomputationError
 from ckpt_pass.errors import EstimateArgumentError as EstimateArgumentError
+from ckpt_pass.errors import ForkedStoreError as ForkedStoreError
 from ckpt_pass.errors import GradientMismatchError as GradientMismatchError
 from ckpt_pass.errors import InactiveRegionsWarning as InactiveRegionsWarning
 from ckpt_pass.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.errors import InvalidBudgetError as InvalidBudgetError
+from ckpt_pass.errors import InvalidOffloadError as InvalidOffloadError
 from ckpt_pass.errors import InvalidRuleError as InvalidRuleError
 from ckpt_pass.errors import InvalidTimeLimitError as InvalidTimeLimitError
 from ckpt_pass.errors import LayerProfileError as LayerProfileError
 from ckpt_pass.errors import MeasureArgumentError as MeasureArgumentError
+from ckpt_pass.errors import MovedValueChangedError as MovedValueChangedError
 from ckpt_pass.errors import MutatedActivationError as MutatedActivationError
 from ckpt_pass.errors import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.errors import MutatedStateError as MutatedStateError
@@ -182,6 +188,10 @@ from ckpt_pass.errors import SizeError as SizeError
 from ckpt_pass.errors import SnapshotError as SnapshotError
 from ckpt_pass.errors import SpentIteratorError as SpentIteratorError
 from ckpt_pass.errors import StepArgumentError as StepArgumentError
+from ckpt_pass.errors import StoreFolderError as StoreFolderError
+from ckpt_pass.errors import StoreFullError as StoreFullError
+from ckpt_pass.errors import StoreReadError as StoreReadError
+from ckpt_pass.errors import StoreWriteError as StoreWriteError
 from ckpt_pass.errors import StrategyError as StrategyError
 from ckpt_pass.errors import SweepArgumentError as SweepArgumentError
 from ckpt_pass.errors import SymbolicBytesError as SymbolicBytesError
@@ -197,6 +207,7 @@ from ckpt_pass.errors import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.errors import UnknownRegionError as UnknownRegionError
 from ckpt_pass.errors import UnknownSolverError as UnknownSolverError
 from ckpt_pass.errors import UnknownStrategyError as UnknownStrategyError
+from ckpt_pass.errors import UnmovableTensorError as UnmovableTensorError
 from ckpt_pass.errors import VerificationError as VerificationError
 from ckpt_pass.errors import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.errors import WrongSolutionError as WrongSolutionError

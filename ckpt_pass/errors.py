@@ -21,8 +21,8 @@ from ckpt_pass.distributed import PlansDivergeError as PlansDivergeError
 from ckpt_pass.distributed import RankMissingError as RankMissingError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
-from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
+from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import SeveralGraphsError as SeveralGraphsError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.graph.kernel_cache import KernelCacheWarning as KernelCacheWarning
@@ -50,6 +50,14 @@ from ckpt_pass.modules.placement import UnknownPlacementError as UnknownPlacemen
 from ckpt_pass.modules.segments import SegmentCountError as SegmentCountError
 from ckpt_pass.modules.sequential import NotSequentialError as NotSequentialError
 from ckpt_pass.modules.training import AccumulationError as AccumulationError
+from ckpt_pass.offloading.disk import StoreReadError as StoreReadError
+from ckpt_pass.offloading.disk import StoreWriteError as StoreWriteError
+from ckpt_pass.offloading.files import StoreFolderError as StoreFolderError
+from ckpt_pass.offloading.layout import UnmovableTensorError as UnmovableTensorError
+from ckpt_pass.offloading.options import InvalidOffloadError as InvalidOffloadError
+from ckpt_pass.offloading.slots import StoreFullError as StoreFullError
+from ckpt_pass.offloading.store import MovedValueChangedError as MovedValueChangedError
+from ckpt_pass.offloading.workers import ForkedStoreError as ForkedStoreError
 from ckpt_pass.ops.taxonomy import NotAnOpError as NotAnOpError
 from ckpt_pass.planner.contract import UnsupportedProblemError as UnsupportedProblemError
 from ckpt_pass.planner.exact import ExactSolverError as ExactSolverError
