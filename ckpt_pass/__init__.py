@@ -30,6 +30,7 @@ from ckpt_pass.policy.rules import Policy as Policy
 from ckpt_pass.policy.rules import Rule as Rule
 from ckpt_pass.policy.rules import TorchPolicy as TorchPolicy
 from ckpt_pass.policy.rules import first_match as first_match
+from ckpt_pass.policy.rules import offload as offload
 from ckpt_pass.policy.rules import recompute as recompute
 from ckpt_pass.policy.rules import rule as rule
 from ckpt_pass.policy.rules import save as save
@@ -41,6 +42,7 @@ from ckpt_pass.ops.taxonomy import taxonomy_counts as taxonomy_counts
 
 # --- Offloading: values that are kept somewhere else --------------------------------------
 from ckpt_pass.offloading.options import Offload as Offload
+from ckpt_pass.offloading.saved_hooks import offload_activations as offload_activations
 
 # --- Budgets and plans --------------------------------------------------------------------
 from ckpt_pass.plans.differences import plan_differences as plan_differences

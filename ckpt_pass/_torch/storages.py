@@ -37,6 +37,15 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
         return _bytes_over(tensor.untyped_storage(), tensor.device)
 
 
+def bytes_again(weak: WeakStorage) -> torch.Tensor | None:
+    """The storage as a tensor of bytes, if it is there still."""
+    storage = torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
+    if storage is None:
+        return None
+    with torch._C._DisableTorchDispatch():
+        return _bytes_over(storage, storage.device)
+
+
 def new_bytes(nbytes: int, device: torch.device) -> torch.Tensor:
     """Bytes with no values yet."""
     with torch._C._DisableTorchDispatch():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -87,13 +87,27 @@ class Ticket:
     What moves is the tensor's whole storage, so that views move with what they are views of.
     """
 
-    __slots__ = ("__weakref__", "_changed", "_held", "_layout", "_version")
+    __slots__ = (
+        "__weakref__",
+        "_changed",
+        "_held",
+        "_latest",
+        "_layout",
+        "_storage",
+        "_version",
+        "was_taken",
+    )
 
     def __init__(self, carrier: Carrier, tensor: torch.Tensor) -> None:
         self._layout = Layout.of(tensor)
         alias = storages.detached(tensor)
         self._version = storages.version_of(alias)
         self._changed = False
+        self._storage = storages.WeakStorage(tensor.untyped_storage())
+        #: What was handed out to be shared, as long as somebody holds it.
+        self._latest: storages.WeakStorage | None = None
+        #: Whether it was handed out before: who asks again is not expected, and not fetched for.
+        self.was_taken = False
         self._held = _Held(carrier, alias, carrier.pool.take(self._layout.storage_bytes))
         weakref.finalize(self, self._held.let_go).atexit = False
         self._held.out = carrier.out(storages.bytes_of(alias), self._held.slot)
@@ -137,10 +151,29 @@ class Ticket:
         if self._held.source is None and not self._held.coming:
             self._held.coming.append(self._begin())
 
-    def take(self) -> torch.Tensor:
+    @property
+    def storage_address(self) -> int:
+        """Of the storage that was put away; another's once that is gone and memory let go of."""
+        return int(self._storage.cdata)
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether it is this tensor's storage, unchanged since, that was put away."""
+        return (
+            tensor.untyped_storage()._cdata == self._storage.cdata
+            and not self._storage.expired()
+            and tensor.untyped_storage().nbytes() == self._layout.storage_bytes
+            and storages.version_of(tensor) == self._version
+        )
+
+    def take(self, layout: Layout | None = None, shared: bool = False) -> torch.Tensor:
         """Wait for the value, and hand it out: as the tensor was, without autograd history.
 
         Every call gives a tensor with memory of its own, that before :meth:`release` excepted.
+
+        Args:
+            layout: of another tensor in the same storage, which is handed out instead.
+            shared: whether nobody will write to it, so that it may be what an earlier call with
+                this argument gave, if that is there still.
 
         Raises:
             MovedValueChangedError: the tensor was changed in place before it was in the store.
@@ -156,15 +189,27 @@ class Ticket:
                 "values are lost. Expected no change until the backward. Clone it before the "
                 "in-place op, or do not offload it."
             )
+        self.was_taken = True
+        looks = self._layout if layout is None else layout
         if source is not None:
-            return storages.detached(source)
+            whole = storages.bytes_of(source)
+        else:
+            found = self._shared() if shared else None
+            whole = self._fetched() if found is None else found
+            if shared:
+                self._latest = storages.WeakStorage(whole.untyped_storage())
+        return storages.viewed(whole, looks.dtype, looks.offset, looks.size, looks.stride)
+
+    def _fetched(self) -> torch.Tensor:
         try:
             data, pending = self._held.coming.pop()
         except IndexError:
             data, pending = self._begin()
         pending.wait()
-        layout = self._layout
-        return storages.viewed(data, layout.dtype, layout.offset, layout.size, layout.stride)
+        return data
+
+    def _shared(self) -> torch.Tensor | None:
+        return None if self._latest is None else storages.bytes_again(self._latest)
 
     def _begin(self) -> tuple[torch.Tensor, Pending]:
         held = self._held
@@ -208,7 +253,7 @@ class Store(Protocol):
 
 
 class PooledStore:
-    """A store around a carrier; made anew in a process that was forked.
+    """A store around a carrier; made anew in a process that was forked, and when it is copied.
 
     Args:
         make: makes the carrier.
@@ -218,6 +263,9 @@ class PooledStore:
         self._make = make
         self._carrier = make()
         self._process = os.getpid()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PooledStore, (self._make,)
 
     @property
     def carrier(self) -> Carrier:
