@@ -90,6 +90,8 @@ from ckpt_pass.modules.layers.skips import Skip as Skip
 from ckpt_pass.modules.layers.skips import skip_values as skip_values
 from ckpt_pass.modules.megatron import Megatron as Megatron
 from ckpt_pass.modules.megatron import from_megatron as from_megatron
+from ckpt_pass.modules.offloaded import Offloaded as Offloaded
+from ckpt_pass.modules.offloaded import OffloadParts as OffloadParts
 from ckpt_pass.modules.optimal import OptimalSegments as OptimalSegments
 from ckpt_pass.modules.optimal import SegmentPlan as SegmentPlan
 from ckpt_pass.modules.optimal import plan_segments as plan_segments
@@ -139,6 +141,7 @@ from ckpt_pass.errors import AlreadyAppliedError as AlreadyAppliedError
 from ckpt_pass.errors import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.errors import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.errors import CkptPassError as CkptPassError
+from ckpt_pass.errors import CompiledOffloadError as CompiledOffloadError
 from ckpt_pass.errors import ConfigKeyError as ConfigKeyError
 from ckpt_pass.errors import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.errors import ContradictoryTagsError as ContradictoryTagsError

@@ -75,6 +75,7 @@ from ckpt_pass.policy.rules import InvalidRuleError as InvalidRuleError
 from ckpt_pass.policy.rules import PolicyReturnError as PolicyReturnError
 from ckpt_pass.policy.rules import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.regions.arguments import MutatedArgumentError as MutatedArgumentError
+from ckpt_pass.regions.checkpointing import CompiledOffloadError as CompiledOffloadError
 from ckpt_pass.regions.checkpointing import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.regions.checkpointing import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.regions.checkpointing import ReentrantRegionError as ReentrantRegionError
