@@ -255,8 +255,8 @@ def _offloaded(found: dict[str, Any]) -> Offloaded | None:
         number = found.get("cpu_offloading_num_layers")
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ConfigKeyError(
-                f"The Megatron configuration has cpu_offloading_num_layers={number!r}, expected how "
-                "many layers from the first on are offloaded, 1 or more."
+                f"The Megatron configuration has cpu_offloading_num_layers={number!r}, expected "
+                "how many layers from the first on are offloaded, 1 or more."
             )
         return Offloaded(ChosenLayers(tuple(range(number))), what="saved")
     if not found.get("fine_grained_activation_offloading"):
