@@ -142,6 +142,11 @@ class FileCarrier:
         self._process = os.getpid()
         self._out_staging, self._back_staging = _Staging(), _Staging()
 
+    @property
+    def fd(self) -> int:
+        """The file's descriptor."""
+        return self._file.fd
+
     def out(self, source: torch.Tensor, slot: Slot) -> Job:
         """Begin to write (:class:`~ckpt_pass.offloading.store.Carrier`)."""
         write: Callable[[torch.Tensor], None] = partial(_write, self._file, slot)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -22,14 +23,16 @@ class ForkedStoreError(CkptPassError, RuntimeError):
 class Job:
     """A copy that a worker makes."""
 
-    __slots__ = ("_future", "_process")
+    __slots__ = ("_future", "_held", "_process", "_worker")
 
-    def __init__(self, future: Future[None]) -> None:
+    def __init__(self, future: Future[None], held: list[torch.Tensor], worker: Worker) -> None:
         self._future = future
+        self._held = held
+        self._worker = worker
         self._process = os.getpid()
 
     def wait(self) -> None:
-        """Until it is finished; raises what it raised.
+        """Until it is finished; raises what it raised, but without the tensors in its frames.
 
         Raises:
             ForkedStoreError: a process that was forked waits for a thread that it does not have.
@@ -40,12 +43,21 @@ class Job:
                 f"{os.getpid()}, which was forked from it. Expected forward and backward in one "
                 "process. Fork before the forward."
             )
-        self._future.result()
+        error = self._future.exception()
+        if error is not None:
+            raise type(error)(*error.args)
 
     def abandon(self) -> None:
-        """Do not make it, if it has not begun: later ones use its slot, and come after it."""
-        if os.getpid() == self._process:
-            self._future.cancel()
+        """Do not make it, if it has not begun: later ones use its slot, and come after it.
+
+        Its tensor is let go of: that is waited for, as long as one copy takes at most.
+        """
+        if os.getpid() != self._process:
+            return
+        if self._future.cancel():
+            self._held.clear()
+        elif not self._worker.is_this_thread:  # a finalizer may run anywhere
+            wait([self._future])
 
 
 class Worker:
@@ -63,6 +75,12 @@ class Worker:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._bytes_per_s = bytes_per_s
         self._free_at = 0.0
+        self._thread = 0
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether it is the worker that asks."""
+        return threading.get_ident() == self._thread
 
     def begin(self, copy: Copy, data: torch.Tensor, after: Job | None = None) -> Job:
         """Make a copy when its turn comes, and ``after`` is finished.
@@ -72,9 +90,11 @@ class Worker:
             data: the tensor of bytes that it reads or fills.
             after: another worker's job.
         """
-        return Job(self._threads.submit(self._run, copy, [data], after))
+        held = [data]
+        return Job(self._threads.submit(self._run, copy, held, after), held, self)
 
     def _run(self, copy: Copy, held: list[torch.Tensor], after: Job | None) -> None:
+        self._thread = threading.get_ident()
         if after is not None:
             after.wait()
         began = time.perf_counter()

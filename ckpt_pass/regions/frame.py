@@ -20,7 +20,6 @@ from torch.autograd.profiler import record_function
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd, functorch, modules
-from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.offloading.window import Window
 from ckpt_pass.policy.rules import Policy
@@ -105,6 +104,7 @@ class Frame:
         "_complete",
         "_contexts",
         "_fn",
+        "_memory",
         "_options",
         "_outside",
         "_random",
@@ -124,6 +124,7 @@ class Frame:
         self._random: RandomState | None = None
         self._contexts: Contexts = _NONE
         self._window: Window | None = None
+        self._memory: RegionMemory | None = None
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the region; what autograd saves inside is not kept."""
@@ -131,8 +132,10 @@ class Frame:
         root = self._fn if options.root is None else options.root
         known = known_of(root, *args, *kwargs.values())
         self._outside = outside = Outside(root, known)
-        if options.offload_inputs:
-            self._window = Window(Offload() if options.offload is None else options.offload)
+        if options.offload_inputs or options.policy is not None:
+            self._memory = RegionMemory(options.offload)
+        if options.offload_inputs and self._memory is not None:
+            self._window = self._memory.window_for_more()
         self._arguments = self._kept(args, kwargs)
         if self._arguments.mutable:
             outside.add(*self._arguments.mutable)
@@ -153,8 +156,8 @@ class Frame:
             if not known.watched:
                 outside.learn()
         outside.check_iterators()
-        if self._window is not None:
-            self._window.finish()
+        if self._memory is not None and self._memory.window is not None:
+            self._memory.window.finish()
         if before is not None and not options.draws and not before.moved():
             self._random = None
         self._complete = True
@@ -167,8 +170,7 @@ class Frame:
             return self._options.contexts()
         owners, policy = self._outside.owners_of_statistics(*arguments), self._options.policy
         if policy is not None:
-            memory = RegionMemory(self._options.offload, self._window)
-            return selective_contexts(policy, owners=owners, memory=memory)
+            return selective_contexts(policy, owners=owners, memory=self._memory)
         # What keeps nothing must not change its modules' buffers twice, either.
         return (None, RecomputeMode(RegionMemory(), owners=owners)) if owners else _NONE
 

@@ -146,10 +146,10 @@ class RegionMemory:
 
     __slots__ = ("_by_storage", "_offload", "_seen", "_unindexed", "complete", "entries", "window")
 
-    def __init__(self, offload: OffloadLike | None = None, window: Window | None = None) -> None:
+    def __init__(self, offload: OffloadLike | None = None) -> None:
         self._offload = offload
         #: What is put away; ``None`` as long as nothing is.
-        self.window = window
+        self.window: Window | None = None
         #: Whether the region's forward has ended. Until then a backward inside it may make it run
         #: again as far as it has come, and what is handed out stays for the next time.
         self.complete = True

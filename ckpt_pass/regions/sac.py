@@ -157,7 +157,9 @@ class ForwardMode(QuickMode):
         try:
             if exc[0] is None:
                 self._settle()
-                if self._memory.window is not None:
+                # In other regions this comes after all contexts: an error in the exit of one of
+                # several holds itself.
+                if self._memory.window is not None and self._hooks is not None:
                     self._memory.window.finish()
         finally:
             self._memory.complete = True

@@ -1,4 +1,4 @@
-"""Random odd programs with every way to offload: the plain step, to the bit, or an error of ours."""
+"""Random odd programs with every way to offload: the plain step to the bit, or our error."""
 
 from __future__ import annotations
 
