@@ -30,6 +30,7 @@ from ckpt_pass.policy.rules import Policy as Policy
 from ckpt_pass.policy.rules import Rule as Rule
 from ckpt_pass.policy.rules import TorchPolicy as TorchPolicy
 from ckpt_pass.policy.rules import first_match as first_match
+from ckpt_pass.policy.rules import offload as offload
 from ckpt_pass.policy.rules import recompute as recompute
 from ckpt_pass.policy.rules import rule as rule
 from ckpt_pass.policy.rules import save as save
@@ -38,6 +39,10 @@ from ckpt_pass.policy.sites import SiteContext as SiteContext
 from ckpt_pass.ops.taxonomy import OpClass as OpClass
 from ckpt_pass.ops.taxonomy import classify as classify
 from ckpt_pass.ops.taxonomy import taxonomy_counts as taxonomy_counts
+
+# --- Offloading: values that are kept somewhere else --------------------------------------
+from ckpt_pass.offloading.options import Offload as Offload
+from ckpt_pass.offloading.saved_hooks import offload_activations as offload_activations
 
 # --- Budgets and plans --------------------------------------------------------------------
 from ckpt_pass.plans.differences import plan_differences as plan_differences
@@ -85,6 +90,8 @@ from ckpt_pass.modules.layers.skips import Skip as Skip
 from ckpt_pass.modules.layers.skips import skip_values as skip_values
 from ckpt_pass.modules.megatron import Megatron as Megatron
 from ckpt_pass.modules.megatron import from_megatron as from_megatron
+from ckpt_pass.modules.offloaded import Offloaded as Offloaded
+from ckpt_pass.modules.offloaded import OffloadParts as OffloadParts
 from ckpt_pass.modules.optimal import OptimalSegments as OptimalSegments
 from ckpt_pass.modules.optimal import SegmentPlan as SegmentPlan
 from ckpt_pass.modules.optimal import plan_segments as plan_segments
@@ -134,6 +141,7 @@ from ckpt_pass.errors import AlreadyAppliedError as AlreadyAppliedError
 from ckpt_pass.errors import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.errors import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.errors import CkptPassError as CkptPassError
+from ckpt_pass.errors import CompiledOffloadError as CompiledOffloadError
 from ckpt_pass.errors import ConfigKeyError as ConfigKeyError
 from ckpt_pass.errors import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.errors import ContradictoryTagsError as ContradictoryTagsError
@@ -141,16 +149,20 @@ from ckpt_pass.errors import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.errors import DryRunError as DryRunError
 from ckpt_pass.errors import EndedRecomputationError as EndedRecomputationError
 from ckpt_pass.errors import EstimateArgumentError as EstimateArgumentError
+from ckpt_pass.errors import ForkedStoreError as ForkedStoreError
 from ckpt_pass.errors import GradientMismatchError as GradientMismatchError
 from ckpt_pass.errors import InactiveRegionsWarning as InactiveRegionsWarning
 from ckpt_pass.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.errors import InvalidBudgetError as InvalidBudgetError
 from ckpt_pass.errors import InvalidLinkError as InvalidLinkError
 from ckpt_pass.errors import InvalidMoveError as InvalidMoveError
+from ckpt_pass.errors import InvalidOffloadError as InvalidOffloadError
 from ckpt_pass.errors import InvalidRuleError as InvalidRuleError
 from ckpt_pass.errors import InvalidTimeLimitError as InvalidTimeLimitError
 from ckpt_pass.errors import LayerProfileError as LayerProfileError
+from ckpt_pass.errors import LostTicketError as LostTicketError
 from ckpt_pass.errors import MeasureArgumentError as MeasureArgumentError
+from ckpt_pass.errors import MovedValueChangedError as MovedValueChangedError
 from ckpt_pass.errors import MutatedActivationError as MutatedActivationError
 from ckpt_pass.errors import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.errors import MutatedStateError as MutatedStateError
@@ -168,6 +180,7 @@ from ckpt_pass.errors import NothingRecordedError as NothingRecordedError
 from ckpt_pass.errors import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.errors import OtherPathError as OtherPathError
 from ckpt_pass.errors import PlacementError as PlacementError
+from ckpt_pass.errors import PlanCacheWarning as PlanCacheWarning
 from ckpt_pass.errors import PlanFileError as PlanFileError
 from ckpt_pass.errors import PlanMismatchError as PlanMismatchError
 from ckpt_pass.errors import PlanModeError as PlanModeError
@@ -185,6 +198,10 @@ from ckpt_pass.errors import SizeError as SizeError
 from ckpt_pass.errors import SnapshotError as SnapshotError
 from ckpt_pass.errors import SpentIteratorError as SpentIteratorError
 from ckpt_pass.errors import StepArgumentError as StepArgumentError
+from ckpt_pass.errors import StoreFolderError as StoreFolderError
+from ckpt_pass.errors import StoreFullError as StoreFullError
+from ckpt_pass.errors import StoreReadError as StoreReadError
+from ckpt_pass.errors import StoreWriteError as StoreWriteError
 from ckpt_pass.errors import StrategyError as StrategyError
 from ckpt_pass.errors import SweepArgumentError as SweepArgumentError
 from ckpt_pass.errors import SymbolicBytesError as SymbolicBytesError
@@ -200,6 +217,7 @@ from ckpt_pass.errors import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.errors import UnknownRegionError as UnknownRegionError
 from ckpt_pass.errors import UnknownSolverError as UnknownSolverError
 from ckpt_pass.errors import UnknownStrategyError as UnknownStrategyError
+from ckpt_pass.errors import UnmovableTensorError as UnmovableTensorError
 from ckpt_pass.errors import VerificationError as VerificationError
 from ckpt_pass.errors import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.errors import WrongSolutionError as WrongSolutionError

@@ -50,6 +50,14 @@ from ckpt_pass.modules.placement import UnknownPlacementError as UnknownPlacemen
 from ckpt_pass.modules.segments import SegmentCountError as SegmentCountError
 from ckpt_pass.modules.sequential import NotSequentialError as NotSequentialError
 from ckpt_pass.modules.training import AccumulationError as AccumulationError
+from ckpt_pass.offloading.disk import StoreReadError as StoreReadError
+from ckpt_pass.offloading.disk import StoreWriteError as StoreWriteError
+from ckpt_pass.offloading.files import StoreFolderError as StoreFolderError
+from ckpt_pass.offloading.layout import UnmovableTensorError as UnmovableTensorError
+from ckpt_pass.offloading.options import InvalidOffloadError as InvalidOffloadError
+from ckpt_pass.offloading.slots import StoreFullError as StoreFullError
+from ckpt_pass.offloading.store import MovedValueChangedError as MovedValueChangedError
+from ckpt_pass.offloading.workers import ForkedStoreError as ForkedStoreError
 from ckpt_pass.ops.taxonomy import NotAnOpError as NotAnOpError
 from ckpt_pass.planner.contract import UnsupportedProblemError as UnsupportedProblemError
 from ckpt_pass.planner.exact import ExactSolverError as ExactSolverError
@@ -70,6 +78,7 @@ from ckpt_pass.policy.rules import InvalidRuleError as InvalidRuleError
 from ckpt_pass.policy.rules import PolicyReturnError as PolicyReturnError
 from ckpt_pass.policy.rules import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.regions.arguments import MutatedArgumentError as MutatedArgumentError
+from ckpt_pass.regions.checkpointing import CompiledOffloadError as CompiledOffloadError
 from ckpt_pass.regions.checkpointing import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.regions.checkpointing import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.regions.checkpointing import ReentrantRegionError as ReentrantRegionError

@@ -39,7 +39,8 @@ class Predictor:
         Returns:
             The simulated step; ``None`` where the simulation does not know the case: a module that
             is called more than once or saves nothing that a backward asks for, and a policy that
-            does not decide by the op alone. Copies of running statistics are not counted.
+            does not decide by the op alone or that offloads. Copies of running statistics are not
+            counted.
         """
         known: list[EagerRegion] = []
         kept: set[int] = set()
@@ -85,7 +86,7 @@ def _saves(policy: Policy, op: OpRecord) -> bool | None:
     if op.changes or op.call.target in IGNORED or is_free(op.call.target):
         return False
     found = settled(policy, SiteCounter().visit(op.call.target, ()))
-    return None if found is None else found.saves
+    return None if found is None or found.offloads else found.saves
 
 
 def predictor(

@@ -7,6 +7,7 @@ from typing import Any
 from ckpt_pass.modules.by_layer import AllLayers, EveryN, NoLayers
 from ckpt_pass.modules.choice import Placement
 from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, refuse
+from ckpt_pass.modules.offloaded import Offloaded
 from ckpt_pass.modules.segments import Segments
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import FirstMatch, first_match, recompute
@@ -14,15 +15,10 @@ from ckpt_pass.policy.rules import FirstMatch, first_match, recompute
 # https://www.deepspeed.ai/docs/config-json/#activation-checkpointing
 _DEEPSPEED = {
     "partition_activations": "Saved values are not spread over ranks: set it to false.",
-    "cpu_checkpointing": (
-        "Run the step inside torch.autograd.graph.save_on_cpu() instead, and set it to false."
-    ),
-    "contiguous_memory_optimization": (
-        "Saved values are not copied into one buffer: set it to false."
-    ),
     "synchronize_checkpoint_boundary": "Regions do not synchronise the device: set it to false.",
     "profile": "Use ckpt_pass.profile_layers(model, ...) instead, and set it to false.",
 }
+_DEEPSPEED_OFFLOADS = ("cpu_checkpointing", "contiguous_memory_optimization")
 
 
 def from_deepspeed(config: Any) -> Placement:
@@ -30,6 +26,9 @@ def from_deepspeed(config: Any) -> Placement:
 
     ``number_checkpoints`` is the number of segments that all layers are cut into; without it every
     layer is a region (DeepSpeed itself leaves this to the model's code).
+    ``cpu_checkpointing`` offloads what enters the regions to the host. With it
+    ``contiguous_memory_optimization`` asks for what is so anyway: values lie in one pool, which is
+    used again in every step.
 
     Args:
         config: the section, or a whole configuration that has it.
@@ -40,9 +39,20 @@ def from_deepspeed(config: Any) -> Placement:
     found = as_mapping(config, "DeepSpeed")
     if "activation_checkpointing" in found:
         found = as_mapping(found["activation_checkpointing"], "DeepSpeed")
-    check_keys(found, ("number_checkpoints", *_DEEPSPEED), "DeepSpeed")
+    check_keys(found, ("number_checkpoints", *_DEEPSPEED_OFFLOADS, *_DEEPSPEED), "DeepSpeed")
     refuse(found, _DEEPSPEED, "DeepSpeed")
-    count = found.get("number_checkpoints")
+    moves, one_buffer = (found.get(key) for key in _DEEPSPEED_OFFLOADS)
+    if one_buffer and not moves:
+        raise ConfigKeyError(
+            f"The DeepSpeed configuration has contiguous_memory_optimization={one_buffer!r} "
+            "without cpu_checkpointing, which is not supported here: values that stay on the "
+            "device are not copied into one buffer. Set it to false, or both to true."
+        )
+    placement = _segments_of(found.get("number_checkpoints"))
+    return Offloaded(placement) if moves else placement
+
+
+def _segments_of(count: Any) -> Placement:
     if count is None:
         return AllLayers()
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:

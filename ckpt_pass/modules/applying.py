@@ -18,6 +18,7 @@ from ckpt_pass.modules.layers.find import find_layers
 from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.modules.layers.profiling import profile_layers
 from ckpt_pass.modules.placement import PlacementLike, as_placement
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import as_goal
 from ckpt_pass.policy.rules import PolicyLike
@@ -67,6 +68,8 @@ def apply(
     budget: BudgetLike | None = None,
     example_inputs: Any = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    offload: OffloadLike | None = None,
+    offload_inputs: bool = False,
 ) -> Choice:
     """Make modules of a model checkpoint regions, until :func:`remove`.
 
@@ -83,6 +86,9 @@ def apply(
         example_inputs: the model's arguments (a tuple, or one tensor), for a budget and for
             placements that measure.
         loss_fn: applied to the model's output, where that is no loss; for a budget.
+        offload: where values go that the policy or the placement offloads; what the placement says
+            where ``None``, mostly to the host.
+        offload_inputs: also offload the activations that enter the regions.
 
     Returns:
         What was chosen, as :func:`is_checkpointed` shows it.
@@ -97,8 +103,14 @@ def apply(
     _refuse_twice(model)
     if budget is None:
         choice = choose(model, placement, policy, example_inputs, loss_fn)
+        choice = choice.with_offload(offload, "inputs" if offload_inputs else None)
     else:
         _check_budget_alone(placement, policy, example_inputs)
+        if offload is not None or offload_inputs:
+            raise PlacementError(
+                "Got budget= together with offload= or offload_inputs=, expected one of the two: "
+                "within a budget a plan chooses. Leave one of them out."
+            )
         choice = _planned(model, budget, _as_args(example_inputs), loss_fn)
     _check_shared(model, choice)
     _warn_inactive(model, choice)

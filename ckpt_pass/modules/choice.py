@@ -9,8 +9,12 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import nn
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.policy.rules import PolicyLike
 from ckpt_pass.regions.wrapping import RegionSpec
+
+#: What modules can offload besides what a policy says.
+WHAT_MOVES = ("inputs", "saved")
 
 
 class PlacementError(CkptPassError):
@@ -62,6 +66,9 @@ class Choice:
         segments: what is recomputed, in order.
         policy: what the regions keep; nothing where ``None``.
         specs: what becomes of single regions, where it is not the same for all.
+        offload: where values go that are offloaded; to the host where ``None``.
+        moves: what is offloaded besides what the policy says: the regions' ``"inputs"``, or, where
+            nothing is recomputed, what is ``"saved"`` inside; nothing where ``None``.
     """
 
     placement: str
@@ -69,6 +76,8 @@ class Choice:
     segments: tuple[Segment, ...] = ()
     policy: PolicyLike | None = None
     specs: tuple[tuple[str, RegionSpec], ...] = field(default=(), repr=False)
+    offload: OffloadLike | None = None
+    moves: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -90,7 +99,8 @@ class Choice:
             before: tuple[str, ...] = ()
             for name in segment.names:
                 spec = given.get(name, RegionSpec(policy=self.policy))
-                found[name] = replace(spec, follows=before or spec.follows, nested=segment.nested)
+                spec = replace(spec, follows=before or spec.follows, nested=segment.nested)
+                found[name] = self._moving(spec)
                 before = (name,)
         return found
 
@@ -99,7 +109,44 @@ class Choice:
         if policy is None:
             return self
         specs = tuple((name, replace(spec, policy=policy)) for name, spec in self.specs)
-        return replace(self, policy=policy, specs=specs)
+        return replace(self, policy=policy, specs=specs)._checked()
+
+    def _moving(self, spec: RegionSpec) -> RegionSpec:
+        if self.offload is None and self.moves is None:
+            return spec
+        return replace(
+            spec,
+            offload=spec.offload if self.offload is None else self.offload,
+            offload_inputs=spec.offload_inputs or self.moves == "inputs",
+            offload_saved=spec.offload_saved or self.moves == "saved",
+        )
+
+    def with_offload(self, offload: OffloadLike | None, moves: str | None = None) -> Choice:
+        """The same regions with a place for what is offloaded, and what is offloaded anyway.
+
+        Args:
+            offload: the place; what was said before where ``None``.
+            moves: ``"inputs"`` or ``"saved"``, likewise.
+
+        Raises:
+            PlacementError: regions that recompute nothing, with a policy.
+        """
+        found = replace(
+            self,
+            offload=self.offload if offload is None else offload,
+            moves=self.moves if moves is None else moves,
+        )
+        return found._checked()
+
+    def _checked(self) -> Choice:
+        policies = [self.policy, *(spec.policy for _, spec in self.specs)]
+        if self.moves == "saved" and any(policy is not None for policy in policies):
+            raise PlacementError(
+                f"{self.placement} offloads what its modules save and recomputes nothing, and has "
+                "a policy, which is about what is recomputed. Expected one of the two. Leave the "
+                "policy out, or offload by it: ckpt_pass.offload(...)."
+            )
+        return self
 
     def inside(self, prefix: str) -> Choice:
         """The same for a module that holds the model under the name ``prefix``."""
@@ -125,6 +172,9 @@ class Choice:
         head = f"placement {self.placement}: {len(self.names)} modules in {count} regions"
         name_width = max((len(found.name) for found in self.modules), default=0)
         kind_width = max((len(found.kind) for found in self.modules), default=0)
+        if self.moves is not None:
+            what = "inputs are" if self.moves == "inputs" else "nothing recomputed, saved values"
+            head += f"; {what} offloaded"
         rows = [
             f"{found.name:<{name_width}}  {found.kind:<{kind_width}}  "
             f"{'in ' if found.inside else 'out'}  {found.why}"

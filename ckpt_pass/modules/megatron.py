@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ckpt_pass._errors import nearest
-from ckpt_pass.modules.by_layer import by_position
+from ckpt_pass.modules.by_layer import ChosenLayers, by_position
 from ckpt_pass.modules.by_module import callable_modules
 from ckpt_pass.modules.choice import (
     Choice,
@@ -28,7 +28,9 @@ from ckpt_pass.modules.choice import (
 )
 from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, refuse
 from ckpt_pass.modules.layers.find import Layers, find_layers
+from ckpt_pass.modules.offloaded import OFFLOAD_PARTS, Offloaded, OffloadParts
 from ckpt_pass.modules.segments import by_segments, segments_of_length
+from ckpt_pass.offloading.options import Offload
 from ckpt_pass.policy.rules import FirstMatch, first_match, recompute, save
 from ckpt_pass.regions.wrapping import RegionSpec
 
@@ -231,28 +233,72 @@ def _outermost(inside: list[tuple[str, nn.Module]], classes: tuple[str, ...]) ->
 
 _UNSUPPORTED = {
     "distribute_saved_activations": "Saved values are not spread over ranks: set it to False.",
-    "fine_grained_activation_offloading": "Nothing is offloaded: set it to False.",
+    "cpu_offloading_weights": "Parameters stay on the device: set it to False.",
 }
 _KEYS = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
+_OFFLOADS = (
+    "cpu_offloading",
+    "cpu_offloading_num_layers",
+    "cpu_offloading_activations",
+    "cpu_offloading_double_buffering",
+    "fine_grained_activation_offloading",
+    "offload_modules",
+    "min_offloaded_tensor_size",
+)
+#: Megatron Core counts elements, of bfloat16 in most of its models.
+_ELEMENT_BYTES = 2
 
 
-def from_megatron(config: Any) -> Megatron | None:
+def _offloaded(found: dict[str, Any]) -> Offloaded | None:
+    """What a configuration offloads; ``None`` where it offloads nothing."""
+    if found.get("cpu_offloading") and found.get("cpu_offloading_activations", True):
+        number = found.get("cpu_offloading_num_layers")
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ConfigKeyError(
+                f"The Megatron configuration has cpu_offloading_num_layers={number!r}, expected "
+                "how many layers from the first on are offloaded, 1 or more."
+            )
+        return Offloaded(ChosenLayers(tuple(range(number))), what="saved")
+    if not found.get("fine_grained_activation_offloading"):
+        return None
+    modules = found.get("offload_modules") or ()
+    if isinstance(modules, str) or not modules or any(m not in OFFLOAD_PARTS for m in modules):
+        raise ConfigKeyError(
+            f"The Megatron configuration has offload_modules={modules!r}, expected a list of "
+            f"{', '.join(OFFLOAD_PARTS)}. What is not among them is not supported here."
+        )
+    least = found.get("min_offloaded_tensor_size", 1024 * 1024) * _ELEMENT_BYTES
+    return Offloaded(OffloadParts(tuple(modules)), Offload(min_bytes=least), "saved")
+
+
+def from_megatron(config: Any) -> Megatron | Offloaded | None:
     """The placement that a Megatron Core configuration describes.
 
     Args:
-        config: the ``recompute_*`` keys of a ``TransformerConfig``, as a mapping or an object.
+        config: the ``recompute_*`` and offloading keys of a ``TransformerConfig``, as a mapping or
+            an object.
 
     Returns:
-        The placement; ``None`` where the configuration recomputes nothing.
+        The placement; ``None`` where the configuration recomputes and offloads nothing.
 
     Raises:
         ConfigKeyError: an unknown key, or one that asks for what is not supported.
         PlacementError: values that contradict each other.
     """
     found = as_mapping(config, "Megatron")
-    check_keys(found, (*_KEYS, *_UNSUPPORTED), "Megatron")
+    check_keys(found, (*_KEYS, *_OFFLOADS, *_UNSUPPORTED), "Megatron")
     refuse(found, _UNSUPPORTED, "Megatron")
     granularity = found.get("recompute_granularity")
+    offloaded = _offloaded(found)
+    if offloaded is not None:
+        if granularity is not None:
+            raise ConfigKeyError(
+                f"The Megatron configuration has recompute_granularity={granularity!r} together "
+                "with offloading, which is not supported here (nor, of cpu_offloading, in "
+                "Megatron). Expected one of the two. A policy can do both: "
+                "ckpt_pass.offload(...) | ckpt_pass.save(...) | ckpt_pass.recompute()."
+            )
+        return offloaded
     if granularity is None:
         return None
     modules = found.get("recompute_modules") or ("core_attn",)

@@ -17,6 +17,7 @@ from ckpt_pass.modules.choice import Choice as Choice
 from ckpt_pass.modules.choice import Placement as Placement
 from ckpt_pass.modules.choice import PlacementError
 from ckpt_pass.modules.megatron import Megatron
+from ckpt_pass.modules.offloaded import Offloaded, OffloadParts
 from ckpt_pass.modules.optimal import OptimalSegments
 from ckpt_pass.modules.segments import Segments, SqrtSegments
 
@@ -43,6 +44,8 @@ _CLASSES: tuple[type[Any], ...] = (
     Segments,
     OptimalSegments,
     Megatron,
+    Offloaded,
+    OffloadParts,
 )
 
 #: Every placement by name.

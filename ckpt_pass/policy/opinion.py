@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ckpt_pass.ops.taxonomy import OpClass, classify, op_name
 from ckpt_pass.policy.rules import (
     DEFAULT,
+    OFFLOADING,
     SAVING,
     FirstMatch,
     Policy,
@@ -52,26 +53,35 @@ class Opinion:
     def saves(self) -> bool:
         return self.decision in SAVING
 
+    @property
+    def offloads(self) -> bool:
+        return self.decision in OFFLOADING
 
-def opinion(policy: Policy, site: SiteContext) -> Opinion:
+
+def opinion(policy: Policy, site: SiteContext, offloads: bool = False) -> Opinion:
     """Ask ``policy`` about ``site``: the decision, and which of its rules made it.
 
+    Args:
+        policy: the policy.
+        site: the call site.
+        offloads: whether values can be offloaded there.
+
     Raises:
-        PolicyReturnError: it returned something that is not a decision.
+        PolicyReturnError: it returned something that is not a decision, or cannot be carried out.
     """
     if isinstance(policy, FirstMatch):
         for part in policy.policies:
-            found = _ask(part, site)
+            found = _ask(part, site, offloads)
             if found is not None:
                 return found
         return Opinion(DEFAULT, "default (no rule matched)")
-    return _ask(policy, site) or Opinion(DEFAULT, "default (no opinion)")
+    return _ask(policy, site, offloads) or Opinion(DEFAULT, "default (no opinion)")
 
 
-def _ask(policy: Policy, site: SiteContext) -> Opinion | None:
+def _ask(policy: Policy, site: SiteContext, offloads: bool) -> Opinion | None:
     if isinstance(policy, FirstMatch):
         for part in policy.policies:
-            found = _ask(part, site)
+            found = _ask(part, site, offloads)
             if found is not None:
                 return found
         return None
@@ -79,7 +89,7 @@ def _ask(policy: Policy, site: SiteContext) -> Opinion | None:
     if decision is None:
         return None
     name = describe(policy)
-    return Opinion(check_decision(decision, name, site.site), name)
+    return Opinion(check_decision(decision, name, site.site, offloads), name)
 
 
 @runtime_checkable
@@ -87,7 +97,7 @@ class OpList(Protocol):
     """A policy that has opinions on some ops only, and tells which."""
 
     def lists(self, op: Any) -> bool:
-        """Whether any execution of ``op`` may be saved."""
+        """Whether any execution of ``op`` may be saved, or offloaded."""
         ...
 
 
@@ -104,5 +114,5 @@ def settled(policy: Policy, site: SiteContext) -> Opinion | None:
         return None
     for part in rules:
         if part.matches_op(site):
-            return opinion(part, site) if part.by_op_alone else None
+            return opinion(part, site, offloads=True) if part.by_op_alone else None
     return Opinion(DEFAULT, "default (no rule matched)")

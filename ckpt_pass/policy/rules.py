@@ -29,6 +29,8 @@ DEFAULT = CheckpointPolicy.PREFER_RECOMPUTE
 
 SAVING = frozenset({CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE})
 RECOMPUTING = frozenset({CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE})
+#: Torch itself acts on neither (2.11 to 2.13): its eager contexts recompute such an op.
+OFFLOADING = frozenset({CheckpointPolicy.MUST_CPU_OFFLOAD, CheckpointPolicy.PREFER_CPU_OFFLOAD})
 
 
 class UnknownPolicyError(CkptPassError):
@@ -67,7 +69,8 @@ def name_matches(pattern: str, name: str) -> bool:
 class Rule:
     """One decision for the call sites that meet every given condition.
 
-    Build rules with :func:`save`, :func:`recompute` and :func:`rule`; join them with ``|``.
+    Build rules with :func:`save`, :func:`recompute`, :func:`offload` and :func:`rule`; join them
+    with ``|``.
 
     Attributes:
         decision: what becomes of a matching value.
@@ -154,12 +157,10 @@ class Rule:
                 value = "|".join(str(item) for item in value)
             if value not in (None, ""):
                 shown.append(f"{field.name}={value}")
-        verb = "save" if self.decision in SAVING else "recompute"
-        strength = (
-            ""
-            if self.decision in (CheckpointPolicy.MUST_SAVE, DEFAULT)
-            else (f"[{self.decision.name}]")
-        )
+        moves = self.decision in OFFLOADING
+        verb = "save" if self.decision in SAVING else "offload" if moves else "recompute"
+        usual = (CheckpointPolicy.MUST_SAVE, DEFAULT, CheckpointPolicy.MUST_CPU_OFFLOAD)
+        strength = "" if self.decision in usual else f"[{self.decision.name}]"
         return f"{verb}{strength}({', '.join(shown)})"
 
 
@@ -259,7 +260,7 @@ def rule(
     """Build a rule that gives ``decision`` where every given condition holds.
 
     Args:
-        decision: one of torch's ``CheckpointPolicy`` (the CPU_OFFLOAD members are not supported).
+        decision: one of torch's ``CheckpointPolicy``.
         op: an op, a name such as ``"aten.mm"``, or several of either.
         op_class: a class such as ``"matmul"``, or several.
         module: FQN pattern, as ``"*.mlp"``; submodules of a match are inside.
@@ -295,6 +296,15 @@ def recompute(**conditions: Any) -> Rule:
     return rule(CheckpointPolicy.PREFER_RECOMPUTE, **conditions)
 
 
+def offload(**conditions: Any) -> Rule:
+    """Build a MUST_CPU_OFFLOAD rule; the conditions are those of :func:`rule`.
+
+    Where the values go is said where the policy is used: ``offload=Offload(...)`` of
+    :func:`ckpt_pass.checkpoint`, :func:`ckpt_pass.context_fn` and :func:`ckpt_pass.apply`.
+    """
+    return rule(CheckpointPolicy.MUST_CPU_OFFLOAD, **conditions)
+
+
 def first_match(*policies: Policy, name: str = "") -> FirstMatch:
     """Join policies: for each call site, the first that has an opinion decides."""
     flat: list[Policy] = []
@@ -315,15 +325,28 @@ def takes_one_argument(function: Callable[..., Any]) -> bool:
     return True
 
 
-def check_decision(decision: Any, maker: object, where: object = "") -> CheckpointPolicy:
-    """Return ``decision`` if it is one we carry out; raise :class:`PolicyReturnError` if not."""
-    if decision in SAVING or decision in RECOMPUTING:
+def check_decision(
+    decision: Any, maker: object, where: object = "", offloads: bool = True
+) -> CheckpointPolicy:
+    """Return ``decision`` if it is one that is carried out.
+
+    Args:
+        decision: what a policy answered.
+        maker: the policy, for the message.
+        where: the call site, likewise.
+        offloads: whether values can be offloaded there.
+
+    Raises:
+        PolicyReturnError: it is not.
+    """
+    if decision in SAVING or decision in RECOMPUTING or (offloads and decision in OFFLOADING):
         return decision  # type: ignore[no-any-return]
     at = f" at {where}" if where else ""
     if isinstance(decision, CheckpointPolicy):
         raise PolicyReturnError(
-            f"Policy {maker} returned {decision.name}{at}; offloading is not supported. "
-            "Return MUST_SAVE, PREFER_SAVE, MUST_RECOMPUTE or PREFER_RECOMPUTE."
+            f"Policy {maker} returned {decision.name}{at}; offloading is not supported in a "
+            "compiled graph. Return MUST_SAVE, PREFER_SAVE, MUST_RECOMPUTE or PREFER_RECOMPUTE, or "
+            "run the region in eager mode."
         )
     raise PolicyReturnError(
         f"Policy {maker} returned {decision!r}{at}, expected a member of "

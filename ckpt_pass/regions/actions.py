@@ -28,6 +28,7 @@ class Action(Enum):
     SAVE = auto()
     ASK = auto()
     CHANGE = auto()
+    MOVE = auto()
     #: SAVE, and nothing about a single execution can change that.
     STORE = auto()
 
@@ -68,6 +69,8 @@ class Actions:
         found = settled(self.policy, SiteCounter().visit(op, ()))
         if found is None:
             return Action.ASK
+        if found.offloads:
+            return Action.MOVE
         return Action.SAVE if found.saves else Action.PASS
 
 

@@ -6,6 +6,7 @@ import collections
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
+from ckpt_pass.offloading.store import MovedValueChangedError
+from ckpt_pass.offloading.window import Moved, Window
 from ckpt_pass.regions.ambient import accelerators
 from ckpt_pass.regions.holders import ATOMS
 from ckpt_pass.state.objects import keeper_for
@@ -141,6 +144,9 @@ class Arguments:
         args, kwargs: the arguments.
         name: of the region.
         keeps: whether a container is state of the region itself, and put back as that.
+        window: what puts activations away, where the region's inputs are offloaded: tensors that
+            have a history. Those without (a step's inputs, masks, positions, parameters, buffers)
+            are there anyway. Hooks around the region go before it.
     """
 
     __slots__ = (
@@ -161,6 +167,7 @@ class Arguments:
         kwargs: dict[str, Any],
         name: str,
         keeps: Callable[[Any], bool],
+        window: Window | None = None,
     ) -> None:
         self._name = name
         self._unpack: autograd.UnpackHook | None = None
@@ -180,12 +187,15 @@ class Arguments:
         self._args, self._kwargs = args, kwargs
         self._tensors: list[tuple[torch.Tensor, int, bool]] = []
         hooks = autograd.saved_hooks()
-        if hooks is None:
-            self._tensors = [
-                (t, t._version, t.requires_grad) for t in tensors if not t.is_inference()
-            ]
-        else:
+        if hooks is not None:
             self._pack_with(hooks)
+            return
+        held = tensors
+        if window is not None:
+            held = [t for t in tensors if not _is_moved(t, window)]
+        self._tensors = [(t, t._version, t.requires_grad) for t in held if not t.is_inference()]
+        if window is not None and len(held) < len(tensors):
+            self._pack_with((partial(_put_away, window), partial(_fetched, name)))
 
     def _pack_with(self, hooks: tuple[Any, Any]) -> None:
         pack, self._unpack = hooks
@@ -240,9 +250,9 @@ class Arguments:
         for tensor, version, _ in self._tensors:
             if tensor._version != version:
                 named = _named(self._args, self._kwargs)
-                where = next((name for name, value in named if value is tensor), "")
+                where = next((f", {name}" for name, value in named if value is tensor), "")
                 raise MutatedArgumentError(
-                    f"An argument of {self._name}, {where} (shape {list(tensor.shape)}), was "
+                    f"An argument of {self._name}{where} (shape {list(tensor.shape)}), was "
                     f"changed in place {tensor._version - version} times after the region's "
                     "forward began, so it cannot be recomputed. Clone the argument before the "
                     "in-place op, or take the op out of the region."
@@ -261,6 +271,27 @@ class Arguments:
             flat.append(found.requires_grad_() if requires_grad else found)
         args, kwargs = tree_unflatten(flat, spec)
         return args, kwargs
+
+
+def _is_moved(tensor: torch.Tensor, window: Window) -> bool:
+    return tensor.grad_fn is not None and window.is_worth_moving(tensor)
+
+
+def _put_away(window: Window, tensor: torch.Tensor) -> torch.Tensor | Moved:
+    return window.put(tensor) if _is_moved(tensor, window) else tensor
+
+
+def _fetched(name: str, packed: torch.Tensor | Moved) -> torch.Tensor:
+    if isinstance(packed, torch.Tensor):
+        return packed
+    try:
+        return packed.take()
+    except MovedValueChangedError as error:
+        raise MutatedArgumentError(
+            f"An argument of {name} (shape {list(packed.layout.size)}), which is offloaded, was "
+            "changed in place before the region's forward had ended, so it cannot be recomputed. "
+            "Clone the argument before the in-place op, or take the op out of the region."
+        ) from error
 
 
 def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -81,11 +81,13 @@ class ChainedFrame(Frame):
         return output
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        kept = super()._kept(args, kwargs)
         candidates, self._candidates = self._candidates, ()
         # Hooks around the region (an outer region, offloading) decide how its arguments are kept.
         if autograd.saved_hooks() is not None:
-            return kept
+            return super()._kept(args, kwargs)
+        window, self._window = self._window, None  # nothing is put away that may be made again
+        kept = super()._kept(args, kwargs)
+        self._window = window
         for before in candidates:
             made = before._there()
             linked = tuple(_linked(v, made) for v in args)
@@ -95,8 +97,8 @@ class ChainedFrame(Frame):
                 devices = kept.devices  # those of the tensors that are not kept too
                 kept = super()._kept(linked, named)
                 kept.devices = devices
-                break
-        return kept
+                return kept
+        return kept if window is None else super()._kept(args, kwargs)
 
     def _there(self) -> dict[int, int]:
         """The numbers of the outputs that are there still, unchanged, by identity.

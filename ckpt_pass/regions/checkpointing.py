@@ -12,6 +12,8 @@ from torch import nn
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import autograd, functorch
+from ckpt_pass.offloading.saved_hooks import offloaded_inside
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.regions.caches import with_empty_caches
@@ -35,6 +37,9 @@ class RegionSpec:
         follows: the FQNs of regions whose output it may take; if it does, that is made again,
             not kept.
         nested: how a segment is made again, see :class:`ckpt_pass.regions.chain.Link`.
+        offload: where values go that are offloaded; to the host where ``None``.
+        offload_inputs: whether the activations among its arguments are offloaded.
+        offload_saved: whether nothing is recomputed, and what autograd saves inside is offloaded.
     """
 
     keeps: Keeps | None = None
@@ -42,6 +47,9 @@ class RegionSpec:
     draws: bool | None = None
     follows: tuple[str, ...] = ()
     nested: bool = False
+    offload: OffloadLike | None = None
+    offload_inputs: bool = False
+    offload_saved: bool = False
 
 
 class ContradictoryRegionError(CkptPassError, ValueError):
@@ -54,6 +62,10 @@ class ReentrantRegionError(CkptPassError, ValueError):
 
 class DeterminismCheckError(CkptPassError, ValueError):
     """A way to check recomputed values that there is not."""
+
+
+class CompiledOffloadError(CkptPassError, RuntimeError):
+    """A region in a compiled graph is to offload what only an eager region can."""
 
 
 class RegionPlan(Protocol):
@@ -76,6 +88,8 @@ def checkpoint(
     debug: bool = False,
     early_stop: bool = True,
     preserve_rng_state: bool = True,
+    offload: OffloadLike | None = None,
+    offload_inputs: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Run ``fn(*args, **kwargs)``; make what its backward needs again when the backward comes.
@@ -100,6 +114,9 @@ def checkpoint(
             then torch's own.
         early_stop: end the recomputation with the last value that the backward needs.
         preserve_rng_state: draw the same random numbers in both runs.
+        offload: where values go that the policy offloads; to the host where ``None``.
+        offload_inputs: also move the activations among the arguments (tensors that have a history;
+            what the region gets from elsewhere is there anyway) until the region runs again.
 
     Returns:
         What ``fn`` returns.
@@ -108,6 +125,9 @@ def checkpoint(
         ReentrantRegionError, DeterminismCheckError, UnknownPolicyError: an argument is none.
         ContradictoryRegionError: ``policy``, ``plan`` and ``context_fn`` exclude each other.
         UnknownRegionError: ``plan`` knows no module of that ``name``.
+        StoreFullError, StoreWriteError: a value cannot be offloaded.
+        StoreReadError: comes in the backward.
+        CompiledOffloadError: ``offload_inputs`` in a graph.
         RecomputeMismatchError, MutatedArgumentError, MutatedActivationError, BackwardTwiceError:
             come in the backward.
     """
@@ -127,7 +147,9 @@ def checkpoint(
         if spec is None:
             return fn(*args, **kwargs)
         options = options_for(fn, spec.policy, spec.keeps, name, preserve_rng_state)
-        options = replace(options, draws=spec.draws if preserve_rng_state else False)
+        options = replace(
+            with_moves(options, spec), draws=spec.draws if preserve_rng_state else False
+        )
     elif context_fn is not None:
         draws = None if preserve_rng_state else False
         options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws, root=fn)
@@ -135,6 +157,10 @@ def checkpoint(
         options = _usual_options(fn, None if policy is None else as_policy(policy))
     else:
         options = options_for(fn, policy, None, name, preserve_rng_state)
+    if offload is not None or offload_inputs:
+        where = options.offload if offload is None else offload
+        inputs = options.offload_inputs or offload_inputs
+        options = replace(options, offload=where, offload_inputs=inputs)
     if not early_stop or determinism_check == "none":
         checked = determinism_check != "none"
         options = replace(options, stops_early=early_stop, checked=checked)
@@ -195,6 +221,12 @@ def run_region(
     if not torch.is_grad_enabled() or _leaves_no_region():
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling() or functorch.proxy_graph() is not None:
+        if options.moves_its_own:
+            raise CompiledOffloadError(
+                f"{options.name} offloads its inputs or what is saved inside, which is not "
+                "supported in a compiled graph. Leave offload_inputs out, or run the region in "
+                "eager mode."
+            )
         traced: dict[str, Any] = {} if options.traced is None else {"context_fn": options.traced}
         return torch.utils.checkpoint.checkpoint(
             fn,
@@ -206,6 +238,9 @@ def run_region(
         )
     if not autograd.hooks_enabled():  # torch.autograd.graph.disable_saved_tensors_hooks
         return fn(*args, **kwargs)
+    if options.offload_saved:
+        with offloaded_inside(fn if options.root is None else options.root, args, options.offload):
+            return fn(*args, **kwargs)
     if args or kwargs:
         root = fn if options.root is None else options.root
         run, args, kwargs = with_empty_caches(root, fn, args, kwargs)
@@ -245,12 +280,22 @@ def options_for(
     """
     traced: Callable[[], Any] | None = None
     asked: Policy | None = None
-    chosen = keeps if keeps is not None and keeps.counts else None
+    chosen = keeps if keeps is not None and (keeps.counts or keeps.moved) else None
     if policy is not None or chosen is not None:
         asked = as_policy(policy) if policy is not None else cast(Policy, chosen)
         traced = make_context_fn(asked)
     draws = None if preserve_rng_state else False
     return RegionOptions(_shown(fn, name), None, traced, draws, root=fn, policy=asked)
+
+
+def with_moves(options: RegionOptions, spec: RegionSpec) -> RegionOptions:
+    """The options of a region with what it offloads."""
+    return replace(
+        options,
+        offload=spec.offload,
+        offload_inputs=spec.offload_inputs,
+        offload_saved=spec.offload_saved,
+    )
 
 
 def _usual_options(module: nn.Module, policy: Policy | None) -> RegionOptions:

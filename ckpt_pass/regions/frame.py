@@ -20,12 +20,15 @@ from torch.autograd.profiler import record_function
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd, functorch, modules
+from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.window import Window
 from ckpt_pass.policy.rules import Policy
 from ckpt_pass.regions.ambient import Ambient, RandomState, drawing_from
 from ckpt_pass.regions.arguments import Arguments
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory
-from ckpt_pass.regions.sac import RecomputeMode, selective_contexts
+from ckpt_pass.regions.rerun_mode import RecomputeMode
+from ckpt_pass.regions.sac import selective_contexts
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
 from ckpt_pass.regions.writes import ReadWatch, WriteWatch, known_of
 
@@ -49,6 +52,9 @@ class RegionOptions:
         checked: whether recomputed values must look like those of the forward.
         root: the module or function whose state the region reads; what it runs where ``None``.
         policy: what it keeps, where there are no ``contexts``.
+        offload: where values go that are offloaded; to the host where ``None``.
+        offload_inputs: whether the activations among its arguments are offloaded.
+        offload_saved: whether nothing is recomputed, and what autograd saves inside is offloaded.
     """
 
     name: str = "region"
@@ -59,6 +65,14 @@ class RegionOptions:
     checked: bool = True
     root: Any = None
     policy: Policy | None = None
+    offload: OffloadLike | None = None
+    offload_inputs: bool = False
+    offload_saved: bool = False
+
+    @property
+    def moves_its_own(self) -> bool:
+        """Whether anything is offloaded that no policy tells of."""
+        return self.offload_inputs or self.offload_saved
 
 
 class TransformInRegionError(CkptPassError, RuntimeError):
@@ -90,12 +104,14 @@ class Frame:
         "_complete",
         "_contexts",
         "_fn",
+        "_memory",
         "_options",
         "_outside",
         "_random",
         "_saved",
         "_stops_early",
         "_store",
+        "_window",
     )
 
     def __init__(self, fn: Callable[..., Any], options: RegionOptions) -> None:
@@ -107,6 +123,8 @@ class Frame:
         self._complete = False
         self._random: RandomState | None = None
         self._contexts: Contexts = _NONE
+        self._window: Window | None = None
+        self._memory: RegionMemory | None = None
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the region; what autograd saves inside is not kept."""
@@ -114,6 +132,10 @@ class Frame:
         root = self._fn if options.root is None else options.root
         known = known_of(root, *args, *kwargs.values())
         self._outside = outside = Outside(root, known)
+        if options.offload_inputs or options.policy is not None:
+            self._memory = RegionMemory(options.offload)
+        if options.offload_inputs and self._memory is not None:
+            self._window = self._memory.window_for_more()
         self._arguments = self._kept(args, kwargs)
         if self._arguments.mutable:
             outside.add(*self._arguments.mutable)
@@ -134,6 +156,8 @@ class Frame:
             if not known.watched:
                 outside.learn()
         outside.check_iterators()
+        if self._memory is not None and self._memory.window is not None:
+            self._memory.window.finish()
         if before is not None and not options.draws and not before.moved():
             self._random = None
         self._complete = True
@@ -146,12 +170,12 @@ class Frame:
             return self._options.contexts()
         owners, policy = self._outside.owners_of_statistics(*arguments), self._options.policy
         if policy is not None:
-            return selective_contexts(policy, owners=owners)
+            return selective_contexts(policy, owners=owners, memory=self._memory)
         # What keeps nothing must not change its modules' buffers twice, either.
         return (None, RecomputeMode(RegionMemory(), owners=owners)) if owners else _NONE
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        return Arguments(args, kwargs, self._options.name, self._outside.has)
+        return Arguments(args, kwargs, self._options.name, self._outside.has, self._window)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         autograd.push_saved_hooks(self._saved.pack, self._unpack)
@@ -216,6 +240,8 @@ class Frame:
             made = rerun.handed_over()
         rerun.check_count(exactly=self._complete and not self._stops_early)
         self._store = made
+        if self._window is not None:
+            self._window.fetch_before()
         return output
 
     def _run_again(

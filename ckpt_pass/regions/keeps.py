@@ -18,9 +18,11 @@ class Keeps:
 
     Attributes:
         counts: which executions of an op, by its name, counted from 0 within the region.
+        moved: those whose outputs are offloaded, likewise.
     """
 
     counts: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    moved: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     #: Module names are not looked at (read by the dispatch modes).
     needs_scopes = False
@@ -31,12 +33,15 @@ class Keeps:
         return dict(self.counts)
 
     def lists(self, op: Any) -> bool:
-        """Whether any execution of ``op`` is kept."""
-        return op_name(functional_twin(op)) in self.by_op
+        """Whether any execution of ``op`` is kept, or offloaded."""
+        name = op_name(functional_twin(op))
+        return any(name == listed for listed, _ in (*self.counts, *self.moved))
 
     def __call__(self, site: SiteContext) -> CheckpointPolicy | None:
-        """Keep it, if it is listed."""
-        kept = self.by_op.get(op_name(functional_twin(site.op)))
-        if kept is None:
-            return None
-        return CheckpointPolicy.MUST_SAVE if site.scopes[0].op_index in kept else None
+        """Keep it, or offload it, if it is listed."""
+        name, number = op_name(functional_twin(site.op)), site.scopes[0].op_index
+        if number in dict(self.counts).get(name, ()):
+            return CheckpointPolicy.MUST_SAVE
+        if number in dict(self.moved).get(name, ()):
+            return CheckpointPolicy.MUST_CPU_OFFLOAD
+        return None

@@ -11,6 +11,9 @@ from torch.utils.checkpoint import CheckpointError
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import functorch
+from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.window import Window
 from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.policy.sites import output_tensors
 from ckpt_pass.regions.draws import Draw
@@ -48,6 +51,15 @@ class MutatedActivationError(CkptPassError, CheckpointError):
     """A saved value was changed in place after its region had ended; torch: ``RuntimeError``."""
 
 
+def changed_in_place(name: str) -> str:
+    """What is said of a saved output that was changed."""
+    return (
+        f"{MUTATED}: the saved output of {name} was changed in place after its checkpoint region "
+        "had ended, so the backward would see the changed values. Clone it before the in-place "
+        "op, or let the policy recompute this op."
+    )
+
+
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
     """An alias without autograd history that shares the version counter."""
     with functorch.below_autograd_views():
@@ -74,11 +86,11 @@ class Saved:
             self._value: Any = alias
             self._versions: int | tuple[int, ...] = alias._version
         else:
-            self._set(tree_map_only(torch.Tensor, _detached, output))
+            self._hold(tree_map_only(torch.Tensor, _detached, output))
 
-    def _set(self, value: Any) -> None:
+    def _hold(self, value: Any) -> None:
         self._value = value
-        self.settle()
+        self._versions = _versions(value)
 
     def settle(self) -> None:
         """Take the versions as they are now.
@@ -95,7 +107,7 @@ class Saved:
 
     def copy(self) -> None:
         """Hold copies from now on; called just before an op overwrites the originals."""
-        self._set(tree_map_only(torch.Tensor, torch.clone, self._value))
+        self._hold(tree_map_only(torch.Tensor, torch.clone, self._value))
 
     def take(self, op: Any, again: bool = False) -> Any:
         """Hand the value out, once.
@@ -116,11 +128,7 @@ class Saved:
                 "values."
             )
         if _versions(self._value) != self._versions:
-            raise MutatedActivationError(
-                f"{MUTATED}: the saved output of {op_name(op)} was changed in place after its "
-                "checkpoint region had ended, so the backward would see the changed values. Clone "
-                "it before the in-place op, or let the policy recompute this op."
-            )
+            raise MutatedActivationError(changed_in_place(op_name(op)))
         value = self._value
         if self._draw is not None:
             self._draw.skip()
@@ -136,9 +144,12 @@ class RegionMemory:
     forward and recomputation (autocast casts a shared weight once, or twice) and do no harm.
     """
 
-    __slots__ = ("_by_storage", "_seen", "_unindexed", "complete", "entries")
+    __slots__ = ("_by_storage", "_offload", "_seen", "_unindexed", "complete", "entries", "window")
 
-    def __init__(self) -> None:
+    def __init__(self, offload: OffloadLike | None = None) -> None:
+        self._offload = offload
+        #: What is put away; ``None`` as long as nothing is.
+        self.window: Window | None = None
         #: Whether the region's forward has ended. Until then a backward inside it may make it run
         #: again as far as it has come, and what is handed out stays for the next time.
         self.complete = True
@@ -150,7 +161,10 @@ class RegionMemory:
 
     def keep(self, key: Any, output: Any, draw: Draw | None = None) -> Saved:
         """Save an output (and what was drawn for it) as the next occurrence of ``key``."""
-        entry = Saved(output, draw)
+        return self.add(key, Saved(output, draw))
+
+    def add(self, key: Any, entry: Saved) -> Saved:
+        """Take what was saved as the next occurrence of ``key``."""
         entries = self.entries.get(key)
         if entries is None:
             self.entries[key] = [entry]
@@ -158,6 +172,12 @@ class RegionMemory:
             entries.append(entry)
         self._unindexed.append(entry)
         return entry
+
+    def window_for_more(self) -> Window:
+        """What puts values away; made with the first of them."""
+        if self.window is None:
+            self.window = Window(Offload() if self._offload is None else self._offload)
+        return self.window
 
     def skip(self, key: Any) -> None:
         """Count an occurrence of ``key`` that is not saved."""
@@ -177,6 +197,8 @@ class RegionMemory:
     def start_recompute(self) -> None:
         """Count occurrences from the beginning again."""
         self._seen.clear()
+        if self.window is not None:
+            self.window.fetch_from_the_first()
         if self.complete:
             self._by_storage.clear()
             self._unindexed.clear()

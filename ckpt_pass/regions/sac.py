@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass._torch import functorch
 from ckpt_pass._torch.dispatch import QuickMode
-from ckpt_pass._torch.operators import OpOverload
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.named import DEFAULT_POLICY, as_policy
@@ -42,32 +40,35 @@ from ckpt_pass.regions.actions import (
     actions_for,
     is_cached_cast,
     is_free,
-    is_mutable,
     overwritten,
     returns_what_it_changes,
-    simple_call,
-    statistics,
 )
 from ckpt_pass.regions.draws import Draw, DrawWatch
 from ckpt_pass.regions.light_hooks import LightHooks
-from ckpt_pass.regions.outside import Outside
+from ckpt_pass.regions.moving import MovedOutput
 from ckpt_pass.regions.region import RegionMemory, Saved
+from ckpt_pass.regions.rerun_mode import Owners, RecomputeMode, key_of
 from ckpt_pass.regions.watch import RegionRecord, new_record
-from ckpt_pass.regions.writes import check_reads
 
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
-Owners = tuple[nn.Module, ...]
 
+_SETTLED = frozenset((Action.SAVE, Action.STORE, Action.MOVE))
 NOT_SAVED = Opinion(CheckpointPolicy.PREFER_RECOMPUTE, "made again from what it shows")
 
 
-def context_fn(policy: PolicyLike = DEFAULT_POLICY) -> Callable[[], Contexts]:
+def context_fn(
+    policy: PolicyLike = DEFAULT_POLICY, offload: OffloadLike | None = None
+) -> Callable[[], Contexts]:
     """Build the ``context_fn`` argument of ``torch.utils.checkpoint.checkpoint``.
 
     A drop-in for ``functools.partial(create_selective_checkpoint_contexts, policy_fn)``: it takes
     a policy's name or value, a callable, torch's ``policy_fn(ctx, op, *args, **kwargs)``, or a
     list of ops to save, and works in eager and under ``torch.compile`` alike. Use it with
     ``use_reentrant=False``.
+
+    Args:
+        policy: what is saved, recomputed, or offloaded.
+        offload: where values go that are offloaded; to the host where ``None``.
 
     Raises:
         UnknownPolicyError: ``policy`` is none of these.
@@ -77,19 +78,24 @@ def context_fn(policy: PolicyLike = DEFAULT_POLICY) -> Callable[[], Contexts]:
     # of ops as constants, but not a value that it saw being built.
     if torch.compiler.is_dynamo_compiling():
         return functools.partial(_contexts_for, policy)
-    return functools.partial(_light_contexts, as_policy(policy))
+    if offload is None:
+        return functools.partial(_light_contexts, as_policy(policy))
+    return functools.partial(_light_contexts, as_policy(policy), offload)
 
 
 def _contexts_for(policy: PolicyLike) -> Contexts:
     return _light_contexts(as_policy(policy))
 
 
-def _light_contexts(policy: Policy) -> Contexts:
-    return selective_contexts(policy, LightHooks())
+def _light_contexts(policy: Policy, offload: OffloadLike | None = None) -> Contexts:
+    return selective_contexts(policy, LightHooks(), memory=RegionMemory(offload))
 
 
 def selective_contexts(
-    policy: Policy, hooks: LightHooks | None = None, owners: Owners = ()
+    policy: Policy,
+    hooks: LightHooks | None = None,
+    owners: Owners = (),
+    memory: RegionMemory | None = None,
 ) -> Contexts:
     """The two modes for one run of a region: for its forward, and for its recomputation.
 
@@ -97,8 +103,9 @@ def selective_contexts(
         policy: what the forward saves.
         hooks: for a region of ``torch.utils.checkpoint``: hooks lighter than torch's.
         owners: the modules that the region runs, where their buffers are to change only once.
+        memory: what holds the values.
     """
-    memory = RegionMemory()
+    memory = RegionMemory() if memory is None else memory
     forward = ForwardMode(policy, memory, hooks)
     return forward, RecomputeMode(memory, hooks, owners, forward)
 
@@ -147,15 +154,22 @@ class ForwardMode(QuickMode):
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._settle()
-        self._memory.complete = True
         try:
-            if self._hooked and self._hooks is not None:
-                self._hooks.exit_forward()
+            if exc[0] is None:
+                self._settle()
+                # In other regions this comes after all contexts: an error in the exit of one of
+                # several holds itself.
+                if self._memory.window is not None and self._hooks is not None:
+                    self._memory.window.finish()
         finally:
-            if self._scopes is not None:
-                self._scopes.__exit__(None, None, None)
-            super().__exit__(*exc)  # type: ignore[no-untyped-call]
+            self._memory.complete = True
+            try:
+                if self._hooked and self._hooks is not None:
+                    self._hooks.exit_forward()
+            finally:
+                if self._scopes is not None:
+                    self._scopes.__exit__(None, None, None)
+                super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -221,22 +235,41 @@ class ForwardMode(QuickMode):
         output: Any,
         watch: DrawWatch | None,
     ) -> None:
-        """Save or count one execution, as the policy says."""
-        if action in (Action.SAVE, Action.STORE) and self._record is None:
-            saves = True
+        """Save, put away or count one execution, as the policy says."""
+        if action in _SETTLED and self._record is None:
+            saves, moves = action is not Action.MOVE, action is Action.MOVE
         else:
-            saves = self._ask(func, args, kwargs, output).saves
+            asked = self._ask(func, args, kwargs, output)
+            saves, moves = asked.saves, asked.offloads
         if action is Action.PASS or is_cached_cast(func, args):
             return
         if action is Action.CHANGE and not returns_what_it_changes(func, args, output):
             return
-        key = _key(func, args)
-        if not saves:
+        key = key_of(func, args)
+        if not (saves or moves):
             self._memory.skip(key)
             return
         draw: Draw | None = watch.finished() if watch is not None else None
-        entry = self._memory.keep(key, output, draw)
+        if moves:
+            entry = self._move(key, action, args, kwargs, output, draw)
+        else:
+            entry = self._memory.keep(key, output, draw)
         self._unsettled = entry if action is Action.CHANGE else None
+
+    def _move(
+        self,
+        key: Any,
+        action: Action,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        output: Any,
+        draw: Draw | None,
+    ) -> Saved:
+        memory, changes = self._memory, action is Action.CHANGE
+        # What an op changes in place is its argument, and belongs to the region all the same.
+        around = () if changes else (*args, *kwargs.values())
+        moved = MovedOutput(output, draw, memory.window_for_more(), around, settled=not changes)
+        return memory.add(key, moved)
 
     def _ask(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Opinion:
         """What the policy says of this execution; also told to whoever is watching."""
@@ -257,7 +290,7 @@ class ForwardMode(QuickMode):
     def _decide(self, context: SiteContext) -> Opinion:
         cached = not self._tracing and is_cached_cast(context.op, context.args)
         free = cached or is_free(context.op)
-        found = NOT_SAVED if free else opinion(self._policy, context)
+        found = NOT_SAVED if free else opinion(self._policy, context, not self._tracing)
         if self._record is not None:
             self._record.decisions.append((context.site, found))
         return found
@@ -282,117 +315,5 @@ class ForwardMode(QuickMode):
         found = self._decide(self._visit(func, path, None, output, args, kwargs))
         for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
             node.meta["recompute"] = found.decision
-        self._memory.keep(_key(func, args), output)
+        self._memory.keep(key_of(func, args), output)
         return output
-
-
-def _key(op: Any, args: tuple[Any, ...]) -> Any:
-    """What occurrences of an op are counted by; to hash an op itself is a call into Python."""
-    return id(op) if isinstance(op, OpOverload) else functorch.selective_key(op, args)
-
-
-def running_statistics(owners: Owners) -> Iterator[int]:
-    """The storages of the buffers that normalisations in training update, by their address."""
-    for module in (module for owner in owners for module in owner.modules()):
-        if isinstance(module, _NormBase) and module.training:
-            yield from (b.untyped_storage()._cdata for b in module.buffers(recurse=False))
-
-
-def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an op as its forward did, but leave running statistics alone: the forward moved them."""
-    positions = statistics(func)
-    if positions:
-        args = tuple(
-            value.clone() if index in positions and isinstance(value, torch.Tensor) else value
-            for index, value in enumerate(args)
-        )
-    return func(*args, **kwargs)
-
-
-class RecomputeMode(QuickMode):
-    """Runs a region again and hands out what its forward saved."""
-
-    _buffers: frozenset[int] = frozenset()
-    _collects = False
-
-    def __init__(
-        self,
-        memory: RegionMemory,
-        hooks: LightHooks | None = None,
-        owners: Owners = (),
-        forward: ForwardMode | None = None,
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._owners = owners
-        self._forward = forward
-        self._memory = memory
-        self._counted = memory.entries
-        self._hooks = hooks
-        self._outside: Outside | None = None
-
-    def __enter__(self) -> RecomputeMode:
-        self._memory.start_recompute()
-        self._cleanup = contextlib.ExitStack()
-        outside = self._outside = None if self._hooks is None else self._hooks.outside
-        if outside is not None:
-            outside.put_in()
-            self._cleanup.callback(outside.put_back)
-            self._owners = outside.owners_of_statistics()
-        if self._forward is not None and not self._memory.complete:
-            self._cleanup.enter_context(self._forward.paused())
-        if self._owners:
-            self._buffers = frozenset(running_statistics(self._owners))
-        self._collects = self._hooks is not None and self._hooks.enter_recompute()
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        with self._cleanup:
-            if self._hooks is not None and self._collects:
-                self._hooks.exit_recompute(failed=exc[0] is not None)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if self._outside is not None and self._outside.suspects:
-            check_reads(self._outside, func, args, kwargs or {})
-        call = simple_call(func)
-        if call is None:
-            return self._dispatch(func, args, kwargs or {})
-        if id(func) in self._counted:
-            entry = self._memory.next(id(func), func)
-            if entry is not None:
-                return entry.take(func, again=not self._memory.complete)
-        return call(*args, **kwargs) if kwargs else call(*args)
-
-    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Everything else: what overwrites tensors, moves statistics, or may not be counted."""
-        if func not in IGNORED and is_mutable(func):
-            if not self._memory.complete:
-                self._memory.about_to_change(overwritten(func, args, kwargs))
-            if self._buffers:
-                args = self._with_copies(func, args, kwargs)
-        # What is ignored is never counted.
-        if func in IGNORED or is_cached_cast(func, args):
-            return _run_again(func, args, kwargs)
-        entry = self._memory.next(_key(func, args), func)
-        if entry is None:
-            return _run_again(func, args, kwargs)
-        value = entry.take(func, again=not self._memory.complete)
-        if is_mutable(func) and functorch.proxy_graph() is None:
-            with torch.no_grad():
-                args[0].copy_(value)
-            return args[0]
-        return value
-
-    def _with_copies(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, ...]:
-        """The arguments of an op, but copies of the buffers that it would change once more."""
-        changed = {
-            id(tensor)
-            for tensor in overwritten(func, args, kwargs)
-            if tensor.untyped_storage()._cdata in self._buffers
-        }
-        return tuple(value.clone() if id(value) in changed else value for value in args)

@@ -28,6 +28,11 @@ class RegionRecord:
         """The call sites whose outputs the region saves, in order."""
         return tuple(site for site, found in self.decisions if found.saves)
 
+    @property
+    def offloaded_sites(self) -> tuple[CallSite, ...]:
+        """The call sites whose outputs the region offloads, in order."""
+        return tuple(site for site, found in self.decisions if found.offloads)
+
 
 _watching: contextvars.ContextVar[list[RegionRecord] | None] = contextvars.ContextVar(
     "ckpt_pass_watching", default=None

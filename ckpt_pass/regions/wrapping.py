@@ -17,7 +17,7 @@ from torch import nn
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.checkpointing import RegionSpec as RegionSpec
-from ckpt_pass.regions.checkpointing import options_for, run_region
+from ckpt_pass.regions.checkpointing import options_for, run_region, with_moves
 from ckpt_pass.regions.writes import forget
 
 
@@ -43,7 +43,7 @@ class RegionForward:
     def __init__(self, module: nn.Module, name: str, spec: RegionSpec) -> None:
         self.module = module
         options = options_for(module, spec.policy, spec.keeps, name)
-        self.options = replace(options, draws=spec.draws)
+        self.options = replace(with_moves(options, spec), draws=spec.draws)
         #: Its place in a segment of regions that are recomputed together, if it has one.
         self.link: Link | None = None
         #: An instance attribute that was there before (other libraries wrap ``forward`` too).

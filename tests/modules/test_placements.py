@@ -390,7 +390,7 @@ def test_newer_torchtitan_configurations() -> None:
 @pytest.mark.parametrize(
     ("read", "config", "says"),
     [
-        (from_deepspeed, {"cpu_checkpointing": True}, "save_on_cpu"),
+        (from_deepspeed, {"contiguous_memory_optimization": True}, "without cpu_checkpointing"),
         (from_deepspeed, {"partition_activations": True}, "not supported"),
         (from_deepspeed, {"number_checkpoint": 3}, "Did you mean 'number_checkpoints'"),
         (from_deepspeed, {"number_checkpoints": "all"}, "'all'"),

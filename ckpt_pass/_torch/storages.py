@@ -1,0 +1,67 @@
+"""Tensors as bytes, and bytes as tensors; no mode of dispatch sees any of it."""
+
+from __future__ import annotations
+
+import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ckpt_pass._torch import functorch
+
+#: Tells whether a storage is still there, and keeps its address from being used again meanwhile.
+WeakStorage = StorageWeakRef
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a transform of ``torch.func`` has wrapped a tensor: its own storage is empty."""
+    return bool(is_functorch_wrapped_tensor(tensor))
+
+
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """An alias without autograd history that shares the version counter."""
+    if torch._C._len_torch_dispatch_stack():
+        with torch._C._DisableTorchDispatch(), functorch.below_autograd_views():
+            return tensor.detach()
+    with functorch.below_autograd_views():
+        return tensor.detach()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; -1 where nobody counts (inference tensors)."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole storage of a tensor, as a tensor of bytes."""
+    with torch._C._DisableTorchDispatch():
+        return _bytes_over(tensor.untyped_storage(), tensor.device)
+
+
+def bytes_again(weak: WeakStorage) -> torch.Tensor | None:
+    """The storage as a tensor of bytes, if it is there still."""
+    storage = torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
+    if storage is None:
+        return None
+    with torch._C._DisableTorchDispatch():
+        return _bytes_over(storage, storage.device)
+
+
+def new_bytes(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes with no values yet."""
+    with torch._C._DisableTorchDispatch():
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def viewed(
+    data: torch.Tensor, dtype: torch.dtype, offset: int, size: torch.Size, stride: tuple[int, ...]
+) -> torch.Tensor:
+    """The storage of bytes, looked at as a tensor like that; without history."""
+    with torch._C._DisableTorchDispatch(), torch.no_grad():
+        made = torch.empty(0, dtype=dtype, device=data.device)
+        return made.set_(data.untyped_storage(), offset, size, stride)
+
+
+def _bytes_over(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:
+    with torch.no_grad():
+        made = torch.empty(0, dtype=torch.uint8, device=device)
+        return made.set_(storage, 0, (storage.nbytes(),), (1,))

@@ -1,0 +1,1 @@
+"""Where values are moved to: pinned and plain host memory, a file; and how they come back."""

@@ -1,0 +1,73 @@
+"""How a tensor lies in its storage, and tensors made alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import storages
+
+#: Devices whose values can be moved.
+DEVICES = ("cpu", "cuda")
+
+
+class UnmovableTensorError(CkptPassError, TypeError):
+    """A tensor that cannot be moved: no plain values in one storage of a known device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a tensor lies in its storage.
+
+    Attributes:
+        offset: of its first element, in elements.
+        storage_bytes: of the whole storage, which is what moves.
+    """
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    storage_bytes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Layout:
+        """That of a tensor."""
+        return cls(
+            tensor.size(),
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            tensor.dtype,
+            tensor.device,
+            tensor.untyped_storage().nbytes(),
+        )
+
+
+def is_movable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has plain values in one storage: no subclass, not sparse, not fake."""
+    kind = type(tensor)
+    return (
+        (kind is torch.Tensor or kind is nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type in DEVICES
+        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+        and not storages.is_wrapped(tensor)
+    )
+
+
+def check_movable(tensor: torch.Tensor) -> None:
+    """Raise unless a tensor can be moved.
+
+    Raises:
+        UnmovableTensorError: it cannot.
+    """
+    if not is_movable(tensor):
+        raise UnmovableTensorError(
+            f"Got a {type(tensor).__name__} of shape {list(tensor.shape)} and layout "
+            f"{tensor.layout} on {tensor.device} to be offloaded, expected a plain, strided tensor "
+            f"on one of {', '.join(DEVICES)}. Keep it where it is, or offload what it is made of."
+        )

@@ -1,0 +1,71 @@
+"""How fast the link of this machine is: measured once, with copies as a step makes them."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+
+import torch
+
+from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.store import Store
+from ckpt_pass.offloading.stores import open_store
+
+#: Bytes of a copy that is timed: long against what begins it, short enough for a small machine.
+SAMPLE_BYTES = 32 * 2**20
+SAMPLES = 5
+
+
+def measured_rates(offload: Offload, device: torch.device | str) -> tuple[float, float]:
+    """Bytes per second out to the store and back; what ``offload`` says itself is not measured.
+
+    Medians of five copies of 32 MiB, after one that is not counted; measured once in a process for
+    each target, folder and device. Of a disk the system's cache of pages is a part, as in a step.
+
+    Args:
+        offload: where values go.
+        device: where they are.
+
+    Raises:
+        InvalidOffloadError: values of such a device cannot be moved.
+        StoreFolderError, StoreFullError: nothing can be kept there.
+    """
+    out, back = offload.d2h_bytes_per_s, offload.h2d_bytes_per_s
+    if out is None or back is None:
+        measured = _measured(Offload(to=offload.to, folder=offload.folder), _indexed(device))
+        out, back = out or measured[0], back or measured[1]
+    return float(out), float(back)
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _measured(offload: Offload, device: torch.device) -> tuple[float, float]:
+    store = open_store(offload, device)
+    data = torch.ones(SAMPLE_BYTES, dtype=torch.uint8, device=device)
+    times = [_time_s(store, data) for _ in range(SAMPLES + 1)][1:]
+    out_s, back_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return SAMPLE_BYTES / out_s, SAMPLE_BYTES / back_s
+
+
+def _time_s(store: Store, data: torch.Tensor) -> tuple[float, float]:
+    """Seconds of one copy out and one back."""
+    moments = [_now(data.device)]
+    ticket = store.put(data)
+    ticket.release()
+    moments.append(_now(data.device))
+    ticket.take()
+    moments.append(_now(data.device))
+    return moments[1] - moments[0], moments[2] - moments[1]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,142 @@
+"""Offload what autograd saves for the backward, and recompute nothing: hooks on saved tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ckpt_pass._torch import autograd, storages
+from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.window import Moved, Window
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A saved tensor that is elsewhere, and how many were put until then."""
+
+    moved: Moved
+    number: int
+
+
+class SavedHooks:
+    """A pair of hooks for autograd.
+
+    What is nobody's activation stays where it is: parameters and their views, leaves that require a
+    gradient, and what :meth:`keep` was told of.
+
+    Args:
+        window: what puts tensors away.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
+        self._kept: set[int] = set()
+
+    def keep(self, values: Any) -> None:
+        """Do not move the tensors in there, as long as they live, nor views of them."""
+        for value in tree_leaves(values):
+            if isinstance(value, torch.Tensor) and self._window.is_worth_moving(value):
+                self._kept.add(value.untyped_storage()._cdata)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Packed:
+        """What autograd holds instead of a tensor."""
+        if not self._is_activation(tensor):
+            # Without its history: that would lead back to who holds it.
+            return tensor if tensor.is_leaf else storages.detached(tensor)
+        return _Packed(self._window.put(tensor), self._window.count)
+
+    def unpack(self, packed: torch.Tensor | _Packed) -> torch.Tensor:
+        """The tensor, as it was."""
+        if isinstance(packed, torch.Tensor):
+            return packed
+        tensor = packed.moved.take(shared=True)
+        self._window.fetch_earlier(packed.number)
+        return tensor
+
+    def _is_activation(self, tensor: torch.Tensor) -> bool:
+        base = tensor if tensor._base is None else tensor._base
+        if isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad):
+            return False
+        if not self._window.is_worth_moving(tensor):
+            return False
+        return tensor.untyped_storage()._cdata not in self._kept
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """What autograd saves inside, on this thread, is offloaded."""
+        autograd.push_saved_hooks(self.pack, self.unpack)
+        try:
+            yield
+        finally:
+            autograd.pop_saved_hooks()
+
+
+@contextlib.contextmanager
+def offload_activations(
+    model: nn.Module | None = None,
+    offload: OffloadLike | None = None,
+    *,
+    in_flight: int = Offload.IN_FLIGHT,
+) -> Iterator[None]:
+    """Offload what autograd saves inside the ``with`` block; run the forward in it.
+
+    As TRL's and torchtune's ``OffloadActivations``. Nothing is recomputed. A saved tensor's whole
+    storage is moved, once, whoever shares it, and comes back with size and stride; the next are
+    fetched ahead. The last ``in_flight`` values stay where they are: the backward begins with them.
+
+    Args:
+        model: its parameters, buffers and inputs stay. Without it inputs that require no gradient
+            are taken for activations, and moved to no avail.
+        offload: where values go; to the host where ``None``. ``Offload(min_bytes=...)`` says from
+            which size on.
+        in_flight: how many values may be on their way at once; with 0 every one is waited for.
+
+    Raises:
+        StoreFullError: a value does not fit.
+        StoreWriteError: a value could not be written.
+        StoreReadError, MovedValueChangedError: come in the backward.
+    """
+    window = Window(Offload() if offload is None else offload, in_flight=in_flight, last_first=True)
+    hooks = SavedHooks(window)
+    handle = None
+    if model is not None:
+        hooks.keep([*model.parameters(), *model.buffers()])
+        handle = model.register_forward_pre_hook(
+            lambda _module, args, kwargs: hooks.keep((args, kwargs)), with_kwargs=True
+        )
+    try:
+        with hooks.active():
+            yield
+    finally:
+        window.forget()
+        if handle is not None:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def offloaded_inside(module: Any, arguments: Any, offload: OffloadLike | None) -> Iterator[None]:
+    """The same for one module among others: at its end all of its values are gone.
+
+    Args:
+        module: what runs; parameters and buffers stay, if it is a module.
+        arguments: what it is called with. Those without a history stay.
+        offload: where values go; to the host where ``None``.
+
+    Raises:
+        StoreFullError, StoreWriteError: see :func:`offload_activations`.
+    """
+    window = Window(Offload() if offload is None else offload, last_first=True)
+    hooks = SavedHooks(window)
+    if isinstance(module, nn.Module):
+        hooks.keep(list(module.buffers()))
+    hooks.keep([t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor) and t.is_leaf])
+    with hooks.active():
+        yield
+    window.finish()

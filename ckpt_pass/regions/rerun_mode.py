@@ -1,0 +1,151 @@
+"""The dispatch mode of a recomputation: it hands out what the region's forward has saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ckpt_pass._torch import functorch
+from ckpt_pass._torch.dispatch import QuickMode
+from ckpt_pass._torch.operators import OpOverload
+from ckpt_pass.regions.actions import (
+    IGNORED,
+    is_cached_cast,
+    is_mutable,
+    overwritten,
+    simple_call,
+    statistics,
+)
+from ckpt_pass.regions.light_hooks import LightHooks
+from ckpt_pass.regions.outside import Outside
+from ckpt_pass.regions.region import RegionMemory
+from ckpt_pass.regions.writes import check_reads
+
+Owners = tuple[nn.Module, ...]
+
+
+class Pausable(Protocol):
+    """The mode of the region's forward."""
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """Let ops pass meanwhile."""
+        ...
+
+
+def key_of(op: Any, args: tuple[Any, ...]) -> Any:
+    """What occurrences of an op are counted by; to hash an op itself is a call into Python."""
+    return id(op) if isinstance(op, OpOverload) else functorch.selective_key(op, args)
+
+
+def running_statistics(owners: Owners) -> Iterator[int]:
+    """The storages of the buffers that normalisations in training update, by their address."""
+    for module in (module for owner in owners for module in owner.modules()):
+        if isinstance(module, _NormBase) and module.training:
+            yield from (b.untyped_storage()._cdata for b in module.buffers(recurse=False))
+
+
+def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op as its forward did, but leave running statistics alone: the forward moved them."""
+    positions = statistics(func)
+    if positions:
+        args = tuple(
+            value.clone() if index in positions and isinstance(value, torch.Tensor) else value
+            for index, value in enumerate(args)
+        )
+    return func(*args, **kwargs)
+
+
+class RecomputeMode(QuickMode):
+    """Runs a region again and hands out what its forward saved."""
+
+    _buffers: frozenset[int] = frozenset()
+    _collects = False
+
+    def __init__(
+        self,
+        memory: RegionMemory,
+        hooks: LightHooks | None = None,
+        owners: Owners = (),
+        forward: Pausable | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._owners = owners
+        self._forward = forward
+        self._memory = memory
+        self._counted = memory.entries
+        self._hooks = hooks
+        self._outside: Outside | None = None
+
+    def __enter__(self) -> RecomputeMode:
+        self._memory.start_recompute()
+        self._cleanup = contextlib.ExitStack()
+        outside = self._outside = None if self._hooks is None else self._hooks.outside
+        if outside is not None:
+            outside.put_in()
+            self._cleanup.callback(outside.put_back)
+            self._owners = outside.owners_of_statistics()
+        if self._forward is not None and not self._memory.complete:
+            self._cleanup.enter_context(self._forward.paused())
+        if self._owners:
+            self._buffers = frozenset(running_statistics(self._owners))
+        self._collects = self._hooks is not None and self._hooks.enter_recompute()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        with self._cleanup:
+            if self._hooks is not None and self._collects:
+                self._hooks.exit_recompute(failed=exc[0] is not None)
+            if self._memory.window is not None:
+                self._memory.window.fetch_before()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self._outside is not None and self._outside.suspects:
+            check_reads(self._outside, func, args, kwargs or {})
+        call = simple_call(func)
+        if call is None:
+            return self._dispatch(func, args, kwargs or {})
+        if id(func) in self._counted:
+            entry = self._memory.next(id(func), func)
+            if entry is not None:
+                return entry.take(func, again=not self._memory.complete)
+        return call(*args, **kwargs) if kwargs else call(*args)
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Everything else: what overwrites tensors, moves statistics, or may not be counted."""
+        if func not in IGNORED and is_mutable(func):
+            if not self._memory.complete:
+                self._memory.about_to_change(overwritten(func, args, kwargs))
+            if self._buffers:
+                args = self._with_copies(func, args, kwargs)
+        # What is ignored is never counted.
+        if func in IGNORED or is_cached_cast(func, args):
+            return _run_again(func, args, kwargs)
+        entry = self._memory.next(key_of(func, args), func)
+        if entry is None:
+            return _run_again(func, args, kwargs)
+        value = entry.take(func, again=not self._memory.complete)
+        if is_mutable(func) and functorch.proxy_graph() is None:
+            with torch.no_grad():
+                args[0].copy_(value)
+            return args[0]
+        return value
+
+    def _with_copies(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """The arguments of an op, but copies of the buffers that it would change once more."""
+        changed = {
+            id(tensor)
+            for tensor in overwritten(func, args, kwargs)
+            if tensor.untyped_storage()._cdata in self._buffers
+        }
+        return tuple(value.clone() if id(value) in changed else value for value in args)
