@@ -236,6 +236,22 @@ def accumulates() -> bool:
     return node is not None and node.name().endswith("AccumulateGrad") and called_by_engine()
 
 
+def node_number() -> int:
+    """A number of the graph's node whose backward runs now; -1 where none does.
+
+    Also while the engine adds what that node gave to what is there.
+    """
+    node = torch._C._current_autograd_node()
+    return -1 if node is None else int(node._sequence_nr())
+
+
+def node_leads_twice() -> bool:
+    """Whether the node whose backward runs now gives two gradients for one value."""
+    node = torch._C._current_autograd_node()
+    edges = [] if node is None else [edge for edge in node.next_functions if edge[0] is not None]
+    return len(set(edges)) < len(edges)
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a fake one."""
     return isinstance(tensor, FakeTensor)

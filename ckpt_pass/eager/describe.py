@@ -191,6 +191,7 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
         done=max(trace.saved[number].released for number in inside),
         arguments=tuple(sorted({*outside, *call.held})),
         extra_bytes=torch.get_rng_state().nbytes if draws else 0,
+        dropped=call.dropped,
     )
 
 

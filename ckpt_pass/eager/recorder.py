@@ -28,7 +28,7 @@ from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
-    adds_up,
+    Sums,
     as_really,
     changed_tensors,
     differentiate,
@@ -102,6 +102,7 @@ class Recorder(TorchDispatchMode):
         self._open: list[int] = []
         self._asked: set[int] = set()  # in the backward
         self._written = Calls(fakes)
+        self._sums = Sums()
         self._resting = False
         self._backward = False
 
@@ -153,7 +154,7 @@ class Recorder(TorchDispatchMode):
             call.ops = (call.ops[0], self.moment)
             call.values = (call.values[0], len(self.trace.saved))
             call.outputs = self._storages(output)
-            self._objects.leave()
+            call.dropped = self._own(call, self._objects.leave())
 
         def note_arguments(module: nn.Module, args: Any, kwargs: Any) -> None:
             call = self.trace.calls[self._open[-1]]
@@ -174,6 +175,12 @@ class Recorder(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _own(self, call: CallRecord, storages: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of some storages that a call has made, and does not return."""
+        born = call.ops[0]
+        own = (s for s in storages if self.trace.storages[s].born >= born)
+        return tuple(s for s in own if s not in call.outputs)
 
     def _storages(self, value: Any) -> tuple[int, ...]:
         """The storages of the step among the tensors of a value."""
@@ -225,7 +232,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._resting or op_name(func).startswith("prim."):
             return func(*args, **kwargs)
-        if adds_up(func, args, kwargs):
+        if self._sums.adds_up(func, args, kwargs):
             func = torch.ops.aten.add_.Tensor
         elif is_taken_over(func, args):
             func, kwargs = torch.ops.aten.detach.default, {}
@@ -246,6 +253,7 @@ class Recorder(TorchDispatchMode):
         with self._rest():
             record.call = self._written.node(func, args, kwargs, output)
             output = self._as_really(record.call, output, known)
+        self._sums.note(output)
         record.makes = tuple(self._born(output, known - fresh_ids(func, args), index))
         record.effects = self._has_effects(func, record, args, kwargs)
         self._numbers.note(record.makes, func, self._module)

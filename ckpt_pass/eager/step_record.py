@@ -64,6 +64,7 @@ class CallRecord:
         outputs: the storages that it returned.
         given: those among its arguments, of which a region holds all, used or not.
         held: those that objects among its arguments hold when the forward ends.
+        dropped: those that it made and put into objects of which a region lets go at its end.
     """
 
     name: str
@@ -74,6 +75,7 @@ class CallRecord:
     outputs: tuple[int, ...] = ()
     given: tuple[int, ...] = ()
     held: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
 
 
 @dataclass

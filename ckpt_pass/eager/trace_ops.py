@@ -76,12 +76,37 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the engine adds two gradients, the first of which it owns alone.
+class Sums:
+    """Tells the engine's sums of gradients from those of its formulas."""
 
-    Of real tensors it does so in place (``input_buffer.cpp``, ``accumulate``), of fake ones,
-    as of every subclass, it does not.
-    """
+    def __init__(self) -> None:
+        self._made_by: dict[int, int] = {}
+
+    def note(self, output: Any) -> None:
+        """Remember the node of the graph in whose backward the tensors of an output are made."""
+        node = autograd.node_number()
+        for storage in storage_ids(output_tensors(output)):
+            self._made_by[storage] = node
+
+    def adds_up(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the engine adds two gradients, the first of which it owns alone.
+
+        Of real tensors it does so in place (``input_buffer.cpp``, ``accumulate``), of fake ones,
+        as of every subclass, it does not. A formula that adds owns what it has made alone, too, but
+        allocates the sum: what the engine adds to comes from another node, or this one has given
+        two gradients for one value.
+        """
+        if not _are_alike(func, args, kwargs) or not autograd.is_held_alone(args[0]):
+            return False
+        if not is_dense(args[0]) or not autograd.called_by_engine():
+            return False
+        (storage,) = storage_ids(args[:1])
+        elsewhere = self._made_by.get(storage) != autograd.node_number()
+        return elsewhere or autograd.node_leads_twice()
+
+
+def _are_alike(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an op adds two strided tensors of one look, and keeps no history of it."""
     if func is not torch.ops.aten.add.Tensor or len(args) != 2 or kwargs:
         return False
     if torch.is_grad_enabled():  # a backward through this one may need both
@@ -90,9 +115,7 @@ def adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
         return False
     alike = first.shape == second.shape and first.dtype == second.dtype
-    if not alike or first.layout is not torch.strided or second.layout is not torch.strided:
-        return False
-    return autograd.is_held_alone(first) and is_dense(first) and autograd.called_by_engine()
+    return alike and first.layout is torch.strided and second.layout is torch.strided
 
 
 def is_taken_over(func: Any, args: tuple[Any, ...]) -> bool:

@@ -22,7 +22,7 @@ from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner
 from ckpt_pass.eager.answers import Answers, OtherPathError, asks, real_answers
-from ckpt_pass.eager.trace_ops import adds_up, as_really, differentiate, saved_numbers_bytes
+from ckpt_pass.eager.trace_ops import Sums, as_really, differentiate, saved_numbers_bytes
 from ckpt_pass.graph.capture import (
     LossFn,
     input_words,
@@ -250,6 +250,7 @@ class _Graphs:
         self._left = self.answers.anew() if self.answers is not None else None
         self.calls = []
         self.backward = self._inside = False
+        self._sums = Sums()
 
     @property
     def _is_real(self) -> bool:
@@ -325,14 +326,16 @@ class _Graphs:
                 result = self._left.next(func)
         else:
             between = self.backward and not self._inside and not self._is_real
-            joins = between and adds_up(func, args, kwargs)
+            joins = between and self._sums.adds_up(func, args, kwargs)
             result = run(torch.ops.aten.add_.Tensor if joins else func)
         if not self._inside and not self.backward:
             numbers = saved_numbers_bytes(func, args, output_tensors((*args, *kwargs.values())))
             if numbers:
                 self.held.hold(numbers)
         looks = None if self._inside or self._is_real else self._as_really
-        return self.held.note(func, args, kwargs, result, self._where(func), looks)
+        result = self.held.note(func, args, kwargs, result, self._where(func), looks)
+        self._sums.note(result)
+        return result
 
     def _as_really(self, call: fx.Node, result: Any, given: set[int]) -> Any:
         """What an op between the graphs returns, made to look as its kernel's: others see it."""

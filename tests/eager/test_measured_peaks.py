@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -314,3 +315,28 @@ def test_a_gradient_that_two_places_hold_is_not_added_to_in_place() -> None:
         with plan.applied(model):
             measured = ckpt_pass.measure_step(lambda: square(model(x)), repeats=1).peak_bytes
         assert plan.regions and measured <= plan.peak_bytes <= 1.002 * measured
+
+
+class Whitening(nn.Module):
+    """The formulas of what is behind a Cholesky factor, or a pseudo-inverse, add."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.last = nn.Linear(48, 48), nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        found: Tensor = self.last(self.function(h)) * h
+        return found.square().mean()
+
+
+def _cholesky(h: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.cholesky(h @ h.T + torch.eye(len(h)))
+    return found
+
+
+@pytest.mark.parametrize("function", [_cholesky, torch.linalg.pinv], ids=["cholesky", "pinv"])
+def test_what_formulas_add_is_allocated(function: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    check_exact(Whitening(function), torch.randn(48, 48))
