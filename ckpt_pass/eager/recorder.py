@@ -35,6 +35,7 @@ from ckpt_pass.eager.trace_ops import (
     fresh_ids,
     is_taken_over,
     saved_numbers_bytes,
+    stand_ins,
     storage_ids,
     with_known_shape,
 )
@@ -251,6 +252,7 @@ class Recorder(TorchDispatchMode):
             self.trace.storages.append(StorageRecord(numbers, index, of_graph=True))
         record = self.trace.ops[index]
         with self._rest():
+            known |= stand_ins(self._fakes, given, output)
             record.call = self._written.node(func, args, kwargs, output)
             output = self._as_really(record.call, output, known)
         self._sums.note(output)

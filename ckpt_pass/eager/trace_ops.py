@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -53,6 +54,27 @@ def changed_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def storage_ids(tensors: Iterable[torch.Tensor]) -> set[int]:
     """What tells the memory behind tensors apart."""
     return {s._cdata for tensor in tensors for s in functorch.storages_of(tensor)}
+
+
+def stand_ins(
+    fakes: functorch.FakeTensorMode, given: Iterable[torch.Tensor], output: Any
+) -> set[int]:
+    """The memory of fake tensors that stood for real ones, where a sparse output may hold it.
+
+    It is the real one's, which is not let go before the other.
+    """
+    if all(tensor.layout is torch.strided for tensor in output_tensors(output)):
+        return set()
+    found = set[int]()
+    for real in (tensor for tensor in given if not autograd.is_fake(tensor)):
+        storage = fakes.from_tensor(real).untyped_storage()
+        weakref.finalize(storage, _let_go, real)
+        found.add(storage._cdata)
+    return found
+
+
+def _let_go(_: torch.Tensor) -> None:
+    """What it is given has been held until now."""
 
 
 def fresh_ids(func: Any, args: tuple[Any, ...]) -> set[int]:
@@ -134,8 +156,12 @@ def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Run an op on fake tensors; by masks that are real, and grouped products in any dtype.
 
     The rule for the shapes of products knows bf16 only, while the CPU's kernel takes fp32 too
-    (torch 2.13).
+    (torch 2.13). The bags that a sum over bags did not write down its backward makes again, but
+    none of fake tensors.
     """
+    if func is torch.ops.aten._embedding_bag_backward.default and not args[3].numel():
+        bags = args[1].new_empty(args[1].shape)
+        return func(*args[:3], bags, *args[4:], **kwargs)
     if func is torch.ops.aten.index.Tensor:
         return func(args[0], _without_masks(args[1]))
     if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:

@@ -118,6 +118,26 @@ def test_sparse_tables_and_numbers_from_lists(times: int) -> None:
     check_exact(Tables(times), torch.randint(0, 40, (60,)))
 
 
+class Bags(nn.Module):
+    """Rows of a table, one for each bag of numbers that the forward makes."""
+
+    def __init__(self, mode: str, sparse: bool) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(300, WIDTH, mode=mode, sparse=sparse)
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.fc(self.bags(numbers * 2 + 1)).tanh().square().mean()
+
+
+@pytest.mark.parametrize(
+    ("mode", "sparse"), [("sum", True), ("mean", True), ("mean", False), ("max", False)]
+)
+def test_bags_of_rows(mode: str, sparse: bool) -> None:
+    torch.manual_seed(0)
+    check_exact(Bags(mode, sparse), torch.randint(0, 140, (24, 8)))
+
+
 class Routed(nn.Module):
     """Experts, of which those are called that a mask of zeros has been told of."""
 
