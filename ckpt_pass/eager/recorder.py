@@ -39,6 +39,7 @@ from ckpt_pass.eager.trace_ops import (
     storage_ids,
     with_known_shape,
 )
+from ckpt_pass.eager.two_ways import Formulas
 from ckpt_pass.graph.calls import Calls, MadeBy
 from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernels import Kernels
@@ -104,6 +105,7 @@ class Recorder(TorchDispatchMode):
         self._asked: set[int] = set()  # in the backward
         self._written = Calls(fakes)
         self._sums = Sums()
+        self._formulas = Formulas(self.trace)
         self._resting = False
         self._backward = False
 
@@ -242,6 +244,7 @@ class Recorder(TorchDispatchMode):
         uses = tuple(sorted({self._live[key] for key in known if key in self._live}))
         changes = tuple(self._changed(func, args, kwargs))
         self._numbers.check(given, changes, self._number_of)
+        self._formulas.note(given)
         site = self._site(func)
         index = self.moment
         draws = draws_random(func, args, kwargs)

@@ -79,6 +79,21 @@ class CallRecord:
 
 
 @dataclass
+class FormulaRecord:
+    """The backward of an op, whose formula goes another way on real tensors.
+
+    Attributes:
+        call: of the op.
+        needs: which of its tensors require a gradient.
+        ops: what it ran on fake ones, as a range.
+    """
+
+    call: fx.Node
+    needs: tuple[bool, ...]
+    ops: tuple[int, int]
+
+
+@dataclass
 class EagerTrace:
     """A recorded step; moments count the ops that had begun."""
 
@@ -89,4 +104,5 @@ class EagerTrace:
     #: The saved values that the backward has asked for more than once.
     asked_again: set[int] = field(default_factory=set)
     calls: list[CallRecord] = field(default_factory=list)
+    formulas: list[FormulaRecord] = field(default_factory=list)
     forward_length: int = 0
