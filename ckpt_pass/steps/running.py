@@ -156,7 +156,7 @@ class FakeStep:
         compiled then.
         """
         step = whole_step(self.model, self.loss_fn)
-        compiled = compilers.compile_apart(step, compilers.run_graphs, False)
+        compiled = compilers.compile_apart(step, compilers.run_graphs, None)
         with compilers.own_profile():
             self._run_for_real(compiled)
             return real_answers(lambda: self._run_for_real(compiled))
@@ -200,7 +200,7 @@ class FakeStep:
     def _run(self, roots: tuple[Any, ...], graphs: _Graphs) -> StepRun:
         model, loss_fn, args, kwargs = roots
         leaves = [tensor for tensor in Reached(roots).tensors if tensor.is_leaf]
-        compiled = compilers.compile_apart(whole_step(model, loss_fn), graphs, False)
+        compiled = compilers.compile_apart(whole_step(model, loss_fn), graphs, None)
         for _ in range(_MOST_RUNS):
             before = len(graphs.seen)
             graphs.begin(device_type_of(leaves))
