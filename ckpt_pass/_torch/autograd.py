@@ -253,7 +253,7 @@ def node_name() -> str:
 
 def newest_node_number() -> int:
     """The number of the node that was made last on this thread (:func:`node_number`)."""
-    return int(torch._C._autograd._get_sequence_nr()) - 1  # type: ignore[attr-defined]
+    return int(torch._C._autograd._get_sequence_nr()) - 1
 
 
 def formula_of(results: Sequence[torch.Tensor]) -> tuple[Any, list[torch.Tensor | None]]:

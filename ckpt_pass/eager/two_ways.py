@@ -1,4 +1,4 @@
-"""Backwards in a recorded step whose formulas go another way on real tensors: found, and replaced."""
+"""Backwards in a recorded step whose formulas go another way on real tensors, and as they are."""
 
 from __future__ import annotations
 

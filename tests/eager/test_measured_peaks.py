@@ -356,6 +356,33 @@ def _cholesky(h: Tensor) -> Tensor:
     return found
 
 
+def _best(h: Tensor) -> Tensor:
+    return h.topk(24, 0).values.repeat(2, 1) + h.max(0).values
+
+
+def _middle(h: Tensor) -> Tensor:
+    return h - h.median() * h.gather(0, h.argsort(0))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: h.exp().cumprod(0),
+        lambda h: h.exp().prod(0) + h,
+        lambda h: h * torch.linalg.slogdet(h)[1],
+        _best,
+        _middle,
+    ],
+    ids=["cumprod", "prod", "slogdet", "best", "middle"],
+)
+def test_formulas_that_go_another_way_on_fake_tensors(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    model, x = Whitening(function), torch.randn(48, 48)
+    assert off(ckpt_pass.plan(model, x, budget=1.0, mode="eager"), model, x) == 0
+
+
 @pytest.mark.parametrize("function", [_cholesky, torch.linalg.pinv], ids=["cholesky", "pinv"])
 def test_what_formulas_add_is_allocated(function: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
