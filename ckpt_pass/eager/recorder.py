@@ -28,6 +28,7 @@ from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
+    HeldNumbers,
     Sums,
     as_really,
     changed_tensors,
@@ -105,6 +106,7 @@ class Recorder(TorchDispatchMode):
         self._asked: set[int] = set()  # in the backward
         self._written = Calls(fakes)
         self._sums = Sums()
+        self._held = HeldNumbers()
         self._formulas = Formulas(self.trace)
         self._resting = False
         self._backward = False
@@ -245,14 +247,15 @@ class Recorder(TorchDispatchMode):
         changes = tuple(self._changed(func, args, kwargs))
         self._numbers.check(given, changes, self._number_of)
         self._formulas.note(given)
+        self._held.begins()
         site = self._site(func)
         index = self.moment
         draws = draws_random(func, args, kwargs)
         self.trace.ops.append(OpRecord(site, _NO_CALL, (), uses, changes, draws, False))
         output = self._run(func, args, kwargs, given)
-        numbers = 0 if self._backward else saved_numbers_bytes(func, args, given)
+        numbers = saved_numbers_bytes(func, args, given)
         if numbers:
-            self.trace.storages.append(StorageRecord(numbers, index, of_graph=True))
+            self._hold(StorageRecord(numbers, index, of_graph=not self._backward))
         record = self.trace.ops[index]
         with self._rest():
             known |= stand_ins(self._fakes, given, output)
@@ -263,6 +266,16 @@ class Recorder(TorchDispatchMode):
         record.effects = self._has_effects(func, record, args, kwargs)
         self._numbers.note(record.makes, func, self._module)
         return output
+
+    def _hold(self, numbers: StorageRecord) -> None:
+        """Count what autograd holds of Python's numbers; the graphs of the backward are run."""
+        self.trace.storages.append(numbers)
+        if self._backward:
+
+            def let_go() -> None:
+                numbers.dies = self.moment
+
+            self._held.hold(let_go)
 
     @property
     def _module(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -247,6 +247,29 @@ def saved_numbers_bytes(func: Any, args: tuple[Any, ...], given: Iterable[torch.
     if not any(tensor.requires_grad for tensor in given):
         return 0
     return NUMBER_BYTES * sum(isinstance(value, (int, float)) for value in args)
+
+
+class HeldNumbers:
+    """Such numbers in graphs that the backward makes and runs: held until their node has run."""
+
+    def __init__(self) -> None:
+        self._let_go: dict[int, Callable[[], None]] = {}
+        self._running = -1
+
+    def hold(self, let_go: Callable[[], None]) -> None:
+        """The node that was made last holds numbers; afterwards it lets them go."""
+        self._let_go[autograd.newest_node_number()] = let_go
+
+    def begins(self) -> None:
+        """An op begins."""
+        node = autograd.node_number()
+        if node != self._running:
+            self._let_go.pop(self._running, _nothing)()
+            self._running = node
+
+
+def _nothing() -> None:
+    """What there is to let go elsewhere."""
 
 
 def differentiate(model: nn.Module, value: Any) -> None:

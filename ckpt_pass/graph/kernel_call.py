@@ -33,8 +33,9 @@ NOTHING: Mapping[fx.Node, Any] = MappingProxyType({})
 
 #: Arguments that split the rows of another into groups: they rise to the number of rows.
 OFFSET_ARGUMENTS = ("offs",)
-#: Arguments that say how many are in each group: a kernel leaves out those without any.
-COUNT_ARGUMENTS = ("bag_size",)
+#: Arguments of whole numbers from 1 on: of each group how many, of a factor its exchanged rows.
+#: A kernel leaves out what has 0 of something, or refuses it.
+COUNT_ARGUMENTS = ("bag_size", "pivots", "LU_pivots")
 #: Numbers that say what is drawn: a seed, an offset, or both in one.
 _SEED = 2
 

@@ -22,7 +22,13 @@ from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner
 from ckpt_pass.eager.answers import Answers, OtherPathError, asks, real_answers
-from ckpt_pass.eager.trace_ops import Sums, as_really, differentiate, saved_numbers_bytes
+from ckpt_pass.eager.trace_ops import (
+    HeldNumbers,
+    Sums,
+    as_really,
+    differentiate,
+    saved_numbers_bytes,
+)
 from ckpt_pass.graph.capture import (
     LossFn,
     input_words,
@@ -251,6 +257,7 @@ class _Graphs:
         self.calls = []
         self.backward = self._inside = False
         self._sums = Sums()
+        self._numbers = HeldNumbers()
 
     @property
     def _is_real(self) -> bool:
@@ -321,6 +328,7 @@ class _Graphs:
     ) -> Any:
         if op_name(func).startswith("prim."):
             return run(func)
+        self._numbers.begins()
         if self._left is not None and not self.backward and asks(func):
             with self.fake:
                 result = self._left.next(func)
@@ -328,10 +336,11 @@ class _Graphs:
             between = self.backward and not self._inside and not self._is_real
             joins = between and self._sums.adds_up(func, args, kwargs)
             result = run(torch.ops.aten.add_.Tensor if joins else func)
-        if not self._inside and not self.backward:
+        if not self._inside:
             numbers = saved_numbers_bytes(func, args, output_tensors((*args, *kwargs.values())))
-            if numbers:
-                self.held.hold(numbers)
+            let_go = self.held.hold(numbers) if numbers else None
+            if let_go is not None and self.backward:
+                self._numbers.hold(let_go)
         looks = None if self._inside or self._is_real else self._as_really
         result = self.held.note(func, args, kwargs, result, self._where(func), looks)
         self._sums.note(result)
