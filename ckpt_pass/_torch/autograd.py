@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
@@ -234,6 +234,42 @@ def accumulates() -> bool:
     """Whether what runs now was called by the node that fills a leaf's ``.grad``."""
     node = torch._C._current_autograd_node()
     return node is not None and node.name().endswith("AccumulateGrad") and called_by_engine()
+
+
+def node_number() -> int:
+    """A number of the graph's node whose backward runs now; -1 where none does.
+
+    Also while the engine adds what that node gave to what is there.
+    """
+    node = torch._C._current_autograd_node()
+    return -1 if node is None else int(node._sequence_nr())
+
+
+def node_name() -> str:
+    """The name of the node of the graph whose backward runs now; empty where none does."""
+    node = torch._C._current_autograd_node()
+    return "" if node is None else str(node.name())
+
+
+def newest_node_number() -> int:
+    """The number of the node that was made last on this thread (:func:`node_number`)."""
+    return int(torch._C._autograd._get_sequence_nr()) - 1
+
+
+def formula_of(results: Sequence[torch.Tensor]) -> tuple[Any, list[torch.Tensor | None]]:
+    """The backward of one op's results: what runs it without the engine, and gradients for it."""
+    node: Any = results[0].grad_fn
+    gradients: list[torch.Tensor | None] = [None] * len(node._input_metadata)
+    for result in results:
+        gradients[result.output_nr] = torch.rand_like(result.detach())
+    return node, gradients
+
+
+def node_leads_twice() -> bool:
+    """Whether the node whose backward runs now gives two gradients for one value."""
+    node = torch._C._current_autograd_node()
+    edges = [] if node is None else [edge for edge in node.next_functions if edge[0] is not None]
+    return len(set(edges)) < len(edges)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

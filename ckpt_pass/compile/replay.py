@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass._torch import functorch
 from ckpt_pass.compile.budgeting import Met
 from ckpt_pass.compile.symbolic import BudgetExceededWarning
 from ckpt_pass.compile.tagging import Tag
@@ -22,6 +24,8 @@ from ckpt_pass.plans.parts import Decision, Replay, Signature
 from ckpt_pass.plans.signature import (
     PlanMismatchError,
     looks,
+    looks_at,
+    looks_now,
     signature,
     signature_differences,
 )
@@ -30,15 +34,22 @@ from ckpt_pass.plans.value import Plan
 from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.sites import CallSite
 
+#: Ops that compute sizes, which a graph has where dynamo leaves them open.
+_OF_SIZES = ("operator.", "aten.sym_")
+
 
 def signature_of(joint: JointGraph) -> Signature:
     """What goes into a joint graph: the looks of its arguments, and of its parameters."""
+    return _signature(joint, looks)
+
+
+def _signature(joint: JointGraph, look: Callable[[torch.Tensor], str]) -> Signature:
     static = set(joint.static_inputs)
     values = [(node, node.meta.get("val")) for node in joint.primals]
     tensors = [(node, value) for node, value in values if isinstance(value, torch.Tensor)]
     return signature(
-        (looks(value) for node, value in tensors if node not in static),
-        (looks(value) for node, value in tensors if node in static),
+        (look(value) for node, value in tensors if node not in static),
+        (look(value) for node, value in tensors if node in static),
     )
 
 
@@ -87,8 +98,9 @@ def _differences(
     told beside these.
     """
     found = {found.context.site: node for node, found in tags.items()}
-    missing, new = plan.sites - found.keys(), found.keys() - plan.sites
-    reasons = _inputs_differ(plan.signature, signature_of(joint))
+    missing = {site for site in plan.sites - found.keys() if not site.op.startswith(_OF_SIZES)}
+    new = {site for site in found.keys() - plan.sites if not functorch.is_sym_node(found[site])}
+    reasons = _inputs_differ(plan, joint)
     if missing or new:
         lacks = f"lacks {len(missing)} of its call sites (first: {min(missing)})" if missing else ""
         has = f"has {len(new)} others (first: {min(new)})" if new else ""
@@ -103,8 +115,23 @@ def _differences(
     return reasons if matters else []
 
 
-def _inputs_differ(planned: Signature | None, here: Signature) -> list[str]:
-    return [] if planned is None else signature_differences(planned, here)
+def _inputs_differ(plan: Plan, joint: JointGraph) -> list[str]:
+    """What the arguments and parameters differ in.
+
+    Dynamo leaves sizes open that it has seen change, in other steps, too: what was planned with the
+    sizes that this step has is for the same step.
+    """
+    planned, here = plan.signature, signature_of(joint)
+    found = [] if planned is None else signature_differences(planned, here)
+    if not found or planned is None:
+        return found
+    traced = {dimension.symbol: dimension.traced for dimension in plan.dimensions}
+    arguments = [looks_at(look, traced) for look in planned.arguments]
+    parameters = [looks_at(look, traced) for look in planned.parameters]
+    closed = replace(
+        planned, arguments=tuple(sorted(arguments)), parameters=tuple(sorted(parameters))
+    )
+    return signature_differences(closed, _signature(joint, looks_now))
 
 
 def _unknown(script: Replay, known: set[str]) -> set[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord
+from ckpt_pass.eager.two_ways import replaced
 from ckpt_pass.graph.cost import (
     at_traced_shape,
     device_type,
@@ -38,7 +39,11 @@ KEEPING_S = 2.2e-5
 KEEPING_SHARE = 0.01
 
 
-def eager_problem(trace: EagerTrace, kernels: Mapping[fx.Node, KernelFacts]) -> EagerProblem:
+def eager_problem(
+    trace: EagerTrace,
+    kernels: Mapping[fx.Node, KernelFacts],
+    formulas: Mapping[tuple[int, int], int],
+) -> EagerProblem:
     """Describe a recorded step.
 
     Modelled times stand for a step of which arithmetic is most: see ``graph.cost.FLOPS_SHARES`` and
@@ -47,6 +52,7 @@ def eager_problem(trace: EagerTrace, kernels: Mapping[fx.Node, KernelFacts]) -> 
     Args:
         trace: the record.
         kernels: what was measured of the kernels of its calls.
+        formulas: ranges of ops in the backward, and the bytes that were measured of them.
     """
     costs = {op.call: _cost(op.call, kernels) for op in trace.ops}
     overwritten = {storage for op in trace.ops for storage in op.changes}
@@ -55,6 +61,7 @@ def eager_problem(trace: EagerTrace, kernels: Mapping[fx.Node, KernelFacts]) -> 
         for index, op in enumerate(trace.ops)
     )
     storages = tuple(EagerStorage(s.nbytes, s.born, s.dies, s.of_graph) for s in trace.storages)
+    ops, storages = replaced(ops, storages, formulas)
     values = tuple(
         SavedValue(v.storage, v.released, number in trace.asked)
         for number, v in enumerate(trace.saved)
@@ -191,6 +198,7 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
         done=max(trace.saved[number].released for number in inside),
         arguments=tuple(sorted({*outside, *call.held})),
         extra_bytes=torch.get_rng_state().nbytes if draws else 0,
+        dropped=call.dropped,
     )
 
 

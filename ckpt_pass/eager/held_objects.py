@@ -1,7 +1,8 @@
 """Objects among the arguments of module calls: a region holds them, and what is put in later.
 
 A region copies containers, and holds anything else as it is: a cache that its layers fill keeps
-what they have put there until the region is done.
+what they have put there until the region is done. Of what is emptied for it (a cache of keys) it
+lets go when it ends.
 """
 
 from __future__ import annotations
@@ -30,25 +31,34 @@ class HeldObjects:
 
     def __init__(self, storages_of: Callable[[Any], tuple[int, ...]]) -> None:
         self._storages_of = storages_of
-        self._open: list[list[Any]] = []
+        self._open: list[tuple[list[Any], list[Any]]] = []
         self._by_call: list[tuple[CallRecord, list[int]]] = []
         self._contents: dict[int, tuple[int, ...]] = {}
 
     def enter(self) -> None:
         """A call begins."""
-        self._open.append([])
+        self._open.append(([], []))
 
     def note(self, module: nn.Module, call: CallRecord, arguments: Any) -> None:
         """The call that began last is one of a module with these arguments."""
-        found = [thing for thing in _objects(arguments) if not is_emptied(module, thing)]
-        self._open[-1] = found
+        found: list[Any] = []
+        emptied: list[Any] = []
+        for thing in _objects(arguments):
+            (emptied if is_emptied(module, thing) else found).append(thing)
+        self._open[-1] = found, emptied
         if found:
             self._by_call.append((call, [*map(id, found)]))
 
-    def leave(self) -> None:
-        """The call that began last ends."""
-        for thing in self._open.pop():
+    def leave(self) -> tuple[int, ...]:
+        """The call that began last ends.
+
+        Returns:
+            What those of its objects hold that a region lets go of when it ends.
+        """
+        found, emptied = self._open.pop()
+        for thing in found:
             self._contents[id(thing)] = self._storages_of(Reached((thing,)).tensors)
+        return self._storages_of(Reached(tuple(emptied)).tensors) if emptied else ()
 
     def settle(self) -> None:
         """Write down what the objects of each call hold at the end of the forward."""

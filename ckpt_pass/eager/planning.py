@@ -91,8 +91,11 @@ def described(
         kernels: what measures them.
     """
     what = WORKSPACE_AND_TIME if times else WORKSPACE
+    kernels = kernels or Kernels()
     calls = list(dict.fromkeys(op.call for op in trace.ops))
-    return eager_problem(trace, (kernels or Kernels()).facts(calls, what))
+    found = {f.ops: kernels.formula_bytes(f.call, f.needs) for f in trace.formulas}
+    formulas = {ops: nbytes for ops, nbytes in found.items() if nbytes is not None}
+    return eager_problem(trace, kernels.facts(calls, what), formulas)
 
 
 def traced(

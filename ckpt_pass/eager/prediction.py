@@ -62,7 +62,8 @@ class Predictor:
         ops, values = (first.ops[0], last.ops[1]), (first.values[0], last.values[1])
         trains = all(found[0].trains for found in calls.values())
         held = tuple({storage for found in calls.values() for storage in found[0].held})
-        call = CallRecord(segment[0], -1, ops, values, trains, given=first.given, held=held)
+        dropped = tuple({storage for found in calls.values() for storage in found[0].dropped})
+        call = CallRecord(segment[0], -1, ops, values, trains, (), first.given, held, dropped)
         return region_of(self.trace, call)
 
     def _calls(self, name: str) -> list[CallRecord]:

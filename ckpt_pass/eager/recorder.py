@@ -28,16 +28,19 @@ from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
-    adds_up,
+    HeldNumbers,
+    Sums,
     as_really,
     changed_tensors,
     differentiate,
     fresh_ids,
     is_taken_over,
     saved_numbers_bytes,
+    stand_ins,
     storage_ids,
     with_known_shape,
 )
+from ckpt_pass.eager.two_ways import Formulas
 from ckpt_pass.graph.calls import Calls, MadeBy
 from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernels import Kernels
@@ -102,6 +105,9 @@ class Recorder(TorchDispatchMode):
         self._open: list[int] = []
         self._asked: set[int] = set()  # in the backward
         self._written = Calls(fakes)
+        self._sums = Sums()
+        self._held = HeldNumbers()
+        self._formulas = Formulas(self.trace)
         self._resting = False
         self._backward = False
 
@@ -153,7 +159,7 @@ class Recorder(TorchDispatchMode):
             call.ops = (call.ops[0], self.moment)
             call.values = (call.values[0], len(self.trace.saved))
             call.outputs = self._storages(output)
-            self._objects.leave()
+            call.dropped = self._own(call, self._objects.leave())
 
         def note_arguments(module: nn.Module, args: Any, kwargs: Any) -> None:
             call = self.trace.calls[self._open[-1]]
@@ -174,6 +180,12 @@ class Recorder(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _own(self, call: CallRecord, storages: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of some storages that a call has made, and does not return."""
+        born = call.ops[0]
+        own = (s for s in storages if self.trace.storages[s].born >= born)
+        return tuple(s for s in own if s not in call.outputs)
 
     def _storages(self, value: Any) -> tuple[int, ...]:
         """The storages of the step among the tensors of a value."""
@@ -225,7 +237,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._resting or op_name(func).startswith("prim."):
             return func(*args, **kwargs)
-        if adds_up(func, args, kwargs):
+        if self._sums.adds_up(func, args, kwargs):
             func = torch.ops.aten.add_.Tensor
         elif is_taken_over(func, args):
             func, kwargs = torch.ops.aten.detach.default, {}
@@ -234,22 +246,36 @@ class Recorder(TorchDispatchMode):
         uses = tuple(sorted({self._live[key] for key in known if key in self._live}))
         changes = tuple(self._changed(func, args, kwargs))
         self._numbers.check(given, changes, self._number_of)
+        self._formulas.note(given)
+        self._held.begins()
         site = self._site(func)
         index = self.moment
         draws = draws_random(func, args, kwargs)
         self.trace.ops.append(OpRecord(site, _NO_CALL, (), uses, changes, draws, False))
         output = self._run(func, args, kwargs, given)
-        numbers = 0 if self._backward else saved_numbers_bytes(func, args, given)
+        numbers = saved_numbers_bytes(func, args, given)
         if numbers:
-            self.trace.storages.append(StorageRecord(numbers, index, of_graph=True))
+            self._hold(StorageRecord(numbers, index, of_graph=not self._backward))
         record = self.trace.ops[index]
         with self._rest():
+            known |= stand_ins(self._fakes, given, output)
             record.call = self._written.node(func, args, kwargs, output)
             output = self._as_really(record.call, output, known)
+        self._sums.note(output)
         record.makes = tuple(self._born(output, known - fresh_ids(func, args), index))
         record.effects = self._has_effects(func, record, args, kwargs)
         self._numbers.note(record.makes, func, self._module)
         return output
+
+    def _hold(self, numbers: StorageRecord) -> None:
+        """Count what autograd holds of Python's numbers; the graphs of the backward are run."""
+        self.trace.storages.append(numbers)
+        if self._backward:
+
+            def let_go() -> None:
+                numbers.dies = self.moment
+
+            self._held.hold(let_go)
 
     @property
     def _module(self) -> str:

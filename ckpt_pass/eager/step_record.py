@@ -64,6 +64,7 @@ class CallRecord:
         outputs: the storages that it returned.
         given: those among its arguments, of which a region holds all, used or not.
         held: those that objects among its arguments hold when the forward ends.
+        dropped: those that it made and put into objects of which a region lets go at its end.
     """
 
     name: str
@@ -74,6 +75,22 @@ class CallRecord:
     outputs: tuple[int, ...] = ()
     given: tuple[int, ...] = ()
     held: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
+
+
+@dataclass
+class FormulaRecord:
+    """The backward of an op, whose formula goes another way on real tensors.
+
+    Attributes:
+        call: of the op.
+        needs: which of its tensors require a gradient.
+        ops: what it ran on fake ones, as a range.
+    """
+
+    call: fx.Node
+    needs: tuple[bool, ...]
+    ops: tuple[int, int]
 
 
 @dataclass
@@ -87,4 +104,5 @@ class EagerTrace:
     #: The saved values that the backward has asked for more than once.
     asked_again: set[int] = field(default_factory=set)
     calls: list[CallRecord] = field(default_factory=list)
+    formulas: list[FormulaRecord] = field(default_factory=list)
     forward_length: int = 0

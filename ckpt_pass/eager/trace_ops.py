@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,27 @@ def storage_ids(tensors: Iterable[torch.Tensor]) -> set[int]:
     return {s._cdata for tensor in tensors for s in functorch.storages_of(tensor)}
 
 
+def stand_ins(
+    fakes: functorch.FakeTensorMode, given: Iterable[torch.Tensor], output: Any
+) -> set[int]:
+    """The memory of fake tensors that stood for real ones, where a sparse output may hold it.
+
+    It is the real one's, which is not let go before the other.
+    """
+    if all(tensor.layout is torch.strided for tensor in output_tensors(output)):
+        return set()
+    found = set[int]()
+    for real in (tensor for tensor in given if not autograd.is_fake(tensor)):
+        storage = fakes.from_tensor(real).untyped_storage()
+        weakref.finalize(storage, _let_go, real)
+        found.add(storage._cdata)
+    return found
+
+
+def _let_go(_: torch.Tensor) -> None:
+    """What it is given has been held until now."""
+
+
 def fresh_ids(func: Any, args: tuple[Any, ...]) -> set[int]:
     """What an op is given that has been allocated for it: Python's numbers, as one tensor.
 
@@ -76,12 +98,37 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the engine adds two gradients, the first of which it owns alone.
+class Sums:
+    """Tells the engine's sums of gradients from those of its formulas."""
 
-    Of real tensors it does so in place (``input_buffer.cpp``, ``accumulate``), of fake ones,
-    as of every subclass, it does not.
-    """
+    def __init__(self) -> None:
+        self._made_by: dict[int, int] = {}
+
+    def note(self, output: Any) -> None:
+        """Remember the node of the graph in whose backward the tensors of an output are made."""
+        node = autograd.node_number()
+        for storage in storage_ids(output_tensors(output)):
+            self._made_by[storage] = node
+
+    def adds_up(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the engine adds two gradients, the first of which it owns alone.
+
+        Of real tensors it does so in place (``input_buffer.cpp``, ``accumulate``), of fake ones,
+        as of every subclass, it does not. A formula that adds owns what it has made alone, too, but
+        allocates the sum: what the engine adds to comes from another node, or this one has given
+        two gradients for one value.
+        """
+        if not _are_alike(func, args, kwargs) or not autograd.is_held_alone(args[0]):
+            return False
+        if not is_dense(args[0]) or not autograd.called_by_engine():
+            return False
+        (storage,) = storage_ids(args[:1])
+        elsewhere = self._made_by.get(storage) != autograd.node_number()
+        return elsewhere or autograd.node_leads_twice()
+
+
+def _are_alike(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an op adds two strided tensors of one look, and keeps no history of it."""
     if func is not torch.ops.aten.add.Tensor or len(args) != 2 or kwargs:
         return False
     if torch.is_grad_enabled():  # a backward through this one may need both
@@ -90,9 +137,7 @@ def adds_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
         return False
     alike = first.shape == second.shape and first.dtype == second.dtype
-    if not alike or first.layout is not torch.strided or second.layout is not torch.strided:
-        return False
-    return autograd.is_held_alone(first) and is_dense(first) and autograd.called_by_engine()
+    return alike and first.layout is torch.strided and second.layout is torch.strided
 
 
 def is_taken_over(func: Any, args: tuple[Any, ...]) -> bool:
@@ -111,8 +156,12 @@ def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Run an op on fake tensors; by masks that are real, and grouped products in any dtype.
 
     The rule for the shapes of products knows bf16 only, while the CPU's kernel takes fp32 too
-    (torch 2.13).
+    (torch 2.13). The bags that a sum over bags did not write down its backward makes again, but
+    none of fake tensors.
     """
+    if func is torch.ops.aten._embedding_bag_backward.default and not args[3].numel():
+        bags = args[1].new_empty(args[1].shape)
+        return func(*args[:3], bags, *args[4:], **kwargs)
     if func is torch.ops.aten.index.Tensor:
         return func(args[0], _without_masks(args[1]))
     if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:
@@ -198,6 +247,29 @@ def saved_numbers_bytes(func: Any, args: tuple[Any, ...], given: Iterable[torch.
     if not any(tensor.requires_grad for tensor in given):
         return 0
     return NUMBER_BYTES * sum(isinstance(value, (int, float)) for value in args)
+
+
+class HeldNumbers:
+    """Such numbers in graphs that the backward makes and runs: held until their node has run."""
+
+    def __init__(self) -> None:
+        self._let_go: dict[int, Callable[[], None]] = {}
+        self._running = -1
+
+    def hold(self, let_go: Callable[[], None]) -> None:
+        """The node that was made last holds numbers; afterwards it lets them go."""
+        self._let_go[autograd.newest_node_number()] = let_go
+
+    def begins(self) -> None:
+        """An op begins."""
+        node = autograd.node_number()
+        if node != self._running:
+            self._let_go.pop(self._running, _nothing)()
+            self._running = node
+
+
+def _nothing() -> None:
+    """What there is to let go elsewhere."""
 
 
 def differentiate(model: nn.Module, value: Any) -> None:

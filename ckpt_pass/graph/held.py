@@ -128,9 +128,19 @@ class HeldBytes:
         self._where.append(where)
         return result
 
-    def hold(self, nbytes: int) -> None:
-        """Bytes that the op which runs next leaves behind, to the end."""
-        self._storages.append(_Storage(None, nbytes, self.moment))
+    def hold(self, nbytes: int) -> Callable[[], None]:
+        """Bytes that the op which runs next leaves behind, to the end if not let go before.
+
+        Returns:
+            What lets them go.
+        """
+        held = _Storage(None, nbytes, self.moment)
+        self._storages.append(held)
+
+        def let_go() -> None:
+            held.died = self.moment
+
+        return let_go
 
     def _let_go(self) -> None:
         gone = [key for key, storage in self._alive.items() if storage.is_gone]

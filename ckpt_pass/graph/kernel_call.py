@@ -33,6 +33,9 @@ NOTHING: Mapping[fx.Node, Any] = MappingProxyType({})
 
 #: Arguments that split the rows of another into groups: they rise to the number of rows.
 OFFSET_ARGUMENTS = ("offs",)
+#: Arguments of whole numbers from 1 on: of each group how many, of a factor its exchanged rows.
+#: A kernel leaves out what has 0 of something, or refuses it.
+COUNT_ARGUMENTS = ("bag_size", "pivots", "LU_pivots")
 #: Numbers that say what is drawn: a seed, an offset, or both in one.
 _SEED = 2
 
@@ -55,6 +58,7 @@ class TensorSpec:
 
     Attributes:
         rows: of an offsets argument, what it rises to.
+        counts: whether it says how many there are of something; it is 1 each.
         statistic: whether it is a further output of an op with several, such as a saved mean.
         source: what really makes it, and which output of that it is, where its bytes are opaque:
             they mean something to the kernel that wrote them alone.
@@ -72,9 +76,11 @@ class TensorSpec:
     conjugate: bool = False
     negative: bool = False
     held: int = 0
+    counts: bool = False
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f" to {self.rows}"
+        rows += " counts" * self.counts
         made = "" if self.source is None else f" = {self.source[0]}#{self.source[1]}"
         name = str(self.dtype).removeprefix("torch.")
         read = " conjugate" * self.conjugate + " negative" * self.negative
@@ -99,7 +105,7 @@ class TensorSpec:
             flat.uniform_(0.1, 1.0, generator=generator.manual_seed(0))
         else:
             index = not (self.dtype.is_floating_point or self.dtype.is_complex)
-            flat.fill_(0 if index and self.dtype is not torch.bool else 1)
+            flat.fill_(0 if index and self.dtype is not torch.bool and not self.counts else 1)
         found = flat.as_strided(self.size, self.stride)
         found = torch._neg_view(found) if self.negative else found
         return found.conj() if self.conjugate else found
@@ -222,12 +228,14 @@ def call_of(node: fx.Node, really: Mapping[fx.Node, Any] = NOTHING) -> Call:
     args: tuple[Any, ...] = mapped(node.args, read)
     kwargs = {name: mapped(value, read) for name, value in node.kwargs.items()}
     if isinstance(node.target, OpOverload):
-        for name in OFFSET_ARGUMENTS:
-            offsets = argument_value(node.target, name, args, kwargs)
-            if isinstance(offsets, TensorSpec):
-                filled = replace(offsets, rows=_rows(args))
-                args = tuple(filled if value is offsets else value for value in args)
-                kwargs = {k: filled if v is offsets else v for k, v in kwargs.items()}
+        for name in (*OFFSET_ARGUMENTS, *COUNT_ARGUMENTS):
+            given = argument_value(node.target, name, args, kwargs)
+            if isinstance(given, TensorSpec):
+                counts = name in COUNT_ARGUMENTS
+                rows = None if counts else _rows(args)
+                filled = replace(given, rows=rows, counts=counts)
+                args = tuple(filled if value is given else value for value in args)
+                kwargs = {k: filled if v is given else v for k, v in kwargs.items()}
     device = _device(node, args, kwargs)
     return Call(node.target, args, kwargs, device, node.meta.get(WITH_GRAD, False))
 

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from ckpt_pass.graph.cost import at_traced_shape, storage_sizes
+from ckpt_pass.graph.formulas import formula_call
 from ckpt_pass.graph.kernel_cache import KernelCache, KernelFacts, OutputFacts
 from ckpt_pass.graph.kernel_call import NOTHING, Call, KernelError, call_of
 from ckpt_pass.graph.kernel_child import measure_apart
@@ -116,6 +117,29 @@ class Kernels:
                 assert known is not None
                 found[node] = known.only(what)
         return found, reasons
+
+    def formula_bytes(self, node: fx.Node, needs: tuple[bool, ...]) -> int | None:
+        """What the formula for an op's backward allocates at the most, what it returns included.
+
+        Args:
+            node: calls the op.
+            needs: which of its tensors require a gradient.
+
+        Returns:
+            ``None`` where it cannot be run.
+        """
+        try:
+            call = formula_call(node, needs)
+        except KernelError:
+            return None
+        place, key = environment(call.device), str(call)
+        known = self.cache.get(place, key)
+        if known is None or not known.knows(WORKSPACE):
+            self.cache.add(place, measure({key: call}, WORKSPACE)[0])
+            known = self.cache.get(place, key)
+        if known is None or known.workspace_bytes is None:
+            return None
+        return known.workspace_bytes + sum(o.storage_bytes or 0 for o in known.outputs or ())
 
     def outputs(self, node: fx.Node) -> tuple[OutputFacts, ...] | None:
         """What a kernel really returns; ``None`` where its fake outputs are to be believed.

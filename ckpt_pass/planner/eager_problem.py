@@ -90,6 +90,7 @@ class EagerRegion:
         done: the moment when the last of its saved values is released.
         arguments: storages from outside that its ops use.
         extra_bytes: held besides (a random state).
+        dropped: storages that it makes, which Python lets go at its end if it is one.
     """
 
     name: str
@@ -101,6 +102,7 @@ class EagerRegion:
     done: int
     arguments: tuple[int, ...]
     extra_bytes: int = 0
+    dropped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,9 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     born_in = op_region[table.born]
     own = (held_in >= 0) & (born_in[table.value_storage] == held_in)
     ends = table.dies.copy()
+    for index in chosen:
+        dropped = list(problem.regions[index].dropped)
+        ends[dropped] = np.minimum(ends[dropped], problem.regions[index].ops[1])
     free = ~own & (held_in < 0)
     np.maximum.at(ends, table.value_storage[free], table.released[free])
     keeps = own & kept[table.value_storage]
@@ -242,10 +247,10 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     end2[held] = np.maximum(end2[held], before_death[done[born_in[bytes2[held]]]])
     order = np.full(len(problem.storages), -1, dtype=np.int64)
     order[bytes2] = np.arange(len(bytes2))
-    dropped = own & ~kept[table.value_storage]
-    where = order[table.value_storage[dropped]]
+    unkept = own & ~kept[table.value_storage]
+    where = order[table.value_storage[unkept]]
     there = where >= 0
-    np.maximum.at(end2, where[there], before_death[taken[dropped][there]])
+    np.maximum.at(end2, where[there], before_death[taken[unkept][there]])
     for op in plan.kept:  # held for the recomputation that takes it, if not longer
         for storage in problem.ops[op].makes:
             region = problem.regions[int(op_region[op])]

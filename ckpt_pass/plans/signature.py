@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.plans.parts import Signature
+from ckpt_pass.policy.sites import optimization_hint
 from ckpt_pass.version import __version__
+
+_SYMBOL = re.compile(r"\bs\d+\b")
 
 #: Values of one kind named in a message; the first ones tell.
 _NAMED = 3
@@ -25,6 +29,17 @@ def looks(value: torch.Tensor) -> str:
     """A tensor's dtype and shape, such as ``float32[2, 8]``."""
     sizes = ", ".join(str(size) for size in value.shape)
     return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+
+
+def looks_now(value: torch.Tensor) -> str:
+    """The same, with its sizes in this step where they are symbolic."""
+    sizes = ", ".join(str(optimization_hint(size)) for size in value.shape)
+    return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+
+
+def looks_at(look: str, sizes: Mapping[str, int]) -> str:
+    """How a tensor looks (:func:`looks`) with these sizes in the place of symbols."""
+    return _SYMBOL.sub(lambda found: str(sizes.get(found[0], found[0])), look)
 
 
 def signature(arguments: Iterable[str], parameters: Iterable[str]) -> Signature:

@@ -176,6 +176,9 @@ class _Planning:
             top = waiting + (held_between(plain) if waiting else plain.peak_bytes)
             for part in _PARTS if top > floor else (0.0,):
                 budget = floor + int(part * (top - floor))
-                made = graph_as_problem.solved(goal, budget, asked)
+                try:
+                    made = graph_as_problem.solved(goal, budget, asked)
+                except InfeasibleBudgetError:  # in the time that there is
+                    continue
                 found.setdefault(made.steps, level_of(made, plain, budget, waiting))
         return list(found.values())

@@ -22,7 +22,13 @@ from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner
 from ckpt_pass.eager.answers import Answers, OtherPathError, asks, real_answers
-from ckpt_pass.eager.trace_ops import adds_up, as_really, differentiate, saved_numbers_bytes
+from ckpt_pass.eager.trace_ops import (
+    HeldNumbers,
+    Sums,
+    as_really,
+    differentiate,
+    saved_numbers_bytes,
+)
 from ckpt_pass.graph.capture import (
     LossFn,
     input_words,
@@ -156,7 +162,7 @@ class FakeStep:
         compiled then.
         """
         step = whole_step(self.model, self.loss_fn)
-        compiled = compilers.compile_apart(step, compilers.run_graphs, False)
+        compiled = compilers.compile_apart(step, compilers.run_graphs, None)
         with compilers.own_profile():
             self._run_for_real(compiled)
             return real_answers(lambda: self._run_for_real(compiled))
@@ -200,7 +206,7 @@ class FakeStep:
     def _run(self, roots: tuple[Any, ...], graphs: _Graphs) -> StepRun:
         model, loss_fn, args, kwargs = roots
         leaves = [tensor for tensor in Reached(roots).tensors if tensor.is_leaf]
-        compiled = compilers.compile_apart(whole_step(model, loss_fn), graphs, False)
+        compiled = compilers.compile_apart(whole_step(model, loss_fn), graphs, None)
         for _ in range(_MOST_RUNS):
             before = len(graphs.seen)
             graphs.begin(device_type_of(leaves))
@@ -250,6 +256,8 @@ class _Graphs:
         self._left = self.answers.anew() if self.answers is not None else None
         self.calls = []
         self.backward = self._inside = False
+        self._sums = Sums()
+        self._numbers = HeldNumbers()
 
     @property
     def _is_real(self) -> bool:
@@ -320,19 +328,23 @@ class _Graphs:
     ) -> Any:
         if op_name(func).startswith("prim."):
             return run(func)
+        self._numbers.begins()
         if self._left is not None and not self.backward and asks(func):
             with self.fake:
                 result = self._left.next(func)
         else:
             between = self.backward and not self._inside and not self._is_real
-            joins = between and adds_up(func, args, kwargs)
+            joins = between and self._sums.adds_up(func, args, kwargs)
             result = run(torch.ops.aten.add_.Tensor if joins else func)
-        if not self._inside and not self.backward:
+        if not self._inside:
             numbers = saved_numbers_bytes(func, args, output_tensors((*args, *kwargs.values())))
-            if numbers:
-                self.held.hold(numbers)
+            let_go = self.held.hold(numbers) if numbers else None
+            if let_go is not None and self.backward:
+                self._numbers.hold(let_go)
         looks = None if self._inside or self._is_real else self._as_really
-        return self.held.note(func, args, kwargs, result, self._where(func), looks)
+        result = self.held.note(func, args, kwargs, result, self._where(func), looks)
+        self._sums.note(result)
+        return result
 
     def _as_really(self, call: fx.Node, result: Any, given: set[int]) -> Any:
         """What an op between the graphs returns, made to look as its kernel's: others see it."""

@@ -262,7 +262,7 @@ def _verify_eager(plan: Plan, used: _Used) -> Verdict:
 
 def _verify_compiled(plan: Plan | StepPlan, used: _Used) -> Verdict:
     backend = make_backend(plan=plan, inner="aot_eager")
-    dynamic = isinstance(plan, Plan) and bool(plan.dimensions)
+    dynamic = bool(plan.dimensions) if isinstance(plan, Plan) else None
     steps = []
     for compiler in ("aot_eager", backend):
         whole = whole_step(used.model, used.loss_fn)

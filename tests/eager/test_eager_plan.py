@@ -193,7 +193,7 @@ def test_the_frontier_holds_the_best_of_all_simulated_plans() -> None:
     from ckpt_pass.eager.trace import trace_step
 
     model, args = hf.gpt2()
-    problem = eager_problem(trace_step(model, args, None), {})
+    problem = eager_problem(trace_step(model, args, None), {}, {})
     pool = EagerPool(problem)
     frontier = pool.frontier()
     assert frontier[0][2] == EagerPlan()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,6 +116,26 @@ class Tables(nn.Module):
 def test_sparse_tables_and_numbers_from_lists(times: int) -> None:
     torch.manual_seed(0)
     check_exact(Tables(times), torch.randint(0, 40, (60,)))
+
+
+class Bags(nn.Module):
+    """Rows of a table, one for each bag of numbers that the forward makes."""
+
+    def __init__(self, mode: str, sparse: bool) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(300, WIDTH, mode=mode, sparse=sparse)
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.fc(self.bags(numbers * 2 + 1)).tanh().square().mean()
+
+
+@pytest.mark.parametrize(
+    ("mode", "sparse"), [("sum", True), ("mean", True), ("mean", False), ("max", False)]
+)
+def test_bags_of_rows(mode: str, sparse: bool) -> None:
+    torch.manual_seed(0)
+    check_exact(Bags(mode, sparse), torch.randint(0, 140, (24, 8)))
 
 
 class Routed(nn.Module):
@@ -314,3 +335,55 @@ def test_a_gradient_that_two_places_hold_is_not_added_to_in_place() -> None:
         with plan.applied(model):
             measured = ckpt_pass.measure_step(lambda: square(model(x)), repeats=1).peak_bytes
         assert plan.regions and measured <= plan.peak_bytes <= 1.002 * measured
+
+
+class Whitening(nn.Module):
+    """The formulas of what is behind a Cholesky factor, or a pseudo-inverse, add."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.last = nn.Linear(48, 48), nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        found: Tensor = self.last(self.function(h)) * h
+        return found.square().mean()
+
+
+def _cholesky(h: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.cholesky(h @ h.T + torch.eye(len(h)))
+    return found
+
+
+def _best(h: Tensor) -> Tensor:
+    return h.topk(24, 0).values.repeat(2, 1) + h.max(0).values
+
+
+def _middle(h: Tensor) -> Tensor:
+    return h - h.median() * h.gather(0, h.argsort(0))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: h.exp().cumprod(0),
+        lambda h: h.exp().prod(0) + h,
+        lambda h: h * torch.linalg.slogdet(h)[1],
+        _best,
+        _middle,
+    ],
+    ids=["cumprod", "prod", "slogdet", "best", "middle"],
+)
+def test_formulas_that_go_another_way_on_fake_tensors(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    model, x = Whitening(function), torch.randn(48, 48)
+    assert off(ckpt_pass.plan(model, x, budget=1.0, mode="eager"), model, x) == 0
+
+
+@pytest.mark.parametrize("function", [_cholesky, torch.linalg.pinv], ids=["cholesky", "pinv"])
+def test_what_formulas_add_is_allocated(function: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    check_exact(Whitening(function), torch.randn(48, 48))

@@ -245,3 +245,31 @@ def test_forwards_that_are_alike_have_backwards_of_their_own() -> None:
     assert len({part.peak_bytes for part in plan.parts if len(part.sites) == 2}) == 2
     made = {(part.peak_bytes, part.budget_bytes) for part in plan.parts}
     assert {(run.peak_bytes, run.budget_bytes) for run in backend.plans} <= made
+
+
+class Towers(nn.Module):
+    """One layer, which dynamo cuts in two, for rows of either of two lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Halves()
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return self.layer(queries).square().mean() + self.layer(keys).square().mean()
+
+
+@pytest.mark.parametrize("known", ["nothing", "these sizes", "none but the sizes"])
+def test_sizes_that_change_within_a_step(known: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = Towers(), (torch.randn(24, 32), torch.randn(96, 32))
+    plan = ckpt_pass.plan(model, *inputs, budget=1.0)
+    torch._dynamo.reset()
+    backend = ckpt_pass.make_backend(plan=plan, inner="aot_eager")
+    if known == "these sizes":  # another step of the same model has taught them
+        torch.compile(model, backend="aot_eager")(*inputs)
+    compiled = torch.compile(model, backend=backend, dynamic=True if "none" in known else None)
+    with warnings.catch_warnings():
+        if known == "nothing":
+            warnings.simplefilter("error", ckpt_pass.BudgetExceededWarning)
+        found = ckpt_pass.measure_step(lambda: compiled(*inputs), repeats=1)
+    assert found.peak_bytes == plan.peak_bytes
