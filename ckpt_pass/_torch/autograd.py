@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -16,8 +15,6 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
 )
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 #: Raised by fake tensors that were asked for a value, or for a size that depends on values.
@@ -167,14 +164,6 @@ def debugs(wanted: bool) -> bool:
     return wanted if enabled is None else enabled
 
 
-def device_context() -> AbstractContextManager[Any] | None:
-    """The innermost ``with torch.device(...)`` around, or ``None``."""
-    if not torch._C._len_torch_function_stack():
-        return None
-    modes = (mode for mode in reversed(_get_current_function_mode_stack()))
-    return next((mode for mode in modes if isinstance(mode, DeviceContext)), None)
-
-
 def storage_holders(storage: torch.UntypedStorage) -> int:
     """How many tensors (and others) share a storage, the Python object itself not counted."""
     return int(torch._C._storage_Use_Count(storage._cdata))
@@ -244,3 +233,13 @@ def is_fake(tensor: torch.Tensor) -> bool:
 def is_distributed(value: Any) -> bool:
     """Whether a value is a DTensor (``torch.distributed.tensor``, which is not imported here)."""
     return type(value).__name__ == "DTensor"
+
+
+#: Marks of FSDP1 and of DeepSpeed's third stage on parameters, whose memory they give and take.
+_GATHERED = ("_fsdp_flattened", "ds_id")
+
+
+def is_gathered(tensor: torch.Tensor) -> bool:
+    """Whether a parameter has its memory from sharded training, for a while, ever anew."""
+    own = tensor.__dict__
+    return bool(own) and any(mark in own for mark in _GATHERED)

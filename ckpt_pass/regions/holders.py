@@ -19,19 +19,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.lazy import LazyModuleMixin
 
+from ckpt_pass.regions.classes import ClassReads, class_of
 from ckpt_pass.state.code_names import (
     CODE,
     FUNCTION,
     Reads,
     contents_of,
-    functions_in,
     is_users_name,
     reads_of,
 )
 from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
+from ckpt_pass.state.remembered import Remembered
 from ckpt_pass.state.spots import MISSING, read_spot, slots_of
 
 #: What every module has; its contents are looked at one by one.
@@ -94,8 +93,6 @@ def _find_kind(cls: type) -> _Kind:
             return kind
     if keeper_for(cls) is not None:
         return _Kind.STATE
-    if issubclass(cls, (Enum, BaseException)):
-        return _Kind.IGNORED
     plain = _library(cls) in _PLAIN_OBJECTS or dataclasses.is_dataclass(cls)
     return _Kind.OBJECT if plain or is_users(cls) else _Kind.IGNORED
 
@@ -109,53 +106,11 @@ def is_users(thing: Any) -> bool:
     return is_users_name(thing.__module__)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Class:
-    """What is known of a class of modules.
-
-    Attributes:
-        managed: its attributes are its library's (FSDP; compiled, scripted and lazy modules).
-        norm: its buffers are running statistics.
-        bases: its classes that are not torch's own: their attributes may be state.
-        reads: what their methods read.
-    """
-
-    managed: bool
-    norm: bool
-    bases: tuple[type, ...]
-    reads: Reads
-
-
-def _find_class(cls: type) -> _Class:
-    managed = cls.__module__.startswith(("torch.distributed.", "torch._dynamo.")) or issubclass(
-        cls, LazyModuleMixin
-    )
-    bases = tuple(
-        base
-        for base in cls.__mro__
-        if base is not object and base.__module__.partition(".")[0] not in ("torch", "typing")
-    )
-    functions = [
-        fn
-        for base in bases
-        for name, value in vars(base).items()
-        for fn in functions_in(value)
-        if name != "__init__"
-    ]
-    return _Class(
-        managed or issubclass(cls, torch.jit.ScriptModule),
-        issubclass(cls, _NormBase),
-        bases,
-        reads_of(functions),
-    )
-
-
 #: Globals and class attributes that count something.
 _NUMBERS = frozenset((int, float, bool, complex, type(None)))
 # Looked up for every value that is met.
-_kind: Callable[[Any], _Kind] = functools.lru_cache(maxsize=4096)(_find_kind)
-_slots: Callable[[Any], tuple[str, ...]] = functools.lru_cache(maxsize=4096)(slots_of)
-_class: Callable[[Any], _Class] = functools.lru_cache(maxsize=4096)(_find_class)
+_kind: Callable[[Any], _Kind] = Remembered(_find_kind, lambda _: None)
+_slots: Callable[[Any], tuple[str, ...]] = Remembered(slots_of, lambda _: None)
 #: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
 Spot = tuple[Any, str, Any]
 
@@ -226,10 +181,16 @@ class Holders:
                 self._todo.append((root, 0))
             else:
                 if _kind(type(root)) is _Kind.OBJECT:
-                    self._class(_class(type(root)))
+                    self._class(class_of(type(root)))
                 self._todo.append((root, 0))
-        while self._todo:
-            self._follow(*self._todo.pop())
+        looked_at = 0
+        while self._todo or looked_at < len(self.tensors):
+            while self._todo:
+                self._follow(*self._todo.pop())
+            for tensor in self.tensors[looked_at:]:
+                if tensor.__dict__:
+                    self._fields(tensor.__dict__, 0)
+                looked_at += 1
 
     def has(self, container: Any) -> bool:
         """Whether a container is among the holders."""
@@ -256,7 +217,7 @@ class Holders:
                 continue
             seen.add(id(module))
             own = module.__dict__
-            known = _class(type(module))
+            known = class_of(type(module))
             children = own.get("_modules")
             if children:
                 todo += children.values()
@@ -290,7 +251,7 @@ class Holders:
                 seen.add(id(known))
                 self._class(known)
 
-    def _class(self, known: _Class) -> None:
+    def _class(self, known: ClassReads) -> None:
         for base in known.bases:
             if base in self._seen:
                 continue
@@ -298,13 +259,20 @@ class Holders:
             for name, value in vars(base).items():
                 if type(value) is not FUNCTION and not name.startswith("__"):
                     self._spot(base, name, value)
+        if known.bases:
+            new = (name for name in known.stored if not hasattr(known.bases[0], name))
+            self.spots += [(known.bases[0], name, MISSING) for name in new]
         self._read(known.reads)
 
     def _read(self, reads: Reads) -> None:
         for space, name in reads.names:
             value = read_spot(space, name)
-            if type(value) not in CODE and value is not MISSING:
+            if value is MISSING:
+                self.spots.append((space, name, value))
+            elif type(value) not in CODE:
                 self._spot(space, name, value)
+        for fn in reads.functions:
+            self._fields(fn.__dict__, 0)
         self._todo += [(value, 0) for value in (*reads.generators, *reads.defaults)]
         for cell in reads.cells:
             self._cell(cell, 0)
@@ -380,14 +348,17 @@ class Holders:
         if depth >= _OBJECT_DEPTH:
             return
         own = getattr(value, "__dict__", None)
-        if type(own) is dict and id(own) not in self._seen:
-            self._seen.add(id(own))
-            self.attributes.append(own)
-            self._contents(own.values(), depth + 1)
+        if type(own) is dict:
+            self._fields(own, depth + 1)
         for name in _slots(type(value)):
             held = getattr(value, name, None)
             self.spots.append((value, name, held))
             self._contents((held,), depth + 1)
+
+    def _fields(self, own: dict[str, Any], depth: int) -> None:
+        if self._is_new(own):
+            self.attributes.append(own)
+            self._contents(own.values(), depth)
 
     def _contents(self, values: Any, depth: int) -> None:
         if set(map(type, values)) - ATOMS:  # large tables of numbers are left at once

@@ -4,8 +4,9 @@ A recomputation must read what the forward read. So the holders of a region's st
 parameters, buffers, hooks, containers, closures, globals) are copied, one level each and by
 reference, when the forward begins. For the recomputation they hold that again, and afterwards what
 they held before it. Tensors that were changed in place are another matter: what the forward itself
-is known to overwrite is copied before it does, and stands in for the tensor in the recomputation.
-Whatever else has changed is an error with the tensor's name.
+is known to overwrite is copied before it does, and stands in for the tensor in the recomputation;
+so does the memory that a tensor looked at, where it looks at other memory now. Whatever else has
+changed is an error with the tensor's name.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Outside:
         self._roots: tuple[Any, ...] = (root,)
         self._known = known
         self._holders, self._held = known.look(root)
-        #: The memory that tensors looked at when the forward began, by the tensor's id.
+        #: What tensors looked at when the forward began, by the tensor's id: an alias keeps it.
         self._starts: dict[int, torch.Tensor] = {}
         #: Copies of storages as they were when the forward began, by the storage's address.
         self._copies: dict[int, torch.UntypedStorage] = {}
@@ -87,12 +88,11 @@ class Outside:
             for tensor in self.storages().values():
                 if self.name_of(tensor) in known.overwritten:
                     self.about_to_change(tensor)
-        if known.repointed or not known.watched:
-            self._starts = {
-                id(tensor): autograd.data_of(tensor)
-                for tensor in filter(_has_storage, tensors)
-                if not known.watched or self.name_of(tensor) in known.repointed
-            }
+        self._starts = {
+            id(tensor): autograd.data_of(tensor)
+            for tensor in tensors
+            if _has_storage(tensor) and not autograd.is_gathered(tensor)
+        }
 
     def learn(self) -> None:
         """Let later runs know what the forward has done, which was looked at and ends now."""
@@ -100,13 +100,7 @@ class Outside:
         for tensor in holders.tensors:
             self.about_to_read(tensor)
         known.overwritten.update(self.overwritten())
-        self._starts = {
-            id(tensor): self._starts[id(tensor)]
-            for tensor in filter(_has_storage, holders.tensors)
-            if known.repointed and self.name_of(tensor) in known.repointed
-        }
-        unmoved = not self._copies and _versions(holders.tensors) == self._versions
-        quiet = unmoved and not self._starts and self._held.held_by(holders)
+        quiet = not self._tensors_moved() and self._held.held_by(holders)
         moved = {id(value) for value, _, _ in self._held.moved(holders)}
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
 
@@ -162,12 +156,26 @@ class Outside:
 
     def about_to_read(self, tensor: torch.Tensor) -> None:
         """Note where the forward has made a tensor look at other memory."""
+        if self._looks_elsewhere(tensor):
+            self._known.repointed.add(self.name_of(tensor))
+
+    def _looks_elsewhere(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor looks at other memory than when the forward began (``.data = ...``)."""
         start = self._starts.get(id(tensor))
         if start is None or start.data_ptr() == tensor.data_ptr():
-            return
+            return False
         # Sharded training gives parameters their memory, of another size, for a while.
-        if tensor.shape == start.shape or not isinstance(tensor, nn.Parameter):
-            self._known.repointed.add(self.name_of(tensor))
+        is_there = start.numel() > 0 and start.untyped_storage().nbytes() > 0
+        return is_there or not isinstance(tensor, nn.Parameter)
+
+    def _tensors_moved(self) -> bool:
+        """Whether anything has become of the tensors since the forward began."""
+        tensors = self._holders.tensors
+        return (
+            bool(self._copies or self._known.repointed)
+            or _versions(tensors) != self._versions
+            or any(map(self._looks_elsewhere, tensors))
+        )
 
     def _copied(self, tensor: torch.Tensor) -> torch.UntypedStorage | None:
         if not self._copies or not _has_storage(tensor):
@@ -184,7 +192,7 @@ class Outside:
             MutatedStateError: a tensor has other values now, and no copy of it is there.
         """
         holders, held = self._holders, self._held
-        moved = self._copies or self._starts or _versions(holders.tensors) != self._versions
+        moved = self._tensors_moved()
         if [t.requires_grad for t in holders.tensors] != self._flags:
             self._switch_flags()
         if not moved and held.held_by(holders):
@@ -240,7 +248,7 @@ class Outside:
             start = self._start_of(tensor)
             address = start.untyped_storage()._cdata if _has_storage(start) else 0
             copied = copies.get(address)
-            if copied is None and start is not tensor:
+            if copied is None and start is not tensor and self._kept(tensor, version):
                 copied = start.untyped_storage()
             if copied is not None and not (differentiable and tensor.requires_grad):
                 stand_ins[id(tensor)] = _alias(tensor, start, copied)
@@ -250,15 +258,17 @@ class Outside:
                 self.suspects[tensor.untyped_storage()._cdata] = tensor
         return stand_ins
 
+    def _kept(self, tensor: torch.Tensor, version: int) -> bool:
+        """Whether the memory that a tensor looked at surely holds what it held."""
+        return _version(tensor) == version or self.name_of(tensor) in self._known.repointed
+
     def _start_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a tensor was when the forward began, if the forward makes it another."""
         start = self._starts.get(id(tensor))
-        if start is None or (
-            start.data_ptr() == tensor.data_ptr()
-            and self.name_of(tensor) not in self._known.repointed
-        ):
-            return tensor
-        return start
+        moves = self._looks_elsewhere(tensor) or (
+            self._known.repointed and self.name_of(tensor) in self._known.repointed
+        )
+        return start if start is not None and moves else tensor
 
     def check_read(self, tensors: Iterable[Any]) -> None:
         """Raise where the recomputation is about to read what has moved.
