@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -81,6 +82,17 @@ def data_of(value: torch.Tensor) -> torch.Tensor:
         with torch._C._DisableTorchDispatch():
             return value.data
     return value.data
+
+
+_data: Callable[[torch.Tensor], torch.Tensor] = operator.attrgetter("data")
+
+
+def data_of_all(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same of several plain tensors."""
+    if torch._C._len_torch_dispatch_stack():
+        with torch._C._DisableTorchDispatch():
+            return list(map(_data, values))
+    return list(map(_data, values))
 
 
 def _closed_over(fn: Any, name: str) -> Any:

@@ -37,12 +37,16 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient),
     (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),
     (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+)
+_OF_CUDA: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
     (torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
     (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
     (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32),
-    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
 )
+if torch.backends.cuda.is_built():
+    _SWITCHES += _OF_CUDA
 _READERS = tuple(read for read, _ in _SWITCHES)
 
 

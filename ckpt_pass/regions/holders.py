@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ckpt_pass._torch import autograd
 from ckpt_pass.regions.classes import ClassReads, class_of
 from ckpt_pass.state.code_names import (
-    CODE,
     FUNCTION,
     Reads,
     contents_of,
@@ -41,7 +41,7 @@ _FORWARD_HOOKS = tuple(name for name in _INTERNAL if "forward" in name and "hook
 #: Objects found in objects are followed so far: deeper lies what a region does not work on.
 _OBJECT_DEPTH = 3
 #: Standard modules whose instances are containers.
-_PLAIN_OBJECTS = frozenset({"collections", "types", "weakref"})
+_PLAIN_OBJECTS = frozenset({"argparse", "collections", "types", "weakref"})
 
 #: Types of values that hold nothing.
 ATOMS: frozenset[type] = frozenset(
@@ -106,8 +106,10 @@ def is_users(thing: Any) -> bool:
     return is_users_name(thing.__module__)
 
 
-#: Globals and class attributes that count something.
-_NUMBERS = frozenset((int, float, bool, complex, type(None)))
+#: Class attributes that are values, not code.
+_VALUES = frozenset((int, float, bool, complex, str, bytes, type(None), slice, range)) | frozenset(
+    (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
+)
 # Looked up for every value that is met.
 _kind: Callable[[Any], _Kind] = Remembered(_find_kind, lambda _: None)
 _slots: Callable[[Any], tuple[str, ...]] = Remembered(slots_of, lambda _: None)
@@ -132,6 +134,7 @@ class Holders:
     """
 
     __slots__ = (
+        "_movable",
         "_seen",
         "_todo",
         "attributes",
@@ -162,6 +165,7 @@ class Holders:
         self.tensors: list[torch.Tensor] = []
         self.lasting = self.simple = True
         self.norms = False
+        self._movable: list[torch.Tensor] | None = None
         self._seen: set[Any] = set()
         self._todo: list[tuple[Any, int]] = []
         self.add(*roots)
@@ -188,13 +192,20 @@ class Holders:
             while self._todo:
                 self._follow(*self._todo.pop())
             for tensor in self.tensors[looked_at:]:
-                if tensor.__dict__:
-                    self._fields(tensor.__dict__, 0)
+                self._fields(tensor.__dict__, 0)
                 looked_at += 1
 
     def has(self, container: Any) -> bool:
         """Whether a container is among the holders."""
         return id(container) in self._seen
+
+    def movable(self) -> list[torch.Tensor]:
+        """The tensors that may be made to look at other memory, and be told to (``.data = ...``)."""
+        if self._movable is None:
+            self._movable = [
+                t for t in self.tensors if has_memory(t) and not autograd.is_gathered(t)
+            ]
+        return self._movable
 
     def mappings(self) -> Iterator[dict[Any, Any]]:
         """All dicts among the holders."""
@@ -257,7 +268,11 @@ class Holders:
                 continue
             self._seen.add(base)
             for name, value in vars(base).items():
-                if type(value) is not FUNCTION and not name.startswith("__"):
+                if name.startswith("__"):
+                    continue
+                if type(value) is FUNCTION:  # another may be there for the forward only
+                    self.spots.append((base, name, value))
+                else:
                     self._spot(base, name, value)
         if known.bases:
             new = (name for name in known.stored if not hasattr(known.bases[0], name))
@@ -267,10 +282,9 @@ class Holders:
     def _read(self, reads: Reads) -> None:
         for space, name in reads.names:
             value = read_spot(space, name)
-            if value is MISSING:
-                self.spots.append((space, name, value))
-            elif type(value) not in CODE:
-                self._spot(space, name, value)
+            self.spots.append((space, name, value))
+            if type(value) not in ATOMS and value is not MISSING:
+                self._todo.append((value, 0))
         for fn in reads.functions:
             self._fields(fn.__dict__, 0)
         self._todo += [(value, 0) for value in (*reads.generators, *reads.defaults)]
@@ -284,7 +298,7 @@ class Holders:
 
     def _spot(self, space: Any, name: str, value: Any) -> None:
         kind = _kind(type(value))
-        if kind is _Kind.IGNORED and type(value) not in _NUMBERS:
+        if kind is _Kind.IGNORED and type(value) not in _VALUES:
             return
         self.spots.append((space, name, value))
         if kind is not _Kind.IGNORED:
@@ -329,6 +343,7 @@ class Holders:
             self._contents((value.__func__, value.__self__), depth)
         elif kind is _Kind.PARTIAL:
             self._contents((value.func, value.args, value.keywords), depth)
+            self._fields(value.__dict__, depth)
         elif kind is _Kind.REFERENCE:
             self._contents((value(),), depth)
         elif (keeper := keeper_for(type(value))) is not None:
@@ -363,6 +378,12 @@ class Holders:
     def _contents(self, values: Any, depth: int) -> None:
         if set(map(type, values)) - ATOMS:  # large tables of numbers are left at once
             self._todo += [(value, depth) for value in values if type(value) not in ATOMS]
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a plain one with elements in a row of memory."""
+    plain = type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
+    return plain and tensor.layout is torch.strided
 
 
 def _has_fields(value: Any) -> bool:

@@ -17,11 +17,11 @@ from ckpt_pass.state.spots import MISSING
 
 FUNCTION = types.FunctionType
 #: What a name mostly stands for: code.
-CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, FUNCTION, torch.dtype))
+CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, FUNCTION))
 _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"))
 _STORE_OPS = frozenset(("STORE_ATTR", "STORE_GLOBAL"))
 #: What stands for code in closures, and holds no state.
-_FIXED = (type, types.ModuleType, types.BuiltinFunctionType, FUNCTION, str)
+_FIXED = (type, types.ModuleType, types.BuiltinFunctionType, FUNCTION)
 #: Libraries whose globals, classes and objects are no state of a step.
 _LIBRARIES = frozenset({"torch", "numpy", "ckpt_pass"})
 
@@ -61,7 +61,7 @@ def reads_of(functions: Iterable[types.FunctionType]) -> Reads:
                 names[id(space), inner] = (space, inner)
         cells.update((id(cell), cell) for cell in _state_cells(fn))
         kept = (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())
-        defaults.update((id(v), v) for v in kept if not isinstance(v, (*_FIXED, int, float)))
+        defaults.update((id(v), v) for v in kept if not isinstance(v, (*_FIXED, str, int, float)))
     return Reads(
         tuple(names.values()),
         tuple(generators.values()),
@@ -130,6 +130,7 @@ def _places(fn: types.FunctionType, name: str, value: Any) -> Iterator[tuple[Any
     """Where a global that a function names holds state: itself, or the attributes it has."""
     if isinstance(value, type):
         yield from _of_class(value)
+        yield from _of_class(type(value))
         if is_users_name(value.__module__):
             yield from ((value, new) for new in stored_in(fn.__code__) if not hasattr(value, new))
     elif isinstance(value, types.ModuleType):
@@ -138,7 +139,7 @@ def _places(fn: types.FunctionType, name: str, value: Any) -> Iterator[tuple[Any
             names = _attributes_in(fn.__code__)
             yield from ((own, inner) for inner in names if type(own.get(inner)) not in CODE)
             yield from ((own, new) for new in stored_in(fn.__code__) if new not in own)
-    elif type(value) not in CODE:
+    elif type(value) not in CODE or value.__name__ != name:  # `act = torch.sin` may be set anew
         yield fn.__globals__, name
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import array
 import contextvars
 import copy
+import ctypes
 import inspect
+import io
 import itertools
 import operator
 import os
@@ -156,6 +158,45 @@ def _set_environment(environ: Any, was: dict[Any, Any]) -> None:
 _READ_ENVIRON = frozenset(("environ", "environb", "getenv", "getenvb"))
 
 
+def _position(file: Any) -> Any:
+    """Where a file is that is read; what one in memory holds, too."""
+    try:
+        if not file.readable():
+            return None
+        small = isinstance(file, (io.StringIO, io.BytesIO)) and file.seekable()
+        return file.tell(), file.getvalue() if small else None
+    except (OSError, ValueError):  # closed, a pipe, or under iteration
+        return None
+
+
+def _set_position(file: Any, position: Any) -> None:
+    if position is not None:
+        place, value = position
+        if value is not None:
+            file.seek(0)
+            file.truncate()
+            file.write(value)
+        file.seek(place)
+
+
+def _memory(view: memoryview) -> bytes | None:
+    return view.tobytes() if view.nbytes <= MOST_BYTES and not view.readonly else None
+
+
+def _fill_memory(view: memoryview, contents: bytes | None) -> None:
+    if contents is not None:
+        view.cast("B")[:] = contents
+
+
+def _raw(value: Any) -> bytes | None:
+    return bytes(value) if ctypes.sizeof(value) <= MOST_BYTES else None
+
+
+def _set_raw(value: Any, contents: bytes | None) -> None:
+    if contents is not None:
+        ctypes.memmove(ctypes.addressof(value), contents, len(contents))
+
+
 def _fields(local: threading.local) -> dict[str, Any]:
     return dict(vars(local))
 
@@ -185,6 +226,9 @@ _COPIED = Keeper(copy.copy, lambda a, b: _where(a) == _where(b), copy=copy.copy)
 _SEEN = Keeper(_where)
 # By the thread that asks: a backward may run in another one than its forward.
 _OF_THREADS = Keeper(_fields, _same_fields, _set_fields)
+_FILE = Keeper(_position, write=_set_position)
+_MEMORY = Keeper(_memory, write=_fill_memory)
+_RAW = Keeper(_raw, write=_set_raw)
 _ENVIRON = Keeper(_environment, write=_set_environment)
 _OF_CONTEXTS = Keeper(lambda v: v.get(_UNSET), operator.is_, _set_variable)
 
@@ -204,6 +248,9 @@ _OTHERS: tuple[type, ...] = (
     *(enumerate, zip, map, filter, *_OF_DICTS),
 )
 _ITERATORS = (*_COPYABLE, *_OTHERS)
+_OF_C: tuple[type, ...] = tuple(
+    base.__mro__[-2] for base in (ctypes.c_int, ctypes.Structure, ctypes.Union, ctypes.Array)
+)
 _KINDS: tuple[tuple[tuple[type, ...], Keeper], ...] = (
     ((torch.Generator,), _TORCHS),
     ((bytearray,), _BYTES),
@@ -211,6 +258,9 @@ _KINDS: tuple[tuple[tuple[type, ...], Keeper], ...] = (
     ((threading.local,), _OF_THREADS),
     ((contextvars.ContextVar,), _OF_CONTEXTS),
     ((type(os.environ),), _ENVIRON),
+    ((io.IOBase,), _FILE),
+    ((memoryview,), _MEMORY),
+    (_OF_C, _RAW),
     (_COPYABLE, _COPIED),
     (_OTHERS, _SEEN),
 )
