@@ -184,11 +184,17 @@ def compile_apart(
     options: dict[str, Any] = {"backend": backend, "dynamic": dynamic}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
-    known = set(eval_frame.cached_backends)
     compiled: Callable[..., Any] = torch.compile(step, **options)
-    for number in set(eval_frame.cached_backends) - known:
-        del eval_frame.cached_backends[number]
-    return compiled
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            for number, kept in list(eval_frame.cached_backends.items()):
+                if kept is backend or getattr(kept, "compiler_fn", None) is backend:
+                    del eval_frame.cached_backends[number]
+
+    return run
 
 
 @contextlib.contextmanager
