@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -46,17 +44,21 @@ from ckpt_pass.regions.actions import (
     overwritten,
     returns_what_it_changes,
     simple_call,
-    statistics,
 )
 from ckpt_pass.regions.draws import Draw, DrawWatch
 from ckpt_pass.regions.light_hooks import LightHooks
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory, Saved
+from ckpt_pass.regions.statistics import (
+    Owners,
+    run_again,
+    running_statistics,
+    state_addresses,
+)
 from ckpt_pass.regions.watch import RegionRecord, new_record
 from ckpt_pass.regions.writes import check_reads
 
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
-Owners = tuple[nn.Module, ...]
 
 NOT_SAVED = Opinion(CheckpointPolicy.PREFER_RECOMPUTE, "made again from what it shows")
 
@@ -89,7 +91,10 @@ def _light_contexts(policy: Policy) -> Contexts:
 
 
 def selective_contexts(
-    policy: Policy, hooks: LightHooks | None = None, owners: Owners = ()
+    policy: Policy,
+    hooks: LightHooks | None = None,
+    owners: Owners = (),
+    outside: Outside | None = None,
 ) -> Contexts:
     """The two modes for one run of a region: for its forward, and for its recomputation.
 
@@ -97,9 +102,10 @@ def selective_contexts(
         policy: what the forward saves.
         hooks: for a region of ``torch.utils.checkpoint``: hooks lighter than torch's.
         owners: the modules that the region runs, where their buffers are to change only once.
+        outside: what the region reads besides its arguments, where there are no ``hooks``.
     """
     memory = RegionMemory()
-    forward = ForwardMode(policy, memory, hooks)
+    forward = ForwardMode(policy, memory, hooks, owners, outside)
     return forward, RecomputeMode(memory, hooks, owners, forward)
 
 
@@ -120,12 +126,20 @@ class ForwardMode(QuickMode):
     _by_op_alone = False
     _unsettled: Saved | None = None
     _paused = False
+    _state: frozenset[int] | None = None
 
     def __init__(
-        self, policy: Policy, memory: RegionMemory, hooks: LightHooks | None = None
+        self,
+        policy: Policy,
+        memory: RegionMemory,
+        hooks: LightHooks | None = None,
+        owners: Owners = (),
+        outside: Outside | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._hooks = hooks
+        self._owners = owners
+        self._outside = outside
         self._policy = policy
         self._memory = memory
         self._actions = actions_for(policy)
@@ -231,12 +245,22 @@ class ForwardMode(QuickMode):
         if action is Action.CHANGE and not returns_what_it_changes(func, args, output):
             return
         key = _key(func, args)
-        if not saves:
+        if not saves or (action is Action.CHANGE and self._is_state(output)):
             self._memory.skip(key)
             return
         draw: Draw | None = watch.finished() if watch is not None else None
         entry = self._memory.keep(key, output, draw)
         self._unsettled = entry if action is Action.CHANGE else None
+
+    def _is_state(self, output: Any) -> bool:
+        """Whether an op's output is memory from around the region, which others move on as well.
+
+        What it held is kept as all state is: a counter goes on before the backward comes.
+        """
+        if self._state is None:
+            outside = self._outside if self._hooks is None else self._hooks.outside
+            self._state = state_addresses(outside, self._owners)
+        return bool(self._state) and output.untyped_storage()._cdata in self._state
 
     def _ask(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Opinion:
         """What the policy says of this execution; also told to whoever is watching."""
@@ -289,24 +313,6 @@ class ForwardMode(QuickMode):
 def _key(op: Any, args: tuple[Any, ...]) -> Any:
     """What occurrences of an op are counted by; to hash an op itself is a call into Python."""
     return id(op) if isinstance(op, OpOverload) else functorch.selective_key(op, args)
-
-
-def running_statistics(owners: Owners) -> Iterator[int]:
-    """The storages of the buffers that normalisations in training update, by their address."""
-    for module in (module for owner in owners for module in owner.modules()):
-        if isinstance(module, _NormBase) and module.training:
-            yield from (b.untyped_storage()._cdata for b in module.buffers(recurse=False))
-
-
-def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an op as its forward did, but leave running statistics alone: the forward moved them."""
-    positions = statistics(func)
-    if positions:
-        args = tuple(
-            value.clone() if index in positions and isinstance(value, torch.Tensor) else value
-            for index, value in enumerate(args)
-        )
-    return func(*args, **kwargs)
 
 
 class RecomputeMode(QuickMode):
@@ -375,10 +381,10 @@ class RecomputeMode(QuickMode):
                 args = self._with_copies(func, args, kwargs)
         # What is ignored is never counted.
         if func in IGNORED or is_cached_cast(func, args):
-            return _run_again(func, args, kwargs)
+            return run_again(func, args, kwargs)
         entry = self._memory.next(_key(func, args), func)
         if entry is None:
-            return _run_again(func, args, kwargs)
+            return run_again(func, args, kwargs)
         value = entry.take(func, again=not self._memory.complete)
         if is_mutable(func) and functorch.proxy_graph() is None:
             with torch.no_grad():

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ckpt_pass.state.objects import generators_behind
 from ckpt_pass.state.spots import MISSING
 
