@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -16,8 +16,6 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
 )
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 #: Raised by fake tensors that were asked for a value, or for a size that depends on values.
@@ -84,6 +82,17 @@ def data_of(value: torch.Tensor) -> torch.Tensor:
         with torch._C._DisableTorchDispatch():
             return value.data
     return value.data
+
+
+_data: Callable[[torch.Tensor], torch.Tensor] = operator.attrgetter("data")
+
+
+def data_of_all(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same of several plain tensors."""
+    if torch._C._len_torch_dispatch_stack():
+        with torch._C._DisableTorchDispatch():
+            return list(map(_data, values))
+    return list(map(_data, values))
 
 
 def _closed_over(fn: Any, name: str) -> Any:
@@ -165,14 +174,6 @@ def debugs(wanted: bool) -> bool:
     """Whether regions log their ops: what ``set_checkpoint_debug_enabled`` says, else as wanted."""
     enabled = torch.utils.checkpoint._checkpoint_debug_enabled
     return wanted if enabled is None else enabled
-
-
-def device_context() -> AbstractContextManager[Any] | None:
-    """The innermost ``with torch.device(...)`` around, or ``None``."""
-    if not torch._C._len_torch_function_stack():
-        return None
-    modes = (mode for mode in reversed(_get_current_function_mode_stack()))
-    return next((mode for mode in modes if isinstance(mode, DeviceContext)), None)
 
 
 def storage_holders(storage: torch.UntypedStorage) -> int:
@@ -280,3 +281,13 @@ def is_fake(tensor: torch.Tensor) -> bool:
 def is_distributed(value: Any) -> bool:
     """Whether a value is a DTensor (``torch.distributed.tensor``, which is not imported here)."""
     return type(value).__name__ == "DTensor"
+
+
+#: Marks of FSDP1 and of DeepSpeed's third stage on parameters, whose memory they give and take.
+_GATHERED = ("_fsdp_flattened", "ds_id")
+
+
+def is_gathered(tensor: torch.Tensor) -> bool:
+    """Whether a parameter has its memory from sharded training, for a while, ever anew."""
+    own = tensor.__dict__
+    return bool(own) and any(mark in own for mark in _GATHERED)

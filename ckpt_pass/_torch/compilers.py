@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._dynamo import pgo
+from torch._dynamo import eval_frame, pgo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as functorch_config
@@ -178,13 +178,23 @@ def compile_apart(
 ) -> Callable[..., Any]:
     """``torch.compile``, whose compilations do not count among the user's own of the same code.
 
-    Dynamo gives a function up after so many of them. Torch before 2.13 counts them all.
+    Dynamo gives a function up after so many of them. Torch before 2.13 counts them all. It also
+    keeps every backend, with all that it holds, until ``torch._dynamo.reset()``: not this one.
     """
     options: dict[str, Any] = {"backend": backend, "dynamic": dynamic}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
     compiled: Callable[..., Any] = torch.compile(step, **options)
-    return compiled
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            for number, kept in list(eval_frame.cached_backends.items()):
+                if kept is backend or getattr(kept, "compiler_fn", None) is backend:
+                    del eval_frame.cached_backends[number]
+
+    return run
 
 
 @contextlib.contextmanager

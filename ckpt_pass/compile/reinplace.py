@@ -7,12 +7,16 @@ last.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
+from ckpt_pass._torch import functorch
 from ckpt_pass.graph.joint import is_multi_output_access, storage_keys
 from ckpt_pass.graph.reinplace import makes_anew, overwritable_inputs, overwriting_variant
+from ckpt_pass.policy.sites import output_tensors
 
 
 def overwrite_in_place(module: fx.GraphModule) -> int:
@@ -45,7 +49,8 @@ class _Memory:
 
     Attributes:
         base: for each node, the one whose memory it is, itself or another one.
-        last: for each base, the place of the last node that reads it, through views too.
+        last: for each base, the place of the last node that reads it, through views too, or
+            through a sparse tensor that it is a part of.
         own: bases that certainly are memory of their own.
     """
 
@@ -58,13 +63,25 @@ class _Memory:
         """Read a graph. A node that stands in it twice holds other memory each time."""
         found = cls()
         outputs: dict[object, fx.Node] = {}  # of ops with several: the first access to each
+        parts: dict[fx.Node, list[fx.Node]] = {}  # of sparse tensors: the bases of their values
         for place, node in enumerate(graph.nodes):
             base = found.base[node] = found._owner(node, outputs)
             if base is node and makes_anew(node):
                 found.own.add(node)
+            parts[node] = list(found._parts(node, parts))
             for source in (node, *node.all_input_nodes):
-                found.last[found.base[source]] = place
+                for base in (found.base[source], *parts[source]):
+                    found.last[base] = place
         return found
+
+    def _parts(self, node: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> Iterator[fx.Node]:
+        """Whose memory a node's value lies in by way of a sparse tensor."""
+        for source in node.all_input_nodes:
+            shared = _storages(source) & _storages(node)
+            if shared or _is_sparse(node):
+                yield from known[source]
+            if shared and (_is_sparse(node) or _is_sparse(source)):
+                yield self.base[source]
 
     def _owner(self, node: fx.Node, outputs: dict[object, fx.Node]) -> fx.Node:
         keys = set(storage_keys(node.meta.get("val")))
@@ -76,6 +93,17 @@ class _Memory:
         if apart and self.base[source] is source:
             return outputs.setdefault((source, *keys), node)
         return self.base[source]
+
+
+def _is_sparse(node: fx.Node) -> bool:
+    """Whether a node's value is made of other tensors, indices and values say."""
+    found = output_tensors(node.meta.get("val"))
+    return any(tensor.layout is not torch.strided for tensor in found)
+
+
+def _storages(node: fx.Node) -> set[int]:
+    found = output_tensors(node.meta.get("val"))
+    return {storage._cdata for tensor in found for storage in functorch.storages_of(tensor)}
 
 
 def _write_over(node: fx.Node, target: object, source: fx.Node) -> None:

@@ -1,18 +1,21 @@
 """What is around a region when its forward runs, and must be around its recomputation again.
 
-That is autocast, a default device, torch's switches (default dtype, deterministic algorithms,
-allowed attention kernels), and the state of the random generators. Each is looked at only as far as
-it costs next to nothing: a region of a small model runs in some 100 microseconds.
+That is autocast, modes (a default device among them), global hooks of modules, torch's switches
+(default dtype, deterministic algorithms, allowed attention kernels), and the state of the random
+generators. Each is looked at only as far as it costs next to nothing: a region of a small model
+runs in some 100 microseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckpt_pass._torch import autograd
+from ckpt_pass._torch import modes
 from ckpt_pass._torch.switches import set_switches, switches_now
 
 AutocastState = tuple[bool, torch.dtype, bool]
@@ -37,31 +40,78 @@ def _autocast_state(device_type: str) -> AutocastState:
     )
 
 
-class Ambient:
-    """Autocast, the default device and torch's switches, as they are when this is made.
+class Surroundings:
+    """Torch's switches, modes and global hooks, as they are when this is made, in a forward.
 
-    That is in a region's forward.
+    Attributes:
+        switches: what decides which kernels run, and in which precision.
+        functions: the ``TorchFunctionMode``s around, a default device among them.
+        dispatchers: the ``TorchDispatchMode``s of users' own around.
+        hooks: users' hooks on all modules.
+    """
+
+    __slots__ = ("dispatchers", "functions", "hooks", "switches")
+
+    def __init__(self) -> None:
+        self.switches = switches_now()
+        self.functions = modes.function_modes()
+        self.dispatchers = modes.dispatch_modes()
+        self.hooks = modes.global_hooks()
+
+    def changed(self) -> bool:
+        """Whether there is something to enter."""
+        return (
+            switches_now() != self.switches
+            or modes.function_modes() != self.functions
+            or modes.global_hooks() != self.hooks
+            or bool(self._missing())
+        )
+
+    def _missing(self) -> list[Any]:
+        """What dispatched in the forward and does not now; what does only now may look on."""
+        if not self.dispatchers:
+            return []
+        now = {id(mode) for mode in modes.dispatch_modes()}
+        return [mode for mode in self.dispatchers if id(mode) not in now]
+
+    def restore(self, stack: contextlib.ExitStack) -> None:
+        """Enter what is not the same now."""
+        switches, functions, hooks = switches_now(), modes.function_modes(), modes.global_hooks()
+        if switches != self.switches:
+            stack.callback(set_switches, switches)
+            set_switches(self.switches)
+        if functions != self.functions:
+            stack.callback(modes.set_function_modes, functions)
+            modes.set_function_modes(self.functions)
+        if hooks != self.hooks:
+            stack.callback(modes.set_global_hooks, hooks)
+            modes.set_global_hooks(self.hooks)
+        for mode in self._missing():
+            # Not by its own `__enter__`, which may do more: the user has entered it once.
+            TorchDispatchMode.__enter__(mode)
+            stack.callback(TorchDispatchMode.__exit__, mode, None, None, None)
+
+
+class Ambient(Surroundings):
+    """Autocast, and the surroundings of every region, as they are when this is made.
 
     Args:
         devices: those of the region's arguments, other than the CPU.
 
     Attributes:
         autocast: its state, by device type.
-        device: the ``with torch.device(...)`` around, if any.
-        switches: what decides which kernels run, and in which precision.
     """
 
-    __slots__ = ("autocast", "device", "switches")
+    __slots__ = ("autocast",)
 
     def __init__(self, devices: tuple[torch.device, ...]) -> None:
+        super().__init__()
         kinds = ("cpu", *dict.fromkeys(d.type for d in devices)) if devices else _CPU
         self.autocast = [(kind, _autocast_state(kind)) for kind in kinds]
-        self.device = autograd.device_context()
-        self.switches = switches_now()
 
     def changed(self) -> bool:
         """Whether there is something to enter."""
-        if self.device is not None or switches_now() != self.switches:
+        if super().changed():
             return True
         return any(_autocast_state(kind) != state for kind, state in self.autocast)
 
@@ -73,12 +123,7 @@ class Ambient:
                 stack.enter_context(
                     torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
                 )
-        if self.device is not None:
-            stack.enter_context(self.device)
-        now = switches_now()
-        if now != self.switches:
-            stack.callback(set_switches, now)
-            set_switches(self.switches)
+        super().restore(stack)
 
 
 class RandomState:

@@ -19,19 +19,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.lazy import LazyModuleMixin
 
+from ckpt_pass._torch import autograd
+from ckpt_pass.regions.classes import ClassReads, class_of
 from ckpt_pass.state.code_names import (
-    CODE,
     FUNCTION,
     Reads,
     contents_of,
-    functions_in,
     is_users_name,
     reads_of,
 )
 from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
+from ckpt_pass.state.remembered import Remembered
 from ckpt_pass.state.spots import MISSING, read_spot, slots_of
 
 #: What every module has; its contents are looked at one by one.
@@ -42,7 +41,7 @@ _FORWARD_HOOKS = tuple(name for name in _INTERNAL if "forward" in name and "hook
 #: Objects found in objects are followed so far: deeper lies what a region does not work on.
 _OBJECT_DEPTH = 3
 #: Standard modules whose instances are containers.
-_PLAIN_OBJECTS = frozenset({"collections", "types", "weakref"})
+_PLAIN_OBJECTS = frozenset({"argparse", "collections", "types", "weakref"})
 
 #: Types of values that hold nothing.
 ATOMS: frozenset[type] = frozenset(
@@ -94,8 +93,6 @@ def _find_kind(cls: type) -> _Kind:
             return kind
     if keeper_for(cls) is not None:
         return _Kind.STATE
-    if issubclass(cls, (Enum, BaseException)):
-        return _Kind.IGNORED
     plain = _library(cls) in _PLAIN_OBJECTS or dataclasses.is_dataclass(cls)
     return _Kind.OBJECT if plain or is_users(cls) else _Kind.IGNORED
 
@@ -109,53 +106,13 @@ def is_users(thing: Any) -> bool:
     return is_users_name(thing.__module__)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Class:
-    """What is known of a class of modules.
-
-    Attributes:
-        managed: its attributes are its library's (FSDP; compiled, scripted and lazy modules).
-        norm: its buffers are running statistics.
-        bases: its classes that are not torch's own: their attributes may be state.
-        reads: what their methods read.
-    """
-
-    managed: bool
-    norm: bool
-    bases: tuple[type, ...]
-    reads: Reads
-
-
-def _find_class(cls: type) -> _Class:
-    managed = cls.__module__.startswith(("torch.distributed.", "torch._dynamo.")) or issubclass(
-        cls, LazyModuleMixin
-    )
-    bases = tuple(
-        base
-        for base in cls.__mro__
-        if base is not object and base.__module__.partition(".")[0] not in ("torch", "typing")
-    )
-    functions = [
-        fn
-        for base in bases
-        for name, value in vars(base).items()
-        for fn in functions_in(value)
-        if name != "__init__"
-    ]
-    return _Class(
-        managed or issubclass(cls, torch.jit.ScriptModule),
-        issubclass(cls, _NormBase),
-        bases,
-        reads_of(functions),
-    )
-
-
-#: Globals and class attributes that count something.
-_NUMBERS = frozenset((int, float, bool, complex, type(None)))
+#: Class attributes that are values, not code.
+_VALUES = frozenset((int, float, bool, complex, str, bytes, type(None), slice, range)) | frozenset(
+    (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
+)
 # Looked up for every value that is met.
-_kind: Callable[[Any], _Kind] = functools.lru_cache(maxsize=4096)(_find_kind)
-_slots: Callable[[Any], tuple[str, ...]] = functools.lru_cache(maxsize=4096)(slots_of)
-_class: Callable[[Any], _Class] = functools.lru_cache(maxsize=4096)(_find_class)
+_kind: Callable[[Any], _Kind] = Remembered(_find_kind, lambda _: None)
+_slots: Callable[[Any], tuple[str, ...]] = Remembered(slots_of, lambda _: None)
 #: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
 Spot = tuple[Any, str, Any]
 
@@ -177,6 +134,7 @@ class Holders:
     """
 
     __slots__ = (
+        "_movable",
         "_seen",
         "_todo",
         "attributes",
@@ -207,6 +165,7 @@ class Holders:
         self.tensors: list[torch.Tensor] = []
         self.lasting = self.simple = True
         self.norms = False
+        self._movable: list[torch.Tensor] | None = None
         self._seen: set[Any] = set()
         self._todo: list[tuple[Any, int]] = []
         self.add(*roots)
@@ -226,14 +185,27 @@ class Holders:
                 self._todo.append((root, 0))
             else:
                 if _kind(type(root)) is _Kind.OBJECT:
-                    self._class(_class(type(root)))
+                    self._class(class_of(type(root)))
                 self._todo.append((root, 0))
-        while self._todo:
-            self._follow(*self._todo.pop())
+        looked_at = 0
+        while self._todo or looked_at < len(self.tensors):
+            while self._todo:
+                self._follow(*self._todo.pop())
+            for tensor in self.tensors[looked_at:]:
+                self._fields(tensor.__dict__, 0)
+                looked_at += 1
 
     def has(self, container: Any) -> bool:
         """Whether a container is among the holders."""
         return id(container) in self._seen
+
+    def movable(self) -> list[torch.Tensor]:
+        """The tensors that may be given other memory (``.data = ...``), and are seen to be."""
+        if self._movable is None:
+            self._movable = [
+                t for t in self.tensors if has_memory(t) and not autograd.is_gathered(t)
+            ]
+        return self._movable
 
     def mappings(self) -> Iterator[dict[Any, Any]]:
         """All dicts among the holders."""
@@ -256,7 +228,7 @@ class Holders:
                 continue
             seen.add(id(module))
             own = module.__dict__
-            known = _class(type(module))
+            known = class_of(type(module))
             children = own.get("_modules")
             if children:
                 todo += children.values()
@@ -290,21 +262,31 @@ class Holders:
                 seen.add(id(known))
                 self._class(known)
 
-    def _class(self, known: _Class) -> None:
+    def _class(self, known: ClassReads) -> None:
         for base in known.bases:
             if base in self._seen:
                 continue
             self._seen.add(base)
             for name, value in vars(base).items():
-                if type(value) is not FUNCTION and not name.startswith("__"):
+                if name.startswith("__"):
+                    continue
+                if type(value) is FUNCTION:  # another may be there for the forward only
+                    self.spots.append((base, name, value))
+                else:
                     self._spot(base, name, value)
+        if known.bases:
+            new = (name for name in known.stored if not hasattr(known.bases[0], name))
+            self.spots += [(known.bases[0], name, MISSING) for name in new]
         self._read(known.reads)
 
     def _read(self, reads: Reads) -> None:
         for space, name in reads.names:
             value = read_spot(space, name)
-            if type(value) not in CODE and value is not MISSING:
-                self._spot(space, name, value)
+            self.spots.append((space, name, value))
+            if type(value) not in ATOMS and value is not MISSING:
+                self._todo.append((value, 0))
+        for fn in reads.functions:
+            self._fields(fn.__dict__, 0)
         self._todo += [(value, 0) for value in (*reads.generators, *reads.defaults)]
         for cell in reads.cells:
             self._cell(cell, 0)
@@ -316,7 +298,7 @@ class Holders:
 
     def _spot(self, space: Any, name: str, value: Any) -> None:
         kind = _kind(type(value))
-        if kind is _Kind.IGNORED and type(value) not in _NUMBERS:
+        if kind is _Kind.IGNORED and type(value) not in _VALUES:
             return
         self.spots.append((space, name, value))
         if kind is not _Kind.IGNORED:
@@ -361,6 +343,7 @@ class Holders:
             self._contents((value.__func__, value.__self__), depth)
         elif kind is _Kind.PARTIAL:
             self._contents((value.func, value.args, value.keywords), depth)
+            self._fields(value.__dict__, depth)
         elif kind is _Kind.REFERENCE:
             self._contents((value(),), depth)
         elif (keeper := keeper_for(type(value))) is not None:
@@ -380,18 +363,27 @@ class Holders:
         if depth >= _OBJECT_DEPTH:
             return
         own = getattr(value, "__dict__", None)
-        if type(own) is dict and id(own) not in self._seen:
-            self._seen.add(id(own))
-            self.attributes.append(own)
-            self._contents(own.values(), depth + 1)
+        if type(own) is dict:
+            self._fields(own, depth + 1)
         for name in _slots(type(value)):
             held = getattr(value, name, None)
             self.spots.append((value, name, held))
             self._contents((held,), depth + 1)
 
+    def _fields(self, own: dict[str, Any], depth: int) -> None:
+        if self._is_new(own):
+            self.attributes.append(own)
+            self._contents(own.values(), depth)
+
     def _contents(self, values: Any, depth: int) -> None:
         if set(map(type, values)) - ATOMS:  # large tables of numbers are left at once
             self._todo += [(value, depth) for value in values if type(value) not in ATOMS]
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a plain one with elements in a row of memory."""
+    plain = type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
+    return plain and tensor.layout is torch.strided
 
 
 def _has_fields(value: Any) -> bool:

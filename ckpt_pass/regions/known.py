@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch import nn
@@ -13,7 +12,7 @@ from ckpt_pass.state.objects import global_generators
 
 
 class Known:
-    """What earlier runs of a region have told; a module carries its own.
+    """What earlier runs of a region have told.
 
     Attributes:
         watched: whether a run was looked at, op by op.
@@ -31,7 +30,7 @@ class Known:
         "__weakref__",
         "_contents",
         "_holders",
-        "_root",
+        "_keeps",
         "generators",
         "name",
         "options",
@@ -49,16 +48,13 @@ class Known:
         self.generators = global_generators()
         self.name: str | None = None
         self.options: Any = None
-        self._root = None if root is None else weakref.ref(root)
+        self._keeps = root is not None
         self._holders: Holders | None = None
         self._contents: Contents | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # copies and pickles of the module find out for themselves
-
-    def is_of(self, module: nn.Module) -> bool:
-        """Whether it is that module's own: replicas share what their original carries."""
-        return self._root is not None and self._root() is module
+    def let_go(self) -> None:
+        """Hold nothing that may lead to the module."""
+        self._holders = self._contents = self.options = None
 
     def look(self, root: Any) -> tuple[Holders, Contents]:
         """The holders of a region's state, and what they hold now."""
@@ -67,7 +63,7 @@ class Known:
             holders = Holders(root, *self.generators)
             contents = Contents(holders)
             # What is kept here lives on: never values of a step, nor buffers that are replaced.
-            lasts = self._root is not None and holders.lasting
+            lasts = self._keeps and holders.lasting
             lasts = lasts and (self.quiet or not holders.buffers)
             if lasts and all(tensor.is_leaf for tensor in holders.tensors):
                 self._holders, self._contents = holders, contents

@@ -9,6 +9,7 @@ backwards stay torch's.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from torch.autograd.profiler import record_function
 
 from ckpt_pass._torch import autograd, functorch
-from ckpt_pass._torch.switches import set_switches, switches_now
+from ckpt_pass.regions.ambient import Surroundings
 from ckpt_pass.regions.arguments import Copier
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
@@ -42,7 +43,8 @@ class LightHooks:
         "_saved",
         "_stops_early",
         "_store",
-        "_switches",
+        "_surroundings",
+        "_undo",
         "name",
         "outside",
         "watch",
@@ -59,7 +61,8 @@ class LightHooks:
         self._complete = False
         self._checked = True
         self._stops_early = True
-        self._switches: tuple[Any, ...] | None = None
+        self._surroundings: Surroundings | None = None
+        self._undo = contextlib.ExitStack()
         #: What the region reads besides its arguments.
         self.outside: Outside | None = None
         #: Looks for what its forward overwrites, the first time.
@@ -79,7 +82,7 @@ class LightHooks:
             return False
         self._stops_early = bool(frame.early_stop)
         self._in_use = True
-        self._switches = switches_now()
+        self._surroundings = Surroundings()
         self._look_around(frame)
         asked = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
         # What torch has noted of our value, if it checks any.
@@ -130,9 +133,8 @@ class LightHooks:
             self._range.__enter__()
         pack = hooks[0]
         self._store = []
-        if self._switches is not None:
-            self._switches, switches = switches_now(), self._switches
-            set_switches(switches)
+        if self._surroundings is not None:
+            self._surroundings.restore(self._undo)
         self._rerun = Recomputation(
             self.name, self._saved.looks, lambda: pack(_VALUE), self._checked
         )
@@ -149,9 +151,7 @@ class LightHooks:
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
-        if self._switches is not None:
-            self._switches, switches = switches_now(), self._switches
-            set_switches(switches)
+        self._undo.close()
         assert self._rerun is not None
         rerun, self._rerun = self._rerun, None
         made = rerun.handed_over()

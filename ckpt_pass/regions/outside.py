@@ -4,8 +4,9 @@ A recomputation must read what the forward read. So the holders of a region's st
 parameters, buffers, hooks, containers, closures, globals) are copied, one level each and by
 reference, when the forward begins. For the recomputation they hold that again, and afterwards what
 they held before it. Tensors that were changed in place are another matter: what the forward itself
-is known to overwrite is copied before it does, and stands in for the tensor in the recomputation.
-Whatever else has changed is an error with the tensor's name.
+is known to overwrite is copied before it does, and stands in for the tensor in the recomputation;
+so does the memory that a tensor looked at, where it looks at other memory now. Whatever else has
+changed is an error with the tensor's name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.contents import Contents
-from ckpt_pass.regions.holders import Holders
+from ckpt_pass.regions.holders import Holders, has_memory
 from ckpt_pass.regions.known import Known
 from ckpt_pass.regions.naming import name_of
 from ckpt_pass.state.code_names import contents_of
@@ -35,6 +36,9 @@ class MutatedStateError(CkptPassError, RuntimeError):
 
     A parameter, a buffer, or a tensor on an attribute, in a container, closure or global.
     """
+
+
+_address = torch.Tensor.data_ptr
 
 
 class Outside:
@@ -53,6 +57,7 @@ class Outside:
         "_holders",
         "_known",
         "_roots",
+        "_start_by_id",
         "_starts",
         "_switched",
         "_versions",
@@ -63,8 +68,9 @@ class Outside:
         self._roots: tuple[Any, ...] = (root,)
         self._known = known
         self._holders, self._held = known.look(root)
-        #: The memory that tensors looked at when the forward began, by the tensor's id.
-        self._starts: dict[int, torch.Tensor] = {}
+        #: What tensors looked at when the forward began: aliases keep it.
+        self._starts: list[torch.Tensor] = []
+        self._start_by_id: dict[int, torch.Tensor] | None = None
         #: Copies of storages as they were when the forward began, by the storage's address.
         self._copies: dict[int, torch.UntypedStorage] = {}
         self._before: Contents | None = None
@@ -87,12 +93,8 @@ class Outside:
             for tensor in self.storages().values():
                 if self.name_of(tensor) in known.overwritten:
                     self.about_to_change(tensor)
-        if known.repointed or not known.watched:
-            self._starts = {
-                id(tensor): autograd.data_of(tensor)
-                for tensor in filter(_has_storage, tensors)
-                if not known.watched or self.name_of(tensor) in known.repointed
-            }
+        self._starts = autograd.data_of_all(self._holders.movable())
+        self._start_by_id = None
 
     def learn(self) -> None:
         """Let later runs know what the forward has done, which was looked at and ends now."""
@@ -100,13 +102,7 @@ class Outside:
         for tensor in holders.tensors:
             self.about_to_read(tensor)
         known.overwritten.update(self.overwritten())
-        self._starts = {
-            id(tensor): self._starts[id(tensor)]
-            for tensor in filter(_has_storage, holders.tensors)
-            if known.repointed and self.name_of(tensor) in known.repointed
-        }
-        unmoved = not self._copies and _versions(holders.tensors) == self._versions
-        quiet = unmoved and not self._starts and self._held.held_by(holders)
+        quiet = not self._tensors_moved() and self._held.held_by(holders)
         moved = {id(value) for value, _, _ in self._held.moved(holders)}
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
 
@@ -145,7 +141,7 @@ class Outside:
 
     def storages(self) -> dict[int, torch.Tensor]:
         """One tensor for each storage that is held, by the storage's address."""
-        found = filter(_has_storage, self._holders.tensors)
+        found = filter(has_memory, self._holders.tensors)
         return {t.untyped_storage()._cdata: t for t in found}
 
     def about_to_change(self, tensor: torch.Tensor) -> None:
@@ -162,15 +158,38 @@ class Outside:
 
     def about_to_read(self, tensor: torch.Tensor) -> None:
         """Note where the forward has made a tensor look at other memory."""
-        start = self._starts.get(id(tensor))
-        if start is None or start.data_ptr() == tensor.data_ptr():
-            return
-        # Sharded training gives parameters their memory, of another size, for a while.
-        if tensor.shape == start.shape or not isinstance(tensor, nn.Parameter):
+        if self._looks_elsewhere(tensor):
             self._known.repointed.add(self.name_of(tensor))
 
+    def _start(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        found = self._start_by_id
+        if found is None:
+            tensors = map(id, self._holders.movable())
+            found = self._start_by_id = dict(zip(tensors, self._starts, strict=True))
+        return found.get(id(tensor))
+
+    def _looks_elsewhere(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor looks at other memory than when the forward began (``.data = ...``)."""
+        start = self._start(tensor)
+        if start is None or start.data_ptr() == tensor.data_ptr():
+            return False
+        # Sharded training gives parameters their memory, of another size, for a while.
+        is_there = start.numel() > 0 and start.untyped_storage().nbytes() > 0
+        return is_there or not isinstance(tensor, nn.Parameter)
+
+    def _tensors_moved(self) -> bool:
+        """Whether anything has become of the tensors since the forward began."""
+        if self._copies or self._known.repointed:
+            return True
+        if _versions(self._holders.tensors) != self._versions:
+            return True
+        movable = self._holders.movable()
+        if list(map(_address, movable)) == list(map(_address, self._starts)):
+            return False
+        return any(map(self._looks_elsewhere, movable))
+
     def _copied(self, tensor: torch.Tensor) -> torch.UntypedStorage | None:
-        if not self._copies or not _has_storage(tensor):
+        if not self._copies or not has_memory(tensor):
             return None
         return self._copies.get(tensor.untyped_storage()._cdata)
 
@@ -184,7 +203,7 @@ class Outside:
             MutatedStateError: a tensor has other values now, and no copy of it is there.
         """
         holders, held = self._holders, self._held
-        moved = self._copies or self._starts or _versions(holders.tensors) != self._versions
+        moved = self._tensors_moved()
         if [t.requires_grad for t in holders.tensors] != self._flags:
             self._switch_flags()
         if not moved and held.held_by(holders):
@@ -238,9 +257,9 @@ class Outside:
             if id(tensor) not in present or id(tensor) in stand_ins:
                 continue
             start = self._start_of(tensor)
-            address = start.untyped_storage()._cdata if _has_storage(start) else 0
+            address = start.untyped_storage()._cdata if has_memory(start) else 0
             copied = copies.get(address)
-            if copied is None and start is not tensor:
+            if copied is None and start is not tensor and self._kept(tensor, version):
                 copied = start.untyped_storage()
             if copied is not None and not (differentiable and tensor.requires_grad):
                 stand_ins[id(tensor)] = _alias(tensor, start, copied)
@@ -250,15 +269,17 @@ class Outside:
                 self.suspects[tensor.untyped_storage()._cdata] = tensor
         return stand_ins
 
+    def _kept(self, tensor: torch.Tensor, version: int) -> bool:
+        """Whether the memory that a tensor looked at surely holds what it held."""
+        return _version(tensor) == version or self.name_of(tensor) in self._known.repointed
+
     def _start_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a tensor was when the forward began, if the forward makes it another."""
-        start = self._starts.get(id(tensor))
-        if start is None or (
-            start.data_ptr() == tensor.data_ptr()
-            and self.name_of(tensor) not in self._known.repointed
-        ):
-            return tensor
-        return start
+        start = self._start(tensor)
+        moves = self._looks_elsewhere(tensor) or (
+            self._known.repointed and self.name_of(tensor) in self._known.repointed
+        )
+        return start if start is not None and moves else tensor
 
     def check_read(self, tensors: Iterable[Any]) -> None:
         """Raise where the recomputation is about to read what has moved.
@@ -267,7 +288,7 @@ class Outside:
             MutatedStateError: it is.
         """
         for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and _has_storage(tensor):
+            if isinstance(tensor, torch.Tensor) and has_memory(tensor):
                 found = self.suspects.get(tensor.untyped_storage()._cdata)
                 if found is not None:
                     raise self._moved(found)
@@ -333,11 +354,6 @@ def _versions(tensors: list[torch.Tensor]) -> list[int]:
         return [tensor._version for tensor in tensors]
     except RuntimeError:  # inference tensors have none
         return list(map(_version, tensors))
-
-
-def _has_storage(tensor: torch.Tensor) -> bool:
-    plain = type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
-    return plain and tensor.layout is torch.strided
 
 
 def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:

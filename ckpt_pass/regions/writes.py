@@ -22,13 +22,13 @@ from ckpt_pass.regions.actions import is_free, is_mutable, overwritten, statisti
 from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.known import Known
 from ckpt_pass.regions.outside import Outside
+from ckpt_pass.state.remembered import Remembered
 
 #: Of functions, by their code (a lambda is made anew for every run), by the module that they run.
 _known: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Known]] = (
     weakref.WeakKeyDictionary()
 )
-# Where a module carries its own: a plain attribute, ``None`` in copies and pickles.
-_ATTRIBUTE = "_ckpt_pass_known"
+_of_modules: Remembered[nn.Module, Known] = Remembered(Known, Known.let_go)
 
 
 def known_of(fn: Any, *arguments: Any) -> Known:
@@ -45,15 +45,12 @@ def known_of(fn: Any, *arguments: Any) -> Known:
             fn = fn.__self__
         else:
             return _of_code(fn, next(modules_behind(fn, *arguments), None))
-    found = fn.__dict__.get(_ATTRIBUTE)
-    if found is None or not found.is_of(fn):
-        found = fn.__dict__[_ATTRIBUTE] = Known(fn)
-    return found
+    return _of_modules(fn)
 
 
 def forget(module: nn.Module) -> None:
-    """Take away what a module carries for its regions; they find it out anew."""
-    module.__dict__.pop(_ATTRIBUTE, None)
+    """Take away what is known of a module's regions; they find it out anew."""
+    _of_modules.forget(module)
 
 
 def _of_code(fn: Any, module: nn.Module | None) -> Known:

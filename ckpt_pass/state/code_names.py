@@ -10,16 +10,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ckpt_pass.state.objects import generators_behind
+from ckpt_pass.state.spots import MISSING
 
 FUNCTION = types.FunctionType
 #: What a name mostly stands for: code.
-CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, FUNCTION, torch.dtype))
+CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, FUNCTION))
 _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"))
+_STORE_OPS = frozenset(("STORE_ATTR", "STORE_GLOBAL"))
 #: What stands for code in closures, and holds no state.
-_FIXED = (type, types.ModuleType, types.BuiltinFunctionType, FUNCTION, str)
+_FIXED = (type, types.ModuleType, types.BuiltinFunctionType, FUNCTION)
 #: Libraries whose globals, classes and objects are no state of a step.
 _LIBRARIES = frozenset({"torch", "numpy", "ckpt_pass"})
 
@@ -34,12 +34,14 @@ class Reads:
         generators: the random generators that they draw from by a module's functions.
         cells: variables of their closures.
         defaults: values of their parameters that are made once, and kept from call to call.
+        functions: themselves; they have attributes, too.
     """
 
     names: tuple[tuple[Any, str], ...]
     generators: tuple[Any, ...]
     cells: tuple[types.CellType, ...]
     defaults: tuple[Any, ...]
+    functions: tuple[types.FunctionType, ...]
 
 
 def reads_of(functions: Iterable[types.FunctionType]) -> Reads:
@@ -48,9 +50,8 @@ def reads_of(functions: Iterable[types.FunctionType]) -> Reads:
     generators: dict[int, Any] = {}
     cells: dict[int, types.CellType] = {}
     defaults: dict[int, Any] = {}
-    for fn in _reached(functions):
-        if not is_users_space(fn.__globals__):
-            continue
+    users = [fn for fn in _reached(functions) if is_users_space(fn.__globals__)]
+    for fn in users:
         for name, value in _globals_of(fn):
             found = generators_behind(value, fn.__code__.co_names)
             generators.update((id(generator), generator) for generator in found)
@@ -58,12 +59,13 @@ def reads_of(functions: Iterable[types.FunctionType]) -> Reads:
                 names[id(space), inner] = (space, inner)
         cells.update((id(cell), cell) for cell in _state_cells(fn))
         kept = (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())
-        defaults.update((id(v), v) for v in kept if not isinstance(v, (*_FIXED, int, float)))
+        defaults.update((id(v), v) for v in kept if not isinstance(v, (*_FIXED, str, int, float)))
     return Reads(
         tuple(names.values()),
         tuple(generators.values()),
         tuple(cells.values()),
         tuple(defaults.values()),
+        tuple(users),
     )
 
 
@@ -113,20 +115,29 @@ def _reached(functions: Iterable[types.FunctionType]) -> Iterator[types.Function
 
 
 def _globals_of(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    for name in _globals_in(fn.__code__):
-        yield name, fn.__globals__.get(name, FUNCTION)
+    code = fn.__code__
+    for name in _globals_in(code):
+        missing = MISSING if name in stored_in(code) else FUNCTION
+        yield name, fn.__globals__.get(name, missing)
+    for name in _imports_in(code):
+        if name in sys.modules:
+            yield name, sys.modules[name]
 
 
 def _places(fn: types.FunctionType, name: str, value: Any) -> Iterator[tuple[Any, str]]:
     """Where a global that a function names holds state: itself, or the attributes it has."""
     if isinstance(value, type):
         yield from _of_class(value)
+        yield from _of_class(type(value))
+        if is_users_name(value.__module__):
+            yield from ((value, new) for new in stored_in(fn.__code__) if not hasattr(value, new))
     elif isinstance(value, types.ModuleType):
         own = vars(value)
         if is_users_space(own):
             names = _attributes_in(fn.__code__)
             yield from ((own, inner) for inner in names if type(own.get(inner)) not in CODE)
-    elif type(value) not in CODE:
+            yield from ((own, new) for new in stored_in(fn.__code__) if new not in own)
+    elif type(value) not in CODE or value.__name__ != name:  # `act = torch.sin` may be set anew
         yield fn.__globals__, name
 
 
@@ -167,3 +178,21 @@ def _globals_in(code: types.CodeType) -> tuple[str, ...]:
     own = [i.argval for i in dis.get_instructions(code) if i.opname in _GLOBAL_OPS]
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     return tuple(dict.fromkeys([*own, *(name for c in inner for name in _globals_in(c))]))
+
+
+@functools.lru_cache(maxsize=4096)
+def stored_in(code: types.CodeType) -> frozenset[str]:
+    """The attributes and globals that a function's code writes, and what it may give setattr."""
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in _STORE_OPS}
+    if "setattr" in code.co_names:
+        found |= {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return frozenset(found.union(*map(stored_in, inner)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _imports_in(code: types.CodeType) -> tuple[str, ...]:
+    """The modules that a function imports each time it runs."""
+    own = [i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"]
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return tuple(dict.fromkeys([*own, *(name for c in inner for name in _imports_in(c))]))

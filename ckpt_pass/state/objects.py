@@ -1,4 +1,4 @@
-"""Objects with a state that no reference to them keeps: generators, arrays, iterators.
+"""Objects with a state that no reference to them keeps: generators, arrays, iterators, ``environ``.
 
 Each kind is read, compared and put back in its own way. Iterators that can be copied have copies
 standing in for them; those that cannot (generators of Python, chains of iterators) can only be seen
@@ -10,10 +10,12 @@ from __future__ import annotations
 import array
 import contextvars
 import copy
-import functools
+import ctypes
 import inspect
+import io
 import itertools
 import operator
+import os
 import random
 import sys
 import threading
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass.state.remembered import Remembered
 
 #: Arrays up to this size are copied; a larger one is data that a step reads.
 MOST_BYTES = 1 << 16
@@ -59,7 +62,7 @@ def global_generators() -> tuple[Any, ...]:
 
 
 def generators_behind(value: Any, names: tuple[str, ...]) -> Iterator[Any]:
-    """The random generators behind a module or function that code names.
+    """The random generators behind a module or function that code names; also ``os.environ``.
 
     Args:
         value: what a global name stands for.
@@ -68,8 +71,12 @@ def generators_behind(value: Any, names: tuple[str, ...]) -> Iterator[Any]:
     if isinstance(value, types.ModuleType):
         if value is random:
             yield _PYTHONS
+        elif value is os and not _READ_ENVIRON.isdisjoint(names):
+            yield os.environ
         elif value.__name__ == "numpy.random" or (value.__name__ == "numpy" and "random" in names):
             yield sys.modules["numpy"].random.mtrand._rand
+    elif value is os.getenv:
+        yield os.environ
     elif (
         isinstance(value, types.BuiltinFunctionType)
         and keeper_for(type(value.__self__)) is not None
@@ -134,6 +141,62 @@ def _plain(state: Any) -> Any:
     return state.tobytes() if hasattr(state, "tobytes") else state
 
 
+def _environment(environ: Any) -> dict[Any, Any]:
+    return dict(environ._data)  # encoded, as it is kept: a copy decodes each
+
+
+def _set_environment(environ: Any, was: dict[Any, Any]) -> None:
+    now = environ._data
+    for key in [key for key in now if key not in was]:
+        del environ[environ.decodekey(key)]
+    for key, value in was.items():
+        if now.get(key) != value:
+            environ[environ.decodekey(key)] = environ.decodevalue(value)
+
+
+#: The functions of ``os`` that read the environment, and the environment.
+_READ_ENVIRON = frozenset(("environ", "environb", "getenv", "getenvb"))
+
+
+def _position(file: Any) -> Any:
+    """Where a file is that is read; what one in memory holds, too."""
+    try:
+        if not file.readable():
+            return None
+        small = isinstance(file, (io.StringIO, io.BytesIO)) and file.seekable()
+        return file.tell(), file.getvalue() if small else None
+    except (OSError, ValueError):  # closed, a pipe, or under iteration
+        return None
+
+
+def _set_position(file: Any, position: Any) -> None:
+    if position is not None:
+        place, value = position
+        if value is not None:
+            file.seek(0)
+            file.truncate()
+            file.write(value)
+        file.seek(place)
+
+
+def _memory(view: memoryview) -> bytes | None:
+    return view.tobytes() if view.nbytes <= MOST_BYTES and not view.readonly else None
+
+
+def _fill_memory(view: memoryview, contents: bytes | None) -> None:
+    if contents is not None:
+        view.cast("B")[:] = contents
+
+
+def _raw(value: Any) -> bytes | None:
+    return bytes(value) if ctypes.sizeof(value) <= MOST_BYTES else None
+
+
+def _set_raw(value: Any, contents: bytes | None) -> None:
+    if contents is not None:
+        ctypes.memmove(ctypes.addressof(value), contents, len(contents))
+
+
 def _fields(local: threading.local) -> dict[str, Any]:
     return dict(vars(local))
 
@@ -163,6 +226,10 @@ _COPIED = Keeper(copy.copy, lambda a, b: _where(a) == _where(b), copy=copy.copy)
 _SEEN = Keeper(_where)
 # By the thread that asks: a backward may run in another one than its forward.
 _OF_THREADS = Keeper(_fields, _same_fields, _set_fields)
+_FILE = Keeper(_position, write=_set_position)
+_MEMORY = Keeper(_memory, write=_fill_memory)
+_RAW = Keeper(_raw, write=_set_raw)
+_ENVIRON = Keeper(_environment, write=_set_environment)
 _OF_CONTEXTS = Keeper(lambda v: v.get(_UNSET), operator.is_, _set_variable)
 
 _SEQUENCES: tuple[Any, ...] = ([], (), range(0), range(1 << 70), "", b"")
@@ -181,12 +248,19 @@ _OTHERS: tuple[type, ...] = (
     *(enumerate, zip, map, filter, *_OF_DICTS),
 )
 _ITERATORS = (*_COPYABLE, *_OTHERS)
+_OF_C: tuple[type, ...] = tuple(
+    base.__mro__[-2] for base in (ctypes.c_int, ctypes.Structure, ctypes.Union, ctypes.Array)
+)
 _KINDS: tuple[tuple[tuple[type, ...], Keeper], ...] = (
     ((torch.Generator,), _TORCHS),
     ((bytearray,), _BYTES),
     ((array.array,), _ARRAY),
     ((threading.local,), _OF_THREADS),
     ((contextvars.ContextVar,), _OF_CONTEXTS),
+    ((type(os.environ),), _ENVIRON),
+    ((io.IOBase,), _FILE),
+    ((memoryview,), _MEMORY),
+    (_OF_C, _RAW),
     (_COPYABLE, _COPIED),
     (_OTHERS, _SEEN),
 )
@@ -240,4 +314,4 @@ def held_inside(value: Any) -> tuple[Any, ...]:
 
 
 #: How the state of a class's objects is kept; ``None`` where they have none of these.
-keeper_for: Callable[[type], Keeper | None] = functools.lru_cache(maxsize=4096)(_find_keeper)
+keeper_for: Callable[[type], Keeper | None] = Remembered(_find_keeper, lambda _: None)

@@ -257,3 +257,28 @@ def test_one_output_taken_twice_is_one_memory() -> None:
     expected = traced(fn, X)(X)
     assert overwrite_in_place(written) == 2  # cos over the output, and the sum; not sin
     assert all(torch.equal(a, b) for a, b in zip(expected, written(X), strict=True))
+
+
+class Looked(nn.Module):
+    """Two tables whose gradients are sparse; one's values are read again further down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Embedding(5, 8, sparse=True) for _ in range(2))
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.tensor([0, 1, 1, 4])
+        h = (self.fc(x).tanh() * 3 + self.first(rows)).tanh()
+        return ((h + self.second(rows)).tanh() + h).square().mean()
+
+
+def test_values_of_a_sparse_gradient_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model, x = Looked(), torch.randn(4, 8)
+    wanted = torch.autograd.grad(model(x), list(model.parameters()))
+    backend = ckpt_pass.make_backend("save-matmul", inner="aot_eager")
+    got = torch.autograd.grad(torch.compile(model, backend=backend)(x), list(model.parameters()))
+    assert wanted[0].is_sparse
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one.to_dense(), other.to_dense())

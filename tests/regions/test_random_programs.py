@@ -101,7 +101,7 @@ def values_of(held: Any) -> Any:
 
 
 def attributes_of(model: nn.Module) -> Any:
-    internal = {*vars(nn.Module()), "forward", "around", "_ckpt_pass_known"}
+    internal = {*vars(nn.Module()), "forward", "around"}
     return [
         {name: values_of(value) for name, value in vars(module).items() if name not in internal}
         for module in model.modules()

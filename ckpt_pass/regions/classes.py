@@ -1,0 +1,71 @@
+"""What the code of a class of modules or objects reads, found out once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from ckpt_pass.state.code_names import FUNCTION, Reads, functions_in, reads_of, stored_in
+from ckpt_pass.state.remembered import Remembered
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassReads:
+    """What is known of a class of modules.
+
+    Attributes:
+        managed: its attributes are its library's (FSDP; compiled, scripted and lazy modules).
+        norm: its buffers are running statistics.
+        bases: its classes that are not torch's own: their attributes may be state.
+        reads: what their methods read.
+        stored: attributes that their methods may give the class itself.
+    """
+
+    managed: bool
+    norm: bool
+    bases: tuple[type, ...]
+    reads: Reads
+    stored: frozenset[str]
+
+
+#: Names by which methods come to the class of ``self``.
+_TO_A_CLASS = frozenset(("type", "__class__"))
+
+
+def _find_class(cls: type) -> ClassReads:
+    managed = cls.__module__.startswith(("torch.distributed.", "torch._dynamo.")) or issubclass(
+        cls, LazyModuleMixin
+    )
+    bases = tuple(
+        base
+        for base in cls.__mro__
+        if base is not object and base.__module__.partition(".")[0] not in ("torch", "typing")
+    )
+    functions = [
+        fn
+        for base in bases
+        for name, value in vars(base).items()
+        for fn in functions_in(value)
+        if name != "__init__"
+    ]
+    codes = [fn.__code__ for fn in functions if not _TO_A_CLASS.isdisjoint(fn.__code__.co_names)]
+    codes += [f.__func__.__code__ for b in bases for f in vars(b).values() if _is_classmethod(f)]
+    return ClassReads(
+        managed or issubclass(cls, torch.jit.ScriptModule),
+        issubclass(cls, _NormBase),
+        bases,
+        reads_of(functions),
+        frozenset().union(*map(stored_in, codes)),
+    )
+
+
+def _is_classmethod(value: Any) -> bool:
+    return isinstance(value, classmethod) and type(value.__func__) is FUNCTION
+
+
+class_of: Callable[[Any], ClassReads] = Remembered(_find_class)

@@ -1,0 +1,46 @@
+"""Memory around a region that its runs move on: running statistics, counters, buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ckpt_pass.regions.actions import statistics
+from ckpt_pass.regions.outside import Outside
+
+Owners = tuple[nn.Module, ...]
+
+
+def running_statistics(owners: Owners) -> Iterator[int]:
+    """The storages of the buffers that normalisations in training update, by their address."""
+    for module in (module for owner in owners for module in owner.modules()):
+        if isinstance(module, _NormBase) and module.training:
+            yield from (b.untyped_storage()._cdata for b in module.buffers(recurse=False))
+
+
+def run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op as its forward did, but leave running statistics alone: the forward moved them."""
+    positions = statistics(func)
+    if positions:
+        args = tuple(
+            value.clone() if index in positions and isinstance(value, torch.Tensor) else value
+            for index, value in enumerate(args)
+        )
+    return func(*args, **kwargs)
+
+
+def state_addresses(outside: Outside | None, owners: Owners) -> frozenset[int]:
+    """The storages that a region finds there, by their address.
+
+    Args:
+        outside: what it reads besides its arguments.
+        owners: modules with running statistics, where ``outside`` does not say.
+    """
+    if outside is None:
+        return frozenset(running_statistics(owners))
+    found = running_statistics(owners or outside.owners_of_statistics())
+    return frozenset((*outside.storages(), *found))
