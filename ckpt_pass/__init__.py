@@ -165,6 +165,7 @@ from ckpt_pass.errors import NothingRecordedError as NothingRecordedError
 from ckpt_pass.errors import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.errors import OtherPathError as OtherPathError
 from ckpt_pass.errors import PlacementError as PlacementError
+from ckpt_pass.errors import PlanCacheWarning as PlanCacheWarning
 from ckpt_pass.errors import PlanFileError as PlanFileError
 from ckpt_pass.errors import PlanMismatchError as PlanMismatchError
 from ckpt_pass.errors import PlanModeError as PlanModeError

@@ -114,7 +114,10 @@ def catch_generated(
         )
 
     def caught(code: Any) -> _Module:
-        _, path = PyCodeCache.write(code.value)
+        key, path = PyCodeCache.write(code.value)
+        # What inductor's caches are given, as the loading of the module would set it.
+        graph.cache_key, graph.cache_path = key, path
+        graph.cache_linemap = [(line, node.stack_trace) for line, node in code.line_map]
         module = _Module(path, has_runner=bool(re.search(r"^runner = ", code.value, re.MULTILINE)))
         debug = V.debug
 

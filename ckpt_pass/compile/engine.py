@@ -208,7 +208,7 @@ def settled(
 
 
 @dataclass(frozen=True)
-class Partitioner(compilers.CustomPartitionerFn):
+class Partitioner(compilers.NamedPartitioner):
     """The partition function that AOTAutograd and inductor call.
 
     Attributes:
@@ -221,6 +221,7 @@ class Partitioner(compilers.CustomPartitionerFn):
         in_place: whether what runs the backward takes ops that write over their inputs.
         part: whether the graph is one of several of a step.
         fuses: whether what runs the halves fuses ops, so that some run again at no cost.
+        artefacts: the name for inductor's caches; told from what was asked for if it is empty.
     """
 
     policy: Policy
@@ -232,6 +233,7 @@ class Partitioner(compilers.CustomPartitionerFn):
     in_place: bool = False
     part: bool = False
     fuses: bool = False
+    artefacts: str = ""
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -259,6 +261,8 @@ class Partitioner(compilers.CustomPartitionerFn):
 
         ``None`` (no caching) for a policy that is mere code, and for what a device has free now.
         """
+        if self.artefacts:
+            return self.artefacts
         if not is_plain_data(self.policy) or (self.goal and not self.goal.is_plain_data):
             return None
         made = [plan.fingerprint for plan in self.plans]
