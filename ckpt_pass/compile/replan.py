@@ -19,7 +19,7 @@ from torch import fx
 from ckpt_pass._torch import compilers
 from ckpt_pass._torch.generated import GeneratedHalf
 from ckpt_pass.compile.dry_run import StepPeak, step_peak
-from ckpt_pass.compile.engine import Partitioner
+from ckpt_pass.compile.engine import FreeOps, Partitioner
 from ckpt_pass.compile.remembered import Remembered, key_of, recalled, remember
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.record import InductorPeak
@@ -86,7 +86,7 @@ def compile_within(
         InfeasibleBudgetError: no plan fits the budget after inductor's changes.
         DryRunError: the code that inductor generates needs data to be followed.
     """
-    partitioner = replace(partitioner, fuses=True)
+    partitioner = replace(partitioner, free=FreeOps())
     key = key_of(gm, example_inputs, partitioner, inner_options, mode)
     step = _Step(gm, example_inputs, inner_options, mode, key is not None)
     kept = recalled(key, step.named) if key is not None else None
