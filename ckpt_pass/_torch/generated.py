@@ -73,8 +73,7 @@ class GeneratedHalf:
             "reinterpret_tensor": _reinterpret,
             "alloc_from_pool": _from_pool,
             "empty_strided": torch.empty_strided,
-            "assert_size_stride": _nothing,
-            "assert_alignment": _nothing,
+            **{name: _nothing for name in names if name.startswith("assert_")},
             **{name: _allocator(name) for name in names if name.startswith("empty_strided_")},
             **constants,
         }
