@@ -18,14 +18,13 @@ import torch
 import torch._functorch.config as functorch_config
 
 import ckpt_pass
-from benchmarks.budgets import AMPLE, MODELS, TORCH_BUDGETS, Models, made
+from benchmarks.budgets import AMPLE, TORCH_BUDGETS, Models, made
 from benchmarks.common import Bar, InductorRow, Result, torch_threads
 from ckpt_pass.plans.record import CompiledExecution
-from tests.zoo import Built, hf, loss_of, modular
+from tests.zoo import Built, hf, loss_of
 
-#: The models of the default run, and those of ``--all``.
+#: The models of the default run; :mod:`benchmarks.inductor_table` has more.
 SMALL: Models = {"gpt2": hf.gpt2, "resnet": hf.resnet}
-ALL: Models = {**MODELS, "unet": modular.unet, "t5": modular.t5}
 #: Budgets: from the least of our peaks (0) to the peak with nothing recomputed (1).
 PARTS = (0.0, 0.15, 0.3, 0.5, 0.7)
 #: Kernels with a workspace take a little more or less beside others than alone.

@@ -72,6 +72,7 @@ def run(rows: Path, models: Sequence[str] | None = None) -> Result:
         rows: the file; rows of another torch in it are left alone, and not counted.
         models: by name; all by default.
     """
+    rows.parent.mkdir(parents=True, exist_ok=True)
     names = sorted(models or ALL, key=lambda name: name.endswith("L") and name[0] in "gl")
     for name, dtype in ((name, dtype) for name in names for dtype in DTYPES):
         command = [sys.executable, "-m", "benchmarks.inductor_table", name, dtype, str(rows)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import secrets
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,11 +32,12 @@ _SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
 class NamedPartitioner(CustomPartitionerFn):
     """A partition function of which inductor's caches see the ``uuid()`` alone.
 
-    Their keys are made of the configuration's values too, pickled.
+    Their keys are made of the configuration's values too, pickled. What has no name has another
+    key every time.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return str, (str(self.uuid()),)
+        return str, (self.uuid() or secrets.token_hex(16),)
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
@@ -115,18 +117,25 @@ def compile_inductor(
     chosen = {**(inductor.list_mode_options(mode) if mode else {}), **options}
     patches = {key.replace("-", "_"): value for key, value in chosen.items()}
     patches["custom_partitioner_fn"] = partition
+    if partition.uuid() is None or (on_half is not None and not kept):
+        patches["fx_graph_cache"] = False
     if on_half is None:
         return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
-    if not kept:
-        patches["fx_graph_cache"] = False
     users = patches.get("_post_fusion_custom_pass")
-    hooked = {**patches, "_post_fusion_custom_pass": _Catcher(patches, on_half, users)}
+    # Of the plans that are tried one is taken: the others are no use to other machines.
+    hooked = {
+        **patches,
+        "_post_fusion_custom_pass": _Catcher(patches, on_half, users),
+        "fx_graph_remote_cache": False,
+    }
     # Otherwise the backward is lowered when it first runs, too late to plan again.
     eager_lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
     near = (
         contextlib.nullcontext() if fusion_distance is None else only_near_fusions(fusion_distance)
     )
-    cache = functorch_config.patch({} if kept else {"enable_autograd_cache": False})
+    cache = functorch_config.patch(
+        {"enable_remote_autograd_cache": False} | ({} if kept else {"enable_autograd_cache": False})
+    )
     with cache, eager_lowering, near:
         return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=hooked))
 
