@@ -261,7 +261,8 @@ class InductorRow:
         predicted_bytes: by the plan.
         gradient_bytes: what every step ends with.
         rounds: schedules that were made until the plan was found; for stock, settings tried.
-        compile_s: CPU seconds of the first step with cold caches, compilers' among them.
+        compile_s: CPU seconds of the first step with cold caches, compilers' among them; 0 where
+            caches were not cold.
     """
 
     model: str
@@ -272,6 +273,11 @@ class InductorRow:
     gradient_bytes: int
     rounds: int
     compile_s: float
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        return self.model if self.dtype == "float32" else f"{self.model} {self.dtype}"
 
     @property
     def above_gradients(self) -> int:

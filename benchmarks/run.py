@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     eager_cost,
     gpu,
     inductor,
+    inductor_table,
     optimum,
     partition_cost,
     peaks,
@@ -80,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="budgets, inductor: every model; planning: the longest chains",
+        help="budgets: every model; inductor: every model, in fp32 and bf16; planning: the "
+        "longest chains",
     )
     parser.add_argument("--bf16", action="store_true", help="budgets, inductor: in bfloat16")
     parser.add_argument(
@@ -118,8 +120,10 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
             points = [row for row in found.rows if isinstance(row, BudgetRow)]
             yield budget_times.run(points, rounds or budget_times.ROUNDS)
     elif name == "inductor":
-        models = inductor.ALL if options.all else inductor.SMALL
-        yield inductor.run(models, dtype=torch.bfloat16 if options.bf16 else torch.float32)
+        if options.all:
+            yield inductor_table.run(RESULTS / "inductor-rows.jsonl")
+        else:
+            yield inductor.run(dtype=torch.bfloat16 if options.bf16 else torch.float32)
     elif name == "gpu":
         yield gpu.run(rounds=rounds or gpu.ROUNDS)
     elif name == "planning":

@@ -110,7 +110,7 @@ def _inductor(title: str, rows: Sequence[InductorRow]) -> Table:
         sizes = (row.budget_bytes, row.predicted_bytes, row.measured_bytes, row.above_gradients)
         at = "stock's least" if row.part is None else f"{row.part:g}"
         cells = (*(f"{size:,}" for size in sizes), f"{row.rounds}", f"{row.compile_s:.1f}")
-        table.add_row(row.model, at, *cells)
+        table.add_row(row.label, at, *cells)
     return table
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import secrets
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Self, cast
 
 import torch
 from torch import fx
@@ -16,14 +18,29 @@ from torch._dynamo import eval_frame, pgo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as functorch_config
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from ckpt_pass._torch.fusion import only_near_fusions
 from ckpt_pass._torch.generated import GeneratedHalf, catch_generated
 
-__all__ = ["CustomPartitionerFn"]
-
 CompiledFn = Callable[..., Any]
+#: What inductor's caches take as a pass over the schedule; torch 2.11 has no such class.
+_SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
+
+
+class NamedPartitioner(CustomPartitionerFn):
+    """A partition function of which inductor's caches see the ``uuid()`` alone.
+
+    Their keys are made of the configuration's values too, pickled. What has no name has another
+    key every time.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (self.uuid() or secrets.token_hex(16),)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
 
 
 #: Called around each run of a half: ``around(is_backward, run)`` returns what ``run()`` does.
@@ -72,11 +89,12 @@ def _half(is_backward: bool, around: Around | None) -> Callable[..., CompiledFn]
 def compile_inductor(
     module: fx.GraphModule,
     inputs: Sequence[Any],
-    partition: CustomPartitionerFn,
+    partition: NamedPartitioner,
     options: dict[str, Any],
     mode: str | None,
     on_half: Callable[[GeneratedHalf], None] | None = None,
     fusion_distance: int | None = None,
+    kept: bool = False,
 ) -> CompiledFn:
     """Compile with inductor; its joint-graph passes run first, then our partition function.
 
@@ -87,9 +105,11 @@ def compile_inductor(
         partition: our partition function.
         options, mode: inductor's, as ``torch.compile`` takes them.
         on_half: told the code of each half before its kernels are compiled, which is left to it
-            (:attr:`GeneratedHalf.compile_kernels`). With it no cache is used: what comes from a
-            cache is not generated.
+            (:attr:`GeneratedHalf.compile_kernels`). What comes from a cache is not generated: see
+            ``kept``.
         fusion_distance: how far apart ops may stand that share a kernel, if that matters.
+        kept: with ``on_half``, whether torch's caches are used all the same. Entries belong to
+            the ``uuid()`` of the partition function.
     """
     import torch._inductor as inductor
     from torch._inductor.compile_fx import compile_fx
@@ -97,38 +117,74 @@ def compile_inductor(
     chosen = {**(inductor.list_mode_options(mode) if mode else {}), **options}
     patches = {key.replace("-", "_"): value for key, value in chosen.items()}
     patches["custom_partitioner_fn"] = partition
+    if partition.uuid() is None or (on_half is not None and not kept):
+        patches["fx_graph_cache"] = False
     if on_half is None:
         return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
-    patches["fx_graph_cache"] = False
+    users = patches.get("_post_fusion_custom_pass")
+    # Of the plans that are tried one is taken: the others are no use to other machines.
     hooked = {
         **patches,
-        "_post_fusion_custom_pass": _catcher(
-            patches, on_half, patches.get("_post_fusion_custom_pass")
-        ),
+        "_post_fusion_custom_pass": _Catcher(patches, on_half, users),
+        "fx_graph_remote_cache": False,
     }
     # Otherwise the backward is lowered when it first runs, too late to plan again.
     eager_lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
     near = (
         contextlib.nullcontext() if fusion_distance is None else only_near_fusions(fusion_distance)
     )
-    with functorch_config.patch(enable_autograd_cache=False), eager_lowering, near:
+    cache = functorch_config.patch(
+        {"enable_remote_autograd_cache": False} | ({} if kept else {"enable_autograd_cache": False})
+    )
+    with cache, eager_lowering, near:
         return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=hooked))
 
 
-def _catcher(
-    patches: Mapping[str, Any],
-    on_half: Callable[[GeneratedHalf], None],
-    users: Callable[[Any], Any] | None,
-) -> Callable[[list[Any]], list[Any]]:
+class _Catcher(_SchedulerPass):  # type: ignore[misc]
     """A pass over inductor's schedule that changes nothing and has its graph hand over its code."""
 
-    def watch(nodes: list[Any]) -> list[Any]:
+    def __init__(
+        self,
+        patches: Mapping[str, Any],
+        on_half: Callable[[GeneratedHalf], None],
+        users: Callable[[Any], Any] | None,
+    ) -> None:
+        self._patches, self._on_half, self._users = patches, on_half, users
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
         from torch._inductor.virtualized import V
 
-        catch_generated(V.graph, patches, on_half)
-        return users(nodes) if users is not None else nodes
+        catch_generated(V.graph, self._patches, self._on_half)
+        return self._users(nodes) if self._users is not None else nodes
 
-    return watch
+    def uuid(self) -> str:
+        return "ckpt_pass"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keys of caches are made of configurations too: it is the same in all of them."""
+        return str, (self.uuid(),)
+
+
+def keeps_artefacts(options: Mapping[str, Any]) -> bool:
+    """Whether torch keeps what it compiles with these options of inductor's."""
+    from torch._inductor import config
+
+    def chosen(name: str) -> Any:
+        return options.get(name, options.get(name.replace("_", "-"), getattr(config, name)))
+
+    if chosen("force_disable_caches") or not chosen("fx_graph_cache"):
+        return False
+    # A pass of the user's is not known to torch by ours, and code that is tuned is changed later.
+    if chosen("_post_fusion_custom_pass") is not None or chosen("triton.autotune_at_compile_time"):
+        return False
+    return bool(functorch_config.enable_autograd_cache)
+
+
+def inductor_cache_folder() -> Path:
+    """Where inductor keeps its caches."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
 
 
 def inductor_option_names() -> frozenset[str]:

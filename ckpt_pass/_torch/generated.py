@@ -73,8 +73,7 @@ class GeneratedHalf:
             "reinterpret_tensor": _reinterpret,
             "alloc_from_pool": _from_pool,
             "empty_strided": torch.empty_strided,
-            "assert_size_stride": _nothing,
-            "assert_alignment": _nothing,
+            **{name: _nothing for name in names if name.startswith("assert_")},
             **{name: _allocator(name) for name in names if name.startswith("empty_strided_")},
             **constants,
         }
@@ -114,7 +113,10 @@ def catch_generated(
         )
 
     def caught(code: Any) -> _Module:
-        _, path = PyCodeCache.write(code.value)
+        key, path = PyCodeCache.write(code.value)
+        # What inductor's caches are given, as the loading of the module would set it.
+        graph.cache_key, graph.cache_path = key, path
+        graph.cache_linemap = [(line, node.stack_trace) for line, node in code.line_map]
         module = _Module(path, has_runner=bool(re.search(r"^runner = ", code.value, re.MULTILINE)))
         debug = V.debug
 

@@ -207,8 +207,29 @@ def settled(
     return Decided(joint, policy, goal, sites, tags, saved, described, found, budget_bytes, plain)
 
 
+class FreeOps:
+    """The ops that inductor makes again in kernels that run anyway; torch is asked once a graph."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, frozenset[str]] = {}
+
+    def of(self, gm: fx.GraphModule, outputs: int, static: Sequence[int]) -> frozenset[str]:
+        """The names of these forward ops.
+
+        Args:
+            gm: the joint graph.
+            outputs: how many of its outputs are the forward's.
+            static: the inputs that stay.
+        """
+        asked = f"{gm.graph} {outputs} {list(static)}"
+        if asked not in self._known:
+            copy = compilers.with_copied_graph(gm)
+            self._known[asked] = functorch.recomputed_by_default(copy, outputs, static)
+        return self._known[asked]
+
+
 @dataclass(frozen=True)
-class Partitioner(compilers.CustomPartitionerFn):
+class Partitioner(compilers.NamedPartitioner):
     """The partition function that AOTAutograd and inductor call.
 
     Attributes:
@@ -220,7 +241,8 @@ class Partitioner(compilers.CustomPartitionerFn):
         plans: plans to carry out again, if any: that of the graph, or of each of several.
         in_place: whether what runs the backward takes ops that write over their inputs.
         part: whether the graph is one of several of a step.
-        fuses: whether what runs the halves fuses ops, so that some run again at no cost.
+        free: says which ops run again at no cost, where what runs the halves fuses them.
+        artefacts: the name for inductor's caches; told from what was asked for if it is empty.
     """
 
     policy: Policy
@@ -231,7 +253,8 @@ class Partitioner(compilers.CustomPartitionerFn):
     plans: tuple[Plan, ...] = ()
     in_place: bool = False
     part: bool = False
-    fuses: bool = False
+    free: FreeOps | None = None
+    artefacts: str = ""
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -246,9 +269,8 @@ class Partitioner(compilers.CustomPartitionerFn):
         outputs = kwargs["num_fwd_outputs"]
         joint = read_joint(gm, outputs, static, self.regions, self.input_names)
         joint.in_place = self.in_place
-        if self.fuses and self.goal is not None:
-            copy = compilers.with_copied_graph(gm)
-            joint.fused = functorch.recomputed_by_default(copy, outputs, static)
+        if self.free is not None and self.goal is not None:
+            joint.fused = self.free.of(gm, outputs, static)
         decided = decide(joint, self.policy, self.goal, self.plans, self.part)
         if self.on_plan is not None:
             self.on_plan(record_plan(decided))
@@ -259,6 +281,8 @@ class Partitioner(compilers.CustomPartitionerFn):
 
         ``None`` (no caching) for a policy that is mere code, and for what a device has free now.
         """
+        if self.artefacts:
+            return self.artefacts
         if not is_plain_data(self.policy) or (self.goal and not self.goal.is_plain_data):
             return None
         made = [plan.fingerprint for plan in self.plans]

@@ -9,6 +9,7 @@ taken.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,8 @@ from torch import fx
 from ckpt_pass._torch import compilers
 from ckpt_pass._torch.generated import GeneratedHalf
 from ckpt_pass.compile.dry_run import StepPeak, step_peak
-from ckpt_pass.compile.engine import Partitioner
+from ckpt_pass.compile.engine import FreeOps, Partitioner
+from ckpt_pass.compile.remembered import Remembered, key_of, recalled, remember
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.record import InductorPeak
 from ckpt_pass.plans.value import Plan
@@ -43,12 +45,19 @@ _DISTANCE = 16
 
 @dataclass(frozen=True)
 class _Round:
-    """One lowering by inductor; no plan where the graph has no backward."""
+    """One lowering by inductor; no plan where the graph has no backward.
+
+    Attributes:
+        artefacts: its name in torch's caches; empty where they are not used.
+        careful: whether inductor was told to fuse with care.
+    """
 
     compiled: Callable[..., Any]
     plan: Plan | None
     peak: StepPeak
     halves: tuple[GeneratedHalf, ...]
+    artefacts: str
+    careful: bool
 
     def finished(self) -> Callable[..., Any]:
         """The compiled graph with its kernels."""
@@ -77,27 +86,41 @@ def compile_within(
         InfeasibleBudgetError: no plan fits the budget after inductor's changes.
         DryRunError: the code that inductor generates needs data to be followed.
     """
-    partitioner = replace(partitioner, fuses=True)
+    partitioner = replace(partitioner, free=FreeOps())
+    key = key_of(gm, example_inputs, partitioner, inner_options, mode)
+    step = _Step(gm, example_inputs, inner_options, mode, key is not None)
+    kept = recalled(key, step.named) if key is not None else None
+    if kept is not None:
+        return kept
+    best, plan = _best(step, partitioner)
+    compiled = best.finished()
+    if key is not None:
+        remember(key, Remembered(best.artefacts, best.careful, plan))
+    return compiled, plan
+
+
+def _best(step: _Step, partitioner: Partitioner) -> tuple[_Round, Plan | None]:
+    """The round that is taken, and the plan that says what inductor makes of it."""
     goal = partitioner.goal
     assert goal is not None
 
     def planned_for(asked_bytes: int, careful: bool) -> _Round:
         other = replace(partitioner, goal=replace(goal, budget=max(asked_bytes, 1)))
-        return _round(gm, example_inputs, other, inner_options, mode, careful)
+        return step.lowered(other, careful)
 
     try:
-        first = _round(gm, example_inputs, partitioner, inner_options, mode, False)
+        first = step.lowered(partitioner, careful=False)
     except InfeasibleBudgetError as error:
         search = _Search(planned_for, error.budget_bytes, error.least_feasible_bytes)
     else:
         if first.plan is None or first.plan.budget_bytes is None:
-            return first.finished(), first.plan
+            return first, first.plan
         search = _Search(planned_for, first.plan.budget_bytes)
         search.add(first.plan.budget_bytes, first)
     best = search.found()
     assert best.plan is not None
     inner = InductorPeak(best.peak.nbytes, search.rounds - 1)
-    return best.finished(), best.plan.within_inductor(search.budget_bytes, inner, best.peak.where)
+    return best, best.plan.within_inductor(search.budget_bytes, inner, best.peak.where)
 
 
 @dataclass
@@ -213,24 +236,55 @@ class _Search:
             self._try(asked + more)
 
 
-def _round(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    partitioner: Partitioner,
-    inner_options: dict[str, Any],
-    mode: str | None,
-    careful: bool,
-) -> _Round:
-    halves: list[GeneratedHalf] = []
-    plans: list[Plan] = []
-    compiled = compilers.compile_inductor(
-        compilers.copied(gm),  # inductor changes the graph that it is given
-        example_inputs,
-        replace(partitioner, on_plan=plans.append),
-        {**_CAREFUL, **inner_options} if careful else inner_options,
-        mode,
-        halves.append,
-        _DISTANCE if careful else None,
-    )
-    peak = step_peak(halves) if plans else StepPeak(0, "")
-    return _Round(compiled, plans[-1] if plans else None, peak, tuple(halves))
+@dataclass(frozen=True)
+class _Step:
+    """Dynamo's graph, to be lowered again and again.
+
+    Attributes:
+        gm, inputs: the graph and its example inputs.
+        options, mode: inductor's.
+        kept: whether torch is to keep what it compiles.
+    """
+
+    gm: fx.GraphModule
+    inputs: Sequence[Any]
+    options: dict[str, Any]
+    mode: str | None
+    kept: bool
+
+    def lowered(self, partitioner: Partitioner, careful: bool) -> _Round:
+        """One round: the code that inductor generates for a plan, and its peak."""
+        halves: list[GeneratedHalf] = []
+        plans: list[Plan] = []
+        # A name that no cache knows: what comes from one is not generated, and has no peak.
+        name = secrets.token_hex(16) if self.kept else ""
+        partition = replace(partitioner, on_plan=plans.append, artefacts=name)
+        compiled = self._compiled(partition, careful, halves.append)
+        peak = step_peak(halves) if plans else StepPeak(0, "")
+        plan = plans[-1] if plans else None
+        return _Round(compiled, plan, peak, tuple(halves), name, careful)
+
+    def named(self, partition: compilers.NamedPartitioner, careful: bool) -> Callable[..., Any]:
+        """What torch's caches have of a round that was taken before."""
+        generated: list[GeneratedHalf] = []
+        compiled = self._compiled(partition, careful, generated.append)
+        for half in generated:
+            half.compile_kernels()
+        return compiled
+
+    def _compiled(
+        self,
+        partition: compilers.NamedPartitioner,
+        careful: bool,
+        on_half: Callable[[GeneratedHalf], None],
+    ) -> Callable[..., Any]:
+        return compilers.compile_inductor(
+            compilers.copied(self.gm),  # inductor changes the graph that it is given
+            self.inputs,
+            partition,
+            {**_CAREFUL, **self.options} if careful else self.options,
+            self.mode,
+            on_half,
+            _DISTANCE if careful else None,
+            self.kept,
+        )

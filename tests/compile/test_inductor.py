@@ -60,16 +60,18 @@ def compile_and_run(backend: object, x: torch.Tensor, weight: torch.Tensor) -> N
 
 
 def test_two_policies_never_share_a_cache_entry() -> None:
-    """With inductor's caches on: a hit for the same policy, a miss for another one."""
+    """With inductor's caches on: a hit for the same policy, a miss for another one, or for code."""
     torch.manual_seed(0)
     x, weight = torch.randn(33, 17), torch.randn(17, 9, requires_grad=True)
     with torch._inductor.config.patch(fx_graph_cache=True, fx_graph_remote_cache=False):
         hits = []
-        for policy in ("save-nothing", "save-everything", "save-nothing", "save-everything"):
+        code = ckpt_pass.as_policy(lambda site: None)
+        names = ("save-nothing", "save-everything", "save-nothing", "save-everything")
+        for policy in (*names, code, code):
             weight.grad = None
             compile_and_run(ckpt_pass.make_backend(policy), x, weight)
             hits.append(counters["inductor"]["fxgraph_cache_hit"] > 0)
-    assert hits == [False, False, True, True]
+    assert hits == [False, False, True, True, False, False]
 
 
 def test_uuid_of_a_policy_value_and_none_for_code() -> None:

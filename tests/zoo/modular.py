@@ -45,6 +45,10 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(width, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return scalar(self.image(x))
+
+    def image(self, x: Tensor) -> Tensor:
+        """One channel of the size of the images."""
         skips = []
         for down in self.downs:
             x = down(x)
@@ -53,7 +57,7 @@ class UNet(nn.Module):
         x = self.bottleneck(x)
         for up in self.ups:
             x = up(torch.cat([self.upsample(x), skips.pop()], dim=1))
-        return scalar(self.head(x))
+        return self.head(x)  # type: ignore[no-any-return]
 
 
 def unet() -> Built:
