@@ -309,6 +309,29 @@ class GpuRow:
     beside: str = ""
 
 
+@dataclass(frozen=True)
+class ClockRow:
+    """A plan that moves values over a link of a known rate.
+
+    Attributes:
+        rate: of the link, bytes per second.
+        moved_bytes: what leaves the device, and comes back.
+        recompute_s, stall_s: of the plan, by the clock: recomputation, and waiting for copies.
+        simulated_s: of the step, by the clock.
+        measured_s: median.
+    """
+
+    rate: float
+    budget_bytes: int
+    moved_bytes: int
+    recompute_s: float
+    stall_s: float
+    simulated_s: float
+    measured_s: float
+    predicted_bytes: int
+    measured_bytes: int
+
+
 OwnRow: TypeAlias = (
     PeakRow
     | BudgetRow
@@ -319,6 +342,7 @@ OwnRow: TypeAlias = (
     | ClaimRow
     | InductorRow
     | GpuRow
+    | ClockRow
 )
 Row: TypeAlias = TimingRow | OwnRow | StrategyOf
 

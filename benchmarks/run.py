@@ -32,6 +32,7 @@ from benchmarks import (  # noqa: E402
     gpu,
     inductor,
     inductor_table,
+    offload_clock,
     optimum,
     partition_cost,
     peaks,
@@ -50,6 +51,7 @@ NAMES = (
     "peaks",
     "budgets",
     "inductor",
+    "offload",
     "planning",
     "deep",
     "optimum",
@@ -119,6 +121,8 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
         if options.times:
             points = [row for row in found.rows if isinstance(row, BudgetRow)]
             yield budget_times.run(points, rounds or budget_times.ROUNDS)
+    elif name == "offload":
+        yield offload_clock.run(rounds=rounds or offload_clock.ROUNDS)
     elif name == "inductor":
         if options.all:
             yield inductor_table.run(RESULTS / "inductor-rows.jsonl")

@@ -10,6 +10,7 @@ from rich.table import Table
 from benchmarks.common import (
     BudgetRow,
     ClaimRow,
+    ClockRow,
     Cost,
     DeepRow,
     EagerRow,
@@ -210,6 +211,36 @@ def _strategies(title: str, rows: Sequence[StrategyOf]) -> Table:
     return table
 
 
+def _clock(title: str, rows: Sequence[ClockRow]) -> Table:
+    table = Table(title=title)
+    heads = (
+        "link",
+        "budget",
+        "moved",
+        "recompute",
+        "waiting",
+        "clock",
+        "measured",
+        "ratio",
+        "peak",
+    )
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row.rate / 1e6:,.0f} MB/s",
+            f"{row.budget_bytes / 1e6:.1f} MB",
+            f"{row.moved_bytes / 1e6:.1f} MB",
+            f"{row.recompute_s * 1e3:.1f} ms",
+            f"{row.stall_s * 1e3:.1f} ms",
+            f"{row.simulated_s * 1e3:.1f} ms",
+            f"{row.measured_s * 1e3:.1f} ms",
+            f"{row.measured_s / row.simulated_s:.3f}",
+            f"{row.measured_bytes - row.predicted_bytes:+d} B",
+        )
+    return table
+
+
 _TABLES: dict[type, Callable[[str, Any], Table]] = {
     TimingRow: _timings,
     PeakRow: _peaks,
@@ -221,5 +252,6 @@ _TABLES: dict[type, Callable[[str, Any], Table]] = {
     InductorRow: _inductor,
     OptimumRow: _optimum,
     ClaimRow: _claims,
+    ClockRow: _clock,
     StrategyOf: _strategies,
 }

@@ -22,8 +22,8 @@ from ckpt_pass.distributed import PlansDivergeError as PlansDivergeError
 from ckpt_pass.distributed import RankMissingError as RankMissingError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
-from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
+from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.capture import SeveralGraphsError as SeveralGraphsError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.graph.kernel_cache import KernelCacheWarning as KernelCacheWarning
@@ -54,6 +54,7 @@ from ckpt_pass.modules.training import AccumulationError as AccumulationError
 from ckpt_pass.offloading.disk import StoreReadError as StoreReadError
 from ckpt_pass.offloading.disk import StoreWriteError as StoreWriteError
 from ckpt_pass.offloading.files import StoreFolderError as StoreFolderError
+from ckpt_pass.offloading.graph_ops import LostTicketError as LostTicketError
 from ckpt_pass.offloading.layout import UnmovableTensorError as UnmovableTensorError
 from ckpt_pass.offloading.options import InvalidOffloadError as InvalidOffloadError
 from ckpt_pass.offloading.slots import StoreFullError as StoreFullError
@@ -94,7 +95,6 @@ from ckpt_pass.regions.wrapping import NotAppliedError as NotAppliedError
 from ckpt_pass.regions.wrapping import SegmentError as SegmentError
 from ckpt_pass.regions.wrapping import UnknownRegionError as UnknownRegionError
 from ckpt_pass.report.strategy_rows import UnknownStrategyError as UnknownStrategyError
-from ckpt_pass.state.holders import UninitializedParameterError as UninitializedParameterError
 from ckpt_pass.state.objects import SpentIteratorError as SpentIteratorError
 from ckpt_pass.tools.ahead import NothingCompiledError as NothingCompiledError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError

@@ -63,7 +63,9 @@ def _lines(region: str, decisions: list[Decision]) -> list[str]:
         prefix = region.partition("@")[0]
         module = decision.site.fqn.removeprefix(prefix).lstrip(".") or "."
         op = decision.site.op.removeprefix("aten.").removesuffix(".default")
-        cost = f" {format_bytes(decision.nbytes)}" if decision.fate == "saved" else ""
+        cost = (
+            f" {format_bytes(decision.nbytes)}" if decision.fate in ("saved", "offloaded") else ""
+        )
         if lines and lines[-1][0] == f"  {decision.fate:10} {module}:":
             lines[-1].append(f"{op}{cost}")
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -101,6 +101,14 @@ def fake_clone(value: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(value, device="meta")
     with value.fake_mode:
         return value.clone()
+
+
+def fake_like(made: Callable[[], torch.Tensor], beside: torch.Tensor) -> torch.Tensor:
+    """What ``made`` makes, as a fake tensor of the mode of another one."""
+    if not isinstance(beside, FakeTensor):
+        return made()
+    with beside.fake_mode:
+        return made()
 
 
 def extract_forward_backward(

@@ -23,6 +23,7 @@ from ckpt_pass.cli.parts import (
 from ckpt_pass.demo.model import ModelConfig
 from ckpt_pass.demo.training import DEFAULTS, DemoSettings, run_demo
 from ckpt_pass.drawing.memory import missing_extra
+from ckpt_pass.offloading.options import TARGETS, Offload
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, solver_names
 from ckpt_pass.plans.budget import BudgetLike, check_budget, parse_budget
 from ckpt_pass.plans.goal import COSTS
@@ -130,6 +131,7 @@ def _plan_command() -> Callable[..., None]:
     solver_option = typer.Option(DEFAULT_SOLVER, help=f"One of {', '.join(solver_names())}.")
     limit_option = typer.Option(None, "--time-limit", help="Seconds for the solver.")
     cost_option = typer.Option(COSTS[0], help=f"Kernel times: {' or '.join(COSTS)}.")
+    offload_option = typer.Option(None, help=f"Values may move: {' or '.join(TARGETS)}.")
     eager_option = typer.Option(False, "--eager", help="For a step without torch.compile.")
     save_option = typer.Option(None, help="Write the plan here, as JSON.")
 
@@ -141,6 +143,7 @@ def _plan_command() -> Callable[..., None]:
         solver: str = solver_option,
         time_limit: float | None = limit_option,
         cost: str = cost_option,
+        offload: str | None = offload_option,
         eager: bool = eager_option,
         save: Path | None = save_option,
     ) -> None:
@@ -159,6 +162,7 @@ def _plan_command() -> Callable[..., None]:
                 solver=solver,
                 time_limit_s=time_limit,
                 cost=cost,
+                offload=None if offload is None else Offload(to=offload),
                 mode="eager" if eager else "compiled",
             )
             typer.echo(str(made))

@@ -17,9 +17,11 @@ from ckpt_pass.compile.breaks import Coverage, graph_break
 from ckpt_pass.compile.engine import Partitioner, policy_for
 from ckpt_pass.compile.replan import compile_within
 from ckpt_pass.compile.symbolic import watch_sizes
+from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
-from ckpt_pass.plans.goal import as_goal
+from ckpt_pass.plans.goal import as_goal, as_offload, check_offload
 from ckpt_pass.plans.step_plan import StepPlan, load_plan
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.named import as_policy
@@ -35,6 +37,7 @@ OPTIONS = (
     "solver",
     "time_limit_s",
     "cost",
+    "offload",
 )
 #: Plans kept by a backend value: the newest ones, so that a backend shared by a whole process
 #: does not grow without bound. A model has one plan a graph and shape.
@@ -57,7 +60,7 @@ class Backend:
         regions: FQN patterns of the layers; found from the module names where ``None``.
         inner_options: inductor's own options, as ``torch.compile(options=...)`` takes them.
         budget: the peak to stay within (:func:`make_backend`), if any.
-        solver, time_limit_s, cost: how it is to be met (:func:`make_backend`).
+        solver, time_limit_s, cost, offload: how it is to be met (:func:`make_backend`).
         plan: a plan whose decisions are carried out, if any; another graph is an error.
         plans: the plans made so far, one for each graph, oldest first (1,024 at most).
         coverage: what was said of steps that the budget does not cover.
@@ -71,6 +74,7 @@ class Backend:
     solver: SolverLike = DEFAULT_SOLVER
     time_limit_s: float | None = None
     cost: str = "roofline"
+    offload: OffloadLike | bool | None = None
     plan: Plan | StepPlan | None = None
     plans: deque[Plan] = field(default_factory=lambda: deque(maxlen=PLANS_KEPT), repr=False)
     coverage: Coverage = field(default_factory=Coverage, repr=False)
@@ -109,14 +113,24 @@ class Backend:
             compilers.placeholder_source(node) for node in gm.graph.find_nodes(op="placeholder")
         )
         made: list[Plan] = []
-        goal = as_goal(backend.budget, backend.solver, backend.time_limit_s, backend.cost)
+        goal = as_goal(
+            backend.budget, backend.solver, backend.time_limit_s, backend.cost, backend.offload
+        )
         policy = policy_for(backend.policy, backend.budget)
         in_place = backend.inner == "aot_eager"
         part = self.coverage.is_part(gm)
         if backend.budget is not None and backend.plan is None and torch.is_grad_enabled():
             self.coverage.tell_of_cut(gm, backend.budget)
         partition = Partitioner(
-            policy, backend.regions, names, goal, made.append, backend.given, in_place, part
+            policy,
+            backend.regions,
+            names,
+            goal,
+            made.append,
+            backend.given,
+            in_place,
+            part,
+            offload=(as_offload(backend.offload) or Offload()) if in_place else None,
         )
         if backend.inner == "aot_eager":
             if mode is not None:
@@ -147,16 +161,14 @@ class Backend:
     @property
     def given(self) -> tuple[Plan, ...]:
         """The plans whose decisions are carried out."""
-        if self.plan is None:
-            return ()
-        return self.plan.parts if isinstance(self.plan, StepPlan) else (self.plan,)
+        return () if self.plan is None else parts_of(self.plan)
 
     def with_options(self, options: Mapping[str, Any]) -> Backend:
         """This backend with some options changed; the list of plans stays shared.
 
         Args:
             options: ``policy``, ``inner``, ``regions``, ``inner_options``, ``budget``,
-                ``solver``, ``time_limit_s``, ``cost``.
+                ``solver``, ``time_limit_s``, ``cost``, ``offload``.
 
         Raises:
             UnknownOptionError: an option is unknown or has a value that it does not take.
@@ -171,15 +183,27 @@ class Backend:
         changed = dict(options)
         if changed.get("policy") is not None:
             changed["policy"] = as_policy(changed["policy"])
-        how = ("solver", "time_limit_s", "cost")
-        as_goal(changed.get("budget"), *(changed.get(key, getattr(self, key)) for key in how))
+        how = ("budget", "solver", "time_limit_s", "cost", "offload")
+        as_goal(*(changed.get(key, getattr(self, key)) for key in how))
         if "regions" in changed:
             changed["regions"] = _as_patterns(changed["regions"])
-        _check_inner(changed.get("inner", self.inner), changed.get("inner_options", {}))
+        inner = changed.get("inner", self.inner)
+        _check_inner(inner, changed.get("inner_options", {}))
+        offload = changed.get("offload", self.offload)
+        if offload and inner != "aot_eager":
+            raise UnknownOptionError(
+                f"Got offload={offload!r} with inner={inner!r}, whose code is not written with "
+                "moves. Use inner='aot_eager', or leave offload out."
+            )
         return replace(self, **changed) if changed else self
 
     def __str__(self) -> str:
         return f"ckpt backend: {describe(policy_for(self.policy, self.budget))}; inner {self.inner}"
+
+
+def parts_of(plan: Plan | StepPlan) -> tuple[Plan, ...]:
+    """The plans of a step's graphs."""
+    return plan.parts if isinstance(plan, StepPlan) else (plan,)
 
 
 def _told_of_skip(skipped: frames.SkippedFunction) -> None:
@@ -233,6 +257,7 @@ def make_backend(
     solver: SolverLike = DEFAULT_SOLVER,
     time_limit_s: float | None = None,
     cost: str = "roofline",
+    offload: OffloadLike | bool | None = None,
     inner: str = "inductor",
     regions: str | Sequence[str] | None = None,
     inner_options: Mapping[str, Any] | None = None,
@@ -255,6 +280,9 @@ def make_backend(
         time_limit_s: seconds for the solver; the best so far is taken then.
         cost: ``roofline`` for modelled times, ``measured`` to run and time each kernel once
             (remembered on disk).
+        offload: where values may be moved to between forward and backward, beside being saved or
+            recomputed: ``True`` for the host, :class:`ckpt_pass.Offload`, or a store. It needs a
+            budget, and ``inner="aot_eager"``.
         inner: the compiler of forward and backward: ``inductor`` or ``aot_eager``.
         regions: module name patterns of the layers whose borders are saved under every policy;
             found from repeated module names where ``None``; ``[]`` for none.
@@ -279,13 +307,22 @@ def make_backend(
         if isinstance(plan, (str, Path)):
             plan = load_plan(plan)
         asked = plan.asked
+        where = offload if offload is not None else asked.goal and asked.goal.offload
+        moves = any(part.with_fate("offloaded") for part in parts_of(plan))
+        if where is None and asked.goal is not None and moves:
+            raise UnknownOptionError(
+                "The plan moves values to a store of the user's, which its file does not hold. "
+                "Expected the store to be named: make_backend(plan=..., offload=store)."
+            )
         made = replace(Backend(regions=asked.regions), plan=plan)
         options |= {"policy": asked.policy, "budget": plan.budget_bytes}
         if asked.goal is not None:
             goal = asked.goal
             options |= {"solver": goal.solver, "time_limit_s": goal.time_limit_s, "cost": goal.cost}
+            options |= {"offload": where}
         return made.with_options(options)
-    options |= {**how, "solver": solver, "cost": cost}
+    check_offload(offload, budget, policy)
+    options |= {**how, "solver": solver, "cost": cost, "offload": offload}
     return Backend(regions=_as_patterns(regions)).with_options(options)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass.compile.moving import MovedNode, moved_nodes, with_immovable
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernels import (
@@ -16,13 +17,17 @@ from ckpt_pass.graph.kernels import (
     Kernels,
     warn_of_unmeasured,
 )
+from ckpt_pass.graph.link import device_of, link_of
 from ckpt_pass.graph.problem import GraphProblem, borders_of, build_problem, check_sizes
 from ckpt_pass.graph.real_looks import tell_real_sizes
+from ckpt_pass.planner.link import Link
+from ckpt_pass.planner.moves import in_problem
 from ckpt_pass.planner.problem import Problem, with_costs, with_waiting
 from ckpt_pass.planner.solution import (
     InfeasibleBudgetError,
     Solution,
     evaluate,
+    solution_of,
     without_recompute,
 )
 from ckpt_pass.planner.solvers import run_solver
@@ -41,6 +46,8 @@ class Met:
         budget_bytes: the budget; ``None`` where a plan without one is carried out again.
         facts: what was measured of the kernels.
         plain: memory of the step with nothing recomputed.
+        moved: what leaves the device.
+        link: what moves it, if anything may be moved.
     """
 
     solution: Solution
@@ -48,6 +55,8 @@ class Met:
     budget_bytes: int | None
     facts: Mapping[fx.Node, KernelFacts]
     plain: Timeline
+    moved: tuple[MovedNode, ...] = ()
+    link: Link | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,14 @@ class Opened:
         facts: what was measured of the kernels.
         kernels: what measured them.
         borders: the ops whose results cross from one layer to the next.
+        link: what may move values, if any does.
     """
 
     described: GraphProblem
     facts: Mapping[fx.Node, KernelFacts]
     kernels: Kernels
     borders: tuple[int, ...]
+    link: Link | None = None
 
     @property
     def problem(self) -> Problem:
@@ -85,10 +96,14 @@ class Opened:
             InfeasibleBudgetError: no plan fits.
         """
         problem = self.problem if asked is None else asked
-        found = run_solver(goal.solver, problem, budget_bytes, self.borders, goal.time_limit_s)
+        found = run_solver(
+            goal.solver, problem, budget_bytes, self.borders, goal.time_limit_s, self.link
+        )
         if problem is self.problem:
             return found
-        return evaluate(self.problem, found.saved, found.solver, found.drops)
+        alone = evaluate(self.problem, found.saved, found.solver, found.drops)
+        moves = in_problem(found.moves, alone.steps, len(self.problem.ops))
+        return solution_of(self.problem, alone.steps, alone.drops, found.solver, moves, self.link)
 
 
 def open_up(joint: JointGraph, goal: Goal) -> Opened:
@@ -106,7 +121,11 @@ def open_up(joint: JointGraph, goal: Goal) -> Opened:
     facts = kernels.facts([n for n in joint.nodes if n.op == "call_function"], what)
     tell_real_sizes(facts)
     described = build_problem(joint, facts)
-    return Opened(described, facts, kernels, borders_of(joint, described))
+    link = None
+    if goal.offload is not None:
+        described = with_immovable(described, goal.offload)
+        link = link_of(goal.offload, device_of(joint))
+    return Opened(described, facts, kernels, borders_of(joint, described), link)
 
 
 def meet_budget(joint: JointGraph, goal: Goal, part: bool = False, waiting_bytes: int = 0) -> Met:
@@ -144,7 +163,8 @@ def meet_budget(joint: JointGraph, goal: Goal, part: bool = False, waiting_bytes
     nodes = opened.described.nodes
     drops = frozenset((nodes[anchor], nodes[maker]) for anchor, maker in solution.drops)
     timeline = timeline_of(opened.problem, plain.profile)
-    return Met(solution, drops, budget_bytes, opened.facts, timeline)
+    moved = moved_nodes(opened.described, solution.steps, solution.moves)
+    return Met(solution, drops, budget_bytes, opened.facts, timeline, moved, opened.link)
 
 
 def _write(joint: JointGraph, index: dict[fx.Node, int], solution: Solution) -> None:

@@ -15,6 +15,7 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers, functorch
 from ckpt_pass.compile.budgeting import Met, Opened, meet_budget, open_up
 from ckpt_pass.compile.dedupe import merge_equal, merge_listed
+from ckpt_pass.compile.moving import moves_of, sent_away
 from ckpt_pass.compile.partition import (
     SavedSet,
     choose_saved,
@@ -27,8 +28,10 @@ from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.graph.labels import node_labels
+from ckpt_pass.graph.link import device_of, link_of
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.graph.real_looks import tell_real_sizes
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solution import evaluate
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import Goal
@@ -66,6 +69,7 @@ def decide(
     plans: Sequence[Plan] = (),
     part: bool = False,
     waiting_bytes: int = 0,
+    offload: OffloadLike | None = None,
 ) -> Decided:
     """Tag a joint graph and find what crosses from its forward to its backward.
 
@@ -76,6 +80,7 @@ def decide(
         plans: decisions to carry out again, those of one of them; policy and goal are its own.
         part: whether it is one of several graphs of a step.
         waiting_bytes: what others hold between its forward and its backward.
+        offload: where what the policy offloads goes; ``None`` where nothing can be moved.
 
     Raises:
         InfeasibleBudgetError, InvalidBudgetError, SymbolicBytesError: see
@@ -92,19 +97,27 @@ def decide(
         )
     signature, labels = signature_of(joint), node_labels(joint)
     if plans:
-        decided, script = _again(joint, plans, labels)
+        decided, script = _again(joint, plans, labels, goal, offload)
     else:
-        decided, merged = _anew(joint, policy, goal, part, waiting_bytes)
+        decided, merged = _anew(joint, policy, goal, part, waiting_bytes, offload)
         script = _script(decided, labels, merged)
     return replace(decided, signature=signature, script=script)
 
 
 def _anew(
-    joint: JointGraph, policy: Policy, goal: Goal | None, part: bool, waiting_bytes: int
+    joint: JointGraph,
+    policy: Policy,
+    goal: Goal | None,
+    part: bool,
+    waiting_bytes: int,
+    offload: OffloadLike | None,
 ) -> tuple[Decided, list[tuple[fx.Node, fx.Node]]]:
-    tags, sites, merged, saved = _tagged(joint, policy, save_borders=goal is None)
+    offloads = offload is not None
+    tags, sites, merged, saved = _tagged(joint, policy, goal is None, offloads)
     if goal is None:
-        return settled(joint, policy, tags, saved, sites), merged
+        return settled(joint, policy, tags, saved, sites, offload=offload), merged
+    if goal.offload is None and any(found.opinion.offloads for found in tags.values()):
+        goal = replace(goal, offload=offload)  # the policy's own moves, and whatever helps
     met = meet_budget(joint, goal, part, waiting_bytes)
     for node, found in tags.items():
         decision = node.meta["recompute"]
@@ -115,10 +128,10 @@ def _anew(
 
 
 def _tagged(
-    joint: JointGraph, policy: Policy, save_borders: bool
+    joint: JointGraph, policy: Policy, save_borders: bool, offloads: bool
 ) -> tuple[dict[fx.Node, Tag], frozenset[CallSite], list[tuple[fx.Node, fx.Node]], SavedSet]:
     """Tag a graph, and compute equal values once; what it saves as it is tagged."""
-    tags = tag(joint, policy)
+    tags = tag(joint, policy, offloads)
     sites = frozenset(found.context.site for found in tags.values())
     merged = merge_equal(joint, tags)
     saved = choose_saved(joint, save_borders=save_borders)
@@ -133,12 +146,16 @@ def opened(joint: JointGraph, policy: Policy, goal: Goal) -> Opened:
     Raises:
         SymbolicBytesError, ContradictoryTagsError, PolicyReturnError: as :func:`decide`.
     """
-    _tagged(joint, policy, save_borders=False)
+    _tagged(joint, policy, save_borders=False, offloads=goal.offload is not None)
     return open_up(joint, goal)
 
 
 def _again(
-    joint: JointGraph, plans: Sequence[Plan], labels: dict[fx.Node, str]
+    joint: JointGraph,
+    plans: Sequence[Plan],
+    labels: dict[fx.Node, str],
+    goal: Goal | None,
+    offload: OffloadLike | None,
 ) -> tuple[Decided, Replay | None]:
     """Carry out the decisions of the plan that was made for a graph."""
     if any(plan.budget_bytes is not None for plan in plans):
@@ -156,7 +173,10 @@ def _again(
     for node, found in tags.items():
         tags[node] = replace(found, opinion=opinions.get(found.context.site, found.opinion))
     saved = _saved_as_tagged(joint)
-    decided = settled(joint, asked.policy, tags, saved, plan.sites, met, asked.goal)
+    asked_of = asked.goal
+    if asked_of is not None and goal is not None:  # a file does not hold a store of the user's
+        asked_of = replace(asked_of, offload=goal.offload)
+    decided = settled(joint, asked.policy, tags, saved, plan.sites, met, asked_of, offload)
     return decided, plan.replay
 
 
@@ -174,10 +194,15 @@ def _script(
     """How to decide the same again; copies of inputs that are overwritten come by themselves."""
     nodes = decided.described.nodes
     drops = sorted((nodes[a], nodes[m]) for a, m in decided.solution.drops)
+    moved = [node for node, _ in decided.moved]
     return Replay(
         tuple(labels[node] for node in decided.saved.values if node in labels),
         tuple((labels[a], labels[m]) for a, m in drops if a in labels and m in labels),
         tuple((labels[node], labels[other]) for node, other in merged),
+        tuple(
+            (labels[m.value], labels[m.released_after], labels[m.fetched_before], m.run)
+            for m in moved
+        ),
     )
 
 
@@ -189,22 +214,34 @@ def settled(
     sites: frozenset[CallSite],
     met: Met | None = None,
     goal: Goal | None = None,
+    offload: OffloadLike | None = None,
 ) -> Decided:
     """What was decided, with the numbers that the simulator finds for the graph as it is now."""
     described = build_problem(joint, met.facts) if met else build_problem(joint)
     number = described.index
     held = [number[node] for node in saved.values]
+    link = met.link if met else None
     if met is None:
         found = evaluate(described.problem, held)
+        if offload is not None and described.problem.must_move:
+            link = link_of(offload, device_of(joint))
+            found = sent_away(described, found, offload, link)
     else:
         drops = {(number[anchor], number[maker]) for anchor, maker in met.drops}
+        found = evaluate(described.problem, held, met.solution.solver, drops, (), met.link)
+        if met.moved:
+            moves = moves_of(described, found.steps, met.moved)
+            found = evaluate(described.problem, held, found.solver, drops, moves, met.link)
         found = replace(
-            evaluate(described.problem, held, met.solution.solver, drops),
+            found,
             status=met.solution.status,
             lower_bound_s=met.solution.lower_bound_s,
         )
     budget_bytes, plain = (met.budget_bytes, met.plain) if met else (None, None)
-    return Decided(joint, policy, goal, sites, tags, saved, described, found, budget_bytes, plain)
+    place = goal.offload if goal is not None and goal.offload is not None else offload
+    return Decided(
+        joint, policy, goal, sites, tags, saved, described, found, budget_bytes, plain, link, place
+    )
 
 
 class FreeOps:
@@ -243,6 +280,7 @@ class Partitioner(compilers.NamedPartitioner):
         part: whether the graph is one of several of a step.
         free: says which ops run again at no cost, where what runs the halves fuses them.
         artefacts: the name for inductor's caches; told from what was asked for if it is empty.
+        offload: where what the policy offloads goes; ``None`` where the halves cannot move values.
     """
 
     policy: Policy
@@ -255,6 +293,7 @@ class Partitioner(compilers.NamedPartitioner):
     part: bool = False
     free: FreeOps | None = None
     artefacts: str = ""
+    offload: OffloadLike | None = None
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -271,10 +310,10 @@ class Partitioner(compilers.NamedPartitioner):
         joint.in_place = self.in_place
         if self.free is not None and self.goal is not None:
             joint.fused = self.free.of(gm, outputs, static)
-        decided = decide(joint, self.policy, self.goal, self.plans, self.part)
+        decided = decide(joint, self.policy, self.goal, self.plans, self.part, offload=self.offload)
         if self.on_plan is not None:
             self.on_plan(record_plan(decided))
-        return split(joint, decided.saved, decided.backward_order)
+        return split(joint, decided.saved, decided.backward_order, decided.moved, decided.where)
 
     def uuid(self) -> str | None:
         """The key for inductor's caches.

@@ -15,11 +15,12 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass._torch import functorch
+from ckpt_pass.compile.moving import MovedNode, write_moves
 from ckpt_pass.compile.reinplace import overwrite_in_place
 from ckpt_pass.compile.schedule import reorder
 from ckpt_pass.graph.joint import JointGraph, is_epilogue
 from ckpt_pass.ops.taxonomy import draws_random
-from ckpt_pass.policy.rules import RECOMPUTING, SAVING
+from ckpt_pass.policy.rules import OFFLOADING, RECOMPUTING, SAVING
 
 BORDER = "border of a region"
 HOOKED = "output of a checkpoint region with a backward hook"
@@ -129,7 +130,7 @@ def _reason_to_save(
     if base.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE:
         return None  # also where a view of it is to be saved: that would hold the same memory
     for value in (base, node):
-        if value.meta.get("recompute") in SAVING:
+        if value.meta.get("recompute") in SAVING | OFFLOADING:
             return ""
     if _hooked_output(base):
         return HOOKED
@@ -205,7 +206,11 @@ def random_recomputed(saved: SavedSet) -> list[fx.Node]:
 
 
 def split(
-    joint: JointGraph, saved: SavedSet, order: Sequence[fx.Node]
+    joint: JointGraph,
+    saved: SavedSet,
+    order: Sequence[fx.Node],
+    moves: Sequence[tuple[MovedNode, int]] = (),
+    where: str = "",
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut the joint graph at the saved set, pair random states, order the backward.
 
@@ -214,6 +219,9 @@ def split(
         saved: what crosses from its forward to its backward.
         order: nodes of the joint graph in the order in which the backward runs them; one that
             is listed twice runs twice.
+        moves: saved values that leave the device in between, with the place in ``order`` before
+            which each is asked for.
+        where: the store that they go to (:mod:`ckpt_pass.offloading.graph_ops`).
     """
     forward, backward, num_symbols = functorch.extract_forward_backward(
         joint.module,
@@ -243,10 +251,14 @@ def split(
         copies |= _replaced(before, list(backward.graph.nodes))
         for node, decision in tags.items():
             node.meta["recompute"] = decision
-    reorder(backward.graph, [copies[node.name] for node in order if node.name in copies])
+    there = [place for place, node in enumerate(order) if node.name in copies]
+    written = reorder(backward.graph, [copies[order[place].name] for place in there])
     forward, backward = functorch.finish_partition(forward, backward)
     if joint.in_place:
         overwrite_in_place(backward)
+    if moves:
+        at = dict(zip(there, written, strict=True))
+        write_moves(forward, backward, joint.forward, at, moves, where)
     return forward, backward
 
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass.compile.moving import MovedNode, moved_nodes
 from ckpt_pass.compile.partition import SavedSet, random_recomputed
 from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
 from ckpt_pass.compile.tagging import Tag
 from ckpt_pass.graph.cost import held_bytes, own_bytes, random_state_bytes
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
 from ckpt_pass.graph.problem import GraphProblem
+from ckpt_pass.offloading import graph_ops
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.planner.link import Link
 from ckpt_pass.planner.solution import Solution
 from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.offloaded import MovedActivation, Offloaded
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivation, SavedActivations, Signature
 from ckpt_pass.plans.record import Asked, CompiledExecution, Predicted, Proven
 from ckpt_pass.plans.timeline import Timeline, timeline_of
@@ -45,6 +52,8 @@ class Decided:
         solution: the same decisions as the simulator sees them.
         budget_bytes: the budget that they are for, if any.
         plain: memory of the same step with nothing recomputed, if there is a budget.
+        link: what moves values, if anything may be moved.
+        offload: where they go.
         signature: what the step takes.
         script: how to decide the same again.
     """
@@ -59,15 +68,39 @@ class Decided:
     solution: Solution
     budget_bytes: int | None = None
     plain: Timeline | None = None
+    link: Link | None = None
+    offload: OffloadLike | None = None
     signature: Signature | None = None
     script: Replay | None = None
 
     @property
     def backward_order(self) -> list[fx.Node]:
         """The joint graph's nodes in the order in which the backward runs them."""
+        return [node for _, node in self._backward]
+
+    @property
+    def moved(self) -> list[tuple[MovedNode, int]]:
+        """What leaves the device, and the place in that order before which it is asked for."""
+        steps, moves = self.solution.steps, self.solution.moves
+        places = [place for place, _ in self._backward]
+        nodes = moved_nodes(self.described, steps, moves)
+        return [
+            (node, bisect_left(places, move.fetched_before))
+            for node, move in zip(nodes, moves, strict=True)
+        ]
+
+    @property
+    def _backward(self) -> Iterator[tuple[int, fx.Node]]:
         crosses = self.saved.symbols.keys() | self.saved.opaque.keys()  # had, not computed again
-        order = (self.described.nodes[index] for index in self.solution.steps.backward)
-        return [node for node in order if node not in crosses]
+        for place, index in enumerate(self.solution.steps.backward):
+            node = self.described.nodes[index]
+            if node not in crosses:
+                yield place, node
+
+    @property
+    def where(self) -> str:
+        """The store that values go to, in words for the graph; empty where none does."""
+        return "" if self.offload is None else graph_ops.words_of(self.offload)
 
 
 def solver_rule(solution: Solution) -> str:
@@ -86,7 +119,7 @@ def record_plan(decided: Decided) -> Plan:
     return Plan(
         fingerprint=fingerprint(joint, words, str(decided.goal), __version__),
         decisions=_decisions(decided),
-        saved=SavedActivations(_saved_activations(joint, decided.tags, decided.saved, outputs)),
+        saved=SavedActivations(_saved_activations(decided, outputs)),
         regions=tuple(dict.fromkeys(r for r in joint.regions.values() if r is not None)),
         sites=decided.sites,
         asked=asked,
@@ -108,10 +141,51 @@ def _predicted(decided: Decided, outputs: list[fx.Node]) -> Predicted:
         step_flops=sum(ops[i].flops for i in ran) - found.recompute_flops,
         recompute_time_s=float(found.recompute_time_s),
         step_time_s=float(sum(ops[i].time_s for i in ran) - found.recompute_time_s),
-        timeline=timeline_of(decided.described.problem, found.profile),
+        timeline=timeline_of(decided.described.problem, found.profile, found.times),
         plain_timeline=decided.plain,
         measured_workspaces=sum(1 for i in ran if ops[i].workspace_bytes),
+        offloaded=_offloaded(decided),
     )
+
+
+def _offloaded(decided: Decided) -> Offloaded | None:
+    times, link = decided.solution.times, decided.link
+    if times is None or link is None:
+        return None
+    described, ops = decided.described, decided.described.problem.ops
+    maker = described.problem.makers
+    values = tuple(
+        MovedActivation(
+            name=_site_words(decided, described.nodes[maker[moved.storage]]),
+            nbytes=moved.nbytes,
+            again_s=float(ops[maker[moved.storage]].time_s),
+            copies_s=link.out_s(moved.nbytes) + link.in_s(moved.nbytes),
+            out_start_s=moved.out_start_s,
+            out_end_s=moved.out_end_s,
+            released_s=moved.released_s,
+            fetched_s=moved.fetched_s,
+            in_start_s=moved.in_start_s,
+            in_end_s=moved.in_end_s,
+            used_s=moved.used_s,
+        )
+        for moved in times.transfers
+    )
+    return Offloaded(
+        where=str(decided.offload).removeprefix("offload "),
+        out_bytes_per_s=link.out_bytes_per_s,
+        in_bytes_per_s=link.in_bytes_per_s,
+        step_time_s=times.step_time_s,
+        stall_s=times.stall_s,
+        out_busy_s=times.out_busy_s,
+        in_busy_s=times.in_busy_s,
+        host_peak_bytes=times.host_peak_bytes,
+        values=values,
+    )
+
+
+def _site_words(decided: Decided, node: fx.Node) -> str:
+    found = decided.tags.get(_producer(node))
+    return str(found.context.site) if found is not None else node.name
 
 
 def _execution(decided: Decided) -> CompiledExecution:
@@ -167,11 +241,13 @@ def _producer(node: fx.Node) -> fx.Node:
 def _decisions(decided: Decided) -> tuple[Decision, ...]:
     joint = decided.joint
     held = {_producer(node): reason for node, reason in decided.saved.values.items()}
+    away = {_producer(move.value) for move, _ in decided.moved}
     runs = Counter(decided.solution.steps.backward)
     found = []
     for node, tag in decided.tags.items():
         times = runs[decided.described.index[node]]
         fate = "saved" if node in held else "recomputed" if times else "unused"
+        fate = "offloaded" if node in away else fate
         found.append(
             Decision(
                 site=tag.context.site,
@@ -190,15 +266,15 @@ def _decisions(decided: Decided) -> tuple[Decision, ...]:
 
 def _rule(decided: Decided, tag: Tag, fate: str) -> str:
     """The rule in words; of several outputs the solver saves one, whose op keeps its own tag."""
-    of_solver = fate == "saved" and decided.budget_bytes is not None
+    of_solver = fate in ("saved", "offloaded") and decided.budget_bytes is not None
     if of_solver and tag.opinion.decision in RECOMPUTE:
         return solver_rule(decided.solution)
     return tag.opinion.rule
 
 
-def _saved_activations(
-    joint: JointGraph, tags: dict[fx.Node, Tag], saved: SavedSet, outputs: list[fx.Node]
-) -> list[SavedActivation]:
+def _saved_activations(decided: Decided, outputs: list[fx.Node]) -> list[SavedActivation]:
+    joint, tags, saved = decided.joint, decided.tags, decided.saved
+    away = {move.value for move, _ in decided.moved}
     found = [_saved_input(joint, node) for node in saved.inputs]
     returned = {joint.owner(node) for node in outputs}
     counted: list[fx.Node] = list(joint.primals)
@@ -210,7 +286,7 @@ def _saved_activations(
         counted.append(node)
         found.append(
             SavedActivation(
-                kind="output" if node in returned else "activation",
+                kind=_kind(node, returned, away),
                 site=site,
                 shape=tuple(node.meta["val"].shape),
                 dtype=str(node.meta["val"].dtype).removeprefix("torch."),
@@ -220,6 +296,12 @@ def _saved_activations(
             )
         )
     return found + [_saved_random_state(node, tags) for node in random_recomputed(saved)]
+
+
+def _kind(node: fx.Node, returned: set[fx.Node], away: set[fx.Node]) -> str:
+    if node in returned:
+        return "output"
+    return "offloaded" if node in away else "activation"
 
 
 def _provenance(node: fx.Node, producer: fx.Node, site: object) -> str:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass._torch import functorch
 from ckpt_pass.compile.budgeting import Met
+from ckpt_pass.compile.moving import MovedNode, moves_of
 from ckpt_pass.compile.symbolic import BudgetExceededWarning
 from ckpt_pass.compile.tagging import Tag
 from ckpt_pass.graph.cost import node_flops, own_bytes
@@ -19,6 +20,8 @@ from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.graph.real_looks import tell_real_sizes
+from ckpt_pass.offloading.options import Offload
+from ckpt_pass.planner.link import Link
 from ckpt_pass.planner.solution import evaluate, without_recompute
 from ckpt_pass.plans.parts import Decision, Replay, Signature
 from ckpt_pass.plans.signature import (
@@ -137,6 +140,7 @@ def _inputs_differ(plan: Plan, joint: JointGraph) -> list[str]:
 def _unknown(script: Replay, known: set[str]) -> set[str]:
     """What a script speaks of and the graph lacks; what it merges away is not there afterwards."""
     used = {*script.saved, *(label for pair in script.drops for label in pair)}
+    used |= {label for move in script.moves for label in move[:3]}
     gone = {label for label, _ in script.merged}
     return (used - (known - gone)) | {label for pair in script.merged for label in pair} - known
 
@@ -187,11 +191,27 @@ def replay(
     index = described.index
     pairs = [(index[anchor], index[maker]) for anchor, maker in drops]
     words = plan.proven.solver or "replayed"
-    solution = evaluate(described.problem, [index[node] for node in saved], words, pairs)
+    moved = tuple(MovedNode(named[v], named[r], named[f], run) for v, r, f, run in script.moves)
+    held = [index[node] for node in saved]
+    link = link_of(plan)
+    solution = evaluate(described.problem, held, words, pairs)
+    if moved:
+        moves = moves_of(described, solution.steps, moved)
+        solution = evaluate(described.problem, held, words, pairs, moves, link)
     _warn_if_over(plan, solution.peak_bytes)
     plain = without_recompute(described.problem)
     timeline = timeline_of(described.problem, plain.profile)
-    return Met(solution, drops, plan.budget_bytes, facts, timeline)
+    return Met(solution, drops, plan.budget_bytes, facts, timeline, moved, link)
+
+
+def link_of(plan: Plan) -> Link | None:
+    """The link that a plan was made for, if any; its rates are not measured again."""
+    found, goal = plan.predicted.offloaded, plan.asked.goal
+    if found is None:
+        return None
+    options = goal.offload if goal is not None else None
+    limit = options.host_budget_bytes if isinstance(options, Offload) else None
+    return Link(found.out_bytes_per_s, found.in_bytes_per_s, host_bytes=limit)
 
 
 def _warn_if_over(plan: Plan, peak_bytes: int) -> None:

@@ -12,25 +12,31 @@ from collections.abc import Sequence
 from torch import fx
 
 
-def reorder(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
+def reorder(graph: fx.Graph, order: Sequence[fx.Node]) -> list[fx.Node]:
     """Bring a graph into an order, in place; a node that is listed again is copied.
 
     Args:
         graph: the backward's graph.
         order: its nodes, without placeholders and output. What the order does not mention (sizes,
             effects) is put where it is first needed, or at the end.
+
+    Returns:
+        What stands in the graph for each of ``order``: the node, or its copy.
     """
     nodes = list(graph.nodes)
     writer = _Writer(graph, nodes)
+    written = []
     for node in order:
         writer.need(node)
         writer.write(node)
+        written.append(writer.latest[node])
     for node in nodes[:-1]:
         if node not in writer.latest:
             writer.need(node)
             writer.write(node)
     writer.redirect(nodes[-1])
     graph.lint()
+    return written
 
 
 class _Writer:

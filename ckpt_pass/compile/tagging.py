@@ -16,13 +16,14 @@ from ckpt_pass._torch import functorch
 from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
 from ckpt_pass.ops.taxonomy import OpClass, classify, never_recompute
 from ckpt_pass.policy.opinion import Opinion, opinion, report_unclassified
-from ckpt_pass.policy.rules import SAVING, Policy
+from ckpt_pass.policy.rules import OFFLOADING, SAVING, Policy, check_decision
 from ckpt_pass.policy.sites import SiteContext
 
 #: Inductor draws the seeds of a whole graph at once (``replace_random_passes``); the ops that use
 #: them are pure, so that saving a few bytes of seeds makes every recomputation draw alike.
 SEEDS = "prims.inductor_seed"
 
+_KEEPING = SAVING | OFFLOADING
 USER_TAG = "tag set before this pass (torch.utils.checkpoint in the compiled code)"
 
 
@@ -39,13 +40,18 @@ class Tag:
 
     @property
     def saves(self) -> bool:
-        return self.opinion.saves
+        return self.opinion.saves or self.opinion.offloads
 
 
-def tag(joint: JointGraph, policy: Policy) -> dict[fx.Node, Tag]:
+def tag(joint: JointGraph, policy: Policy, offloads: bool = False) -> dict[fx.Node, Tag]:
     """Write ``meta["recompute"]`` on every forward op and return the tags with their reasons.
 
     Outputs of multi-output ops and waits of collectives follow their producer.
+
+    Args:
+        joint: the graph.
+        policy: what to ask where nothing is tagged.
+        offloads: whether what runs the graph can move values.
 
     Raises:
         ContradictoryTagsError: an op must be recomputed but never can be, or an output is tagged
@@ -55,7 +61,7 @@ def tag(joint: JointGraph, policy: Policy) -> dict[fx.Node, Tag]:
     functorch.force_save_effects(joint.module)
     tags: dict[fx.Node, Tag] = {}
     for node, context in joint.sites():
-        tags[node] = Tag(context, _decide(node, context, policy))
+        tags[node] = Tag(context, _decide(node, context, policy, offloads))
         report_unclassified(node.target)
     for node, found in tags.items():
         producer = _waited_on(node)
@@ -66,11 +72,14 @@ def tag(joint: JointGraph, policy: Policy) -> dict[fx.Node, Tag]:
     return tags
 
 
-def _decide(node: fx.Node, context: SiteContext, policy: Policy) -> Opinion:
+def _decide(node: fx.Node, context: SiteContext, policy: Policy, offloads: bool) -> Opinion:
     if context.site.op.startswith(SEEDS):
         return Opinion(CheckpointPolicy.MUST_SAVE, "seeds of random ops")
     users = node.meta.get("recompute")
-    found = Opinion(users, USER_TAG) if users is not None else opinion(policy, context)
+    if users is not None:
+        found = Opinion(check_decision(users, USER_TAG, context.site, offloads), USER_TAG)
+    else:
+        found = opinion(policy, context, offloads)
     if not may_not_repeat(node):
         return found
     if found.decision is CheckpointPolicy.MUST_RECOMPUTE:
@@ -79,7 +88,7 @@ def _decide(node: fx.Node, context: SiteContext, policy: Policy) -> Opinion:
             f"{context.site.op} ({context.op_class}) is never recomputed: it has an effect or its "
             "output shape depends on data. Give it MUST_SAVE, or no opinion."
         )
-    if found.saves:
+    if found.saves or found.offloads:
         return found
     return Opinion(CheckpointPolicy.MUST_SAVE, f"never recomputed ({context.op_class})")
 
@@ -106,8 +115,8 @@ def _tag_outputs(joint: JointGraph) -> None:
         wanted, own = producer.meta.get("recompute"), node.meta.get("recompute")
         if wanted is None:
             continue
-        if own is not None and (own in SAVING) != (wanted in SAVING):
-            if own in SAVING and may_not_repeat(producer):
+        if own is not None and (own in _KEEPING) != (wanted in _KEEPING):
+            if own in _KEEPING and may_not_repeat(producer):
                 continue  # results of effects: torch tags the outputs and not the op
             raise ContradictoryTagsError(
                 f"Node {node.name} is tagged {own.name}, but it is output {node.args[1]} of "

@@ -32,6 +32,8 @@ from ckpt_pass.ops.taxonomy import draws_random, never_recompute
 from ckpt_pass.planner.problem import Op, Problem
 from ckpt_pass.policy.sites import Bytes, output_tensors
 
+_SENT = CheckpointPolicy.MUST_CPU_OFFLOAD
+_BINDS = (CheckpointPolicy.MUST_SAVE, _SENT)
 NOT_MEASURED = KernelFacts(None, None)
 EMPTY: Mapping[fx.Node, KernelFacts] = MappingProxyType({})
 
@@ -156,6 +158,7 @@ def build_problem(
         backward_outputs=tuple(index[node] for node in dict.fromkeys([*gradients, *effects])),
         output_storages=_union(table, gradients),
         given=tuple(given),
+        must_move=_union(table, [n for n in index if n.meta.get("recompute") is _SENT]),
     )
     workspaces = tuple(
         as_bytes(_workspace(node, kernels.get(node, NOT_MEASURED))) for node in index
@@ -264,7 +267,7 @@ def _op(
         time_s=time_s if makes and node.name not in joint.fused else 0.0,
         flops=flops,
         savable=savable,
-        must_save=forward and (tag is CheckpointPolicy.MUST_SAVE or returned),
+        must_save=forward and (tag in _BINDS or returned),
         must_recompute=forward and tag is CheckpointPolicy.MUST_RECOMPUTE,
         region=region,
         once=random and not draws_from_a_saved_tensor(node),

@@ -9,12 +9,14 @@ import time
 import torch
 
 from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.slots import StoreFullError
 from ckpt_pass.offloading.store import Store
 from ckpt_pass.offloading.stores import open_store
 
 #: Bytes of a copy that is timed: long against what begins it, short enough for a small machine.
 SAMPLE_BYTES = 32 * 2**20
 SAMPLES = 5
+_PAGE = 4096
 
 
 def measured_rates(offload: Offload, device: torch.device | str) -> tuple[float, float]:
@@ -47,11 +49,30 @@ def _indexed(device: torch.device | str) -> torch.device:
 
 @functools.lru_cache(maxsize=16)
 def _measured(offload: Offload, device: torch.device) -> tuple[float, float]:
-    store = open_store(offload, device)
-    data = torch.ones(SAMPLE_BYTES, dtype=torch.uint8, device=device)
+    return rates_of(open_store(offload, device), device)
+
+
+def rates_of(store: Store, device: torch.device) -> tuple[float, float]:
+    """Bytes per second out to a store and back, measured now; of a small store with less.
+
+    Raises:
+        StoreFullError: a page does not fit.
+    """
+    nbytes = SAMPLE_BYTES
+    while nbytes > _PAGE and not _fits(store, nbytes):
+        nbytes //= 2
+    data = torch.ones(nbytes, dtype=torch.uint8, device=device)
     times = [_time_s(store, data) for _ in range(SAMPLES + 1)][1:]
     out_s, back_s = (statistics.median(column) for column in zip(*times, strict=True))
-    return SAMPLE_BYTES / out_s, SAMPLE_BYTES / back_s
+    return nbytes / out_s, nbytes / back_s
+
+
+def _fits(store: Store, nbytes: int) -> bool:
+    try:
+        store.reserve(nbytes)
+    except StoreFullError:
+        return False
+    return True
 
 
 def _time_s(store: Store, data: torch.Tensor) -> tuple[float, float]:

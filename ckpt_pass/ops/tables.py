@@ -78,6 +78,7 @@ EXCEPTIONS: dict[str, str] = {
         _use_cudnn_rnn_flatten_weight cudnn_is_acceptable _cufft_get_plan_cache_max_size
         _cufft_get_plan_cache_size _dtensor::mesh_get_process_group
         prepacked::unpack_prepacked_sizes_conv2d prepacked::unpack_prepacked_sizes_linear
+        ckpt_pass::put ckpt_pass::release ckpt_pass::fetch ckpt_pass::take
         """,
     "multi-output-access": "static_runtime::VarTupleUnpack static_runtime::dict_unpack get_first",
     "quantised": "fbgemm_linear_quantize_weight _choose_qparams_per_tensor",

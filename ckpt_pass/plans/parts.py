@@ -20,8 +20,9 @@ class Decision:
         nbytes: bytes of its outputs' own storages; 0 for views.
         decision: the tag that the partitioner acted on.
         rule: the rule that made it, in words.
-        fate: ``saved`` (held from forward to backward), ``recomputed`` (runs again in the
-            backward), or ``unused`` (the backward needs neither).
+        fate: ``saved`` (held from forward to backward), ``offloaded`` (saved, and kept somewhere
+            else in between), ``recomputed`` (runs again in the backward), or ``unused`` (the
+            backward needs none of these).
         region: the layer or checkpoint region, if any.
         times: how often the backward runs it: more than once where its value was dropped again.
         time_s: modelled seconds of running it once.
@@ -55,12 +56,14 @@ class SavedActivation:
 
     Attributes:
         kind: ``activation`` (made by the forward and held for the backward), ``output`` (an
-            activation that the forward also returns), ``random state`` (kept so that a
+            activation that the forward also returns), ``offloaded`` (an activation that is kept
+            somewhere else in between), ``random state`` (kept so that a
             recomputed random op draws the same numbers), ``input`` (an argument) or ``parameter``
             (a parameter or buffer); the last two exist anyway.
         site: where it was made; ``None`` for inputs.
         shape, dtype: of the saved tensor.
-        nbytes: bytes of its storage that are held on top of what existed before the step.
+        nbytes: bytes of its storage that are held on top of what existed before the step; where it
+            is offloaded, those that it leaves free.
         provenance: where it comes from, in words.
         reason: the rule that saved it, in words.
     """
@@ -130,8 +133,11 @@ class Replay:
         saved: the values that cross to the backward.
         drops: pairs: once the first has run, the second's values are not kept any longer.
         merged: pairs of equal values: the first is the second.
+        moves: of the saved values that leave the device: the value, what runs before its memory is
+            free, what runs right after it is asked for, and which run of that it is.
     """
 
     saved: tuple[str, ...]
     drops: tuple[tuple[str, str], ...]
     merged: tuple[tuple[str, str], ...]
+    moves: tuple[tuple[str, str, str, int], ...] = ()

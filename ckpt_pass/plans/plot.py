@@ -14,6 +14,7 @@ from ckpt_pass.drawing.figures import (
     memory_axes,
     write,
 )
+from ckpt_pass.plans.offloaded import Offloaded
 from ckpt_pass.plans.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -25,7 +26,12 @@ _WORDS_AT = (0.99, 0.945)
 
 
 def plot_plan(
-    title: str, after: Timeline, before: Timeline | None, budget_bytes: int | None, path: Path
+    title: str,
+    after: Timeline,
+    before: Timeline | None,
+    budget_bytes: int | None,
+    path: Path,
+    moved: Offloaded | None = None,
 ) -> Path:
     """Draw a plan's memory over modelled time as a PNG; return its path.
 
@@ -35,12 +41,15 @@ def plot_plan(
         before: the same step with nothing recomputed, if known.
         budget_bytes: drawn as a line, if any.
         path: of the PNG.
+        moved: what leaves the device, if anything does; drawn below.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = figure_of(width=9.0, height=5.0)
-    axes = figure.add_subplot()
+    link = moved if moved is not None and moved.values else None
+    figure = figure_of(width=9.0, height=5.0 if link is None else 7.0)
+    grid = figure.add_gridspec(2 if link else 1, 1, height_ratios=(5, 2) if link else None)
+    axes = figure.add_subplot(grid[0])
     axes.set_title(title)
     curves = [(after, AFTER, "as planned")]
     if before is not None:
@@ -59,7 +68,32 @@ def plot_plan(
     for curve, colour, _ in curves:
         label_peak(axes, curve.peak_at_s * 1e3, curve.peak_bytes / MEGABYTE, colour)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    if link is not None:
+        _draw_link(figure.add_subplot(grid[1], sharex=axes), link, after.duration_s)
     return write(figure, path)
+
+
+def _draw_link(axes: Axes, link: Offloaded, longest_s: float) -> None:
+    """Memory at the other place, and below it a bar for each copy."""
+    changes = [(value.out_start_s, value.nbytes) for value in link.values]
+    changes += [(value.used_s, -value.nbytes) for value in link.values]
+    moments, level, levels = [0.0], 0, [0.0]
+    for moment, nbytes in sorted(changes):
+        level += nbytes
+        moments.append(moment * 1e3)
+        levels.append(level / MEGABYTE)
+    top = max(levels)
+    memory_axes(axes, "", longest_s * 1e3, top)
+    axes.set_ylabel("there (MB)", labelpad=22)
+    axes.set_ylim(-0.5 * top, 1.15 * top)
+    axes.set_title(f"{link.where}: at most {top:.1f} MB", fontsize=10)
+    axes.step([*moments, longest_s * 1e3], [*levels, 0.0], where="post", color=AFTER)
+    rows = (("out", "out_start_s", "out_end_s", 2), ("back", "in_start_s", "in_end_s", 3))
+    for row, (name, start, end, colour) in enumerate(rows):
+        spans = [(getattr(value, start) * 1e3, getattr(value, end) * 1e3) for value in link.values]
+        bars = [(begin, finish - begin) for begin, finish in spans]
+        axes.broken_barh(bars, (-0.22 * top * (row + 1), 0.16 * top), color=COLOURS[colour])
+        axes.text(0.0, -0.22 * top * (row + 1), f"{name} ", ha="right", fontsize=8)
 
 
 def _draw(axes: Axes, curve: Timeline, colour: str, name: str) -> None:

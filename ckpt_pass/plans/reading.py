@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.graph.shapes import Dimension
+from ckpt_pass.offloading.options import InvalidOffloadError, Offload
 from ckpt_pass.ops.taxonomy import OpClass
 from ckpt_pass.planner.solvers import SOLVERS, as_solver
 from ckpt_pass.plans.expressions import expression_from_data
 from ckpt_pass.plans.goal import COSTS, Goal
+from ckpt_pass.plans.offloaded import MovedActivation, Offloaded
 from ckpt_pass.plans.old_format import grouped
 from ckpt_pass.plans.parts import (
     Decision,
@@ -41,10 +44,13 @@ MOST_CHARACTERS = 64_000_000
 
 _POLICIES = {member.name: member for member in CheckpointPolicy}
 _CLASSES = {str(member): member for member in OpClass}
-_FATES = {fate: fate for fate in ("saved", "recomputed", "unused")}
+_FATES = {fate: fate for fate in ("saved", "offloaded", "recomputed", "unused")}
 _STATUSES = {status: status for status in ("optimal", "feasible", "time limit")}
 _MODES = {mode: mode for mode in ("compiled", "eager")}
-_KINDS = {kind: kind for kind in ("activation", "output", "random state", "input", "parameter")}
+_KINDS = {
+    kind: kind
+    for kind in ("activation", "offloaded", "output", "random state", "input", "parameter")
+}
 
 
 def read_plan_text(path: Path) -> str:
@@ -170,7 +176,27 @@ def _predicted(reader: Reader) -> Predicted:
         timeline=_timeline(reader["timeline"]),
         plain_timeline=reader["plain_timeline"].maybe(_timeline),
         measured_workspaces=found["measured_workspaces"].whole(),
+        offloaded=found.get("offloaded").maybe(_offloaded),
     )
+
+
+def _offloaded(reader: Reader) -> Offloaded:
+    times = {
+        field.name: reader[field.name].number()
+        for field in fields(Offloaded)
+        if field.name.endswith("_s")
+    }
+    return Offloaded(
+        where=reader["where"].text(),
+        host_peak_bytes=reader["host_peak_bytes"].whole(),
+        values=tuple(_moved(row) for row in reader["values"].items()),
+        **times,
+    )
+
+
+def _moved(reader: Reader) -> MovedActivation:
+    name, nbytes, *times = reader.items(len(fields(MovedActivation)))
+    return MovedActivation(name.text(), nbytes.whole(), *(time.number() for time in times))
 
 
 def _proven(reader: Reader) -> Proven:
@@ -269,7 +295,18 @@ def _signature(reader: Reader) -> Signature:
 def _replay(reader: Reader) -> Replay:
     labels = list(reader["labels"].texts())
     saved = tuple(item.pick(labels) for item in reader["saved"].items())
-    return Replay(saved, _pairs(reader["drops"], labels), _pairs(reader["merged"], labels))
+    drops, merged = _pairs(reader["drops"], labels), _pairs(reader["merged"], labels)
+    moves = reader.get("moves").maybe(lambda found: _moves(found, labels))
+    return Replay(saved, drops, merged, moves or ())
+
+
+def _moves(reader: Reader, labels: list[str]) -> tuple[tuple[str, str, str, int], ...]:
+    found = []
+    for row in reader.items():
+        value, released, fetched, run = row.items(4)
+        names = (value.pick(labels), released.pick(labels), fetched.pick(labels))
+        found.append((*names, run.whole()))
+    return tuple(found)
 
 
 def _pairs(reader: Reader, labels: list[str]) -> tuple[tuple[str, str], ...]:
@@ -317,7 +354,26 @@ def _goal(reader: Reader) -> Goal:
     solver = as_solver(reader["solver"].one_of({name: name for name in SOLVERS}))
     limit = reader["time_limit_s"].maybe(Reader.number)
     cost = reader["cost"].one_of({name: name for name in COSTS})
-    return Goal(amount, solver, limit, cost)
+    return Goal(amount, solver, limit, cost, reader.get("offload").maybe(_offload))
+
+
+def _offload(reader: Reader) -> Offload:
+    budget = reader["host_budget"]
+    try:
+        return Offload(
+            to=reader["to"].text(),
+            host_budget=budget.value if isinstance(budget.value, str) else budget.maybe(_amount),
+            d2h_bytes_per_s=reader["d2h_bytes_per_s"].maybe(Reader.number),
+            h2d_bytes_per_s=reader["h2d_bytes_per_s"].maybe(Reader.number),
+            folder=reader["folder"].maybe(Reader.text),
+            min_bytes=reader["min_bytes"].whole(),
+        )
+    except InvalidOffloadError as error:
+        raise PlanFileError(reader.where, "options for offloading", str(error)) from error
+
+
+def _amount(reader: Reader) -> int:
+    return reader.whole(1)
 
 
 def _policy(reader: Reader, depth: int) -> Policy:

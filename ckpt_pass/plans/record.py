@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ckpt_pass.graph.shapes import Dimension
 from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.offloaded import Offloaded
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivations, Signature
 from ckpt_pass.plans.timeline import Timeline
 from ckpt_pass.policy.rules import Policy
@@ -53,6 +54,7 @@ class Predicted:
         plain_timeline: the same of the step with nothing recomputed; where there is a budget.
         measured_workspaces: how many kernels run with a workspace that was measured, on this
             machine; the peak relies on them.
+        offloaded: what is moved to another place and back, if anything might be.
     """
 
     peak_bytes: int
@@ -65,6 +67,7 @@ class Predicted:
     timeline: Timeline
     plain_timeline: Timeline | None
     measured_workspaces: int
+    offloaded: Offloaded | None = None
 
 
 @dataclass(frozen=True)
@@ -223,5 +226,5 @@ class PlanRecord:
         return self.execution.replay if isinstance(self.execution, CompiledExecution) else None
 
     def with_fate(self, fate: str) -> tuple[Decision, ...]:
-        """The decisions whose outcome is ``saved``, ``recomputed`` or ``unused``."""
+        """The decisions whose outcome is ``saved``, ``offloaded``, ``recomputed`` or ``unused``."""
         return tuple(decision for decision in self.decisions if decision.fate == fate)

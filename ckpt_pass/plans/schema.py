@@ -55,6 +55,11 @@ class Reader:
             raise self._fail(f"an object with the key {key!r}")
         return Reader(self.value[key], f"{self.where}.{key}".lstrip("."))
 
+    def get(self, key: str) -> Reader:
+        """A member that may be missing; null then."""
+        missing = isinstance(self.value, dict) and key not in self.value
+        return Reader(None, f"{self.where}.{key}".lstrip(".")) if missing else self[key]
+
     def text(self) -> str:
         """A string."""
         if not isinstance(self.value, str):

@@ -25,14 +25,16 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 def summary(plan: PlanRecord) -> str:
     """The plan in a few lines."""
-    counts = {fate: len(plan.with_fate(fate)) for fate in ("saved", "recomputed", "unused")}
+    fates = ("saved", "offloaded", "recomputed", "unused")
+    counts = {fate: len(plan.with_fate(fate)) for fate in fates}
+    moved = f"{counts['offloaded']} offloaded, " if counts["offloaded"] else ""
     found = plan.predicted
     return "\n".join(
         [
             f"policy       {plan.policy}",
             f"graph        {plan.fingerprint[:12]}, {len(plan.decisions)} ops, "
             f"{len(plan.regions)} regions",
-            f"decisions    {counts['saved']} saved, {counts['recomputed']} recomputed, "
+            f"decisions    {counts['saved']} saved, {moved}{counts['recomputed']} recomputed, "
             f"{counts['unused']} not needed by the backward",
             f"saved bytes  {format_bytes(plan.saved_bytes)} (outputs "
             f"{format_bytes(found.output_bytes)} more)",
@@ -40,6 +42,7 @@ def summary(plan: PlanRecord) -> str:
             *shape_lines(plan.peak_expression, plan.dimensions, plan.budget_bytes),
             f"recompute    {_share(found.recompute_flops, found.step_flops)} of the flops, "
             f"{_share(found.recompute_time_s, found.step_time_s)} of the modelled time",
+            *(found.offloaded.summary_lines() if found.offloaded is not None else ()),
             *budget_lines(plan),
             *warning_lines(plan),
         ]
@@ -84,7 +87,7 @@ def _inner(plan: PlanRecord) -> list[str]:
 
 def _bound(plan: PlanRecord) -> str:
     found, again_s = plan.proven, plan.predicted.recompute_time_s
-    if not again_s:
+    if not again_s and (plan.predicted.offloaded is None or not plan.predicted.offloaded.stall_s):
         return "nothing that takes time is recomputed: no plan is faster"
     if found.status == "optimal":
         return "optimal: no plan within the budget recomputes less"
@@ -102,9 +105,11 @@ def overview(plan: PlanRecord) -> str:
     """The summary; for a plan with a budget also amounts, dear decisions and the timeline."""
     if plan.budget_bytes is None:
         return summary(plan)
+    found = plan.predicted.offloaded
     blocks = [
         summary(plan).splitlines(),
         list(_amounts(plan)),
+        list(found.listing_lines() if found is not None else ()),
         list(_dearest("recomputed, most time first", plan, "recomputed", _time, _time_words)),
         list(_dearest("saved, most bytes first", plan, "saved", _bytes, _bytes_words)),
         list(_memory(plan)),
@@ -131,6 +136,7 @@ def _amounts(plan: PlanRecord) -> Iterator[str]:
     most = max((decision.times for decision in again), default=0)
     groups = {
         "saved": plan.with_fate("saved"),
+        "offloaded": plan.with_fate("offloaded"),
         "recomputed once": tuple(d for d in again if d.times <= 1),
         f"up to {most} times": tuple(d for d in again if d.times > 1),
         "not needed": plan.with_fate("unused"),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
+from ckpt_pass.planner.clock import Times
 from ckpt_pass.planner.liveness import MemoryProfile, ScheduleBytes
 from ckpt_pass.planner.problem import Problem
 
@@ -25,7 +26,8 @@ class Timeline(ScheduleBytes):
     """The curve of a step over its modelled time.
 
     Attributes:
-        seconds_of: modelled seconds that each op takes; 0 for views.
+        seconds_of: modelled seconds that each op takes; 0 for views. Where values are moved, from
+            its beginning to that of the next, with what is waited for copies.
     """
 
     seconds_of: tuple[float, ...]
@@ -69,9 +71,14 @@ class Timeline(ScheduleBytes):
         return found
 
 
-def timeline_of(problem: Problem, profile: MemoryProfile) -> Timeline:
-    """A simulated step over its modelled time."""
-    seconds = tuple(problem.ops[index].time_s for index in profile.schedule)
+def timeline_of(problem: Problem, profile: MemoryProfile, times: Times | None = None) -> Timeline:
+    """A simulated step over its modelled time; by the clock, where copies are waited for."""
+    if times is not None:
+        ends = (*times.starts_s[1:], times.step_time_s)
+        pairs = zip(times.starts_s, ends, strict=True)
+        seconds = tuple(max(end - start, 0.0) for start, end in pairs)  # sums are rounded
+    else:
+        seconds = tuple(problem.ops[index].time_s for index in profile.schedule)
     return Timeline(profile.bytes_at, profile.forward_length, seconds)
 
 

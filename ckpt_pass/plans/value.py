@@ -215,12 +215,15 @@ class Plan(PlanRecord, PlanFile):
     def plot(self, path: str | Path) -> Path:
         """Draw memory over the step, before (nothing recomputed) and as planned; return the path.
 
+        Where values are moved, below it the memory at the other place, and the copies each way.
+
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
         title = "memory over one training step, as predicted"
         timelines = self.predicted.timeline, self.predicted.plain_timeline
-        return plot_plan(title, *timelines, self.budget_bytes, Path(path))
+        moved = self.predicted.offloaded
+        return plot_plan(title, *timelines, self.budget_bytes, Path(path), moved)
 
     def listing(self) -> str:
         """The summary, and one line a decision; views that cost nothing are left out."""

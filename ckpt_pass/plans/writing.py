@@ -13,8 +13,11 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
+from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solvers import SOLVERS
 from ckpt_pass.plans.expressions import expression_to_data
+from ckpt_pass.plans.offloaded import MovedActivation, Offloaded
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivation, Signature
 from ckpt_pass.plans.record import (
     Asked,
@@ -147,7 +150,14 @@ def _predicted_data(found: Predicted) -> dict[str, Any]:
         "recompute_time_s": found.recompute_time_s,
         "step_time_s": found.step_time_s,
         "measured_workspaces": found.measured_workspaces,
+        **({} if found.offloaded is None else {"offloaded": _offloaded_data(found.offloaded)}),
     }
+
+
+def _offloaded_data(found: Offloaded) -> dict[str, Any]:
+    data = {field.name: getattr(found, field.name) for field in fields(Offloaded)}
+    names = [field.name for field in fields(MovedActivation)]
+    return {**data, "values": [[getattr(v, name) for name in names] for v in found.values]}
 
 
 def _execution_data(step: CompiledExecution | EagerExecution) -> dict[str, Any]:
@@ -225,7 +235,12 @@ def _replay_data(replay: Replay) -> dict[str, Any]:
         name: [[labels.number(one), labels.number(other)] for one, other in found]
         for name, found in (("drops", replay.drops), ("merged", replay.merged))
     }
-    return {"labels": labels.things, "saved": saved, **pairs}
+    moves = [
+        [*(labels.number(label) for label in (value, released, fetched)), run]
+        for value, released, fetched, run in replay.moves
+    ]
+    found = {"labels": labels.things, "saved": saved, **pairs}
+    return {**found, "moves": moves} if moves else found
 
 
 def _timeline_data(timeline: Timeline) -> dict[str, Any]:
@@ -260,8 +275,17 @@ def _asked_data(asked: Asked) -> dict[str, Any]:
             "solver": goal.solver.name if named else "auto",
             "time_limit_s": goal.time_limit_s,
             "cost": goal.cost,
+            **({} if goal.offload is None else {"offload": _offload_data(goal.offload)}),
         },
     }
+
+
+def _offload_data(offload: OffloadLike) -> dict[str, Any] | None:
+    """Options as data; a store of the user's is none, and must be named again."""
+    if not isinstance(offload, Offload):
+        return None
+    found = {field.name: getattr(offload, field.name) for field in fields(Offload)}
+    return {**found, "folder": None if offload.folder is None else str(offload.folder)}
 
 
 def _policy_data(policy: Policy) -> dict[str, Any]:

@@ -19,6 +19,10 @@ from scipy.optimize import LinearConstraint, milp
 from ckpt_pass.planner.solution import Solution
 from ckpt_pass.steps.running import StepRun
 
+#: What a second of copying that nothing waits for is taken to cost: of two plans that are as fast,
+#: the one that moves less.
+_LOAD = 1e-3
+
 
 @dataclass(frozen=True)
 class Level:
@@ -29,7 +33,7 @@ class Level:
             between its forward and its backward, are within the budget.
         saved: bytes more (less than 0: fewer) between its forward and its backward.
         forward, backward: bytes more at the most while either runs.
-        time_s: modelled seconds of recomputation.
+        time_s: modelled seconds of recomputation, and of waiting for copies.
     """
 
     budget_bytes: int
@@ -49,7 +53,7 @@ def level_of(found: Solution, plain: Solution, budget_bytes: int, waiting_bytes:
         saved=held_between(found) - held_between(plain),
         forward=forward - forward_0,
         backward=backward - backward_0,
-        time_s=float(found.recompute_time_s),
+        time_s=float(found.overhead_s + _LOAD * (found.times.busy_s if found.times else 0.0)),
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ckpt_pass.compile.engine import OPEN, Partitioner, decide, opened
 from ckpt_pass.compile.record import record_plan
 from ckpt_pass.graph.capture import no_graph
+from ckpt_pass.offloading.options import Offload
 from ckpt_pass.planner.problem import with_waiting
 from ckpt_pass.planner.solution import InfeasibleBudgetError, without_recompute
 from ckpt_pass.plans.budget import resolve_budget
@@ -51,15 +53,19 @@ def plan_graphs(step: FakeStep, policy: Policy, goal: Goal | None) -> StepPlan:
         InvalidBudgetError and others: as of a single graph.
     """
     ample = as_goal(_AMPLE)
-    plain = step.run(Partitioner(OPEN, step.regions, goal=ample, in_place=True))
+    plain = step.run(_partitioner(OPEN, step, goal=ample))
     if not plain.graphs:
         raise no_graph(step.model)
     planning = _Planning(step, policy, goal, plain)
     if goal is None:
         # Seen anew: for a budget the sizes of values were set to what kernels really return.
-        seen = step.run(Partitioner(policy, step.regions, in_place=True)).graphs
+        seen = step.run(_partitioner(policy, step)).graphs
         return planning.finished([planning.plan(graph, None) for graph in seen], None)
     return planning.within(resolve_budget(goal.budget, plain.curve.most()))
+
+
+def _partitioner(policy: Policy, step: FakeStep, **how: Any) -> Partitioner:
+    return Partitioner(policy, step.regions, in_place=True, offload=Offload(), **how)
 
 
 @dataclass
@@ -77,7 +83,10 @@ class _Planning:
         if budget_bytes is not None:
             assert self.goal is not None
             goal = replace(self.goal, budget=budget_bytes)
-        made = record_plan(decide(joint, self.policy, goal, waiting_bytes=waiting_bytes))
+        where = (goal.offload if goal is not None else None) or Offload()
+        made = record_plan(
+            decide(joint, self.policy, goal, waiting_bytes=waiting_bytes, offload=where)
+        )
         if goal is not None:  # its share of the step's budget is what it takes
             share = made.peak_bytes
             asked = replace(made.asked, goal=replace(goal, budget=share), budget_bytes=share)
@@ -87,7 +96,7 @@ class _Planning:
     def finished(self, parts: Sequence[Plan], budget_bytes: int | None) -> StepPlan:
         """The plan of the step, with the peak of a run on fake tensors."""
         plans = tuple(parts)
-        run = self.step.run(Partitioner(OPEN, self.step.regions, in_place=True, plans=plans))
+        run = self.step.run(_partitioner(OPEN, self.step, plans=plans))
         words = describe(self.policy)
         outside = [m.nbytes for m in moments_of(run) if m.running is None]
         return StepPlan(

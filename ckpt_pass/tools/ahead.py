@@ -20,9 +20,11 @@ from ckpt_pass.compile.record import record_plan
 from ckpt_pass.eager.planning import plan_eager
 from ckpt_pass.graph.capture import SeveralGraphsError, capture
 from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
-from ckpt_pass.plans.goal import Goal, as_goal
+from ckpt_pass.plans.goal import Goal, as_goal, as_offload, check_offload
 from ckpt_pass.plans.parts import SavedActivations
 from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
@@ -53,6 +55,7 @@ def plan(
     solver: SolverLike = DEFAULT_SOLVER,
     time_limit_s: float | None = None,
     cost: str = "roofline",
+    offload: OffloadLike | bool | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     regions: tuple[str, ...] | None = None,
     dynamic: bool = False,
@@ -76,13 +79,14 @@ def plan(
             tensor stands for one on the device of the others, else on torch's default device).
         kwargs: further keyword arguments of the model, such as have the name of one of these.
         policy: as for :func:`ckpt_pass.make_backend`.
-        budget, solver, time_limit_s, cost: likewise.
+        budget, solver, time_limit_s, cost, offload: likewise.
         loss_fn: applied to the model's output, where the model does not return a loss.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         dynamic: leave sizes symbolic; bytes are expressions then.
         mode: ``compiled``, or ``eager`` for a step that is not compiled: the plan then chooses
             modules as checkpoint regions, and what each keeps (``plan.apply(model)``). It needs a
-            budget; ``policy``, ``solver``, ``regions`` and ``dynamic`` are for compiled plans.
+            budget; ``policy``, ``solver``, ``offload``, ``regions`` and ``dynamic`` are for
+            compiled plans.
 
     Returns:
         The plan; of a step that dynamo cuts in several graphs a :class:`StepPlan`, which has one
@@ -96,7 +100,9 @@ def plan(
             :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
     """
-    wanted = _Wanted(policy, as_goal(budget, solver, time_limit_s, cost), mode, dynamic)
+    check_offload(offload, budget, policy)
+    goal = as_goal(budget, solver, time_limit_s, cost, offload)
+    wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload))
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, regions)
     if mode != "compiled":
@@ -118,7 +124,8 @@ def plan_one(
         SeveralGraphsError: dynamo cuts the step.
     """
     options = {key: named.pop(key) for key in _options_of(plan) if key in named}
-    how = {key: options.pop(key) for key in ("solver", "time_limit_s", "cost") if key in options}
+    asked = ("solver", "time_limit_s", "cost", "offload")
+    how = {key: options.pop(key) for key in asked if key in options}
     goal = as_goal(options.pop("budget", None), **how)
     loss_fn, regions = options.pop("loss_fn", None), options.pop("regions", None)
     inputs = step_arguments(model, plan, args, kwargs, named)
@@ -134,6 +141,7 @@ class _Wanted:
     goal: Goal | None = None
     mode: str = "compiled"
     dynamic: bool = False
+    offload: OffloadLike | None = None
 
     @property
     def chosen(self) -> Policy:
@@ -143,7 +151,13 @@ class _Wanted:
 
 def _eager_plan(step: FakeStep, wanted: _Wanted) -> Plan:
     dynamic = wanted.dynamic or None
-    taken = {"policy": wanted.policy, "regions": step.regions, "dynamic": dynamic}
+    offload = wanted.goal.offload if wanted.goal is not None else None
+    taken = {
+        "policy": wanted.policy,
+        "offload": offload,
+        "regions": step.regions,
+        "dynamic": dynamic,
+    }
     goal = _eager_goal(wanted.mode, wanted.goal, taken)
     return plan_eager(step.model, step.args, wanted.chosen, goal, step.loss_fn, step.kwargs)
 
@@ -166,7 +180,9 @@ def _captured(step: FakeStep, wanted: _Wanted) -> AbstractContextManager[JointGr
 
 
 def _plan_of(joint: JointGraph, wanted: _Wanted) -> Plan:
-    return record_plan(decide(joint, wanted.chosen, wanted.goal))
+    return record_plan(
+        decide(joint, wanted.chosen, wanted.goal, offload=wanted.offload or Offload())
+    )
 
 
 def step_arguments(
