@@ -208,6 +208,7 @@ from ckpt_pass.errors import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.errors import TransformInRegionError as TransformInRegionError
 from ckpt_pass.errors import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.errors import UncoveredBudgetWarning as UncoveredBudgetWarning
+from ckpt_pass.errors import UninitializedParameterError as UninitializedParameterError
 from ckpt_pass.errors import UnknownCostError as UnknownCostError
 from ckpt_pass.errors import UnknownDimensionError as UnknownDimensionError
 from ckpt_pass.errors import UnknownOptionError as UnknownOptionError

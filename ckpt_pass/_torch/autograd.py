@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
 )
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 #: Raised by fake tensors that were asked for a value, or for a size that depends on values.
@@ -40,6 +41,11 @@ set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 hooks_enabled: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 #: Whether ``torch.func`` is transforming what runs now.
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def forward_derivatives_active() -> bool:
+    """Whether a level of ``torch.autograd.forward_ad`` is open."""
+    return forward_ad._current_level >= 0
 
 
 #: The function below the engine's, and the modules of those that torch puts around a dispatch.

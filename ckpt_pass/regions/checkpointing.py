@@ -98,7 +98,8 @@ def checkpoint(
     takes, at about half of its cost on small regions: hooks on saved values, and no stash of the
     random state where nothing random was drawn. Regions nest, with torch's too. Under
     ``torch.compile`` this is torch's ``checkpoint`` with our ``context_fn``; under ``torch.func``
-    transforms, which allow no hooks, and in ``torch.export``, ``fn`` simply runs.
+    transforms, which allow no hooks, under forward-mode derivatives and in ``torch.export``, ``fn``
+    simply runs.
 
     Args:
         fn: a module or function. It runs twice: it must do the same both times.
@@ -253,9 +254,14 @@ def run_region(
 def _leaves_no_region() -> bool:
     """Whether what runs now is transformed, or written down, into what knows no regions.
 
-    ``torch.func`` allows no hooks; ``torch.export`` makes a graph that has no backward.
+    ``torch.func`` allows no hooks; ``torch.export`` makes a graph that has no backward; what
+    forward-mode derivatives add to arguments is gone when their level ends, before the backward.
     """
-    return autograd.transforms_active() or functorch.traces_before_autograd()
+    return (
+        autograd.transforms_active()
+        or autograd.forward_derivatives_active()
+        or functorch.traces_before_autograd()
+    )
 
 
 def options_for(

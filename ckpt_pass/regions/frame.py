@@ -170,7 +170,9 @@ class Frame:
             return self._options.contexts()
         owners, policy = self._outside.owners_of_statistics(*arguments), self._options.policy
         if policy is not None:
-            return selective_contexts(policy, owners=owners, memory=self._memory)
+            return selective_contexts(
+                policy, owners=owners, memory=self._memory, outside=self._outside
+            )
         # What keeps nothing must not change its modules' buffers twice, either.
         return (None, RecomputeMode(RegionMemory(), owners=owners)) if owners else _NONE
 

@@ -200,7 +200,7 @@ class Holders:
         return id(container) in self._seen
 
     def movable(self) -> list[torch.Tensor]:
-        """The tensors that may be made to look at other memory (``.data = ...``)."""
+        """The tensors that may be given other memory (``.data = ...``), and are seen to be."""
         if self._movable is None:
             self._movable = [
                 t for t in self.tensors if has_memory(t) and not autograd.is_gathered(t)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ckpt_pass._torch import functorch
 from ckpt_pass._torch.dispatch import QuickMode
@@ -19,14 +16,12 @@ from ckpt_pass.regions.actions import (
     is_mutable,
     overwritten,
     simple_call,
-    statistics,
 )
 from ckpt_pass.regions.light_hooks import LightHooks
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory
+from ckpt_pass.regions.statistics import Owners, run_again, running_statistics
 from ckpt_pass.regions.writes import check_reads
-
-Owners = tuple[nn.Module, ...]
 
 
 class Pausable(Protocol):
@@ -40,24 +35,6 @@ class Pausable(Protocol):
 def key_of(op: Any, args: tuple[Any, ...]) -> Any:
     """What occurrences of an op are counted by; to hash an op itself is a call into Python."""
     return id(op) if isinstance(op, OpOverload) else functorch.selective_key(op, args)
-
-
-def running_statistics(owners: Owners) -> Iterator[int]:
-    """The storages of the buffers that normalisations in training update, by their address."""
-    for module in (module for owner in owners for module in owner.modules()):
-        if isinstance(module, _NormBase) and module.training:
-            yield from (b.untyped_storage()._cdata for b in module.buffers(recurse=False))
-
-
-def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an op as its forward did, but leave running statistics alone: the forward moved them."""
-    positions = statistics(func)
-    if positions:
-        args = tuple(
-            value.clone() if index in positions and isinstance(value, torch.Tensor) else value
-            for index, value in enumerate(args)
-        )
-    return func(*args, **kwargs)
 
 
 class RecomputeMode(QuickMode):
@@ -128,10 +105,10 @@ class RecomputeMode(QuickMode):
                 args = self._with_copies(func, args, kwargs)
         # What is ignored is never counted.
         if func in IGNORED or is_cached_cast(func, args):
-            return _run_again(func, args, kwargs)
+            return run_again(func, args, kwargs)
         entry = self._memory.next(key_of(func, args), func)
         if entry is None:
-            return _run_again(func, args, kwargs)
+            return run_again(func, args, kwargs)
         value = entry.take(func, again=not self._memory.complete)
         if is_mutable(func) and functorch.proxy_graph() is None:
             with torch.no_grad():

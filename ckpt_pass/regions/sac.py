@@ -46,8 +46,10 @@ from ckpt_pass.regions.actions import (
 from ckpt_pass.regions.draws import Draw, DrawWatch
 from ckpt_pass.regions.light_hooks import LightHooks
 from ckpt_pass.regions.moving import MovedOutput
+from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory, Saved
-from ckpt_pass.regions.rerun_mode import Owners, RecomputeMode, key_of
+from ckpt_pass.regions.rerun_mode import RecomputeMode, key_of
+from ckpt_pass.regions.statistics import Owners, state_addresses
 from ckpt_pass.regions.watch import RegionRecord, new_record
 
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
@@ -96,6 +98,7 @@ def selective_contexts(
     hooks: LightHooks | None = None,
     owners: Owners = (),
     memory: RegionMemory | None = None,
+    outside: Outside | None = None,
 ) -> Contexts:
     """The two modes for one run of a region: for its forward, and for its recomputation.
 
@@ -104,9 +107,10 @@ def selective_contexts(
         hooks: for a region of ``torch.utils.checkpoint``: hooks lighter than torch's.
         owners: the modules that the region runs, where their buffers are to change only once.
         memory: what holds the values.
+        outside: what the region reads besides its arguments, where there are no ``hooks``.
     """
     memory = RegionMemory() if memory is None else memory
-    forward = ForwardMode(policy, memory, hooks)
+    forward = ForwardMode(policy, memory, hooks, owners, outside)
     return forward, RecomputeMode(memory, hooks, owners, forward)
 
 
@@ -127,12 +131,20 @@ class ForwardMode(QuickMode):
     _by_op_alone = False
     _unsettled: Saved | None = None
     _paused = False
+    _state: frozenset[int] | None = None
 
     def __init__(
-        self, policy: Policy, memory: RegionMemory, hooks: LightHooks | None = None
+        self,
+        policy: Policy,
+        memory: RegionMemory,
+        hooks: LightHooks | None = None,
+        owners: Owners = (),
+        outside: Outside | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._hooks = hooks
+        self._owners = owners
+        self._outside = outside
         self._policy = policy
         self._memory = memory
         self._actions = actions_for(policy)
@@ -246,7 +258,7 @@ class ForwardMode(QuickMode):
         if action is Action.CHANGE and not returns_what_it_changes(func, args, output):
             return
         key = key_of(func, args)
-        if not (saves or moves):
+        if not (saves or moves) or (action is Action.CHANGE and self._is_state(output)):
             self._memory.skip(key)
             return
         draw: Draw | None = watch.finished() if watch is not None else None
@@ -270,6 +282,16 @@ class ForwardMode(QuickMode):
         around = () if changes else (*args, *kwargs.values())
         moved = MovedOutput(output, draw, memory.window_for_more(), around, settled=not changes)
         return memory.add(key, moved)
+
+    def _is_state(self, output: Any) -> bool:
+        """Whether an op's output is memory from around the region, which others move on as well.
+
+        What it held is kept as all state is: a counter goes on before the backward comes.
+        """
+        if self._state is None:
+            outside = self._outside if self._hooks is None else self._hooks.outside
+            self._state = state_addresses(outside, self._owners)
+        return bool(self._state) and output.untyped_storage()._cdata in self._state
 
     def _ask(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Opinion:
         """What the policy says of this execution; also told to whoever is watching."""

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from ckpt_pass._errors import CkptPassError
 from ckpt_pass.state.code_names import functions_in, is_users_space, reads_of
 from ckpt_pass.state.objects import Keeper, keeper_for
 from ckpt_pass.state.spots import read_spot, slots_of, write_spot
@@ -172,8 +174,15 @@ def copies_stand_in(value: Any) -> bool:
     return keeper is not None and keeper.copy is not None
 
 
+class UninitializedParameterError(CkptPassError, ValueError):
+    """A parameter has no shape yet: its module finds it out when it first runs."""
+
+
 class Reached:
     """Everything that is reached from some values.
+
+    Raises:
+        UninitializedParameterError: a tensor among it is none yet (``nn.LazyLinear``).
 
     Attributes:
         holders: each place once.
@@ -186,7 +195,8 @@ class Reached:
         self.tensors: list[torch.Tensor] = []
         self.objects: list[tuple[Any, Keeper, Any]] = []
         self._seen: dict[int, Any] = {}
-        stack = list(roots)
+        self._roots = list(roots)
+        stack = list(self._roots)
         while stack:
             value = stack.pop()
             if isinstance(value, _PLAIN) or id(value) in self._seen:
@@ -196,6 +206,8 @@ class Reached:
 
     def _inside(self, value: Any) -> Iterator[Any]:
         if isinstance(value, torch.Tensor):
+            if is_lazy(value):
+                raise _uninitialized(value, self._roots)
             self.tensors.append(value)
             yield vars(value)
         elif (keeper := keeper_for(type(value))) is not None:
@@ -240,6 +252,17 @@ class Reached:
                 self.holders.append(Names(space, [name]))
             elif keeper_for(type(value)) is not None:
                 yield value
+
+
+def _uninitialized(tensor: torch.Tensor, roots: list[Any]) -> UninitializedParameterError:
+    modules = [root for root in roots if isinstance(root, nn.Module)]
+    owned = [pair for m in modules for pair in (*m.named_parameters(), *m.named_buffers())]
+    name = next((name for name, value in owned if value is tensor), "a tensor")
+    return UninitializedParameterError(
+        f"{name} has no shape yet (a {type(tensor).__name__}, of a lazy module such as "
+        "nn.LazyLinear). Expected a model whose parameters are there: run it once on a batch, "
+        "model(*args) under torch.no_grad(), and then ask again."
+    )
 
 
 def _is_open(value: Any) -> bool:

@@ -13,11 +13,12 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -295,7 +296,7 @@ def test_memory_that_was_written_before_it_was_left_is_refused() -> None:
     with torch.no_grad():
         model.first.weight.mul_(2)
     model.first.weight.data = model.first.weight.data.clone()
-    with pytest.raises(ckpt_pass.errors.MutatedStateError, match="first.weight"):
+    with pytest.raises(ckpt_pass.errors.MutatedStateError, match=r"first\.weight"):
         loss.backward()
 
 
@@ -391,7 +392,7 @@ def made_inside() -> tuple[nn.Module, list[weakref.ref[Any]]]:
         pass
 
     class Local(Scaled):
-        table: Any = {"gain": 1.0}
+        table: ClassVar[dict[str, float]] = {"gain": 1.0}
 
         def __init__(self) -> None:
             super().__init__()
@@ -411,3 +412,52 @@ def test_nothing_is_written_on_a_module_nor_kept_of_it(way: str) -> None:
     del model
     gc.collect()
     assert [found() for found in references] == [None] * len(references)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)  # type: ignore[operator]
+        return self.norm(self.first(x)).tanh() * self.calls.clone()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("way", ["region", "context_fn"])
+def test_counters_go_on_between_a_forward_and_its_backward(way: str) -> None:
+    """A policy that saves everything saves no counter: the next forward moves it on."""
+    around: dict[str, Around] = {
+        "region": partial(ckpt_pass.checkpoint, policy="save-everything"),
+        "context_fn": partial(
+            torch_checkpoint,
+            use_reentrant=False,
+            context_fn=ckpt_pass.context_fn("save-everything"),
+        ),
+    }
+
+    def run(call: Around) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Normed()
+        for _ in range(2):
+            losses = [call(model, torch.randn(ROWS, WIDTH)).square().sum() for _ in range(3)]
+            for loss in reversed(losses):
+                loss.backward()
+        return [*(p.grad for p in model.parameters()), *model.buffers()]  # type: ignore[misc]
+
+    for got, expected in zip(run(around[way]), run(plain), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_forward_derivatives_that_end_before_the_backward() -> None:
+    def run(call: Around) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Scaled()
+        with forward_ad.dual_level():
+            given = forward_ad.make_dual(torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH))
+            value, slope = forward_ad.unpack_dual(call(model, given))
+        return [slope.detach(), *torch.autograd.grad(value.sum(), list(model.parameters()))]
+
+    for got, expected in zip(run(ckpt_pass.checkpoint), run(plain), strict=True):
+        assert torch.equal(got, expected)
