@@ -139,7 +139,13 @@ def example(node: fx.Node) -> Any:
 
 
 #: Where the frames between a call of something compiled and dynamo's own are found.
-_CALLING = ("torch._dynamo", "torch.nn.modules.module", "contextlib", "torch._compile")
+_CALLING = (
+    "torch._dynamo",
+    "torch.nn.modules.module",
+    "contextlib",
+    "torch._compile",
+    compilers.__name__,
+)
 
 
 def _holds_the_step(gm: fx.GraphModule) -> bool:

@@ -33,6 +33,8 @@ _STEP = 500
 _RAISED = 2
 #: ... as long as this share of the budget is left to gain.
 _WORTH_IT = 0.03
+#: For what recomputes nothing but what costs nothing.
+AMPLE = 1 << 62
 #: Last resorts: for the least that any plan needs, and so much more of the way to no recomputation.
 _LAST_RESORTS = (0.0, 0.1, 0.3)
 #: The careful way: inductor's options where the user gives none (channels-last copies of weights
@@ -127,8 +129,8 @@ def _best(step: _Step, partitioner: Partitioner) -> tuple[_Round, Plan | None]:
 class _Search:
     """Looks for what to ask the planner for, so that inductor's peak is within the budget.
 
-    First inductor fuses as it does; if nothing fits then, carefully: only ops that are near to each
-    other.
+    First inductor fuses as it does; if nothing fits then, not even where nothing is recomputed (fused
+    code may need less than any graph of single ops), carefully: only ops that are near each other.
 
     Attributes:
         planned_for: plans for a number of bytes and lowers the plan, perhaps carefully.
@@ -172,12 +174,15 @@ class _Search:
         """
         self._lower()
         if self.best is None:
+            self._try(AMPLE)
+        if self.best is None:
             self._fuse_carefully()
         self._raise()
         assert self.best is not None
         return self.best
 
     def _fuse_carefully(self) -> None:
+        plain = [self.peaks[AMPLE]] if AMPLE in self.peaks else []
         self.careful, self.peaks = True, {}
         if self.floor <= self.budget_bytes:
             self._try(self.budget_bytes)
@@ -189,7 +194,8 @@ class _Search:
             self._try(asked)
         if self.best is None:
             # Of these alone: they are tried whatever the budget is, so that theirs can be met.
-            least = min((self.peaks[a] for a in resorts if a in self.peaks), default=self.floor)
+            tried = [self.peaks[asked] for asked in resorts if asked in self.peaks]
+            least = min([*plain, *tried], default=self.floor)
             raise InfeasibleBudgetError(self.budget_bytes, least)
 
     def _try(self, asked: int) -> None:
