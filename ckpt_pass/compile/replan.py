@@ -129,7 +129,7 @@ def _best(step: _Step, partitioner: Partitioner) -> tuple[_Round, Plan | None]:
 class _Search:
     """Looks for what to ask the planner for, so that inductor's peak is within the budget.
 
-    First inductor fuses as it does; if nothing fits then, not even where nothing is recomputed (fused
+    First inductor fuses as it does; if nothing fits then, not even with nothing recomputed (fused
     code may need less than any graph of single ops), carefully: only ops that are near each other.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import nn
@@ -28,6 +28,28 @@ def by_position(placement: str, layers: Layers, decide: Callable[[int], str | No
         found.append(ModuleChoice(name, kind, why is not None, why or f"layer {number}: not asked"))
     chosen = tuple(Segment((one.name,)) for one in found if one.inside)
     return Choice(placement, tuple(found), chosen)
+
+
+def by_turns(placement: str, layers: Layers, decide: Callable[[int], str | None]) -> Choice:
+    """Choose layers one by one; where some are bare, what :func:`by_units` makes of them.
+
+    Args:
+        placement, layers, decide: as for :func:`by_position`; ``decide`` is asked for segments,
+            by their numbers, where there are bare layers.
+    """
+    if not layers.has_bare:
+        return by_position(placement, layers, decide)
+    units = by_units(placement, layers)
+    kept = tuple(s for number, s in enumerate(units.segments) if decide(number) is not None)
+    names = {name for segment in kept for name in segment.names}
+    found = tuple(
+        one if not one.inside or one.name in names else replace(one, inside=False, why=_OTHERS_TURN)
+        for one in units.modules
+    )
+    return replace(units, modules=found, segments=kept)
+
+
+_OTHERS_TURN = "bare layers are taken in segments, and this one is not asked"
 
 
 @dataclass(frozen=True)
@@ -66,7 +88,7 @@ class AllLayers:
 
 @dataclass(frozen=True)
 class EveryN:
-    """One of every ``n`` layers, the first by default.
+    """One of every ``n`` layers, the first by default; bare layers are taken in segments.
 
     Attributes:
         n: 1 for all of them.
@@ -97,12 +119,12 @@ class EveryN:
                 return None
             return f"layer {number} is number {self.offset} of every {self.n}"
 
-        return by_position(f"every-{self.n}", find_layers(model), decide)
+        return by_turns(f"every-{self.n}", find_layers(model), decide)
 
 
 @dataclass(frozen=True)
 class Alternate:
-    """Every second layer, the first one included."""
+    """Every second layer, the first one included; bare layers are taken in segments."""
 
     name: ClassVar[str] = "alternate"
     says: ClassVar[str] = "every second layer"
@@ -113,7 +135,7 @@ class Alternate:
         def decide(number: int) -> str | None:
             return None if number % 2 else f"layer {number} is even"
 
-        return by_position(self.name, find_layers(model), decide)
+        return by_turns(self.name, find_layers(model), decide)
 
 
 @dataclass(frozen=True)

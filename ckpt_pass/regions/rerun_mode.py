@@ -20,7 +20,7 @@ from ckpt_pass.regions.actions import (
 from ckpt_pass.regions.light_hooks import LightHooks
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory
-from ckpt_pass.regions.statistics import Owners, run_again, running_statistics
+from ckpt_pass.regions.statistics import Owners, run_again, running_statistics, with_copies
 from ckpt_pass.regions.writes import check_reads
 
 
@@ -102,7 +102,7 @@ class RecomputeMode(QuickMode):
             if not self._memory.complete:
                 self._memory.about_to_change(overwritten(func, args, kwargs))
             if self._buffers:
-                args = self._with_copies(func, args, kwargs)
+                args = with_copies(func, args, kwargs, self._buffers)
         # What is ignored is never counted.
         if func in IGNORED or is_cached_cast(func, args):
             return run_again(func, args, kwargs)
@@ -115,14 +115,3 @@ class RecomputeMode(QuickMode):
                 args[0].copy_(value)
             return args[0]
         return value
-
-    def _with_copies(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, ...]:
-        """The arguments of an op, but copies of the buffers that it would change once more."""
-        changed = {
-            id(tensor)
-            for tensor in overwritten(func, args, kwargs)
-            if tensor.untyped_storage()._cdata in self._buffers
-        }
-        return tuple(value.clone() if id(value) in changed else value for value in args)

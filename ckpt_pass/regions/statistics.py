@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ckpt_pass.regions.actions import statistics
+from ckpt_pass.regions.actions import overwritten, statistics
 from ckpt_pass.regions.outside import Outside
 
 Owners = tuple[nn.Module, ...]
@@ -31,6 +31,23 @@ def run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             for index, value in enumerate(args)
         )
     return func(*args, **kwargs)
+
+
+def with_copies(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: frozenset[int]
+) -> tuple[Any, ...]:
+    """The arguments of an op, but copies of the buffers that it would change once more.
+
+    Args:
+        func, args, kwargs: the call.
+        buffers: their storages, by address.
+    """
+    changed = {
+        id(tensor)
+        for tensor in overwritten(func, args, kwargs)
+        if tensor.untyped_storage()._cdata in buffers
+    }
+    return tuple(value.clone() if id(value) in changed else value for value in args)
 
 
 def state_addresses(outside: Outside | None, owners: Owners) -> frozenset[int]:

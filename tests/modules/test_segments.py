@@ -207,6 +207,17 @@ def test_bare_layers_are_cut_together(activation: type[nn.Module], placement: st
     assert "bare layers" in str(choice)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+@pytest.mark.parametrize("placement", ["alternate", "every-2", "every-3"])
+def test_bare_layers_take_turns_in_segments(placement: str, activation: type[nn.Module]) -> None:
+    for depth in (2, 6, 9):
+        model = bare(depth, activation)
+        assert peak_of(model, placement) < peak_of(model, "none")
+    choice = ckpt_pass.as_placement(placement).choose(bare(9, activation))
+    assert choice.placement == placement and not all(one.inside for one in choice.modules)
+    assert "this one is not asked" in str(choice)
+
+
 def test_blocks_among_bare_layers_are_regions_of_their_own() -> None:
     model = nn.Sequential(
         nn.Linear(8, 8),
