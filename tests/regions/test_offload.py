@@ -469,3 +469,14 @@ def test_compiled_regions_refuse() -> None:
         step(policy=EVERYTHING)
     with pytest.raises(ckpt_pass.PolicyReturnError, match="compiled graph"):
         ckpt_pass.plan(layer, x, policy=EVERYTHING, loss_fn=lambda y: y.sum())
+
+
+def test_nested_regions(net: Net) -> None:
+    wanted = step(net)
+    store = Watched()
+    inner = WAYS["inputs and products"](store)
+    for outer in ("everything", "inputs", "context_fn"):
+        around = WAYS[outer](store)
+        net.around = lambda layer, x, around=around: around(lambda v: inner(layer, v), x)  # type: ignore[misc]
+        assert same(step(net), wanted), outer
+    assert store.used_bytes == 0
