@@ -37,6 +37,24 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
         return _bytes_over(tensor.untyped_storage(), tensor.device)
 
 
+def pinned_bytes(nbytes: int) -> torch.Tensor:
+    """Pinned bytes of the host, with no values yet."""
+    with torch._C._DisableTorchDispatch():
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+def part_of(data: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:
+    """Some of the bytes."""
+    with torch._C._DisableTorchDispatch():
+        return data.narrow(0, offset, nbytes)
+
+
+def begin_copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy bytes on the current stream; nobody waits."""
+    with torch._C._DisableTorchDispatch(), torch.no_grad():
+        target.copy_(source, non_blocking=True)
+
+
 def bytes_again(weak: WeakStorage) -> torch.Tensor | None:
     """The storage as a tensor of bytes, if it is there still."""
     storage = torch.UntypedStorage._new_with_weak_ptr(weak.cdata)

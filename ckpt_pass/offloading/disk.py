@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import storages
 from ckpt_pass.offloading.files import open_unnamed
 from ckpt_pass.offloading.slots import Pool, Slot, StoreFullError
 from ckpt_pass.offloading.store import Pending
@@ -40,6 +41,7 @@ class SlabFile:
     """A file without a name that grows at its end."""
 
     contiguous = True
+    powers_of_two = False
 
     def __init__(self, folder: str | Path | None) -> None:
         self.fd = open_unnamed(folder)
@@ -218,7 +220,7 @@ class _Staging:
         self, data: torch.Tensor, ready: torch.cuda.Event
     ) -> Iterator[tuple[torch.cuda.Stream, torch.Tensor, int, torch.Tensor]]:
         if self._memory is None or self._stream is None:
-            self._memory = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+            self._memory = storages.pinned_bytes(STAGING_BYTES)
             self._stream = torch.cuda.Stream(data.device)
         self._stream.wait_event(ready)
         with torch.cuda.stream(self._stream), torch.no_grad():

@@ -19,6 +19,7 @@ class HostMemory:
 
     name = "the host memory for offloading"
     contiguous = False
+    powers_of_two = False
 
     def __init__(self) -> None:
         self._chunks: list[Any] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from ckpt_pass._torch import storages
 from ckpt_pass.offloading.slots import Pool, Slot
 from ckpt_pass.offloading.store import Pending
 
@@ -19,17 +20,18 @@ class PinnedMemory:
 
     name = "the pinned host memory for offloading"
     contiguous = False
+    powers_of_two = True
 
     def __init__(self) -> None:
         self._chunks: list[torch.Tensor] = []
 
     def grow(self, nbytes: int) -> None:
         """Add a chunk."""
-        self._chunks.append(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
+        self._chunks.append(storages.pinned_bytes(nbytes))
 
     def at(self, slot: Slot, nbytes: int) -> torch.Tensor:
         """The bytes of a slot."""
-        return self._chunks[slot.chunk].narrow(0, slot.offset, nbytes)
+        return storages.part_of(self._chunks[slot.chunk], slot.offset, nbytes)
 
 
 class StreamCopy:
@@ -97,6 +99,6 @@ def _on_side(
 ) -> StreamCopy:
     compute = torch.cuda.current_stream(device)  # before the side stream is the current one
     side.wait_event(compute.record_event())
-    with torch.cuda.stream(side), torch.no_grad():
-        target.copy_(source, non_blocking=True)
+    with torch.cuda.stream(side):
+        storages.begin_copy(target, source)
     return StreamCopy(side.record_event(), compute)

@@ -107,6 +107,8 @@ class Space(Protocol):
     name: str
     #: Whether it grows at its end; else each time by a chunk of its own.
     contiguous: bool
+    #: Whether chunks of other sizes than powers of two take as much as the next one.
+    powers_of_two: bool
 
     def grow(self, nbytes: int) -> None:
         """Make room for that many bytes more.
@@ -185,6 +187,8 @@ class Pool:
         grows_at_end = space.contiguous and slots.capacity_bytes > 0
         missing = nbytes - (slots.tail_bytes if grows_at_end and joined else 0)
         added = max(missing, least, slots.capacity_bytes // 2 if least else 0)
+        if space.powers_of_two and least:
+            added = 1 << (added - 1).bit_length()
         if self._budget_bytes is not None:
             room = self._budget_bytes - slots.capacity_bytes
             if missing > room:

@@ -50,7 +50,6 @@ def test_gradients(net: Net, to: str, in_flight: int) -> None:
 
 def test_a_storage_moves_once_and_nobody_elses(net: Net) -> None:
     """Queries, keys and values are views of one product; a ReLU in place is saved twice."""
-    net.register_buffer("scale", torch.randn(32))
     layer, store = net.layers[0], Watched()
     x = torch.randn(4, 16, 32, requires_grad=True)
     kept = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers(), x)}
