@@ -180,7 +180,8 @@ class HeldBytes:
 
     @staticmethod
     def _nbytes(storage: _Storage, facts: Mapping[fx.Node, KernelFacts]) -> int:
-        found = facts.get(storage.maker) if storage.maker is not None else None
+        maker = storage.maker
+        found = facts.get(maker) if maker is not None and not _is_sized_by_values(maker) else None
         if found is not None and found.outputs and storage.index < len(found.outputs):
             real = found.outputs[storage.index].storage_bytes
             return storage.nbytes if real is None else real
@@ -205,6 +206,11 @@ def given_storages(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]
     """What tells the storages apart that an op is given."""
     passed = (*output_tensors(args), *output_tensors(tuple(kwargs.values())))
     return {tensor.untyped_storage()._cdata for tensor in passed if _lies(tensor)}
+
+
+def _is_sized_by_values(node: fx.Node) -> bool:
+    """Whether what an op returns is as large as values say: made-up ones tell nothing of it."""
+    return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
 
 
 def _lies(tensor: Tensor) -> bool:

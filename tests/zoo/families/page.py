@@ -10,12 +10,16 @@ from typing import Any
 
 from tests.zoo.families import Family, ways
 
+#: What the table does not say, written by hand.
+NOTES = Path(__file__).with_name("notes.md")
+
 HEAD = """\
 # A zoo of families
 
-What became of {count} families of models: tiny sizes, random weights, the defaults of their
-libraries (dropout on, caches on, layers dropped by chance). Each was trained for one step in six
-ways on the CPU, on one thread, and compared with the plain step. The page is made by
+What became of {count} of the {all} families of models that the zoo has: tiny sizes, random weights,
+the defaults of their libraries (dropout on, caches on, layers dropped by chance). Each was trained
+for one step in six ways on the CPU, on one thread, and compared with the plain step. The page is
+made by
 
     python -m tests.zoo.families --page docs/understand/zoo.md
 
@@ -63,9 +67,11 @@ def page(outcomes: Sequence[ways.Outcome], families: Iterable[Family], version: 
     of: dict[str, dict[str, ways.Outcome]] = {}
     for outcome in outcomes:
         of.setdefault(outcome.family, {})[outcome.way] = outcome
-    tried = [family for family in families if family.name in of]
-    text = HEAD.format(count=len(tried), torch=version)
+    known = list(families)
+    tried = [family for family in known if family.name in of]
+    text = HEAD.format(count=len(tried), all=len(known), torch=version)
     text += _summary(outcomes)
+    text += "\n" + NOTES.read_text()
     text += "\n## Families\n\n| family | kind | " + " | ".join(_short(way) for way in ways.WAYS)
     text += " |\n|---|---|" + "---|" * len(ways.WAYS) + "\n"
     for family in tried:
