@@ -25,6 +25,7 @@ from ckpt_pass.graph.capture import capture
 from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.measure.timing import Variant, clock_for, interleave
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import BudgetLike, check_budget, resolve_budget
 from ckpt_pass.plans.value import Plan
@@ -103,6 +104,7 @@ def sweep(
     budgets: Sequence[BudgetLike] | None = None,
     policy: PolicyLike | None = None,
     inner: str = "aot_eager",
+    offload: OffloadLike | bool | None = None,
     with_torch: bool = True,
     torch_budgets: Sequence[float] = TORCH_BUDGETS,
     loss_fn: LossFn | None = None,
@@ -124,6 +126,7 @@ def sweep(
         budgets: these budgets in the place of ``points``.
         policy: as for :func:`ckpt_pass.make_backend`.
         inner: ``aot_eager`` or ``inductor``, for every point.
+        offload: where values may be moved to, as for :func:`ckpt_pass.make_backend`.
         with_torch: also measure torch's own settings and a checkpoint around every layer.
         torch_budgets: torch's own settings, from 1 (recompute only what is nearly free) to 0.
         loss_fn: applied to the model's output.
@@ -141,13 +144,14 @@ def sweep(
             raise SweepArgumentError(name, got, least)
     for budget in budgets or ():
         check_budget(budget)
-    make_backend(policy, inner=inner)  # what is misspelt is said before anything runs
+    make = partial(make_backend, policy, inner=inner, offload=offload)
+    make(budget=_UNBOUNDED)  # what is misspelt is said before anything runs
     inputs = step_arguments(model, sweep, args, kwargs, named)
     step = UsersStep(model, args, loss_fn, inputs)
     progress("the least peak", 0, 1)
-    amounts = _budgets(step, policy, points, budgets)
-    todo = [_ours(amount, policy, inner) for amount in amounts[:-1]]
-    todo.append(_unbounded(amounts[-1], policy, inner))
+    amounts = _budgets(step, policy, points, budgets, offload)
+    todo = [_ours(amount, make) for amount in amounts[:-1]]
+    todo.append(_unbounded(amounts[-1], make))
     todo += _torch_points(step, inner, torch_budgets) if with_torch else []
     tell = Told(progress, len(todo) + rounds + 1)
     with untouched(model, loss_fn, args, inputs, values=True), gradients_restored(step.leaves):
@@ -239,10 +243,15 @@ class _Measured:
 
 
 def _budgets(
-    step: UsersStep, policy: PolicyLike | None, points: int, asked: Sequence[BudgetLike] | None
+    step: UsersStep,
+    policy: PolicyLike | None,
+    points: int,
+    asked: Sequence[BudgetLike] | None,
+    offload: OffloadLike | bool | None,
 ) -> list[int]:
     """Bytes, falling; the peak with nothing recomputed comes last."""
-    how: dict[str, Any] = {"policy": policy, "loss_fn": step.loss_fn, "kwargs": step.kwargs}
+    how: dict[str, Any] = {"policy": policy, "offload": offload}
+    how |= {"loss_fn": step.loss_fn, "kwargs": step.kwargs}
     planned = partial(plan, step.model, *step.args, **how)
     plain = planned(budget=1.0).budget_bytes
     assert plain is not None
@@ -258,15 +267,13 @@ def _budgets(
     return [*sorted({least} | between - {plain}), plain]
 
 
-def _ours(amount: int, policy: PolicyLike | None, inner: str) -> _Point:
-    backend = make_backend(policy, budget=amount, inner=inner)
-    return _Point(OURS, f"{amount / 1e6:.3g} MB", backend, amount)
+def _ours(amount: int, make: Callable[..., Any]) -> _Point:
+    return _Point(OURS, f"{amount / 1e6:.3g} MB", make(budget=amount), amount)
 
 
-def _unbounded(plain: int, policy: PolicyLike | None, inner: str) -> _Point:
+def _unbounded(plain: int, make: Callable[..., Any]) -> _Point:
     """The plan that recomputes nothing: dynamo's graph may need a little more than the traced."""
-    backend = make_backend(policy, budget=_UNBOUNDED, inner=inner)
-    return _Point(OURS, "no recomputation", backend, plain)
+    return _Point(OURS, "no recomputation", make(budget=_UNBOUNDED), plain)
 
 
 def _torch_points(step: UsersStep, inner: str, budgets: Sequence[float]) -> list[_Point]:

@@ -16,6 +16,7 @@ from ckpt_pass.graph.capture import whole_step
 from ckpt_pass.measure.gradients import GradientComparison, NoLossError, compare_gradients
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.signature import check_eager_step
 from ckpt_pass.plans.step_plan import StepPlan
@@ -111,6 +112,7 @@ def verify(
     policy: PolicyLike | None = None,
     budget: BudgetLike | None = None,
     mode: str = "compiled",
+    offload: OffloadLike | bool | None = None,
     loss_fn: LossFn | None = None,
     rtol: float = 0.0,
     atol: float = 0.0,
@@ -125,7 +127,7 @@ def verify(
 
     Args:
         model, args, named: the step; what the model returns is a loss, unless there is ``loss_fn``.
-        plan: the plan; or one is made of ``policy``, ``budget`` and ``mode`` as by
+        plan: the plan; or one is made of ``policy``, ``budget``, ``mode``, ``offload`` as by
             :func:`ckpt_pass.plan`. ``mode="eager"`` with a policy and no budget makes each layer a
             region with that policy, of which no peak is predicted.
         loss_fn: makes a loss of the model's output.
@@ -145,8 +147,8 @@ def verify(
         if plan is None and mode == "eager" and budget is None:
             return _verify_policy(policy, used)
         if plan is None:
-            how: dict[str, Any] = {"policy": policy, "budget": budget, "loss_fn": loss_fn}
-            plan = make_plan(model, *args, mode=mode, kwargs=inputs, **how)
+            how: dict[str, Any] = {"policy": policy, "budget": budget, "offload": offload}
+            plan = make_plan(model, *args, mode=mode, loss_fn=loss_fn, kwargs=inputs, **how)
         if isinstance(plan, Plan) and plan.mode == "eager":
             return _verify_eager(plan, used)
         return _verify_compiled(plan, used)
