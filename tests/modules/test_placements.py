@@ -191,7 +191,8 @@ def test_placements_list_themselves() -> None:
     listed = ckpt_pass.placements()
     assert set(listed) == {
         "none", "all", "alternate", "every-n", "layers", "by-name", "custom", "heavy-ops", "auto",
-        "auto-memory", "sqrt-segments", "segments", "optimal-segments", "megatron",
+        "auto-memory", "sqrt-segments", "segments", "optimal-segments", "megatron", "offloaded",
+        "offload-parts",
     }  # fmt: skip
     assert all(listed.values())
 
