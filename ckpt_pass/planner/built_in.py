@@ -14,7 +14,13 @@ from ckpt_pass.planner.link import Link
 from ckpt_pass.planner.offload_exact import exact_with_link
 from ckpt_pass.planner.offload_solve import solve_with_link
 from ckpt_pass.planner.problem import Problem
-from ckpt_pass.planner.solution import InfeasibleBudgetError, Solution, cheapest_first, evaluate
+from ckpt_pass.planner.solution import (
+    InfeasibleBudgetError,
+    Solution,
+    cheapest_first,
+    evaluate,
+    without_recompute,
+)
 from ckpt_pass.planner.solve import Pool, solve_from
 
 # Up to this size (`Contracted.size`) `auto` asks the exact solver too. Single blocks of the
@@ -143,7 +149,10 @@ class Auto:
             known_bytes = least_bytes if least_bytes > budget_bytes else None
             found = solve_exact(problem, budget_bytes, time_limit_s, self.nodes, known, known_bytes)
         except InfeasibleBudgetError as error:
-            least_bytes = min(least_bytes, error.least_feasible_bytes)
+            # The layered plan may fit and break a rule, so that its peak is none to name.
+            plain_bytes = without_recompute(problem).peak_bytes
+            peaks = (least_bytes, error.least_feasible_bytes, plain_bytes)
+            least_bytes = min((n for n in peaks if n > budget_bytes), default=plain_bytes)
             raise InfeasibleBudgetError(budget_bytes, least_bytes) from None
         if known is None:
             return _told(found, "the layered solver found nothing that fits")
