@@ -82,13 +82,14 @@ def check_budget(
     assert store_for(offload, CPU).used_bytes == 0
 
 
-@pytest.mark.parametrize("offload", [DISK, HOST], ids=str)
+@pytest.mark.parametrize("offload", [DISK, pytest.param(HOST, marks=pytest.mark.slow)], ids=str)
 def test_a_budget_below_the_least_of_recomputation_alone(offload: Offload) -> None:
     module, inputs = GPT2()
     assert least_of(module, inputs, offload=offload) < least_of(module, inputs)
     check_budget(GPT2, 0.0, offload)
 
 
+@pytest.mark.slow
 def test_batch_norm_and_convolutions() -> None:
     check_budget(REFERENCES["resnet"], 0.2, DISK)
 

@@ -258,6 +258,7 @@ class Towers(nn.Module):
         return self.layer(queries).square().mean() + self.layer(keys).square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", ["nothing", "these sizes", "none but the sizes"])
 def test_sizes_that_change_within_a_step(known: str) -> None:
     torch.manual_seed(0)
