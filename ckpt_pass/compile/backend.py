@@ -158,6 +158,13 @@ class Backend:
                 self.coverage.tell_of_raised(gm, plan, backend.budget)
         return watch_sizes(compiled, made[-1], example_inputs) if made else compiled
 
+    def __deepcopy__(self, memo: object) -> Backend:
+        """Itself, with its list of plans: Lightning copies what ``torch.compile`` is given.
+
+        The sizes of a plan that were left open cannot be copied.
+        """
+        return self
+
     @property
     def given(self) -> tuple[Plan, ...]:
         """The plans whose decisions are carried out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -215,3 +216,8 @@ def test_no_gradient_no_partition() -> None:
     with torch.no_grad():
         assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
     assert not backend.plans
+
+
+def test_a_copy_of_a_backend_is_the_backend() -> None:
+    backend = ckpt_pass.make_backend(inner="aot_eager")
+    assert copy.deepcopy({"backend": backend})["backend"] is backend

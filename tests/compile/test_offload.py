@@ -263,6 +263,7 @@ def test_refusals() -> None:
         compiled(*inputs)
 
 
+@pytest.mark.slow
 def test_several_graphs_of_a_step_move_values_too() -> None:
     class Cut(nn.Module):
         def __init__(self) -> None:

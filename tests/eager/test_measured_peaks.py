@@ -178,6 +178,7 @@ class Attention(nn.Module):
         return x + weights @ values
 
 
+@pytest.mark.slow
 def test_kept_outputs_go_with_the_recomputation() -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(*(Attention() for _ in range(3)))

@@ -207,6 +207,7 @@ def test_bare_layers_are_cut_together(activation: type[nn.Module], placement: st
     assert "bare layers" in str(choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
 @pytest.mark.parametrize("placement", ["alternate", "every-2", "every-3"])
 def test_bare_layers_take_turns_in_segments(placement: str, activation: type[nn.Module]) -> None:

@@ -96,6 +96,7 @@ def test_nothing_is_left_behind() -> None:
     assert x.grad is None and second.up.weight.grad is None
 
 
+@pytest.mark.slow
 def test_another_shape_is_compiled_anew() -> None:
     """The second sweep of a process has the same code at another shape: no size turns symbolic."""
     assert whole().rows
