@@ -160,6 +160,7 @@ from ckpt_pass.errors import InvalidOffloadError as InvalidOffloadError
 from ckpt_pass.errors import InvalidRuleError as InvalidRuleError
 from ckpt_pass.errors import InvalidTimeLimitError as InvalidTimeLimitError
 from ckpt_pass.errors import LayerProfileError as LayerProfileError
+from ckpt_pass.errors import LostStoreError as LostStoreError
 from ckpt_pass.errors import LostTicketError as LostTicketError
 from ckpt_pass.errors import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.errors import MovedValueChangedError as MovedValueChangedError

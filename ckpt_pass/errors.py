@@ -54,6 +54,7 @@ from ckpt_pass.modules.training import AccumulationError as AccumulationError
 from ckpt_pass.offloading.disk import StoreReadError as StoreReadError
 from ckpt_pass.offloading.disk import StoreWriteError as StoreWriteError
 from ckpt_pass.offloading.files import StoreFolderError as StoreFolderError
+from ckpt_pass.offloading.graph_ops import LostStoreError as LostStoreError
 from ckpt_pass.offloading.graph_ops import LostTicketError as LostTicketError
 from ckpt_pass.offloading.layout import UnmovableTensorError as UnmovableTensorError
 from ckpt_pass.offloading.options import InvalidOffloadError as InvalidOffloadError
