@@ -11,7 +11,7 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass.cli.factory import FactoryError
 from ckpt_pass.demo.training import PLAIN_WIDTH
 from ckpt_pass.drawing.memory import missing_extra
-from ckpt_pass.tools.sweeping import Progress
+from ckpt_pass.tools.users_step import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console

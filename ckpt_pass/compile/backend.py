@@ -288,8 +288,8 @@ def make_backend(
         cost: ``roofline`` for modelled times, ``measured`` to run and time each kernel once
             (remembered on disk).
         offload: where values may be moved to between forward and backward, beside being saved or
-            recomputed: ``True`` for the host, :class:`ckpt_pass.Offload`, or a store. It needs a
-            budget, and ``inner="aot_eager"``.
+            recomputed: ``True`` for the host, :class:`ckpt_pass.Offload`, or a store. It needs
+            ``inner="aot_eager"``, and a budget or a policy that offloads.
         inner: the compiler of forward and backward: ``inductor`` or ``aot_eager``.
         regions: module name patterns of the layers whose borders are saved under every policy;
             found from repeated module names where ``None``; ``[]`` for none.

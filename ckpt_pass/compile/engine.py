@@ -80,7 +80,7 @@ def decide(
         plans: decisions to carry out again, those of one of them; policy and goal are its own.
         part: whether it is one of several graphs of a step.
         waiting_bytes: what others hold between its forward and its backward.
-        offload: where what the policy offloads goes; ``None`` where nothing can be moved.
+        offload: where what is moved goes; ``None`` where nothing can be.
 
     Raises:
         InfeasibleBudgetError, InvalidBudgetError, SymbolicBytesError: see
@@ -97,7 +97,7 @@ def decide(
         )
     signature, labels = signature_of(joint), node_labels(joint)
     if plans:
-        decided, script = _again(joint, plans, labels, goal, offload)
+        decided, script = _again(joint, plans, labels, offload)
     else:
         decided, merged = _anew(joint, policy, goal, part, waiting_bytes, offload)
         script = _script(decided, labels, merged)
@@ -116,15 +116,21 @@ def _anew(
     tags, sites, merged, saved = _tagged(joint, policy, goal is None, offloads)
     if goal is None:
         return settled(joint, policy, tags, saved, sites, offload=offload), merged
-    if goal.offload is None and any(found.opinion.offloads for found in tags.values()):
-        goal = replace(goal, offload=offload)  # the policy's own moves, and whatever helps
+    goal = _with_place(goal, tags, offload)
     met = meet_budget(joint, goal, part, waiting_bytes)
     for node, found in tags.items():
         decision = node.meta["recompute"]
         if decision is not found.opinion.decision:
             rule = solver_rule(met.solution)
             tags[node] = replace(found, opinion=Opinion(decision, rule))
-    return settled(joint, policy, tags, _saved_as_tagged(joint), sites, met, goal), merged
+    saved = _saved_as_tagged(joint)
+    return settled(joint, policy, tags, saved, sites, met, goal, offload), merged
+
+
+def _with_place(goal: Goal, tags: dict[fx.Node, Tag], offload: OffloadLike | None) -> Goal:
+    """A goal with a place for what tags say to move; others may move there, too."""
+    sends = goal.offload is None and any(found.opinion.offloads for found in tags.values())
+    return replace(goal, offload=offload) if sends else goal
 
 
 def _tagged(
@@ -140,21 +146,22 @@ def _tagged(
     return tags, sites, merged, saved
 
 
-def opened(joint: JointGraph, policy: Policy, goal: Goal) -> Opened:
+def opened(
+    joint: JointGraph, policy: Policy, goal: Goal, offload: OffloadLike | None = None
+) -> Opened:
     """A graph with the decisions of a policy that bind, ready to be solved for any budget.
 
     Raises:
         SymbolicBytesError, ContradictoryTagsError, PolicyReturnError: as :func:`decide`.
     """
-    _tagged(joint, policy, save_borders=False, offloads=goal.offload is not None)
-    return open_up(joint, goal)
+    tags, *_ = _tagged(joint, policy, save_borders=False, offloads=offload is not None)
+    return open_up(joint, _with_place(goal, tags, offload))
 
 
 def _again(
     joint: JointGraph,
     plans: Sequence[Plan],
     labels: dict[fx.Node, str],
-    goal: Goal | None,
     offload: OffloadLike | None,
 ) -> tuple[Decided, Replay | None]:
     """Carry out the decisions of the plan that was made for a graph."""
@@ -173,10 +180,7 @@ def _again(
     for node, found in tags.items():
         tags[node] = replace(found, opinion=opinions.get(found.context.site, found.opinion))
     saved = _saved_as_tagged(joint)
-    asked_of = asked.goal
-    if asked_of is not None and goal is not None:  # a file does not hold a store of the user's
-        asked_of = replace(asked_of, offload=goal.offload)
-    decided = settled(joint, asked.policy, tags, saved, plan.sites, met, asked_of, offload)
+    decided = settled(joint, asked.policy, tags, saved, plan.sites, met, asked.goal, offload)
     return decided, plan.replay
 
 
@@ -238,9 +242,19 @@ def settled(
             lower_bound_s=met.solution.lower_bound_s,
         )
     budget_bytes, plain = (met.budget_bytes, met.plain) if met else (None, None)
-    place = goal.offload if goal is not None and goal.offload is not None else offload
     return Decided(
-        joint, policy, goal, sites, tags, saved, described, found, budget_bytes, plain, link, place
+        joint,
+        policy,
+        goal,
+        sites,
+        tags,
+        saved,
+        described,
+        found,
+        budget_bytes,
+        plain,
+        link,
+        offload,
     )
 
 

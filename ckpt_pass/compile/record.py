@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -25,7 +26,7 @@ from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.planner.link import Link
 from ckpt_pass.planner.solution import Solution
 from ckpt_pass.plans.goal import Goal
-from ckpt_pass.plans.offloaded import MovedActivation, Offloaded
+from ckpt_pass.plans.link_use import LinkUse, MovedActivation
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivation, SavedActivations, Signature
 from ckpt_pass.plans.record import Asked, CompiledExecution, Predicted, Proven
 from ckpt_pass.plans.timeline import Timeline, timeline_of
@@ -78,7 +79,7 @@ class Decided:
         """The joint graph's nodes in the order in which the backward runs them."""
         return [node for _, node in self._backward]
 
-    @property
+    @cached_property
     def moved(self) -> list[tuple[MovedNode, int]]:
         """What leaves the device, and the place in that order before which it is asked for."""
         steps, moves = self.solution.steps, self.solution.moves
@@ -148,7 +149,7 @@ def _predicted(decided: Decided, outputs: list[fx.Node]) -> Predicted:
     )
 
 
-def _offloaded(decided: Decided) -> Offloaded | None:
+def _offloaded(decided: Decided) -> LinkUse | None:
     times, link = decided.solution.times, decided.link
     if times is None or link is None:
         return None
@@ -157,20 +158,12 @@ def _offloaded(decided: Decided) -> Offloaded | None:
     values = tuple(
         MovedActivation(
             name=_site_words(decided, described.nodes[maker[moved.storage]]),
-            nbytes=moved.nbytes,
             again_s=float(ops[maker[moved.storage]].time_s),
-            copies_s=link.out_s(moved.nbytes) + link.in_s(moved.nbytes),
-            out_start_s=moved.out_start_s,
-            out_end_s=moved.out_end_s,
-            released_s=moved.released_s,
-            fetched_s=moved.fetched_s,
-            in_start_s=moved.in_start_s,
-            in_end_s=moved.in_end_s,
-            used_s=moved.used_s,
+            transfer=moved,
         )
         for moved in times.transfers
     )
-    return Offloaded(
+    return LinkUse(
         where=str(decided.offload).removeprefix("offload "),
         out_bytes_per_s=link.out_bytes_per_s,
         in_bytes_per_s=link.in_bytes_per_s,

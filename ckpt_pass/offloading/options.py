@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ckpt_pass._errors import CkptPassError, nearest
+from ckpt_pass.amounts import parsed_bytes
 
 TARGETS = ("host", "disk")
-_UNITS = {
-    "b": 1,
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
-    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
-}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*")
 
 
 class InvalidOffloadError(CkptPassError, ValueError):
@@ -91,9 +85,7 @@ class Offload:
         given = self.host_budget
         found: int | None = None
         if isinstance(given, str):
-            match = _AMOUNT.fullmatch(given)
-            if match is not None and match[2].lower() in _UNITS:
-                found = int(float(match[1]) * _UNITS[match[2].lower()])
+            found = parsed_bytes(given)
         elif given is None:
             return None
         elif _is_count(given):

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import TypeAlias
 
 import torch
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass.amounts import parsed_bytes
 
 #: ``"6GiB"``, bytes, a fraction of the peak without recomputation, or ``"device"``.
 BudgetLike: TypeAlias = str | int | float
 
-_UNITS = {
-    "b": 1,
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
-    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
-}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*")
 #: Kept free on the device with ``budget="device"``: the allocator's fragmentation and libraries'
 #: own memory are not in the plan. torch's own out-of-memory advice reserves as much.
 DEVICE_RESERVE = 0.08
@@ -88,10 +82,9 @@ def _parse(text: str, look_at_device: bool) -> int:
         if free is None:
             raise InvalidBudgetError(text, "there is no accelerator here")
         return int(free * (1 - DEVICE_RESERVE))
-    match = _AMOUNT.fullmatch(text)
-    if match is None or match[2].lower() not in _UNITS:
+    nbytes = parsed_bytes(text)
+    if nbytes is None:
         raise InvalidBudgetError(text, "it is no number with a unit (B, kB, MB, GB, KiB, MiB, GiB)")
-    nbytes = int(float(match[1]) * _UNITS[match[2].lower()])
     if nbytes <= 0:
         raise InvalidBudgetError(text, "it is not positive")
     return nbytes

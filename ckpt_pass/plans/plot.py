@@ -14,7 +14,7 @@ from ckpt_pass.drawing.figures import (
     memory_axes,
     write,
 )
-from ckpt_pass.plans.offloaded import Offloaded
+from ckpt_pass.plans.link_use import LinkUse
 from ckpt_pass.plans.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def plot_plan(
     before: Timeline | None,
     budget_bytes: int | None,
     path: Path,
-    moved: Offloaded | None = None,
+    moved: LinkUse | None = None,
 ) -> Path:
     """Draw a plan's memory over modelled time as a PNG; return its path.
 
@@ -73,10 +73,11 @@ def plot_plan(
     return write(figure, path)
 
 
-def _draw_link(axes: Axes, link: Offloaded, longest_s: float) -> None:
+def _draw_link(axes: Axes, link: LinkUse, longest_s: float) -> None:
     """Memory at the other place, and below it a bar for each copy."""
-    changes = [(value.out_start_s, value.nbytes) for value in link.values]
-    changes += [(value.used_s, -value.nbytes) for value in link.values]
+    ways = [value.transfer for value in link.values]
+    changes = [(way.out_start_s, way.nbytes) for way in ways]
+    changes += [(way.used_s, -way.nbytes) for way in ways]
     moments, level, levels = [0.0], 0, [0.0]
     for moment, nbytes in sorted(changes):
         level += nbytes
@@ -90,7 +91,7 @@ def _draw_link(axes: Axes, link: Offloaded, longest_s: float) -> None:
     axes.step([*moments, longest_s * 1e3], [*levels, 0.0], where="post", color=AFTER)
     rows = (("out", "out_start_s", "out_end_s", 2), ("back", "in_start_s", "in_end_s", 3))
     for row, (name, start, end, colour) in enumerate(rows):
-        spans = [(getattr(value, start) * 1e3, getattr(value, end) * 1e3) for value in link.values]
+        spans = [(getattr(way, start) * 1e3, getattr(way, end) * 1e3) for way in ways]
         bars = [(begin, finish - begin) for begin, finish in spans]
         axes.broken_barh(bars, (-0.22 * top * (row + 1), 0.16 * top), color=COLOURS[colour])
         axes.text(0.0, -0.22 * top * (row + 1), f"{name} ", ha="right", fontsize=8)

@@ -7,15 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from torch.utils.checkpoint import CheckpointPolicy
-
 from ckpt_pass.graph.shapes import Dimension
-from ckpt_pass.offloading.options import InvalidOffloadError, Offload
-from ckpt_pass.ops.taxonomy import OpClass
-from ckpt_pass.planner.solvers import SOLVERS, as_solver
+from ckpt_pass.planner.clock import Transfer
 from ckpt_pass.plans.expressions import expression_from_data
-from ckpt_pass.plans.goal import COSTS, Goal
-from ckpt_pass.plans.offloaded import MovedActivation, Offloaded
+from ckpt_pass.plans.link_use import LinkUse, MovedActivation
 from ckpt_pass.plans.old_format import grouped
 from ckpt_pass.plans.parts import (
     Decision,
@@ -24,26 +19,23 @@ from ckpt_pass.plans.parts import (
     SavedActivations,
     Signature,
 )
+from ckpt_pass.plans.reading_asked import CLASSES, POLICIES, read_asked
 from ckpt_pass.plans.record import (
-    Asked,
     CompiledExecution,
     EagerExecution,
     InductorPeak,
     Predicted,
     Proven,
 )
-from ckpt_pass.plans.schema import CodePolicy, PlanFileError, Reader
+from ckpt_pass.plans.schema import PlanFileError, Reader
 from ckpt_pass.plans.timeline import Timeline
 from ckpt_pass.plans.writing import FORMAT, SEVERAL, checksum
-from ckpt_pass.policy.rules import FirstMatch, Policy, Rule
 from ckpt_pass.policy.sites import CallSite
 from ckpt_pass.version import __version__
 
 #: A plan for a graph of 100,000 ops takes some 10 MB.
 MOST_CHARACTERS = 64_000_000
 
-_POLICIES = {member.name: member for member in CheckpointPolicy}
-_CLASSES = {str(member): member for member in OpClass}
 _FATES = {fate: fate for fate in ("saved", "offloaded", "recomputed", "unused")}
 _STATUSES = {status: status for status in ("optimal", "feasible", "time limit")}
 _MODES = {mode: mode for mode in ("compiled", "eager")}
@@ -131,7 +123,7 @@ def step_from_json(text: str) -> dict[str, Any]:
     reader["mode"].one_of({SEVERAL: SEVERAL})
     return dict(
         parts=[_plan_fields(part.value, part.where) for part in reader["parts"].items()],
-        asked=_asked(reader["asked"]),
+        asked=read_asked(reader["asked"]),
         peak_bytes=reader["peak_bytes"].whole(),
         peak_at=reader["peak_at"].text(),
         plain_peak_bytes=reader["plain_peak_bytes"].whole(),
@@ -156,7 +148,7 @@ def _plan(reader: Reader) -> dict[str, Any]:
         saved=SavedActivations(_saved(reader)),
         regions=reader["regions"].texts(),
         sites=frozenset(sites),
-        asked=_asked(reader["asked"]),
+        asked=read_asked(reader["asked"]),
         predicted=_predicted(reader),
         proven=_proven(reader["proven"]),
         execution=_eager_execution(execution) if eager else _compiled_execution(execution),
@@ -180,13 +172,13 @@ def _predicted(reader: Reader) -> Predicted:
     )
 
 
-def _offloaded(reader: Reader) -> Offloaded:
+def _offloaded(reader: Reader) -> LinkUse:
     times = {
         field.name: reader[field.name].number()
-        for field in fields(Offloaded)
+        for field in fields(LinkUse)
         if field.name.endswith("_s")
     }
-    return Offloaded(
+    return LinkUse(
         where=reader["where"].text(),
         host_peak_bytes=reader["host_peak_bytes"].whole(),
         values=tuple(_moved(row) for row in reader["values"].items()),
@@ -195,8 +187,9 @@ def _offloaded(reader: Reader) -> Offloaded:
 
 
 def _moved(reader: Reader) -> MovedActivation:
-    name, nbytes, *times = reader.items(len(fields(MovedActivation)))
-    return MovedActivation(name.text(), nbytes.whole(), *(time.number() for time in times))
+    name, again_s, storage, nbytes, *times = reader.items(2 + len(fields(Transfer)))
+    way = Transfer(storage.whole(), nbytes.whole(), *(time.number() for time in times))
+    return MovedActivation(name.text(), again_s.number(), way)
 
 
 def _proven(reader: Reader) -> Proven:
@@ -236,7 +229,7 @@ def _site(reader: Reader) -> CallSite:
 
 def _decisions(reader: Reader) -> tuple[Decision, ...]:
     rules = [
-        (name.one_of(_POLICIES), str(op_class.one_of(_CLASSES)), rule.text())
+        (name.one_of(POLICIES), str(op_class.one_of(CLASSES)), rule.text())
         for name, op_class, rule in (item.items(3) for item in reader["rules"].items())
     ]
     times = [item.number() for item in reader["times_s"].items()]
@@ -331,73 +324,4 @@ def _dimension(reader: Reader) -> Dimension:
     symbol, places, traced, least, most = reader.items(5)
     return Dimension(
         symbol.text(), places.texts(), traced.whole(), least.whole(), most.maybe(Reader.whole)
-    )
-
-
-def _asked(reader: Reader) -> Asked:
-    return Asked(
-        words=reader["words"].text(),
-        policy=_policy(reader["policy"], 0),
-        regions=reader["regions"].maybe(Reader.texts),
-        goal=reader["goal"].maybe(_goal),
-        budget_bytes=reader["budget_bytes"].maybe(Reader.whole),
-    )
-
-
-def _goal(reader: Reader) -> Goal:
-    budget = reader["budget"]
-    amount: Any = budget.value
-    if isinstance(amount, str):
-        amount = budget.text()
-    else:
-        amount = budget.whole(1) if isinstance(amount, int) else budget.number()
-    solver = as_solver(reader["solver"].one_of({name: name for name in SOLVERS}))
-    limit = reader["time_limit_s"].maybe(Reader.number)
-    cost = reader["cost"].one_of({name: name for name in COSTS})
-    return Goal(amount, solver, limit, cost, reader.get("offload").maybe(_offload))
-
-
-def _offload(reader: Reader) -> Offload:
-    budget = reader["host_budget"]
-    try:
-        return Offload(
-            to=reader["to"].text(),
-            host_budget=budget.value if isinstance(budget.value, str) else budget.maybe(_amount),
-            d2h_bytes_per_s=reader["d2h_bytes_per_s"].maybe(Reader.number),
-            h2d_bytes_per_s=reader["h2d_bytes_per_s"].maybe(Reader.number),
-            folder=reader["folder"].maybe(Reader.text),
-            min_bytes=reader["min_bytes"].whole(),
-        )
-    except InvalidOffloadError as error:
-        raise PlanFileError(reader.where, "options for offloading", str(error)) from error
-
-
-def _amount(reader: Reader) -> int:
-    return reader.whole(1)
-
-
-def _policy(reader: Reader, depth: int) -> Policy:
-    if depth > 16:
-        raise PlanFileError(reader.where, "policies that are not nested so deeply", "deeper ones")
-    found: Any = reader.value
-    kind = next(iter(found)) if isinstance(found, dict) and found else None
-    if kind == "rule":
-        return _rule(reader["rule"])
-    if kind == "first":
-        parts = tuple(_policy(part, depth + 1) for part in reader["first"].items())
-        return FirstMatch(parts, reader["name"].text())
-    return CodePolicy(reader["code"].text())
-
-
-def _rule(reader: Reader) -> Rule:
-    return Rule(
-        decision=reader["decision"].one_of(_POLICIES),
-        op=reader["op"].texts(),
-        op_class=tuple(item.one_of(_CLASSES) for item in reader["op_class"].items()),
-        module=reader["module"].maybe(Reader.text),
-        nth=reader["nth"].maybe(Reader.whole),
-        every=reader["every"].maybe(Reader.whole),
-        min_bytes=reader["min_bytes"].maybe(Reader.whole),
-        max_bytes=reader["max_bytes"].maybe(Reader.whole),
-        label=reader["label"].text(),
     )

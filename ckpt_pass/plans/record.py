@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ckpt_pass.graph.shapes import Dimension
 from ckpt_pass.plans.goal import Goal
-from ckpt_pass.plans.offloaded import Offloaded
+from ckpt_pass.plans.link_use import LinkUse
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivations, Signature
 from ckpt_pass.plans.timeline import Timeline
 from ckpt_pass.policy.rules import Policy
@@ -67,7 +67,12 @@ class Predicted:
     timeline: Timeline
     plain_timeline: Timeline | None
     measured_workspaces: int
-    offloaded: Offloaded | None = None
+    offloaded: LinkUse | None = None
+
+    @property
+    def overhead_s(self) -> float:
+        """Recompute time, and what the ops wait for copies."""
+        return self.recompute_time_s + (self.offloaded.stall_s if self.offloaded else 0.0)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class Proven:
         solver: what found the plan for the budget, in words; empty without one.
         status: ``optimal`` (no plan within the budget recomputes less), ``feasible``, or
             ``time limit`` (the best that was found in time).
-        lower_bound_s: no plan within the budget has less recompute time; 0 where nothing is known.
+        lower_bound_s: no plan within the budget has less recompute time (where values may be moved:
+            recompute time and waiting for copies); 0 where nothing is known.
     """
 
     solver: str
@@ -201,11 +207,11 @@ class PlanRecord:
         """How much shorter the step of the fastest plan may be, as a share of this one's time.
 
         Against ``proven.lower_bound_s``: where that is 0 and nothing is proven, it is merely the
-        share that recomputation has in the step.
+        share that recomputation has in the step, with what is waited for copies.
         """
         if self.proven.status == "optimal":
             return 0.0
-        again_s = self.predicted.recompute_time_s
+        again_s = self.predicted.overhead_s
         step_s = self.predicted.step_time_s + again_s
         return max(again_s - self.proven.lower_bound_s, 0.0) / step_s if step_s else 0.0
 

@@ -86,8 +86,9 @@ def _inner(plan: PlanRecord) -> list[str]:
 
 
 def _bound(plan: PlanRecord) -> str:
-    found, again_s = plan.proven, plan.predicted.recompute_time_s
-    if not again_s and (plan.predicted.offloaded is None or not plan.predicted.offloaded.stall_s):
+    found, again_s = plan.proven, plan.predicted.overhead_s
+    what = "recomputation" if plan.predicted.offloaded is None else "recomputation and waiting"
+    if not again_s:
         return "nothing that takes time is recomputed: no plan is faster"
     if found.status == "optimal":
         return "optimal: no plan within the budget recomputes less"
@@ -95,7 +96,7 @@ def _bound(plan: PlanRecord) -> str:
     if not found.lower_bound_s:
         return f"not known how far this is from the fastest plan: no lower bound was found{stopped}"
     return (
-        f"{format_seconds(found.lower_bound_s)} of recomputation at least, "
+        f"{format_seconds(found.lower_bound_s)} of {what} at least, "
         f"{format_seconds(again_s)} here: the fastest plan's step is at most "
         f"{100 * plan.gap:.1f} % shorter{stopped}"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import astuple, fields
 from itertools import groupby
 from typing import Any
 
@@ -17,7 +17,7 @@ from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solvers import SOLVERS
 from ckpt_pass.plans.expressions import expression_to_data
-from ckpt_pass.plans.offloaded import MovedActivation, Offloaded
+from ckpt_pass.plans.link_use import LinkUse
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivation, Signature
 from ckpt_pass.plans.record import (
     Asked,
@@ -154,10 +154,10 @@ def _predicted_data(found: Predicted) -> dict[str, Any]:
     }
 
 
-def _offloaded_data(found: Offloaded) -> dict[str, Any]:
-    data = {field.name: getattr(found, field.name) for field in fields(Offloaded)}
-    names = [field.name for field in fields(MovedActivation)]
-    return {**data, "values": [[getattr(v, name) for name in names] for v in found.values]}
+def _offloaded_data(found: LinkUse) -> dict[str, Any]:
+    data = {field.name: getattr(found, field.name) for field in fields(LinkUse)}
+    rows = [[v.name, v.again_s, *astuple(v.transfer)] for v in found.values]
+    return {**data, "values": rows}
 
 
 def _execution_data(step: CompiledExecution | EagerExecution) -> dict[str, Any]:

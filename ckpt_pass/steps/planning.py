@@ -172,7 +172,9 @@ class _Planning:
         """Plans that take less while they run, and such as save less while others run."""
         assert self.goal is not None
         goal = self.goal
-        graph_as_problem = opened(graph.joint(self.step.regions), self.policy, goal)
+        graph_as_problem = opened(
+            graph.joint(self.step.regions), self.policy, goal, goal.offload or Offload()
+        )
         plain = without_recompute(graph_as_problem.problem)
         found = {plain.steps: level_of(plain, plain, plain.peak_bytes)}
         for waiting in (0, plain.peak_bytes):

@@ -7,17 +7,17 @@ applied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.eager.prediction import Predictor, predictor
-from ckpt_pass.graph.capture import NotTraceableError
+from ckpt_pass.graph.capture import LossFn, NotTraceableError
 from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.measure.timing import Variant, clock_for, interleave, resting_collector
@@ -41,7 +41,7 @@ from ckpt_pass.report.strategy_rows import PLAIN, StrategyRow
 from ckpt_pass.report.strategy_table import Comparison
 from ckpt_pass.state.untouched import untouched
 from ckpt_pass.tools.ahead import plan_one as make_plan
-from ckpt_pass.tools.sweeping import Progress, Told, UsersStep
+from ckpt_pass.tools.users_step import Progress, Told, UsersStep
 from ckpt_pass.tools.verification import compare_with_regions, step_of
 
 #: What is compared where nobody says: every named kind once.
@@ -58,8 +58,6 @@ DEFAULT_STRATEGIES: tuple[str, ...] = (
 #: Timings of each strategy; their median is shown.
 ROUNDS = 5
 _BUDGET = "budget="
-
-LossFn = Callable[[Any], Tensor]
 
 
 class StrategyError(CkptPassError):

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers
 from ckpt_pass.compile.backend import make_backend
-from ckpt_pass.graph.capture import capture
+from ckpt_pass.graph.capture import LossFn, capture
 from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.measure.timing import Variant, clock_for, interleave
@@ -33,6 +32,7 @@ from ckpt_pass.policy.rules import PolicyLike
 from ckpt_pass.report.sweeps import BLOCKS, OURS, TORCH, SweepRow, plot_sweep, sweep_text
 from ckpt_pass.state.untouched import untouched
 from ckpt_pass.tools.ahead import plan, step_arguments
+from ckpt_pass.tools.users_step import Progress, Told, UsersStep
 
 #: torch's knob, from "recompute only what is nearly free" to "recompute everything".
 TORCH_BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -41,10 +41,6 @@ ROUNDS = 5
 
 #: A budget that no step reaches.
 _UNBOUNDED = 1 << 60
-
-#: Told what is being done, how many parts of the whole are done, and how many there are.
-Progress = Callable[[str, int, int], None]
-LossFn = Callable[[Any], Tensor]
 
 
 class SweepArgumentError(CkptPassError):
@@ -161,63 +157,6 @@ def sweep(
     final = _against_plain(rows)
     device, threads = str(step.device), torch.get_num_threads()
     return Sweep(final, type(model).__name__, inner, device, torch.__version__, threads, rounds)
-
-
-@dataclass
-class Told:
-    """Counts the parts of the work."""
-
-    progress: Progress
-    total: int
-    done: int = 0
-
-    def __call__(self, what: str) -> None:
-        self.done = min(self.done + 1, self.total)
-        self.progress(what, self.done, self.total)
-
-
-class UsersStep:
-    """The user's step, and whose gradients it fills."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        loss_fn: LossFn | None,
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.model, self.args, self.loss_fn = model, args, loss_fn
-        self.kwargs = dict(kwargs or {})
-        tensors = [t for t in tree_leaves((args, self.kwargs)) if isinstance(t, Tensor)]
-        self.leaves = [t for t in (*model.parameters(), *tensors) if t.requires_grad]
-        self.device = self.leaves[0].device if self.leaves else torch.device("cpu")
-
-    def compiled(self, backend: Any) -> Callable[[], Any]:
-        """The step under a backend.
-
-        Dynamo keeps what it compiles by code object, tries all of it in turn, and gives up at the
-        ninth; so each point has one of its own, and the model's is left alone.
-        """
-        model, args, loss_fn = self.model, self.args, self.loss_fn
-        kwargs = self.kwargs
-
-        def step(*inputs: Any, **named: Any) -> Any:
-            output = model(*inputs, **named)
-            return output if loss_fn is None else loss_fn(output)
-
-        step.__code__ = step.__code__.replace()  # another object, the same code
-        made = torch.compile(step, backend=backend, dynamic=False)
-        return lambda: made(*args, **kwargs)
-
-    def clear(self) -> None:
-        """Drop the gradients."""
-        for leaf in self.leaves:
-            leaf.grad = None
-
-    def synchronise(self) -> None:
-        """Wait for the accelerator."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers
 from ckpt_pass.compile.backend import make_backend
-from ckpt_pass.graph.capture import whole_step
+from ckpt_pass.graph.capture import LossFn, whole_step
 from ckpt_pass.measure.gradients import GradientComparison, NoLossError, compare_gradients
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
@@ -34,8 +34,6 @@ from ckpt_pass.regions.wrapping import (
 from ckpt_pass.state.untouched import holders_restored, untouched
 from ckpt_pass.tools.ahead import plan as make_plan
 from ckpt_pass.tools.ahead import step_arguments
-
-LossFn = Callable[[Any], Tensor]
 
 #: How far the measured peak may be from the predicted one: what was seen on models with kernels'
 #: workspaces, whose prediction is a measurement of its own (docs/use/verify.md).

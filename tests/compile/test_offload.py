@@ -117,8 +117,8 @@ def test_a_plan_tells_what_moves_and_a_file_carries_it_out_again(tmp_path: Path)
     found = plan.predicted.offloaded
     assert found is not None and found.moved_bytes == sum(v.nbytes for v in found.values) > 0
     assert all(
-        v.out_start_s <= v.out_end_s <= v.released_s <= v.fetched_s <= v.in_start_s <= v.in_end_s
-        for v in found.values
+        t.out_start_s <= t.out_end_s <= t.released_s <= t.fetched_s <= t.in_start_s <= t.in_end_s
+        for t in (value.transfer for value in found.values)
     )
     text = str(plan)
     assert "offloaded, most bytes first" in text and "behind compute" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ckpt_pass.planner.clock import Transfer
 from ckpt_pass.plans.wording import format_bytes, format_seconds
 
 #: Values named in a listing; the rest are counted.
@@ -13,30 +14,28 @@ LINES = 10
 
 @dataclass(frozen=True, slots=True)
 class MovedActivation:
-    """One saved value that leaves the device; all times are modelled, from the step's beginning.
+    """One saved value that leaves the device.
 
     Attributes:
         name: what makes it, in words.
-        nbytes: of its storage.
         again_s: seconds of the op that makes it: to recompute it takes that at least.
-        copies_s: seconds of its two copies.
-        out_start_s, out_end_s: of its copy out.
-        released_s, fetched_s: the device's memory is free from the one to the other.
-        in_start_s, in_end_s: of its copy back.
-        used_s: the backward reads it first.
+        transfer: its way out and back, by the clock.
     """
 
     name: str
-    nbytes: int
     again_s: float
-    copies_s: float
-    out_start_s: float
-    out_end_s: float
-    released_s: float
-    fetched_s: float
-    in_start_s: float
-    in_end_s: float
-    used_s: float
+    transfer: Transfer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its storage."""
+        return self.transfer.nbytes
+
+    @property
+    def copies_s(self) -> float:
+        """Seconds of its two copies."""
+        way = self.transfer
+        return way.out_end_s - way.out_start_s + way.in_end_s - way.in_start_s
 
     @property
     def why(self) -> str:
@@ -47,16 +46,17 @@ class MovedActivation:
         )
 
     def __str__(self) -> str:
+        way = self.transfer
         return (
             f"{format_bytes(self.nbytes):>10}  {self.name}: "
-            f"goes at {format_seconds(self.out_start_s)}, free from "
-            f"{format_seconds(self.released_s)}; asked for at {format_seconds(self.fetched_s)}, "
-            f"read at {format_seconds(self.used_s)} ({self.why})"
+            f"goes at {format_seconds(way.out_start_s)}, free from "
+            f"{format_seconds(way.released_s)}; asked for at {format_seconds(way.fetched_s)}, "
+            f"read at {format_seconds(way.used_s)} ({self.why})"
         )
 
 
 @dataclass(frozen=True)
-class Offloaded:
+class LinkUse:
     """The link over a step, and what it moves.
 
     Attributes:
@@ -115,7 +115,7 @@ class Offloaded:
         """The largest values, one a line."""
         if not self.values:
             return
-        ranked = sorted(self.values, key=lambda value: (-value.nbytes, value.out_start_s))
+        ranked = sorted(self.values, key=lambda value: (-value.nbytes, value.transfer.out_start_s))
         yield "offloaded, most bytes first"
         yield from map(str, ranked[:LINES])
         if ranked[LINES:]:

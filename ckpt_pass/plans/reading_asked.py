@@ -1,0 +1,92 @@
+"""Read what a plan was asked for: policy, budget, and how it was to be met."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ckpt_pass.offloading.options import InvalidOffloadError, Offload
+from ckpt_pass.ops.taxonomy import OpClass
+from ckpt_pass.planner.solvers import SOLVERS, as_solver
+from ckpt_pass.plans.goal import COSTS, Goal
+from ckpt_pass.plans.record import Asked
+from ckpt_pass.plans.schema import CodePolicy, PlanFileError, Reader
+from ckpt_pass.policy.rules import FirstMatch, Policy, Rule
+
+POLICIES = {member.name: member for member in CheckpointPolicy}
+CLASSES = {str(member): member for member in OpClass}
+
+
+def read_asked(reader: Reader) -> Asked:
+    """The group ``asked`` of a plan file.
+
+    Raises:
+        PlanFileError: it is none.
+    """
+    return Asked(
+        words=reader["words"].text(),
+        policy=_policy(reader["policy"], 0),
+        regions=reader["regions"].maybe(Reader.texts),
+        goal=reader["goal"].maybe(_goal),
+        budget_bytes=reader["budget_bytes"].maybe(Reader.whole),
+    )
+
+
+def _goal(reader: Reader) -> Goal:
+    budget = reader["budget"]
+    amount: Any = budget.value
+    if isinstance(amount, str):
+        amount = budget.text()
+    else:
+        amount = budget.whole(1) if isinstance(amount, int) else budget.number()
+    solver = as_solver(reader["solver"].one_of({name: name for name in SOLVERS}))
+    limit = reader["time_limit_s"].maybe(Reader.number)
+    cost = reader["cost"].one_of({name: name for name in COSTS})
+    return Goal(amount, solver, limit, cost, reader.get("offload").maybe(_offload))
+
+
+def _offload(reader: Reader) -> Offload:
+    budget = reader["host_budget"]
+    try:
+        return Offload(
+            to=reader["to"].text(),
+            host_budget=budget.value if isinstance(budget.value, str) else budget.maybe(_amount),
+            d2h_bytes_per_s=reader["d2h_bytes_per_s"].maybe(Reader.number),
+            h2d_bytes_per_s=reader["h2d_bytes_per_s"].maybe(Reader.number),
+            folder=reader["folder"].maybe(Reader.text),
+            min_bytes=reader["min_bytes"].whole(),
+        )
+    except InvalidOffloadError as error:
+        raise PlanFileError(reader.where, "options for offloading", str(error)) from error
+
+
+def _amount(reader: Reader) -> int:
+    return reader.whole(1)
+
+
+def _policy(reader: Reader, depth: int) -> Policy:
+    if depth > 16:
+        raise PlanFileError(reader.where, "policies that are not nested so deeply", "deeper ones")
+    found: Any = reader.value
+    kind = next(iter(found)) if isinstance(found, dict) and found else None
+    if kind == "rule":
+        return _rule(reader["rule"])
+    if kind == "first":
+        parts = tuple(_policy(part, depth + 1) for part in reader["first"].items())
+        return FirstMatch(parts, reader["name"].text())
+    return CodePolicy(reader["code"].text())
+
+
+def _rule(reader: Reader) -> Rule:
+    return Rule(
+        decision=reader["decision"].one_of(POLICIES),
+        op=reader["op"].texts(),
+        op_class=tuple(item.one_of(CLASSES) for item in reader["op_class"].items()),
+        module=reader["module"].maybe(Reader.text),
+        nth=reader["nth"].maybe(Reader.whole),
+        every=reader["every"].maybe(Reader.whole),
+        min_bytes=reader["min_bytes"].maybe(Reader.whole),
+        max_bytes=reader["max_bytes"].maybe(Reader.whole),
+        label=reader["label"].text(),
+    )
