@@ -314,9 +314,11 @@ def make_backend(
         if isinstance(plan, (str, Path)):
             plan = load_plan(plan)
         asked = plan.asked
-        where = offload if offload is not None else asked.goal and asked.goal.offload
+        goals = [part.asked.goal for part in parts_of(plan) if part.asked.goal is not None]
+        known = next((goal.offload for goal in goals if goal.offload is not None), None)
+        where = known if offload is None else offload
         moves = any(part.with_fate("offloaded") for part in parts_of(plan))
-        if where is None and asked.goal is not None and moves:
+        if where is None and goals and moves:
             raise UnknownOptionError(
                 "The plan moves values to a store of the user's, which its file does not hold. "
                 "Expected the store to be named: make_backend(plan=..., offload=store)."

@@ -20,7 +20,7 @@ from ckpt_pass.graph.calls import Calls
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernel_ops import is_computing
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels
-from ckpt_pass.offloading.graph_ops import PUT  # what it returns is not the allocator's memory
+from ckpt_pass.offloading.graph_ops import FETCH, PUT, fetched_memory
 from ckpt_pass.planner.caching_allocator import Lifetime, handed_out
 from ckpt_pass.policy.sites import output_tensors
 
@@ -120,9 +120,10 @@ class HeldBytes:
             if found is not result:
                 result = found
                 self._calls.returns(node, result)
-        for index, tensor in enumerate(output_tensors(result)):
+        made = output_tensors(fetched_memory(args[0]) if func is FETCH else result)
+        for index, tensor in enumerate(made):
             own = func is not PUT and tensor.untyped_storage()._cdata not in given
-            if own and _lies(tensor):
+            if own and _lies(tensor):  # a ticket is not the allocator's memory
                 self._add(tensor, node, index)
         if node is not None:
             self._calls.note_outputs(node, result)

@@ -161,6 +161,10 @@ class _FakeDesk:
         if value is None and look is not None:
             self._set(ticket, _made(*look), look)
 
+    def memory(self, ticket: torch.Tensor) -> torch.Tensor | None:
+        """What stands for the memory that a fake ticket holds on the device."""
+        return self._get(ticket)[1]
+
     def take(self, ticket: torch.Tensor, *look: Any) -> torch.Tensor:
         _, value, known = self._get(ticket)
         self._set(ticket, None, known)
@@ -181,6 +185,8 @@ def _made(size: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> t
 
 
 _FAKE_DESK = _FakeDesk()
+#: What stands for the memory that :data:`FETCH` has taken for a fake ticket; no op returns it.
+fetched_memory = _FAKE_DESK.memory
 
 
 for _name, _real, _fake in (

@@ -89,7 +89,9 @@ class _Planning:
         )
         if goal is not None:  # its share of the step's budget is what it takes
             share = made.peak_bytes
-            asked = replace(made.asked, goal=replace(goal, budget=share), budget_bytes=share)
+            assert made.asked.goal is not None
+            goal = replace(made.asked.goal, budget=share)
+            asked = replace(made.asked, goal=goal, budget_bytes=share)
             made = replace(made, asked=asked)
         return made.cut_at(graph.graph_break) if graph.graph_break else made
 

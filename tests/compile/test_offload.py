@@ -281,9 +281,18 @@ def test_several_graphs_of_a_step_move_values_too() -> None:
     plain = run_step(module, inputs)
     with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
         ckpt_pass.plan(module, *inputs, budget=1, offload=DISK)
-    least = caught.value.least_feasible_bytes
-    plan = ckpt_pass.plan(module, *inputs, budget=least, offload=DISK)
-    assert any(part.with_fate("offloaded") for part in plan.parts)
+    named = ckpt_pass.offload(op="aten.tanh")
+    least = {"budget": caught.value.least_feasible_bytes, "offload": DISK}
+    for asked in (least, {"budget": 1.0, "policy": named}):
+        torch._dynamo.reset()
+        plan = ckpt_pass.plan(module, *inputs, **asked)
+        assert any(part.with_fate("offloaded") for part in plan.parts)
+        check_step_plan(module, inputs, plan, plain)
+
+
+def check_step_plan(
+    module: nn.Module, inputs: tuple[Any, ...], plan: Any, plain: StepResult
+) -> None:
     compiled = torch.compile(module, backend=ckpt_pass.make_backend(plan=plan, inner="aot_eager"))
     assert_equal(run_step(module, inputs, compiled), plain)
     measured = ckpt_pass.measure_step(lambda: compiled(*inputs), params=module.parameters())
