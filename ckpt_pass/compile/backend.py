@@ -130,7 +130,7 @@ class Backend:
             backend.given,
             in_place,
             part,
-            offload=(as_offload(backend.offload) or Offload()) if in_place else None,
+            offload=as_offload(backend.offload) or Offload(),
         )
         if backend.inner == "aot_eager":
             if mode is not None:
@@ -196,12 +196,6 @@ class Backend:
             changed["regions"] = _as_patterns(changed["regions"])
         inner = changed.get("inner", self.inner)
         _check_inner(inner, changed.get("inner_options", {}))
-        offload = changed.get("offload", self.offload)
-        if offload and inner != "aot_eager":
-            raise UnknownOptionError(
-                f"Got offload={offload!r} with inner={inner!r}, whose code is not written with "
-                "moves. Use inner='aot_eager', or leave offload out."
-            )
         return replace(self, **changed) if changed else self
 
     def __str__(self) -> str:

@@ -31,6 +31,7 @@ from ckpt_pass.graph.labels import node_labels
 from ckpt_pass.graph.link import device_of, link_of
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.graph.real_looks import tell_real_sizes
+from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solution import evaluate
 from ckpt_pass.plans.budget import BudgetLike
@@ -332,14 +333,17 @@ class Partitioner(compilers.NamedPartitioner):
     def uuid(self) -> str | None:
         """The key for inductor's caches.
 
-        ``None`` (no caching) for a policy that is mere code, and for what a device has free now.
+        ``None`` (no caching) for a policy that is mere code, for what a device has free now, and
+        for a store of the user's.
         """
         if self.artefacts:
             return self.artefacts
         if not is_plain_data(self.policy) or (self.goal and not self.goal.is_plain_data):
             return None
+        if not isinstance(self.offload, Offload | None):
+            return None
         made = [plan.fingerprint for plan in self.plans]
-        asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}"
+        asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}/{self.offload!r}"
         return f"ckpt_pass/{source_hash()}/{asked}/{made}"
 
 

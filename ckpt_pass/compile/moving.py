@@ -114,6 +114,7 @@ def write_moves(
     at: Mapping[int, fx.Node],
     moves: Sequence[tuple[MovedNode, int]],
     where: str,
+    reuses_memory: bool = False,
 ) -> None:
     """Write moves into the halves of a step, in place.
 
@@ -124,6 +125,8 @@ def write_moves(
         moves: what leaves, each an output of ``forward`` and an input of ``backward``, and the
             place in the backward's order before which it is asked for.
         where: the store, in words (:data:`ckpt_pass.offloading.graph_ops.words_of`).
+        reuses_memory: whether what runs the halves gives memory to other values at once after
+            the last op that is given it; a copy is still being read then.
     """
     named = {node.name: node for node in forward.graph.nodes}
     given = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
@@ -133,7 +136,8 @@ def write_moves(
         after = forward_order[place_of[move.released_after] + 1 :]
         next_one = next((named[n.name] for n in after if n.name in named), None)
         value = named[move.value.name]
-        _leaves(forward.graph, value, next_one or forward.graph.output_node(), where)
+        before = next_one or forward.graph.output_node()
+        _leaves(forward.graph, value, before, where, reuses_memory)
         place = next(p for p in range(fetched_before, last + 1) if p in at)
         _comes_back(backward.graph, given[move.value.name], at[place])
     for half in (forward, backward):
@@ -141,12 +145,19 @@ def write_moves(
         half.recompile()
 
 
-def _leaves(graph: fx.Graph, value: fx.Node, released_before: fx.Node, where: str) -> None:
-    with graph.inserting_after(value):
-        ticket = graph.call_function(graph_ops.PUT, (value, where))
+def _leaves(
+    graph: fx.Graph, value: fx.Node, released_before: fx.Node, where: str, held: bool
+) -> None:
+    source = value
+    if held:
+        with graph.inserting_after(value):
+            source = graph.call_function(graph_ops.HOLD, (value,))
+        source.meta["val"] = value.meta["val"]
+    with graph.inserting_after(source):
+        ticket = graph.call_function(graph_ops.PUT, (source, where))
     ticket.meta["val"] = functorch.fake_like(graph_ops.fake_ticket, value.meta["val"])
     with graph.inserting_before(released_before):
-        graph.call_function(graph_ops.RELEASE, (ticket,))
+        graph.call_function(graph_ops.RELEASE, (ticket, source))
     graph.output_node().replace_input_with(value, ticket)
 
 

@@ -258,7 +258,7 @@ def split(
         overwrite_in_place(backward)
     if moves:
         at = dict(zip(there, written, strict=True))
-        write_moves(forward, backward, joint.forward, at, moves, where)
+        write_moves(forward, backward, joint.forward, at, moves, where, not joint.in_place)
     return forward, backward
 
 

@@ -68,8 +68,8 @@ class _Round:
         return self.compiled
 
     @property
-    def recompute_time_s(self) -> float:
-        return self.plan.predicted.recompute_time_s if self.plan is not None else 0.0
+    def overhead_s(self) -> float:
+        return self.plan.predicted.overhead_s if self.plan is not None else 0.0
 
 
 def compile_within(
@@ -163,7 +163,7 @@ class _Search:
         self.plain_bytes = plain.peak_bytes if plain is not None else 0
         if found.peak.nbytes > self.budget_bytes:
             return
-        if self.best is None or found.recompute_time_s < self.best.recompute_time_s:
+        if self.best is None or found.overhead_s < self.best.overhead_s:
             self.best, self.asked_for_best = found, asked
 
     def found(self) -> _Round:
@@ -237,7 +237,7 @@ class _Search:
             else:
                 more = self.budget_bytes - best.peak.nbytes
             room = min(more, self.budget_bytes - best.peak.nbytes)
-            if not best.recompute_time_s or room < _WORTH_IT * self.budget_bytes:
+            if not best.overhead_s or room < _WORTH_IT * self.budget_bytes:
                 return
             self._try(asked + more)
 

@@ -114,19 +114,27 @@ def fake_ticket() -> torch.Tensor:
 
 
 _LIBRARY = torch.library.Library("ckpt_pass", "FRAGMENT")
-_LIBRARY.define("put(Tensor value, str where) -> Tensor")
-_LIBRARY.define("release(Tensor ticket) -> ()")
-_LIBRARY.define("fetch(Tensor ticket) -> ()")
+#: What is put away lies in memory as its taker expects it, whatever a compiler would prefer.
+_EXACT = (torch.Tag.needs_exact_strides,)
+# Tickets are said to be written to: compilers neither drop such ops nor change their order.
+_LIBRARY.define("hold(Tensor(a) value) -> Tensor(a)", tags=_EXACT)
+_LIBRARY.define("put(Tensor value, str where) -> Tensor", tags=_EXACT)
+_LIBRARY.define("release(Tensor(a!) ticket, Tensor value) -> ()", tags=_EXACT)
+_LIBRARY.define("fetch(Tensor(a!) ticket) -> ()")
 _LIBRARY.define(
     "take(Tensor ticket, SymInt[] size, SymInt[] stride, ScalarType dtype, Device device) -> Tensor"
 )
+
+
+def _hold(value: torch.Tensor) -> torch.Tensor:
+    return value.detach()
 
 
 def _put(value: torch.Tensor, where: str) -> torch.Tensor:
     return _DESK.check_in(_DESK.store(where, value.device).put(value))
 
 
-def _release(ticket: torch.Tensor) -> None:
+def _release(ticket: torch.Tensor, value: torch.Tensor) -> None:
     _DESK.ticket(ticket).release()
 
 
@@ -152,7 +160,7 @@ class _FakeDesk:
         self._set(ticket, value, look_of(value))
         return ticket
 
-    def release(self, ticket: torch.Tensor) -> None:
+    def release(self, ticket: torch.Tensor, value: torch.Tensor) -> None:
         _, _, look = self._get(ticket)
         self._set(ticket, None, look)
 
@@ -190,6 +198,7 @@ fetched_memory = _FAKE_DESK.memory
 
 
 for _name, _real, _fake in (
+    ("hold", _hold, _hold),
     ("put", _put, _FAKE_DESK.put),
     ("release", _release, _FAKE_DESK.release),
     ("fetch", _fetch, _FAKE_DESK.fetch),
@@ -198,9 +207,11 @@ for _name, _real, _fake in (
     _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ckpt_pass::{_name}", _fake, lib=_LIBRARY)
 
+#: value -> value: the same memory, which a compiler gives to nothing else while this one is used.
+HOLD = torch.ops.ckpt_pass.hold.default
 #: (value, where) -> ticket: begin to copy a value into a store.
 PUT = torch.ops.ckpt_pass.put.default
-#: (ticket): wait for that copy; the value's memory is free once nothing else reads it.
+#: (ticket, value): wait for that copy; the value's memory is free once nothing else reads it.
 RELEASE = torch.fx.node.has_side_effect(torch.ops.ckpt_pass.release.default)
 #: (ticket): take memory on the device, and begin to copy the value back.
 FETCH = torch.fx.node.has_side_effect(torch.ops.ckpt_pass.fetch.default)

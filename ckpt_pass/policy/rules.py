@@ -345,9 +345,8 @@ def check_decision(
     if isinstance(decision, CheckpointPolicy):
         raise PolicyReturnError(
             f"Policy {maker} returned {decision.name}{at}; offloading is not supported in a "
-            "compiled graph, but as the policy of a ckpt backend with inner='aot_eager'. Return "
-            "MUST_SAVE, PREFER_SAVE, MUST_RECOMPUTE or PREFER_RECOMPUTE, or run the region in "
-            "eager mode."
+            "compiled graph, but as the policy of a ckpt backend. Return MUST_SAVE, PREFER_SAVE, "
+            "MUST_RECOMPUTE or PREFER_RECOMPUTE, or run the region in eager mode."
         )
     raise PolicyReturnError(
         f"Policy {maker} returned {decision!r}{at}, expected a member of "

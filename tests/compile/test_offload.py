@@ -250,17 +250,10 @@ def test_refusals() -> None:
     module, inputs = chain()
     with pytest.raises(ckpt_pass.InvalidOffloadError, match="budget or a policy"):
         ckpt_pass.make_backend(offload=True, inner="aot_eager")
-    with pytest.raises(ckpt_pass.UnknownOptionError, match="aot_eager"):
-        ckpt_pass.make_backend(offload=True, budget=0.5)
     with pytest.raises(ckpt_pass.InvalidOffloadError, match="expected True, False"):
         ckpt_pass.plan(module, *inputs, budget=0.5, offload="disk")  # type: ignore[arg-type]
     with pytest.raises(ckpt_pass.PlanModeError, match="offload"):
         ckpt_pass.plan(module, *inputs, budget=0.5, offload=True, mode="eager")
-    compiled = torch.compile(
-        module, backend=ckpt_pass.make_backend(policy=ckpt_pass.offload(op="aten.tanh"))
-    )
-    with pytest.raises(BackendCompilerFailed, match="inner='aot_eager'"):
-        compiled(*inputs)
 
 
 @pytest.mark.slow
