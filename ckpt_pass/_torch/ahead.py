@@ -57,8 +57,15 @@ class _Whole(BaseException):
     """Ends dynamo's work when one graph holds the whole step."""
 
 
+#: ``look(graph, inputs)`` where dynamo calls its backends.
+Look = Callable[[fx.GraphModule, Sequence[Any]], None]
+
+
 class Graphs:
     """The backend that keeps joint graphs and compiles nothing.
+
+    Args:
+        look: told the graph that holds the whole step, and its inputs, as a compiler would be.
 
     Attributes:
         captured: the graphs that have a backward, in order.
@@ -70,7 +77,8 @@ class Graphs:
     #: Read by torch.compile to name the compiler in its logs.
     compiler_name = "ckpt_ahead"
 
-    def __init__(self) -> None:
+    def __init__(self, look: Look | None = None) -> None:
+        self._look = look
         self.captured: list[Captured] = []
         self.seen: list[fx.GraphModule] = []
         self.runs: list[int] = []
@@ -87,6 +95,9 @@ class Graphs:
             self.captured.append(Captured(found.module, found.options, placeholders, examples, gm))
         if index == 0 and _holds_the_step(gm):
             self.whole = True
+            if self._look is not None and found.module is not None:
+                with _disable_current_modes():
+                    self._look(gm, inputs)
             raise _Whole
 
         def run(*values: Any) -> Any:
@@ -171,13 +182,14 @@ def step_graphs(
     kwargs: Mapping[str, Any],
     mode: FakeTensorMode,
     dynamic: bool,
+    look: Look | None = None,
 ) -> Graphs:
     """Run dynamo over ``step(*args, **kwargs)``, whose tensors are fakes of ``mode``.
 
     It ends when a graph holds the whole step. Only after a graph break the step's own code runs,
     on fake tensors.
     """
-    graphs = Graphs()
+    graphs = Graphs(look)
     whole = contextlib.suppress(_Whole)
     with whole, on_fakes(mode):
         compilers.compile_apart(step, graphs, dynamic)(*args, **kwargs)

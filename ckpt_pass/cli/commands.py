@@ -133,6 +133,7 @@ def _plan_command() -> Callable[..., None]:
     cost_option = typer.Option(COSTS[0], help=f"Kernel times: {' or '.join(COSTS)}.")
     offload_option = typer.Option(None, help=f"Values may move: {' or '.join(TARGETS)}.")
     eager_option = typer.Option(False, "--eager", help="For a step without torch.compile.")
+    inner_option = typer.Option("aot_eager", help="What compiles it: aot_eager or inductor.")
     save_option = typer.Option(None, help="Write the plan here, as JSON.")
 
     def plan_(
@@ -145,6 +146,7 @@ def _plan_command() -> Callable[..., None]:
         cost: str = cost_option,
         offload: str | None = offload_option,
         eager: bool = eager_option,
+        inner: str = inner_option,
         save: Path | None = save_option,
     ) -> None:
         """Plan one training step: what is decided in which amounts, and memory over the step.
@@ -164,6 +166,7 @@ def _plan_command() -> Callable[..., None]:
                 cost=cost,
                 offload=None if offload is None else Offload(to=offload),
                 mode="eager" if eager else "compiled",
+                inner=inner,
             )
             typer.echo(str(made))
             if save is not None:

@@ -15,7 +15,7 @@ from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import compilers, frames
 from ckpt_pass.compile.breaks import Coverage, graph_break
 from ckpt_pass.compile.engine import Partitioner, policy_for
-from ckpt_pass.compile.replan import compile_within
+from ckpt_pass.compile.replan import compile_planned, compile_within
 from ckpt_pass.compile.symbolic import watch_sizes
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
@@ -139,6 +139,12 @@ class Backend:
                     "Leave mode out, or use inner='inductor'."
                 )
             compiled = compilers.compile_eager(gm, example_inputs, partition)
+        elif any(plan.inductor is not None for plan in backend.given):
+            careful = any(p.inductor is not None and p.inductor.careful for p in backend.given)
+            compiled, plan = compile_planned(
+                gm, example_inputs, partition, dict(backend.inner_options), mode, careful
+            )
+            made = [plan] if plan is not None else []
         elif goal is not None and backend.plan is None:
             options_of_inductor = dict(backend.inner_options)
             compiled, plan = compile_within(
@@ -259,7 +265,7 @@ def make_backend(
     time_limit_s: float | None = None,
     cost: str = "roofline",
     offload: OffloadLike | bool | None = None,
-    inner: str = "inductor",
+    inner: str | None = None,
     regions: str | Sequence[str] | None = None,
     inner_options: Mapping[str, Any] | None = None,
 ) -> Backend:
@@ -282,9 +288,10 @@ def make_backend(
         cost: ``roofline`` for modelled times, ``measured`` to run and time each kernel once
             (remembered on disk).
         offload: where values may be moved to between forward and backward, beside being saved or
-            recomputed: ``True`` for the host, :class:`ckpt_pass.Offload`, or a store. It needs
-            ``inner="aot_eager"``, and a budget or a policy that offloads.
-        inner: the compiler of forward and backward: ``inductor`` or ``aot_eager``.
+            recomputed: ``True`` for the host, :class:`ckpt_pass.Offload`, or a store. It needs a
+            budget or a policy that offloads.
+        inner: the compiler of forward and backward: ``inductor`` or ``aot_eager``; by default that
+            which ``plan`` was made for, and ``inductor`` without a plan.
         regions: module name patterns of the layers whose borders are saved under every policy;
             found from repeated module names where ``None``; ``[]`` for none.
         inner_options: options for inductor.
@@ -296,7 +303,9 @@ def make_backend(
         UnknownOptionError: ``plan`` is given together with what it already says.
         InfeasibleBudgetError, PlanMismatchError, DryRunError: come when a graph is compiled.
     """
-    options: dict[str, Any] = {"inner": inner, "inner_options": dict(inner_options or {})}
+    options: dict[str, Any] = {"inner_options": dict(inner_options or {})}
+    if inner is not None:
+        options["inner"] = inner
     how = {"policy": policy, "budget": budget, "time_limit_s": time_limit_s}
     if plan is not None:
         for key, value in (*how.items(), ("regions", regions)):
@@ -307,6 +316,7 @@ def make_backend(
                 )
         if isinstance(plan, (str, Path)):
             plan = load_plan(plan)
+        options.setdefault("inner", next(part.inner for part in parts_of(plan)))
         asked = plan.asked
         goals = [part.asked.goal for part in parts_of(plan) if part.asked.goal is not None]
         known = next((goal.offload for goal in goals if goal.offload is not None), None)

@@ -21,6 +21,7 @@ from ckpt_pass._torch.generated import GeneratedHalf
 from ckpt_pass.compile.dry_run import StepPeak, step_peak
 from ckpt_pass.compile.engine import FreeOps, Partitioner
 from ckpt_pass.compile.remembered import Remembered, key_of, recalled, remember
+from ckpt_pass.compile.replay import warn_if_over
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.record import InductorPeak
 from ckpt_pass.plans.value import Plan
@@ -67,6 +68,13 @@ class _Round:
             half.compile_kernels()
         return self.compiled
 
+    def planned(self) -> Plan | None:
+        """Its plan, with the peak of what inductor makes of it."""
+        if self.plan is None:
+            return None
+        inner = InductorPeak(self.peak.nbytes, 0, self.careful)
+        return self.plan.within_inductor(self.plan.budget_bytes, inner, self.peak.where)
+
     @property
     def overhead_s(self) -> float:
         return self.plan.predicted.overhead_s if self.plan is not None else 0.0
@@ -101,6 +109,51 @@ def compile_within(
     return compiled, plan
 
 
+def plan_within(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    partitioner: Partitioner,
+    inner_options: dict[str, Any],
+    mode: str | None,
+) -> Plan | None:
+    """The plan that :func:`compile_within` makes of the same; no kernel is compiled.
+
+    Without a budget it is the policy's, with the peak of what inductor makes of it.
+
+    Raises:
+        InfeasibleBudgetError, DryRunError: as there.
+    """
+    partitioner = replace(partitioner, free=FreeOps())
+    step = _Step(gm, example_inputs, inner_options, mode, kept=False)
+    if partitioner.goal is not None:
+        return _best(step, partitioner)[1]
+    return step.lowered(partitioner, careful=False).planned()
+
+
+def compile_planned(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    partitioner: Partitioner,
+    inner_options: dict[str, Any],
+    mode: str | None,
+    careful: bool,
+) -> tuple[Callable[..., Any], Plan | None]:
+    """Compile with inductor what a plan says that was made for it.
+
+    Returns:
+        The compiled graph, and the plan with the peak that it has here.
+
+    Raises:
+        PlanMismatchError: the plan was made for another graph.
+    """
+    step = _Step(gm, example_inputs, inner_options, mode, kept=False)
+    found = step.lowered(partitioner, careful)
+    plan = found.planned()
+    if plan is not None:
+        warn_if_over(plan.budget_bytes, plan.peak_bytes)
+    return found.finished(), plan
+
+
 def _best(step: _Step, partitioner: Partitioner) -> tuple[_Round, Plan | None]:
     """The round that is taken, and the plan that says what inductor makes of it."""
     goal = partitioner.goal
@@ -121,7 +174,7 @@ def _best(step: _Step, partitioner: Partitioner) -> tuple[_Round, Plan | None]:
         search.add(first.plan.budget_bytes, first)
     best = search.found()
     assert best.plan is not None
-    inner = InductorPeak(best.peak.nbytes, search.rounds - 1)
+    inner = InductorPeak(best.peak.nbytes, search.rounds - 1, best.careful)
     return best, best.plan.within_inductor(search.budget_bytes, inner, best.peak.where)
 
 

@@ -88,7 +88,7 @@ def plan_of(
         f"{which} was made for another graph: {'; '.join(differences[0])}. Expected its "
         f"{len(ordered[0].sites)} call sites and no others, with the same shapes. Make the plan for"
         " this very model, arguments and loss (inductor takes ops apart before it asks for a plan: "
-        "use inner='aot_eager'), or give the backend the budget instead."
+        "plan(..., inner='inductor')), or give the backend the budget instead."
     )
 
 
@@ -198,7 +198,8 @@ def replay(
     if moved:
         moves = moves_of(described, solution.steps, moved)
         solution = evaluate(described.problem, held, words, pairs, moves, link)
-    _warn_if_over(plan, solution.peak_bytes)
+    if plan.inner != "inductor":
+        warn_if_over(plan.budget_bytes, solution.peak_bytes)
     plain = without_recompute(described.problem)
     timeline = timeline_of(described.problem, plain.profile)
     return Met(solution, drops, plan.budget_bytes, facts, timeline, moved, link)
@@ -214,8 +215,8 @@ def link_of(plan: Plan) -> Link | None:
     return Link(found.out_bytes_per_s, found.in_bytes_per_s, host_bytes=limit)
 
 
-def _warn_if_over(plan: Plan, peak_bytes: int) -> None:
-    budget_bytes = plan.budget_bytes
+def warn_if_over(budget_bytes: int | None, peak_bytes: int) -> None:
+    """Say so where a plan that is carried out again peaks above its budget."""
     if budget_bytes is None or peak_bytes <= budget_bytes:
         return
     warnings.warn(

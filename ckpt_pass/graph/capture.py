@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from ckpt_pass._errors import CkptPassError
@@ -22,6 +22,8 @@ from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
 
 LossFn = Callable[[Any], torch.Tensor]
+#: ``look(graph, inputs, names)``: dynamo's graph, and what its inputs are in the user's words.
+Look = Callable[[fx.GraphModule, Sequence[Any], list[str]], None]
 
 
 class NotTraceableError(CkptPassError):
@@ -60,6 +62,7 @@ def capture(
     loss_fn: LossFn | None = None,
     dynamic: bool = False,
     regions: tuple[str, ...] | None = None,
+    look: Look | None = None,
 ) -> Iterator[JointGraph]:
     """The joint graph that ``torch.compile`` makes of ``model(*args, **kwargs)``.
 
@@ -73,6 +76,7 @@ def capture(
         loss_fn: applied to the model's output, where the model does not return a loss.
         dynamic: leave sizes symbolic, as ``torch.compile(dynamic=True)``.
         regions: FQN patterns of the layers.
+        look: told dynamo's graph where that holds the whole step, as a compiler would be.
 
     Raises:
         NotTraceableError: the trace failed; the message says where in the user's code.
@@ -83,9 +87,23 @@ def capture(
     fakes = ahead.Fakes(Reached((model, loss_fn, args, named)).tensors)
     with untouched(model, loss_fn, args, named, stand_in=fakes) as (_, _, fake_args, fake_named):
         words = input_words(model, fake_args, fake_named)
+
+        def names_of(placeholders: Sequence[fx.Node]) -> list[str]:
+            examples = map(ahead.example, placeholders)
+            return [
+                words.get(id(example)) or compilers.placeholder_source(node)
+                for node, example in zip(placeholders, examples, strict=True)
+            ]
+
+        def told(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+            assert look is not None
+            look(gm, inputs, names_of(gm.graph.find_nodes(op="placeholder")))
+
         try:
             step = whole_step(model, loss_fn)
-            graphs = ahead.step_graphs(step, fake_args, fake_named, fakes.mode, dynamic)
+            graphs = ahead.step_graphs(
+                step, fake_args, fake_named, fakes.mode, dynamic, told if look else None
+            )
         except CkptPassError:
             raise
         except autograd.NO_VALUES as error:  # of code that dynamo leaves to Python

@@ -212,8 +212,8 @@ def _compiled_execution(reader: Reader) -> CompiledExecution:
 
 
 def _inductor_peak(reader: Reader) -> InductorPeak:
-    peak_bytes, replans = reader.items(2)
-    return InductorPeak(peak_bytes.whole(), replans.whole())
+    peak_bytes, replans, *rest = reader.items()[:3]
+    return InductorPeak(peak_bytes.whole(), replans.whole(), any(one.flag() for one in rest))
 
 
 def _eager_execution(reader: Reader) -> EagerExecution:

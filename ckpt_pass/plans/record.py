@@ -99,10 +99,12 @@ class InductorPeak:
     Attributes:
         peak_bytes: its peak.
         replans: how often the plan was made again because of it.
+        careful: whether inductor was told to fuse only ops that are near each other.
     """
 
     peak_bytes: int
     replans: int
+    careful: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class CompiledExecution:
             number itself where none was.
         dimensions: those sizes, and the inputs that have them.
         graph_break: where dynamo cut the model after this graph, and why; empty where it did not.
-        inductor: inductor's own peak, where it is the inner compiler and there is a budget.
+        inductor: inductor's own peak, where it is the inner compiler and the plan was made for it:
+            with a budget, or ahead of time.
     """
 
     signature: Signature

@@ -136,8 +136,18 @@ class Plan(PlanRecord, PlanFile):
         assert isinstance(self.execution, CompiledExecution)
         return replace(self, execution=replace(self.execution, graph_break=graph_break))
 
-    def within_inductor(self, budget_bytes: int, peak: InductorPeak, peak_at: str) -> Plan:
-        """This plan with inductor's peak as its own, and the budget that was asked for.
+    @property
+    def inner(self) -> str:
+        """What compiles the halves that the plan is made for: ``inductor`` or ``aot_eager``."""
+        return "aot_eager" if self.inductor is None else "inductor"
+
+    @property
+    def inductor(self) -> InductorPeak | None:
+        """What inductor makes of it, where it was made for inductor."""
+        return self.execution.inductor if isinstance(self.execution, CompiledExecution) else None
+
+    def within_inductor(self, budget_bytes: int | None, peak: InductorPeak, peak_at: str) -> Plan:
+        """This plan with inductor's peak as its own, and the budget that was asked for, if any.
 
         The plan itself may have been made for another one; its timeline stays that of the graph
         that inductor is given.

@@ -172,7 +172,7 @@ def _execution_data(step: CompiledExecution | EagerExecution) -> dict[str, Any]:
             [d.symbol, list(d.places), d.traced, d.least, d.most] for d in step.dimensions
         ],
         "graph_break": step.graph_break,
-        "inductor": None if inner is None else [inner.peak_bytes, inner.replans],
+        "inductor": None if inner is None else [inner.peak_bytes, inner.replans, inner.careful],
         "replay": _replay_data(step.replay),
     }
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import compilers
-from ckpt_pass.compile.backend import Backend
-from ckpt_pass.compile.engine import decide, policy_for
+from ckpt_pass.compile.backend import INNER, Backend
+from ckpt_pass.compile.engine import Partitioner, decide, policy_for
 from ckpt_pass.compile.record import record_plan
+from ckpt_pass.compile.replan import plan_within
 from ckpt_pass.eager.planning import plan_eager
-from ckpt_pass.graph.capture import SeveralGraphsError, capture
+from ckpt_pass.graph.capture import Look, SeveralGraphsError, capture
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
@@ -60,6 +61,7 @@ def plan(
     regions: tuple[str, ...] | None = None,
     dynamic: bool = False,
     mode: str = "compiled",
+    inner: str = "aot_eager",
     kwargs: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> Plan | StepPlan:
@@ -87,6 +89,9 @@ def plan(
             modules as checkpoint regions, and what each keeps (``plan.apply(model)``). It needs a
             budget; ``policy``, ``solver``, ``offload``, ``regions`` and ``dynamic`` are for
             compiled plans.
+        inner: what compiles the planned halves: ``aot_eager`` runs the ops of the graph one by one;
+            of ``inductor`` the code is generated, and its peak is the plan's; that takes as long as
+            a compilation without its kernels.
 
     Returns:
         The plan; of a step that dynamo cuts in several graphs a :class:`StepPlan`, which has one
@@ -95,18 +100,20 @@ def plan(
     Raises:
         PlanModeError: an unknown mode, or arguments that it does not take.
         StepArgumentError: the model's forward does not take these arguments.
-        SeveralGraphsError: dynamo cuts the step, and ``dynamic`` is set.
+        SeveralGraphsError: dynamo cuts the step, and ``dynamic`` or ``inner="inductor"`` is set.
         NotTraceableError, NothingToDifferentiateError: see
             :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
     """
     check_offload(offload, budget, policy)
     goal = as_goal(budget, solver, time_limit_s, cost, offload)
-    wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload))
+    wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload), inner)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, regions)
     if mode != "compiled":
         return _eager_plan(step, wanted)
+    if inner != "aot_eager":
+        return _of_inductor(step, wanted)
     if dynamic:
         return _of_one_graph(step, wanted)
     with contextlib.suppress(SeveralGraphsError), _captured(step, wanted) as joint:
@@ -130,7 +137,11 @@ def plan_one(
     loss_fn, regions = options.pop("loss_fn", None), options.pop("regions", None)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step, wanted = FakeStep(model, args, inputs, loss_fn, regions), _Wanted(goal=goal, **options)
-    return _of_one_graph(step, wanted) if wanted.mode == "compiled" else _eager_plan(step, wanted)
+    if wanted.mode != "compiled":
+        return _eager_plan(step, wanted)
+    if wanted.inner != "aot_eager":
+        return _of_inductor(step, wanted)
+    return _of_one_graph(step, wanted)
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,7 @@ class _Wanted:
     mode: str = "compiled"
     dynamic: bool = False
     offload: OffloadLike | None = None
+    inner: str = "aot_eager"
 
     @property
     def chosen(self) -> Policy:
@@ -157,6 +169,7 @@ def _eager_plan(step: FakeStep, wanted: _Wanted) -> Plan:
         "offload": offload,
         "regions": step.regions,
         "dynamic": dynamic,
+        "inner": wanted.inner if wanted.inner != "aot_eager" else None,
     }
     goal = _eager_goal(wanted.mode, wanted.goal, taken)
     return plan_eager(step.model, step.args, wanted.chosen, goal, step.loss_fn, step.kwargs)
@@ -168,7 +181,41 @@ def _of_one_graph(step: FakeStep, wanted: _Wanted) -> Plan:
         return found.cut_at(joint.graph_break) if joint.graph_break else found
 
 
-def _captured(step: FakeStep, wanted: _Wanted) -> AbstractContextManager[JointGraph]:
+def _of_inductor(step: FakeStep, wanted: _Wanted) -> Plan:
+    """The plan of a step that inductor compiles, by the code that it generates."""
+    if wanted.inner not in INNER:
+        raise PlanModeError(
+            f"Got inner={wanted.inner!r}, expected one of {', '.join(INNER)}."
+            f"{nearest(wanted.inner, INNER)}"
+        )
+    made: list[Plan] = []
+
+    def look(gm: fx.GraphModule, inputs: Sequence[Any], names: list[str]) -> None:
+        partitioner = Partitioner(
+            wanted.chosen,
+            step.regions,
+            tuple(names),
+            wanted.goal,
+            offload=wanted.offload or Offload(),
+        )
+        found = plan_within(gm, inputs, partitioner, {}, None)
+        assert found is not None, "the graph has a backward"
+        made.append(found)
+
+    with _captured(step, wanted, look) as joint:
+        if not made:
+            raise SeveralGraphsError(
+                f"torch.compile cuts the step of {type(step.model).__name__} at "
+                f"{joint.graph_break}. Expected one graph for inner='inductor'. Take the break out "
+                "of the model, plan with inner='aot_eager', or give make_backend the budget, which "
+                "each graph then gets alone."
+            )
+    return made[-1]
+
+
+def _captured(
+    step: FakeStep, wanted: _Wanted, look: Look | None = None
+) -> AbstractContextManager[JointGraph]:
     return capture(
         step.model,
         *step.args,
@@ -176,6 +223,7 @@ def _captured(step: FakeStep, wanted: _Wanted) -> AbstractContextManager[JointGr
         loss_fn=step.loss_fn,
         regions=step.regions,
         dynamic=wanted.dynamic,
+        look=look,
     )
 
 

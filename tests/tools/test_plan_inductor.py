@@ -1,0 +1,75 @@
+"""Plans for inductor, made ahead of time: the code's own peak, carried out again to the byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ckpt_pass
+
+
+class Small(nn.Sequential):
+    """Two blocks, random ops and a table of constants among them, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(
+                layer
+                for _ in range(2)
+                for layer in (nn.Linear(32, 32), nn.GELU(), nn.Dropout(0.1), nn.LayerNorm(32))
+            )
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.tensor([1.0, 2.0]).repeat(16)
+        found: torch.Tensor = (super().forward(x) * scale).square().mean()
+        return found
+
+
+def test_a_plan_ahead_is_the_step_to_the_byte_from_a_file_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Small(), torch.randn(64, 32)
+    plan = ckpt_pass.plan(model, x, budget=0.6, inner="inductor")
+    with torch.device("meta"):
+        step = Small(), torch.randn(64, 32)
+    on_paper = ckpt_pass.plan(*step, budget=0.6, inner="inductor")
+    assert plan.budget_bytes is not None
+    assert on_paper.peak_bytes == plan.peak_bytes <= plan.budget_bytes
+    assert plan.inner == "inductor" and "generated code" in plan.summary()
+
+    backend = ckpt_pass.make_backend(plan=plan.save(tmp_path / "plan.json"))
+    assert backend.inner == "inductor"
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    measured = ckpt_pass.measure_step(lambda: compiled(x), repeats=1, params=model.parameters())
+    assert measured.peak_bytes == backend.plans[-1].peak_bytes == plan.peak_bytes
+
+
+def test_verify_runs_a_plan_with_what_it_was_made_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
+    step = (model, torch.randn(64, 32))
+    loss = {"loss_fn": lambda y: y.square().mean()}
+    plan = ckpt_pass.plan(*step, policy="save-matmul", inner="inductor", **loss)
+    assert ckpt_pass.verify(*step, plan=plan, rtol=1e-4, atol=1e-7, **loss).ok
+
+
+def test_refusals() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layer(x)
+            torch._dynamo.graph_break()
+            return self.layer(x).sum()
+
+    with pytest.raises(ckpt_pass.SeveralGraphsError, match="cuts"):
+        ckpt_pass.plan(Cut(), torch.randn(2, 8), budget=1.0, inner="inductor")
+    with pytest.raises(ckpt_pass.PlanModeError, match="inductor"):
+        ckpt_pass.plan(Cut(), torch.randn(2, 8), budget=1.0, inner="induktor")
+    with pytest.raises(ckpt_pass.PlanModeError, match="inner="):
+        ckpt_pass.plan(Cut(), torch.randn(2, 8), budget=1.0, inner="inductor", mode="eager")
