@@ -198,7 +198,9 @@ def test_a_value_that_is_merged_away_cannot_be_saved() -> None:
 
 def test_inductor_takes_ops_apart_first() -> None:
     model, args = hf.gpt2()
-    backend = ckpt_pass.make_backend(plan=ckpt_pass.plan(model, *args, budget=0.6))
+    backend = ckpt_pass.make_backend(
+        plan=ckpt_pass.plan(model, *args, budget=0.6), inner="inductor"
+    )
     with pytest.raises(Exception, match="inductor takes ops apart"):
         torch.compile(model, backend=backend)(*args)
 
