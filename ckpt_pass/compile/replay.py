@@ -86,9 +86,23 @@ def plan_of(
     which = "The plan" if len(plans) == 1 else f"The nearest of {len(plans)} plans ({number})"
     raise PlanMismatchError(
         f"{which} was made for another graph: {'; '.join(differences[0])}. Expected its "
-        f"{len(ordered[0].sites)} call sites and no others, with the same shapes. Make the plan for"
+        f"{len(ordered[0].sites)} call sites and no others, with the same shapes.{_of_open(joint)}"
+        " Make the plan for"
         " this very model, arguments and loss (inductor takes ops apart before it asks for a plan: "
         "plan(..., inner='inductor')), or give the backend the budget instead."
+    )
+
+
+def _of_open(joint: JointGraph) -> str:
+    """What to do about sizes that dynamo has left open, where it has."""
+    values = (node.meta.get("val") for node in joint.primals)
+    sizes = (size for v in values if isinstance(v, torch.Tensor) for size in v.shape)
+    if all(isinstance(size, int) for size in sizes):
+        return ""
+    return (
+        " Dynamo has left sizes open here, and compiles once for all of them: with"
+        " torch.compile(..., dynamic=False) each size has a graph, and takes a plan, of its own;"
+        " plan(..., dynamic=True) is for all sizes."
     )
 
 

@@ -196,6 +196,15 @@ def test_a_value_that_is_merged_away_cannot_be_saved() -> None:
         torch.compile(model, backend=backend)(*args)
 
 
+def test_open_sizes_and_a_plan_of_other_ones() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    plan = ckpt_pass.plan(model, torch.randn(4, 8), budget=1.0, loss_fn=torch.sum)
+    backend = ckpt_pass.make_backend(plan=plan)
+    compiled = torch.compile(lambda x: model(x).sum(), backend=backend, dynamic=True)
+    with pytest.raises(Exception, match="dynamic=False"):
+        compiled(torch.randn(6, 8))
+
+
 def test_inductor_takes_ops_apart_first() -> None:
     model, args = hf.gpt2()
     backend = ckpt_pass.make_backend(
