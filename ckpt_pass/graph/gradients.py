@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -69,7 +69,7 @@ def _is_kept(gradient: torch.Tensor, leaf: torch.Tensor) -> bool:
     return all(a == b if n != 1 else a != 0 for n, a, b in zip(size, stride, wanted, strict=True))
 
 
-def _is_strided(value: Any) -> bool:
+def _is_strided(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.layout is torch.strided
 
 
