@@ -68,22 +68,13 @@ def test_copies_for_leaves_are_predicted(name: str) -> None:
 
 def test_the_gradient_of_an_input_counts_where_it_is_a_leaf() -> None:
     model = Weighted(lambda self, x: x.sum() + torch.einsum("bi,io->ob", x[:2], self.weight).sum())
-    for leaf in (True, False):
-        torch._dynamo.reset()
-        given = torch.randn(64, WIDTH, requires_grad=True)
-        x = given if leaf else given * 2
-        backend = ckpt_pass.make_backend(budget="1GiB", inner="aot_eager")
-        compiled = torch.compile(model, backend=backend, fullgraph=True)
-        compiled(x).backward(inputs=[x, *model.parameters()], retain_graph=True)
-        measured = ckpt_pass.measure_step(
-            lambda: compiled(x if leaf else given * 2),
-            warmup=1,
-            repeats=1,
-            params=[given, *model.parameters()],
-        )
-        if leaf:
-            assert measured.peak_bytes == backend.plans[0].peak_bytes
-            assert given.grad is None or given.grad.is_contiguous()
+    x = torch.randn(64, WIDTH, requires_grad=True)
+    backend = ckpt_pass.make_backend(budget="1GiB", inner="aot_eager")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    measured = ckpt_pass.measure_step(
+        lambda: compiled(x), warmup=1, repeats=1, params=[x, *model.parameters()]
+    )
+    assert measured.peak_bytes == backend.plans[0].peak_bytes
 
 
 def test_steps_of_several_graphs_copy_once() -> None:
