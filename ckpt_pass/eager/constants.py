@@ -21,6 +21,7 @@ from ckpt_pass._torch import autograd
 from ckpt_pass._torch.operators import OpOverload
 from ckpt_pass.eager.answers import asks
 from ckpt_pass.eager.real_numbers import is_number
+from ckpt_pass.eager.trace_ops import changed_tensors, with_known_shape
 from ckpt_pass.ops.taxonomy import draws_random
 from ckpt_pass.policy.sites import output_tensors
 
@@ -62,44 +63,33 @@ class Constants:
         if self._is_computed(func, args, kwargs) and _are_small(output):
             self._note(output, func(*args, **kwargs))
 
-    def asked(self, func: Any, args: Any, kwargs: Any, given: Sequence[torch.Tensor]) -> bool:
-        """Whether an op asks for values that are known."""
-        computed = asks(func) and self._is_computed(func, args, kwargs)
-        return computed and self._knows_all(func, given)
-
-    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an op makes of the values."""
-        args, kwargs = tree_map_only(torch.Tensor, self._value, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def beside(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        given: Sequence[torch.Tensor],
-        changed: Sequence[torch.Tensor],
-        output: Any,
-    ) -> Any:
-        """An op has run on fake tensors.
+    def run(self, func: Any, args: Any, kwargs: Any, given: Sequence[torch.Tensor]) -> Any:
+        """Run an op on fake tensors, and beside it on the values of those that have some.
 
         Args:
-            func, args, kwargs, output: the call, and what it returned.
-            given: the tensors that it got.
-            changed: those that it has overwritten.
+            func, args, kwargs: the call.
+            given: the tensors that it gets, some of them fake.
 
         Returns:
             The output, real where it is whole and its values are known.
         """
-        known = self._is_computed(func, args, kwargs) and self._knows_all(func, given)
+        known = self._knows_all(func, given) and self._is_computed(func, args, kwargs)
+        if known and asks(func):
+            return self._computed(func, args, kwargs)
+        output = with_known_shape(func, args, kwargs)
+        changed = changed_tensors(func, args, kwargs)
         if not known or not _are_small(output):
             self._forget(changed)
             return output
-        found = self.answer(func, args, kwargs)
+        found = self._computed(func, args, kwargs)
         if changed or _returns_views(func):
             self._note(output, found)
             return output
         return tree_map(self._chosen, output, found)
+
+    def _computed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(torch.Tensor, self._value, (args, kwargs))
+        return func(*args, **kwargs)
 
     def _chosen(self, fake: Any, real: Any) -> Any:
         if isinstance(real, torch.Tensor) and is_number(real):

@@ -299,7 +299,9 @@ class Recorder(TorchDispatchMode):
         if self._answers is not None and not self._backward and asks(func):
             return self._answered(self._answers, func, args, kwargs, given)
         if any(autograd.is_fake(tensor) for tensor in given):
-            return self._on_fakes(func, args, kwargs, given)
+            if self._backward:  # no Python of the model's runs that could look at values
+                return with_known_shape(func, args, kwargs)
+            return self._constants.run(func, args, kwargs, given)
         if self._numbers.has_to_fake(func, self._module):
             with self._fakes:
                 return func(*args, **kwargs)
@@ -310,18 +312,6 @@ class Recorder(TorchDispatchMode):
                 self._constants.of_nothing(func, args, kwargs, output)
                 return output
         return func(*args, **kwargs)
-
-    def _on_fakes(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]
-    ) -> Any:
-        """Run an op on fake tensors, beside it on the values of those that have some."""
-        if self._backward:  # no Python of the model's runs that could look at any
-            return with_known_shape(func, args, kwargs)
-        constants, changed = self._constants, changed_tensors(func, args, kwargs)
-        if constants.asked(func, args, kwargs, given):
-            return constants.answer(func, args, kwargs)
-        output = with_known_shape(func, args, kwargs)
-        return constants.beside(func, args, kwargs, given, changed, output)
 
     def _answered(
         self,
