@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, is_sym_node
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = ["FakeTensor", "FakeTensorMode", "is_sym_node"]
 
@@ -64,6 +65,32 @@ def joint_outputs(
         module, num_fwd_outputs=num_fwd_outputs
     )
     return list(forward), list(backward), list(forward_descs)
+
+
+def gradients(module: fx.GraphModule, num_fwd_outputs: int) -> list[tuple[int, fx.Node, fx.Node]]:
+    """Each gradient that a joint graph returns: its place among the outputs, its node, its input.
+
+    Only of inputs that torch describes (torch 2.9 and later).
+    """
+    forward, backward, _, descs = partitioners._extract_fwd_bwd_outputs(
+        module, num_fwd_outputs=num_fwd_outputs
+    )
+    placeholders = module.graph.find_nodes(op="placeholder")
+    by_desc = {node.meta["desc"]: node for node in placeholders if "desc" in node.meta}
+    primals = [by_desc.get(getattr(desc, "grad_of", None)) for desc in descs]
+    return [
+        (len(forward) + place, node, primal)
+        for place, (node, primal) in enumerate(zip(backward, primals, strict=True))
+        if isinstance(node, fx.Node) and primal is not None
+    ]
+
+
+def replace_output(module: fx.GraphModule, place: int, value: fx.Node) -> None:
+    """Let a graph return another value at one place; it is to be recompiled then."""
+    output = module.graph.output_node()
+    leaves, spec = tree_flatten(output.args)
+    leaves[place] = value
+    output.args = tree_unflatten(leaves, spec)
 
 
 def mutated_inputs(module: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:

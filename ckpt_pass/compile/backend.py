@@ -17,6 +17,7 @@ from ckpt_pass.compile.breaks import Coverage, graph_break
 from ckpt_pass.compile.engine import Partitioner, policy_for
 from ckpt_pass.compile.replan import compile_planned, compile_within
 from ckpt_pass.compile.symbolic import watch_sizes
+from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
@@ -131,6 +132,7 @@ class Backend:
             in_place,
             part,
             offload=as_offload(backend.offload) or Offload(),
+            leaves=leaves_among(example_inputs),
         )
         if backend.inner == "aot_eager":
             if mode is not None:

@@ -296,6 +296,7 @@ class Partitioner(compilers.NamedPartitioner):
         free: says which ops run again at no cost, where what runs the halves fuses them.
         artefacts: the name for inductor's caches; told from what was asked for if it is empty.
         offload: where what the policy offloads goes; ``None`` where the halves cannot move values.
+        leaves: which placeholders of dynamo's graph are leaves that require gradients.
     """
 
     policy: Policy
@@ -309,6 +310,7 @@ class Partitioner(compilers.NamedPartitioner):
     free: FreeOps | None = None
     artefacts: str = ""
     offload: OffloadLike | None = None
+    leaves: frozenset[int] = frozenset()
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -321,7 +323,7 @@ class Partitioner(compilers.NamedPartitioner):
         gm.graph.eliminate_dead_code()
         static = kwargs.get("static_lifetime_input_indices") or ()
         outputs = kwargs["num_fwd_outputs"]
-        joint = read_joint(gm, outputs, static, self.regions, self.input_names)
+        joint = read_joint(gm, outputs, static, self.regions, self.input_names, self.leaves)
         joint.in_place = self.in_place
         if self.free is not None and self.goal is not None:
             joint.fused = self.free.of(gm, outputs, static)
@@ -343,7 +345,8 @@ class Partitioner(compilers.NamedPartitioner):
         if not isinstance(self.offload, Offload | None):
             return None
         made = [plan.fingerprint for plan in self.plans]
-        asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}/{self.offload!r}"
+        asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}"
+        asked += f"/{self.offload!r}/{sorted(self.leaves)}"
         return f"ckpt_pass/{source_hash()}/{asked}/{made}"
 
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.eager.answers import Answers, asks
+from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.held_objects import HeldObjects
 from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
@@ -88,11 +89,13 @@ class Recorder(TorchDispatchMode):
         kernels: Kernels,
         answers: Answers | None = None,
         faked: frozenset[Maker] = frozenset(),
+        constants: Constants | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._answers = answers
         self._numbers = RealNumbers(faked)
+        self._constants = Constants() if constants is None else constants
         self._objects = HeldObjects(self._storages)
         self._fakes = fakes
         self._statistics = statistics
@@ -245,7 +248,8 @@ class Recorder(TorchDispatchMode):
         known = storage_ids(given)
         uses = tuple(sorted({self._live[key] for key in known if key in self._live}))
         changes = tuple(self._changed(func, args, kwargs))
-        self._numbers.check(given, changes, self._number_of)
+        unknown = [tensor for tensor in given if not self._constants.knows(tensor)]
+        self._numbers.check(unknown, changes, self._number_of)
         self._formulas.note(given)
         self._held.begins()
         site = self._site(func)
@@ -295,7 +299,9 @@ class Recorder(TorchDispatchMode):
         if self._answers is not None and not self._backward and asks(func):
             return self._answered(self._answers, func, args, kwargs, given)
         if any(autograd.is_fake(tensor) for tensor in given):
-            return with_known_shape(func, args, kwargs)
+            if self._backward:  # no Python of the model's runs that could look at values
+                return with_known_shape(func, args, kwargs)
+            return self._constants.run(func, args, kwargs, given)
         if self._numbers.has_to_fake(func, self._module):
             with self._fakes:
                 return func(*args, **kwargs)
@@ -303,6 +309,7 @@ class Recorder(TorchDispatchMode):
             with self._fakes:
                 output = func(*args, **kwargs)
             if any(is_number(tensor) for tensor in output_tensors(output)):
+                self._constants.of_nothing(func, args, kwargs, output)
                 return output
         return func(*args, **kwargs)
 

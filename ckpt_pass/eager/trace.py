@@ -11,6 +11,7 @@ from torch import nn
 
 from ckpt_pass._torch import ahead, autograd, modules
 from ckpt_pass.eager.answers import Answers, real_answers
+from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.real_numbers import Maker, StaleNumbers, is_number
 from ckpt_pass.eager.recorder import Recorder
 from ckpt_pass.eager.step_record import EagerTrace
@@ -68,13 +69,15 @@ class _Step:
     def recorded(self, answers: Answers | None, faked: frozenset[Maker]) -> EagerTrace:
         """The record of the step on fake tensors."""
         roots = self.model, self.loss_fn, self.args, self.kwargs
-        fakes = ahead.Fakes(Reached(roots).tensors)
+        fakes, constants = ahead.Fakes(Reached(roots).tensors), Constants()
 
         def stand_in(tensor: torch.Tensor) -> torch.Tensor:
             real = not (is_number(tensor) or autograd.is_fake(tensor) or tensor.is_meta)
             if real:
                 return tensor.detach().clone()
             found = fakes(tensor)
+            if not (autograd.is_fake(tensor) or tensor.is_meta):
+                constants.give(found, tensor)
             if found.is_leaf:
                 found.grad = None  # a step begins without gradients: those that are there need less
             return found
@@ -83,7 +86,9 @@ class _Step:
             buffers = dict(self.model.named_buffers())
             moved = statistics_of(self.model)
             statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
-            recorder = Recorder(self.model, fakes.mode, statistics, self.kernels, answers, faked)
+            recorder = Recorder(
+                self.model, fakes.mode, statistics, self.kernels, answers, faked, constants
+            )
             with modules.converted_by_replacement(self.model):
                 return recorder.record(lambda: self._run(args, kwargs))
 

@@ -14,7 +14,12 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ckpt_pass._torch import functorch
-from ckpt_pass.graph.kernel_call import MADE_BY, WITH_GRAD, only_its_maker_knows
+from ckpt_pass.graph.kernel_call import (
+    MADE_BY,
+    WITH_GRAD,
+    copies_all_memory,
+    only_its_maker_knows,
+)
 from ckpt_pass.ops.taxonomy import OpClass, classify
 from ckpt_pass.policy.sites import optimization_hint
 
@@ -41,7 +46,9 @@ class Calls:
         """The node that stands for a call and all equal ones."""
         given = (args, dict(kwargs))
         flat, spec = tree_flatten(given)
-        key = (func, spec, tuple((_described(value), self.maker_of(value)) for value in flat))
+        memory = _memory_behind(args[0]) if args and copies_all_memory(func) else 0
+        looks = tuple((_described(value), self.maker_of(value)) for value in flat)
+        key = (func, spec, looks, memory)
         found = self._nodes.get(key)
         if found is None:
             with self._fake:
@@ -52,6 +59,8 @@ class Calls:
         def placeholder(value: Tensor) -> fx.Node:
             node = self._graph.placeholder(f"value_{len(self._graph.nodes)}")
             node.meta["val"] = fake_like(value)
+            if copies_all_memory(func) and value is given[0][0]:
+                functorch.resize_fake_storage(node.meta["val"], _memory_behind(value))
             made_by = self.maker_of(value)
             if made_by is not None:
                 node.meta[MADE_BY] = made_by
@@ -90,6 +99,11 @@ class Calls:
         if not isinstance(value, Tensor) or not only_its_maker_knows(value):
             return None
         return self._opaque.get(value.untyped_storage()._cdata)
+
+
+def _memory_behind(value: Any) -> int:
+    strided = isinstance(value, Tensor) and value.layout is torch.strided
+    return optimization_hint(value.untyped_storage().nbytes()) if strided else 0
 
 
 def _described(value: Any) -> object:

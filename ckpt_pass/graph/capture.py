@@ -17,6 +17,7 @@ from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import ahead, autograd, compilers
+from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
@@ -119,7 +120,8 @@ def capture(
         ]
     found.module.graph.eliminate_dead_code()
     static = found.options.get("static_lifetime_input_indices") or ()
-    joint = read_joint(found.module, found.options["num_fwd_outputs"], static, regions, names)
+    outputs, leaves = found.options["num_fwd_outputs"], leaves_among(found.examples)
+    joint = read_joint(found.module, outputs, static, regions, names, leaves)
     joint.graph_break = "" if graphs.whole else "; ".join(graphs.breaks())
     yield joint
 

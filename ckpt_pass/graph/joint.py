@@ -7,7 +7,7 @@ nothing; it answers what a policy and the partitioner ask.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ckpt_pass._torch import functorch
+from ckpt_pass.graph.gradients import lay_out_gradients
 from ckpt_pass.graph.regions import RegionFinder
 from ckpt_pass.ops.taxonomy import classify, draws_random, is_expensive, never_recompute
 from ckpt_pass.policy.sites import (
@@ -199,6 +200,7 @@ def read_joint(
     static_indices: Sequence[int],
     regions: tuple[str, ...] | None,
     input_names: Sequence[str],
+    leaves: Collection[int] = (),
 ) -> JointGraph:
     """Read a joint graph as AOTAutograd hands it over.
 
@@ -206,7 +208,10 @@ def read_joint(
         module, num_fwd_outputs, static_indices: what a partition function is given.
         regions: FQN patterns of the layers.
         input_names: what each placeholder of dynamo's graph is, in order.
+        leaves: which of these are leaves, whose gradients are kept
+            (:mod:`ckpt_pass.graph.gradients`).
     """
+    lay_out_gradients(module, num_fwd_outputs, leaves)
     primals = [n for n in module.graph.find_nodes(op="placeholder") if functorch.is_primal(n)]
     names = {node.name: input_name(node, input_names) for node in primals}
     static = tuple(primals[index] for index in static_indices if index < len(primals))

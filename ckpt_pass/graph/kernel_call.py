@@ -36,6 +36,15 @@ OFFSET_ARGUMENTS = ("offs",)
 #: Arguments of whole numbers from 1 on: of each group how many, of a factor its exchanged rows.
 #: A kernel leaves out what has 0 of something, or refuses it.
 COUNT_ARGUMENTS = ("bag_size", "pivots", "LU_pivots")
+_COPY_ALL_MEMORY = frozenset(
+    {
+        torch.ops.aten.copy.default,
+        torch.ops.aten.select_scatter.default,
+        torch.ops.aten.slice_scatter.default,
+        torch.ops.aten.diagonal_scatter.default,
+        torch.ops.aten.as_strided_scatter.default,
+    }
+)
 #: Numbers that say what is drawn: a seed, an offset, or both in one.
 _SEED = 2
 
@@ -263,8 +272,17 @@ def _argument(node: fx.Node, really: Mapping[fx.Node, Any], argument: Any) -> An
         source=_source(argument, really) if only_its_maker_knows(look) else None,
         conjugate=value.is_conj(),
         negative=value.is_neg(),
-        held=_held(look) if node.target is torch.ops.aten.copy.default else 0,
+        held=_held(look) if argument is node.args[0] and copies_all_memory(node.target) else 0,
     )
+
+
+def copies_all_memory(target: object) -> bool:
+    """Whether a kernel copies all memory behind its first argument, and not the tensor alone.
+
+    So do the functional forms of writing into a view (``clone_preserve_strides``), whose result
+    is a view of that copy.
+    """
+    return target in _COPY_ALL_MEMORY
 
 
 def _held(look: Any) -> int:

@@ -28,6 +28,7 @@ from ckpt_pass.graph.kernel_run import Facts, Measure, Reasons, measure
 from ckpt_pass.graph.kernel_scale import carried_on, made_small
 from ckpt_pass.graph.real_looks import looks_of
 from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.policy.sites import output_tensors
 
 WORKSPACE = frozenset({"workspace"})
 WORKSPACE_AND_TIME = frozenset({"workspace", "time"})
@@ -249,7 +250,11 @@ def _output_bytes(node: fx.Node) -> int:
 
 
 def _texts(really: Mapping[fx.Node, Any]) -> dict[fx.Node, str]:
-    return {node: str(look) for node, look in really.items()}
+    return {node: str(list(map(_described, output_tensors(look)))) for node, look in really.items()}
+
+
+def _described(look: torch.Tensor) -> tuple[object, ...]:
+    return look.shape, look.stride(), look.dtype, look.untyped_storage().nbytes()
 
 
 def measure_kernel(node: fx.Node) -> KernelFacts:

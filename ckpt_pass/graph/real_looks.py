@@ -19,21 +19,25 @@ from ckpt_pass._torch import functorch
 from ckpt_pass.graph.cost import at_traced_shape, storage_sizes
 from ckpt_pass.graph.joint import is_multi_output_access
 from ckpt_pass.graph.kernel_cache import KernelFacts, OutputFacts
+from ckpt_pass.graph.kernel_call import copies_all_memory
 from ckpt_pass.policy.sites import optimization_hint, output_tensors
 
 
 def looks_of(nodes: Sequence[fx.Node], facts: Mapping[fx.Node, KernelFacts]) -> dict[fx.Node, Any]:
     """Tensors without data for the nodes whose fake tensors differ in size, strides or dtype.
 
+    Where a kernel copies all memory behind what it is given, also for those with other memory.
+
     Args:
         nodes: in the order of their graph.
         facts: what was measured of some of them.
     """
     found: dict[fx.Node, Any] = {}
+    memory = any(copies_all_memory(node.target) for node in nodes)
     for node in nodes:
         measured = facts.get(node)
         if measured is not None and measured.outputs:
-            if _differ(node.meta.get("val"), measured.outputs):
+            if _differ(node.meta.get("val"), measured.outputs, memory):
                 found[node] = _as_tensors(node.meta.get("val"), measured.outputs)
         elif any(source in found for source in node.all_input_nodes):
             look = _carried_on(node, found)
@@ -42,11 +46,12 @@ def looks_of(nodes: Sequence[fx.Node], facts: Mapping[fx.Node, KernelFacts]) -> 
     return found
 
 
-def _differ(value: Any, outputs: tuple[OutputFacts, ...]) -> bool:
+def _differ(value: Any, outputs: tuple[OutputFacts, ...], memory: bool) -> bool:
     fakes = list(output_tensors(value))
     return len(fakes) == len(outputs) and any(
         (_whole(fake.shape), _whole(fake.stride()), fake.dtype)
         != (real.size, real.stride, getattr(torch, real.dtype))
+        or (memory and real.storage_bytes not in (None, _storage_bytes(fake)))
         for fake, real in zip(fakes, outputs, strict=True)
         if fake.numel() or real.storage_bytes
     )
@@ -62,9 +67,20 @@ def _as_tensors(value: Any, outputs: tuple[OutputFacts, ...]) -> Any:
 
 
 def _empty(output: OutputFacts) -> torch.Tensor:
+    """A tensor without data, in as much memory as the real one."""
     dtype = getattr(torch, output.dtype)
     with functorch.real_tensors():
-        return torch.empty_strided(output.size, output.stride, dtype=dtype, device="meta")
+        found = torch.empty_strided(output.size, output.stride, dtype=dtype, device="meta")
+        count = (output.storage_bytes or 0) // dtype.itemsize
+        if count * dtype.itemsize <= found.untyped_storage().nbytes():
+            return found
+        memory = torch.empty(count, dtype=dtype, device="meta")
+        return memory.as_strided(output.size, output.stride)
+
+
+def _storage_bytes(tensor: torch.Tensor) -> int:
+    strided = tensor.layout is torch.strided
+    return optimization_hint(tensor.untyped_storage().nbytes()) if strided else 0
 
 
 def _carried_on(node: fx.Node, found: Mapping[fx.Node, Any]) -> Any:
@@ -95,7 +111,7 @@ def _described(value: torch.Tensor) -> torch.Tensor:
             _whole(value.shape),
             _whole(value.stride()),
             str(value.dtype).removeprefix("torch."),
-            None,
+            _storage_bytes(value),
         )
     )
 

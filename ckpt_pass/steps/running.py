@@ -35,6 +35,7 @@ from ckpt_pass.graph.capture import (
     untraceable,
     whole_step,
 )
+from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.graph.held import Curve, HeldBytes, device_type_of
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernels import Kernels
@@ -57,6 +58,7 @@ class SeenGraph:
         num_fwd_outputs, static_inputs: what AOTAutograd says of it.
         input_names: what goes in, in the user's words.
         graph_break: where dynamo cut the step after it, and why; empty where it did not.
+        leaves: which inputs are leaves that require gradients.
     """
 
     module: fx.GraphModule
@@ -64,13 +66,16 @@ class SeenGraph:
     static_inputs: tuple[int, ...]
     input_names: tuple[str, ...]
     graph_break: str
+    leaves: frozenset[int]
 
     @cached_property
     def looks(self) -> str:
         """A hash of its ops, edges, shapes and dtypes; names of modules do not matter."""
         nodes = list(self.module.graph.nodes)
         number = {node: index for index, node in enumerate(nodes)}
-        digest = hashlib.sha256(f"{self.num_fwd_outputs}/{self.static_inputs}".encode())
+        digest = hashlib.sha256(
+            f"{self.num_fwd_outputs}/{self.static_inputs}/{sorted(self.leaves)}".encode()
+        )
         for node in nodes:
             args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
             target = op_name(node.target) if node.op == "call_function" else node.op
@@ -83,8 +88,8 @@ class SeenGraph:
         """The graph, read anew: what is decided for it changes a copy."""
         module = compilers.with_copied_graph(self.module)
         module.graph.eliminate_dead_code()
-        names = list(self.input_names)
-        return read_joint(module, self.num_fwd_outputs, self.static_inputs, regions, names)
+        names, outputs = list(self.input_names), self.num_fwd_outputs
+        return read_joint(module, outputs, self.static_inputs, regions, names, self.leaves)
 
 
 @dataclass
@@ -286,16 +291,18 @@ class _Graphs:
             self.words.get(id(ahead.example(node))) or compilers.placeholder_source(node)
             for node in placeholders
         )
+        leaves = leaves_among(inputs)
         cut = graph_break(gm)
         # Others may be seen before AOTAutograd is done with this one.
         index = len(self.seen)
         self.seen.append(None)
-        chosen = replace(self.partitioner, input_names=names)
+        chosen = replace(self.partitioner, input_names=names, leaves=leaves)
 
         def partition(joint: fx.GraphModule, given: Any, **options: Any) -> Any:
             static = tuple(options.get("static_lifetime_input_indices") or ())
             kept = compilers.with_copied_graph(joint)
-            self.seen[index] = SeenGraph(kept, options["num_fwd_outputs"], static, names, cut)
+            outputs = options["num_fwd_outputs"]
+            self.seen[index] = SeenGraph(kept, outputs, static, names, cut, leaves)
             return chosen(joint, given, **options)
 
         def around(is_backward: bool, run: Callable[[], Any]) -> Any:

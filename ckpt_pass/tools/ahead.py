@@ -20,6 +20,7 @@ from ckpt_pass.compile.record import record_plan
 from ckpt_pass.compile.replan import plan_within
 from ckpt_pass.eager.planning import plan_eager
 from ckpt_pass.graph.capture import Look, SeveralGraphsError, capture
+from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
@@ -197,6 +198,7 @@ def _of_inductor(step: FakeStep, wanted: _Wanted) -> Plan:
             tuple(names),
             wanted.goal,
             offload=wanted.offload or Offload(),
+            leaves=leaves_among(inputs),
         )
         found = plan_within(gm, inputs, partitioner, {}, None)
         assert found is not None, "the graph has a backward"
