@@ -34,6 +34,7 @@ from ckpt_pass.eager.trace_ops import (
     changed_tensors,
     differentiate,
     fresh_ids,
+    is_plain,
     is_taken_over,
     saved_numbers_bytes,
     stand_ins,
@@ -193,7 +194,8 @@ class Recorder(TorchDispatchMode):
         return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
 
     def _pack(self, value: torch.Tensor) -> _Packed:
-        self.trace.saved.append(SavedRecord(self._number_of(value), self.moment))
+        saved = SavedRecord(self._number_of(value), self.moment, plain=is_plain(value))
+        self.trace.saved.append(saved)
         number = len(self.trace.saved) - 1
         return _Packed(self, number, value, self._written.maker_of(value), self._real(value))
 

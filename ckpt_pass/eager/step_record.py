@@ -24,11 +24,15 @@ class StorageRecord:
 
 @dataclass
 class SavedRecord:
-    """A value that autograd saved at a moment; ``storage`` is -1 for what existed before."""
+    """A value that autograd saved at a moment; ``storage`` is -1 for what existed before.
+
+    It is ``plain`` where a store takes such a tensor.
+    """
 
     storage: int
     saved_at: int
     released: int = NEVER
+    plain: bool = False
 
 
 @dataclass

@@ -6,16 +6,20 @@ added up; sweeping both gives uniform plans. Those on the convex hull of time an
 layer by layer, and single ops are kept where there is room. Every plan on the way is simulated and
 remembered; a budget takes the fastest that fits. What is remembered does not depend on the budget,
 so that a larger budget never gives a slower plan.
+
+With a link a candidate may move instead of running again. What its copies cost is not known before
+the clock has run them beside the others, so that shares of it are tried.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem, EagerProfile
+from ckpt_pass.planner.eager_parts import EagerPlan
+from ckpt_pass.planner.eager_problem import EagerProblem, EagerProfile
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 
 #: Prices tried, in seconds a byte: from what keeps nearly everything to what keeps nothing.
@@ -29,6 +33,12 @@ _LOWEST_PRICE = 2.0**-15
 _LIMIT_STEPS = 10
 #: Plans of the frontier to which single ops are added.
 _POLISHED = 24
+#: What of the seconds of copies is taken to be waited for.
+_WAITED_SHARES = (0.02, 0.2, 1.0)
+#: How many values may be fetched ahead: none needs the least memory, two hide copies.
+_AHEAD = (2, 1, 0)
+#: The peak of a plan for which the other place is too small.
+_NOWHERE = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,8 @@ class EagerSolution:
 
     @property
     def status(self) -> str:
-        """``optimal`` where nothing is recomputed; otherwise nothing is proven."""
-        return "feasible" if self.plan.regions else "optimal"
+        """``optimal`` where nothing is recomputed or waited for; otherwise nothing is proven."""
+        return "feasible" if self.plan.regions or self.profile.overhead_s else "optimal"
 
 
 def solve_eager(problem: EagerProblem, budget_bytes: int) -> EagerSolution:
@@ -66,7 +76,7 @@ def solve_eager(problem: EagerProblem, budget_bytes: int) -> EagerSolution:
 
 
 Entry = tuple[float, int, EagerPlan]
-"""Recompute time in seconds, peak in bytes, and the plan."""
+"""Recompute time and waiting in seconds, peak in bytes, and the plan."""
 
 
 class EagerPool:
@@ -80,10 +90,13 @@ class EagerPool:
         for limit in self._tree.limits():
             for price in self._tree.prices():
                 self._add(self._tree.best(price, limit))
+        if problem.link is not None:
+            self._move()
         self._mix_hull()
         self._polish()
         self._mix_hull()
         self._mix(self.frontier())
+        self._vary_ahead()
 
     @property
     def least_peak_bytes(self) -> int:
@@ -104,8 +117,27 @@ class EagerPool:
         known = self.plans.get(plan)
         if known is None:
             profile = self._problem.simulate(plan)
-            known = self.plans[plan] = profile.recompute_time_s, profile.peak_bytes
+            link = self._problem.link
+            fits = link is None or link.may_hold(profile.away_bytes)
+            peak = profile.peak_bytes if fits else _NOWHERE
+            known = self.plans[plan] = profile.overhead_s, peak
         return known
+
+    def _move(self) -> None:
+        """Let candidates move at all prices; by the tightest and the loosest limit."""
+        limits = self._tree.limits()
+        for share in _WAITED_SHARES:
+            for limit in dict.fromkeys((0, limits[len(limits) // 2], limits[-1])):
+                for price in self._tree.prices():
+                    plan = self._tree.best(price, limit, share)
+                    self._add(plan)
+
+    def _vary_ahead(self) -> None:
+        """Fetch fewer values ahead, where plans move some."""
+        for _, _, plan in self.frontier():
+            if plan.moved:
+                for ahead in _AHEAD:
+                    self._add(replace(plan, ahead=ahead))
 
     def _mix_hull(self) -> None:
         """Mix along the hull, and once more along what that makes of it.
@@ -138,7 +170,7 @@ class EagerPool:
     def _keep_more(self, plan: EagerPlan, ceiling: int) -> None:
         """Keep what a peak of ``ceiling`` bytes has room for."""
         for op in self._tree.keepable(plan):
-            more = EagerPlan(plan.regions, plan.kept | {op})
+            more = replace(plan, kept=plan.kept | {op})
             if self._add(more)[1] <= ceiling:
                 plan = more
 
@@ -159,9 +191,10 @@ def _below(before: Entry, entry: Entry, after: Entry) -> bool:
     return (at_s - time_s) * (peak - least) < (later_s - time_s) * (peak - at)
 
 
-def _order(item: tuple[EagerPlan, tuple[float, int]]) -> tuple[float, int, list[int], list[int]]:
+def _order(item: tuple[EagerPlan, tuple[float, int]]) -> tuple[float | int | list[int], ...]:
     plan, (time_s, peak) = item
-    return time_s, peak, sorted(plan.regions), sorted(plan.kept)
+    chosen = (sorted(part) for part in (plan.regions, plan.kept, plan.moved))
+    return time_s, peak, plan.ahead, *chosen
 
 
 class _Tree:
@@ -186,6 +219,12 @@ class _Tree:
             below: set[int] = set().union(*(self._saved[child] for child in self._children[index]))
             self._own_bytes.append(sum(nbytes[s] for s in self._saved[index] - below))
         self._made = [sum(nbytes[s] for s in op.makes) for op in problem.ops]
+        goes = [{problem.values[n].storage for n in region.moves} for region in self._regions]
+        self._moved_bytes = [sum(nbytes[s] for s in found) for found in goes]
+        link = problem.link
+        self._copies_s = [
+            sum(link.in_s(nbytes[s]) for s in found) if link is not None else 0.0 for found in goes
+        ]
 
     def _saved_storages(self, index: int) -> set[int]:
         values = self._problem.values[slice(*self._regions[index].values)]
@@ -220,30 +259,47 @@ class _Tree:
         step = max(len(sizes) // _LIMIT_STEPS, 1)
         return sorted({*sizes[::step], *sizes[-1:]})
 
-    def best(self, price: float, limit: int) -> EagerPlan:
-        """The best choice at a price, among regions that make no more than ``limit`` again."""
+    def best(self, price: float, limit: int, waited: float | None = None) -> EagerPlan:
+        """The best choice at a price, among regions that make no more than ``limit`` again.
+
+        Args:
+            price: of a held byte.
+            limit: on bytes.
+            waited: the share of copies that is waited for; ``None`` where nothing moves.
+        """
         regions: set[int] = set()
         kept: set[int] = set()
-        costs: dict[int, tuple[float, bool, list[int]]] = {}
+        moved: set[int] = set()
+        costs: dict[int, tuple[str, list[int]]] = {}
+        total: dict[int, float] = {}
         for index in reversed(range(len(self._regions))):
-            children = sum(costs[child][0] for child in self._children[index])
+            children = sum(total[child] for child in self._children[index])
             plain = price * self._own_bytes[index] + children
             keeps = [op for op in self._keepable_in(index) if self._ratios[op] > price]
             again = self._rerun_time(index, keeps)
             held = sum(self._made[op] for op in keeps) + self._argument_bytes[index]
             whole = again + price * held
-            chosen = self._saved_bytes[index] <= limit and whole < plain
-            costs[index] = (min(whole, plain) if chosen else plain, chosen, keeps)
+            found = [(plain, ""), (whole, "again")]
+            if self._saved_bytes[index] > limit:
+                found.pop()
+            if waited is not None and self._moved_bytes[index]:
+                stays = self._saved_bytes[index] - self._moved_bytes[index]
+                found.append((waited * self._copies_s[index] + price * stays, "moved"))
+            total[index], what = min(found)
+            costs[index] = what, keeps
         todo = list(self._roots)
         while todo:
             index = todo.pop()
-            _, chosen, keeps = costs[index]
-            if chosen:
+            what, keeps = costs[index]
+            if what == "again":
                 regions.add(index)
                 kept.update(keeps)
+            elif what == "moved":
+                moved.add(index)
             else:
                 todo += self._children[index]
-        return EagerPlan(frozenset(regions), frozenset(kept))
+        ahead = _AHEAD[0] if moved else 0
+        return EagerPlan(frozenset(regions), frozenset(kept), frozenset(moved), ahead)
 
     def _rerun_time(self, index: int, keeps: Iterable[int]) -> float:
         region = self._regions[index]
@@ -260,7 +316,7 @@ class _Tree:
 
     def slots(self, one: EagerPlan, other: EagerPlan) -> list[int]:
         """The largest regions of two plans in which they differ, in order."""
-        chosen = one.regions | other.regions
+        chosen = one.regions | other.regions | one.moved | other.moved
         tops = [index for index in sorted(chosen) if not self._inside(index, chosen)]
         return [top for top in tops if self._part(one, top) != self._part(other, top)]
 
@@ -275,16 +331,21 @@ class _Tree:
     def _part(self, plan: EagerPlan, top: int) -> EagerPlan:
         """What a plan does inside a region."""
         first, last = self._regions[top].ops
-        regions = {
-            index
-            for index in plan.regions
-            if first <= self._regions[index].ops[0] and self._regions[index].ops[1] <= last
-        }
-        return EagerPlan(frozenset(regions), frozenset(k for k in plan.kept if first <= k < last))
+
+        def inside(indices: frozenset[int]) -> frozenset[int]:
+            spans = ((index, self._regions[index].ops) for index in indices)
+            return frozenset(i for i, ops in spans if first <= ops[0] and ops[1] <= last)
+
+        kept = frozenset(k for k in plan.kept if first <= k < last)
+        return EagerPlan(inside(plan.regions), kept, inside(plan.moved))
 
     def swapped(self, plan: EagerPlan, other: EagerPlan, top: int) -> EagerPlan:
         """A plan with what another does inside a region."""
         mine, theirs = self._part(plan, top), self._part(other, top)
+        moved = (plan.moved - mine.moved) | theirs.moved
         return EagerPlan(
-            (plan.regions - mine.regions) | theirs.regions, (plan.kept - mine.kept) | theirs.kept
+            (plan.regions - mine.regions) | theirs.regions,
+            (plan.kept - mine.kept) | theirs.kept,
+            moved,
+            max(plan.ahead, other.ahead) if moved else 0,
         )

@@ -25,6 +25,7 @@ from ckpt_pass.offloading.window import Window
 from ckpt_pass.policy.rules import Policy
 from ckpt_pass.regions.ambient import Ambient, RandomState, drawing_from
 from ckpt_pass.regions.arguments import Arguments
+from ckpt_pass.regions.keeps import Moves
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory
 from ckpt_pass.regions.rerun_mode import RecomputeMode
@@ -55,6 +56,7 @@ class RegionOptions:
         offload: where values go that are offloaded; to the host where ``None``.
         offload_inputs: whether the activations among its arguments are offloaded.
         offload_saved: whether nothing is recomputed, and what autograd saves inside is offloaded.
+        moves: which of it, and how that comes back; all where ``None``.
     """
 
     name: str = "region"
@@ -68,6 +70,7 @@ class RegionOptions:
     offload: OffloadLike | None = None
     offload_inputs: bool = False
     offload_saved: bool = False
+    moves: Moves | None = None
 
     @property
     def moves_its_own(self) -> bool:

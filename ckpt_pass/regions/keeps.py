@@ -1,4 +1,4 @@
-"""Keep single executions of ops in a region, as a plan lists them."""
+"""Keep single executions of ops in a region, or move single saved values, as a plan lists them."""
 
 from __future__ import annotations
 
@@ -45,3 +45,16 @@ class Keeps:
         if number in dict(self.moved).get(name, ()):
             return CheckpointPolicy.MUST_CPU_OFFLOAD
         return None
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Which of the values that autograd saves in a module are offloaded; nothing runs again there.
+
+    Attributes:
+        numbers: of these values, in the order in which they are saved, counted from 0.
+        ahead: how many are fetched before the backward asks for them.
+    """
+
+    numbers: frozenset[int]
+    ahead: int

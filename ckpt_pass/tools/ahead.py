@@ -85,8 +85,7 @@ def plan(
         dynamic: leave sizes symbolic; bytes are expressions then.
         mode: ``compiled``, or ``eager`` for a step that is not compiled: the plan then chooses
             modules as checkpoint regions, and what each keeps (``plan.apply(model)``). It needs a
-            budget; ``policy``, ``solver``, ``offload``, ``regions`` and ``dynamic`` are for
-            compiled plans.
+            budget; ``policy``, ``solver``, ``regions`` and ``dynamic`` are for compiled plans.
 
     Returns:
         The plan; of a step that dynamo cuts in several graphs a :class:`StepPlan`, which has one
@@ -151,10 +150,8 @@ class _Wanted:
 
 def _eager_plan(step: FakeStep, wanted: _Wanted) -> Plan:
     dynamic = wanted.dynamic or None
-    offload = wanted.goal.offload if wanted.goal is not None else None
     taken = {
         "policy": wanted.policy,
-        "offload": offload,
         "regions": step.regions,
         "dynamic": dynamic,
     }
