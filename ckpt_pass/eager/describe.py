@@ -84,8 +84,13 @@ def eager_problem(
     regions = tuple(_regions(trace))
     if link is not None:
         goes = _movable(trace, overwritten, least_bytes)
+        calls = {call.name: call for call in trace.calls}
         regions = tuple(
-            replace(region, moves=tuple(n for n in range(*region.values) if n in goes))
+            replace(
+                region,
+                moves=tuple(n for n in range(*region.values) if n in goes),
+                sent=_sent(trace, calls[region.name], overwritten, least_bytes),
+            )
             for region in regions
         )
     return EagerProblem(
@@ -99,6 +104,19 @@ def eager_problem(
         Offload.IN_FLIGHT,
         ALIGNMENT,
     )
+
+
+def _sent(
+    trace: EagerTrace, call: CallRecord, overwritten: set[int], least_bytes: int
+) -> tuple[int, ...]:
+    """The storages that go where the activations among a call's arguments are to.
+
+    None where any of them is not the step's own, is changed in place, or stays there as well.
+    """
+    least = max(least_bytes, 1)
+    goes = [s for s, may in call.tensors if may and (s < 0 or trace.storages[s].nbytes >= least)]
+    stays = {s for s, may in call.tensors if not may} | overwritten | {-1, *call.held}
+    return tuple(dict.fromkeys(goes)) if stays.isdisjoint(goes) else ()
 
 
 def _movable(trace: EagerTrace, overwritten: set[int], least_bytes: int) -> set[int]:

@@ -67,6 +67,8 @@ class CallRecord:
         trains: whether all of it is in training mode.
         outputs: the storages that it returned.
         given: those among its arguments, of which a region holds all, used or not.
+        tensors: those of the tensors among its arguments, in order, and whether each has a history
+            and can be moved.
         held: those that objects among its arguments hold when the forward ends.
         dropped: those that it made and put into objects of which a region lets go at its end.
     """
@@ -80,6 +82,7 @@ class CallRecord:
     given: tuple[int, ...] = ()
     held: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
+    tensors: tuple[tuple[int, bool], ...] = ()
 
 
 @dataclass

@@ -55,6 +55,10 @@ class Writer:
             region = problem.regions[index]
             for storage in (problem.values[number].storage for number in region.moves):
                 self._mover_of.setdefault(storage, region.name)
+        for index in sorted(solution.plan.sends):
+            region = problem.regions[index]
+            for storage in region.sent:
+                self._mover_of.setdefault(storage, region.name)
 
     def plan(self, asked: Asked, signature: Signature, plain: EagerProfile) -> Plan:
         """The plan."""
@@ -84,10 +88,10 @@ class Writer:
     def _moves(self) -> tuple[tuple[str, Moves], ...]:
         """What moves, by module: its saved values as the module itself counts them."""
         chosen, found = self._solution.plan, []
-        for index in sorted(chosen.moved):
-            region = self._problem.regions[index]
-            numbers = frozenset(number - region.values[0] for number in region.moves)
-            found.append((region.name, Moves(numbers, chosen.ahead)))
+        for index in sorted(chosen.moved | chosen.sends):
+            region, sends = self._problem.regions[index], index in chosen.sends
+            numbers = (number - region.values[0] for number in region.moves if not sends)
+            found.append((region.name, Moves(frozenset(numbers), chosen.ahead, sends)))
         return tuple(found)
 
     def _offloaded(self, goal: Goal | None) -> LinkUse | None:
@@ -189,7 +193,8 @@ class Writer:
             reasons |= dict.fromkeys(self._problem.ops[op].makes, "autograd, outside of regions")
         for index in sorted(self._solution.plan.regions):
             region = self._problem.regions[index]
-            for storage in region.arguments:
+            sent = region.sent if index in self._solution.plan.sends else ()
+            for storage in set(region.arguments) - set(sent):
                 reasons.setdefault(storage, f"argument of region {region.name}")
         for op in sorted(self._solution.plan.kept):
             reasons |= dict.fromkeys(self._problem.ops[op].makes, "kept by its region")

@@ -3,20 +3,22 @@
 Inside a module that moves, nothing runs again. What autograd saves there begins to be copied away
 when it is saved, and its memory is let go of when so many more have followed, or at the module's
 end. It comes back for the backward's op that asks for it, or ahead of that: whenever a value is
-asked for, the ones saved before it are fetched. All of this depends on the order of the step alone
-(:class:`ckpt_pass.offloading.window.Window` does it), so that it can be followed here.
+asked for, the ones saved before it are fetched. Of a region whose arguments move these go when it
+begins, and come back when it runs again; then the values of the module before are fetched. All of
+this depends on the order of the step alone (:class:`ckpt_pass.offloading.window.Window` does it),
+so that it can be followed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from ckpt_pass.planner.clock import Transfer
-from ckpt_pass.planner.eager_parts import SavedValue
+from ckpt_pass.planner.eager_parts import EagerPlan, EagerRegion, SavedValue
 from ckpt_pass.planner.link import Link
 from ckpt_pass.planner.queues import Copies, copies_in, copies_out
 
@@ -63,89 +65,172 @@ class Journeys:
     stays: list[Stay] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class MovingModule:
-    """A module that moves: its values in their order, and the moment of its end."""
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The backward asks for values of one module, and others are fetched ahead.
 
-    values: Sequence[SavedValue]
+    Attributes:
+        turn: the how manyth time that it asks for anything.
+        storages: what it asks for, and the place up to which each is held.
+        at: the place.
+        then: the place at which others are fetched.
+        number: how many values of the module had been put when the one asked for had been.
+        shared: whether a value that an earlier ask has brought is taken, if it is there.
+    """
+
+    turn: int
+    storages: tuple[tuple[int, int], ...]
+    at: int
+    then: int
+    number: int
+    shared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The values of one run of a module (:class:`ckpt_pass.offloading.window.Window`).
+
+    Attributes:
+        puts: storages, and the moments at which they are put.
+        end: the moment at which all that is on its way is waited for.
+        asks: in no order.
+        last_first: whether the backward asks for the last of them first.
+    """
+
+    puts: tuple[tuple[int, int], ...]
     end: int
+    asks: tuple[Ask, ...]
+    last_first: bool
 
 
-def journeys(
-    modules: Iterable[MovingModule], in_flight: int, ahead: int, place_of: Callable[[int], int]
-) -> Journeys:
-    """Follow what moves.
+def windows_of(
+    regions: Sequence[EagerRegion],
+    values: Sequence[SavedValue],
+    plan: EagerPlan,
+    place_of: Ints,
+    starts: Mapping[int, int],
+) -> list[Window]:
+    """What a plan's modules put away, in the order in which they begin.
 
     Args:
-        modules: those that move, in the order in which they run.
-        in_flight: how many values may be on their way.
-        ahead: how many are fetched before they are asked for.
+        regions, values: of the step.
+        plan: what moves.
         place_of: the place in the simulated step of a moment of the record.
+        starts: the place at which each region that runs again begins to.
     """
-    found = Journeys()
-    windows: list[list[int]] = []
-    asking: list[tuple[int, int, int, SavedValue]] = []
-    gone: set[int] = set()
-    for module in modules:
-        new: list[SavedValue] = []
-        storages = []
-        for value in module.values:
-            storages.append(value.storage)
-            asking.append((value.turn, len(windows), len(storages), value))
-            if value.storage not in gone:
-                gone.add(value.storage)
-                new.append(value)
-        for index, value in enumerate(new):
-            later = index + in_flight
-            released = new[later].saved_at if later < len(new) else module.end
-            found.leaving.append(Leaving(value.storage, value.saved_at, released))
-        windows.append(storages)
-    asking.sort(key=lambda item: item[:3])
-    _come_back(found, windows, asking, ahead, place_of)
+    found = []
+    for index in sorted(plan.moved | plan.sends, key=lambda index: regions[index].ops):
+        region = regions[index]
+        if index in plan.moved:
+            found.append(_of_saved(region, values, place_of))
+        else:
+            found.append(_of_arguments(region, values, place_of, starts[index]))
     return found
 
 
-def _come_back(
-    found: Journeys,
-    windows: list[list[int]],
-    asking: Sequence[tuple[int, int, int, SavedValue]],
-    ahead: int,
-    place_of: Callable[[int], int],
-) -> None:
+def _of_saved(region: EagerRegion, values: Sequence[SavedValue], place_of: Ints) -> Window:
+    goes = [values[number] for number in region.moves]
+    puts = tuple((value.storage, value.saved_at) for value in goes)
+    asks = []
+    for number, value in enumerate(goes, start=1):
+        at, end = int(place_of[value.asked_at]), int(place_of[value.released])
+        asks.append(Ask(value.turn, ((value.storage, end),), at, at, number, shared=True))
+    return Window(puts, region.ops[1], tuple(asks), last_first=True)
+
+
+def _of_arguments(
+    region: EagerRegion, values: Sequence[SavedValue], place_of: Ints, start: int
+) -> Window:
+    rerun_ends = start + region.needed
+    ends = dict.fromkeys(region.sent, rerun_ends)
+    inside = [values[number] for number in range(*region.values)]
+    for value in inside:
+        if value.storage in ends:
+            released = int(place_of[value.released if value.asked else region.done])
+            ends[value.storage] = max(ends[value.storage], released)
+    puts = tuple((storage, region.ops[0]) for storage in region.sent)
+    turn = min(value.turn for value in inside if value.asked)
+    ask = Ask(turn, tuple(ends.items()), start, rerun_ends, len(puts), shared=False)
+    return Window(puts, region.ops[1], (ask,), last_first=False)
+
+
+def journeys(windows: Sequence[Window], in_flight: int, ahead: int) -> Journeys:
+    """Follow what moves.
+
+    Args:
+        windows: in the order in which they begin.
+        in_flight: how many values of each may be on their way.
+        ahead: how many are fetched before they are asked for.
+    """
+    found = Journeys()
+    gone: set[int] = set()
+    for window in windows:
+        new = []
+        for storage, put in window.puts:
+            if storage not in gone:
+                gone.add(storage)
+                new.append((storage, put))
+        for index, (storage, put) in enumerate(new):
+            later = index + in_flight
+            released = new[later][1] if later < len(new) else window.end
+            found.leaving.append(Leaving(storage, put, released))
+    _come_back(found, windows, ahead)
+    return found
+
+
+def _come_back(found: Journeys, windows: Sequence[Window], ahead: int) -> None:
     taken: set[int] = set()
     fetched: dict[int, int] = {}
     latest: dict[int, Stay] = {}
-    for _, window, number, value in asking:
-        storage, at, end = value.storage, place_of(value.asked_at), place_of(value.released)
-        stay = latest.get(storage)
-        if stay is not None and at < stay.end:
-            stay.end = max(stay.end, end)
-        else:
-            begin = at if storage in taken else fetched.get(storage, at)
-            stay = latest[storage] = Stay(storage, begin, at, max(end, at + 1))
-            found.stays.append(stay)
-        taken.add(storage)
-        for other in _earlier(windows, window, number, taken, ahead):
-            fetched.setdefault(other, at)
+    asks = [(ask, index) for index, window in enumerate(windows) for ask in window.asks]
+    for ask, index in sorted(asks, key=lambda item: item[0].turn):
+        for storage, end in ask.storages:
+            stay = latest.get(storage) if ask.shared else None
+            if stay is not None and ask.at < stay.end:
+                stay.end = max(stay.end, end)
+            else:
+                begin = ask.at if storage in taken else fetched.get(storage, ask.at)
+                stay = Stay(storage, begin, ask.at, max(end, ask.at + 1))
+                found.stays.append(stay)
+                if ask.shared:
+                    latest[storage] = stay
+            taken.add(storage)
+        for other in _next_ones(windows, index, ask, taken, ahead):
+            fetched.setdefault(other, ask.then)
 
 
-def _earlier(
-    windows: list[list[int]], window: int, number: int, taken: Collection[int], ahead: int
-) -> Iterable[int]:
-    """What is fetched when the ``number``-th value of a module, from 1, was asked for."""
-    missing = ahead
-    while True:
-        for index in range(number - 2, -1, -1):
+def _next_ones(
+    windows: Sequence[Window], index: int, ask: Ask, taken: set[int], ahead: int
+) -> Iterator[int]:
+    """What is fetched once something was asked for."""
+    if windows[index].last_first:
+        missing = ahead
+        for storage, _ in windows[index].puts[: ask.number - 1][::-1]:
             if not missing:
                 return
-            if windows[window][index] not in taken:
-                yield windows[window][index]
+            if storage not in taken:
+                yield storage
                 missing -= 1
-        if not missing or not window:
+        if not missing:
             return
-        # The module before is asked for as many as there may be at once, however many are missing.
-        window, missing = window - 1, ahead
-        number = len(windows[window]) + 1
+    yield from _of_those_before(windows, index, taken, ahead)
+
+
+def _of_those_before(
+    windows: Sequence[Window], index: int, taken: set[int], ahead: int
+) -> Iterator[int]:
+    """What the module before is asked for first; where that is too little, those before it."""
+    while index:
+        index -= 1
+        missing, last_first = ahead, windows[index].last_first
+        for storage, _ in windows[index].puts[:: -1 if last_first else 1]:
+            if not missing:
+                return
+            if storage not in taken:
+                yield storage
+                missing -= 1
+        if not missing or not last_first:
+            return
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class EagerRegion:
         extra_bytes: held besides (a random state).
         dropped: storages that it makes, which Python lets go at its end if it is one.
         moves: those of its values that go if it moves.
+        sent: those of its arguments that go if they move.
     """
 
     name: str
@@ -94,6 +95,7 @@ class EagerRegion:
     extra_bytes: int = 0
     dropped: tuple[int, ...] = ()
     moves: tuple[int, ...] = ()
+    sent: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,13 @@ class EagerPlan:
     Attributes:
         regions: those that run again; none overlaps another, nor one that moves.
         kept: the ops that they keep.
+        sends: those of the regions that run again whose arguments move meanwhile.
         moved: the regions that move instead.
         ahead: how many values are fetched before they are asked for.
     """
 
     regions: frozenset[int] = frozenset()
     kept: frozenset[int] = frozenset()
+    sends: frozenset[int] = frozenset()
     moved: frozenset[int] = frozenset()
     ahead: int = 0

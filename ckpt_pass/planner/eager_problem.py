@@ -23,10 +23,10 @@ from ckpt_pass.planner.clock import Transfer
 from ckpt_pass.planner.eager_moves import (
     Copying,
     Journeys,
-    MovingModule,
     copying,
     journeys,
     transfers,
+    windows_of,
 )
 from ckpt_pass.planner.eager_parts import (
     EagerOp,
@@ -174,7 +174,9 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
         op_region[slice(*region.ops)] = index
         value_region[slice(*region.values)] = index
     before_op, before_death, starts = _places(problem, chosen, count)
-    moved, goes = _moved(problem, plan, before_death)
+    goes = _goes(problem, plan)
+    windows = windows_of(problem.regions, problem.values, plan, before_death, starts)
+    moved = journeys(windows, problem.in_flight, plan.ahead)
     kept = np.zeros(len(problem.storages), dtype=bool)
     kept[[s for op in plan.kept for s in problem.ops[op].makes]] = True
 
@@ -194,10 +196,13 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     done = np.array([region.done for region in problem.regions] or [0], dtype=np.int64)
     taken = np.where(table.asked, table.released, done[held_in])
     np.maximum.at(ends, table.value_storage[keeps], taken[keeps])
-    foreign = (held_in >= 0) & ~own
+    foreign = (held_in >= 0) & ~own & ~goes[table.value_number]
     np.maximum.at(ends, table.value_storage[foreign], done[held_in[foreign]])
     for index in chosen:
-        arguments = list(problem.regions[index].arguments)
+        region = problem.regions[index]
+        arguments = list(region.arguments)
+        if index in plan.sends:
+            arguments = list({*arguments}.difference(region.sent))
         ends[arguments] = np.maximum(ends[arguments], problem.regions[index].done)
     end_places = before_death[ends]
 
@@ -259,20 +264,15 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     )
 
 
-def _moved(
-    problem: EagerProblem, plan: EagerPlan, place_of: Ints
-) -> tuple[Journeys, npt.NDArray[np.bool_]]:
-    """What moves, and which of the saved values those are."""
+def _goes(problem: EagerProblem, plan: EagerPlan) -> npt.NDArray[np.bool_]:
+    """Which of the saved values nobody holds meanwhile, since they move."""
     goes = np.zeros(len(problem.values) + 1, dtype=bool)
-    if not plan.moved:
-        return Journeys(), goes
-    regions = sorted((problem.regions[index] for index in plan.moved), key=lambda one: one.ops)
-    modules = []
-    for region in regions:
-        goes[list(region.moves)] = True
-        modules.append(MovingModule([problem.values[n] for n in region.moves], region.ops[1]))
-    at = [int(place) for place in place_of]
-    return journeys(modules, problem.in_flight, plan.ahead, at.__getitem__), goes
+    for index in plan.moved:
+        goes[list(problem.regions[index].moves)] = True
+    for index in plan.sends:
+        region = problem.regions[index]
+        goes[[n for n in range(*region.values) if problem.values[n].storage in region.sent]] = True
+    return goes
 
 
 def _places(

@@ -34,7 +34,7 @@ _LIMIT_STEPS = 10
 #: Plans of the frontier to which single ops are added.
 _POLISHED = 24
 #: What of the seconds of copies is taken to be waited for.
-_WAITED_SHARES = (0.02, 0.2, 1.0)
+_WAITED_SHARES = (0.0, 0.02, 0.2, 1.0)
 #: How many values may be fetched ahead: none needs the least memory, two hide copies.
 _AHEAD = (2, 1, 0)
 #: The peak of a plan for which the other place is too small.
@@ -90,13 +90,15 @@ class EagerPool:
         for limit in self._tree.limits():
             for price in self._tree.prices():
                 self._add(self._tree.best(price, limit))
-        if problem.link is not None:
-            self._move()
         self._mix_hull()
         self._polish()
         self._mix_hull()
         self._mix(self.frontier())
-        self._vary_ahead()
+        if problem.link is not None:  # afterwards: no plan is slower for it
+            self._move()
+            self._mix_hull()
+            self._mix(self.frontier())
+            self._vary_ahead()
 
     @property
     def least_peak_bytes(self) -> int:
@@ -135,7 +137,7 @@ class EagerPool:
     def _vary_ahead(self) -> None:
         """Fetch fewer values ahead, where plans move some."""
         for _, _, plan in self.frontier():
-            if plan.moved:
+            if plan.moved or plan.sends:
                 for ahead in _AHEAD:
                     self._add(replace(plan, ahead=ahead))
 
@@ -193,7 +195,7 @@ def _below(before: Entry, entry: Entry, after: Entry) -> bool:
 
 def _order(item: tuple[EagerPlan, tuple[float, int]]) -> tuple[float | int | list[int], ...]:
     plan, (time_s, peak) = item
-    chosen = (sorted(part) for part in (plan.regions, plan.kept, plan.moved))
+    chosen = (sorted(part) for part in (plan.regions, plan.kept, plan.sends, plan.moved))
     return time_s, peak, plan.ahead, *chosen
 
 
@@ -219,11 +221,16 @@ class _Tree:
             below: set[int] = set().union(*(self._saved[child] for child in self._children[index]))
             self._own_bytes.append(sum(nbytes[s] for s in self._saved[index] - below))
         self._made = [sum(nbytes[s] for s in op.makes) for op in problem.ops]
+        self._sent_bytes = [sum(nbytes[s] for s in region.sent) for region in self._regions]
         goes = [{problem.values[n].storage for n in region.moves} for region in self._regions]
         self._moved_bytes = [sum(nbytes[s] for s in found) for found in goes]
         link = problem.link
         self._copies_s = [
             sum(link.in_s(nbytes[s]) for s in found) if link is not None else 0.0 for found in goes
+        ]
+        self._sent_s = [
+            sum(link.in_s(nbytes[s]) for s in region.sent) if link is not None else 0.0
+            for region in self._regions
         ]
 
     def _saved_storages(self, index: int) -> set[int]:
@@ -270,6 +277,7 @@ class _Tree:
         regions: set[int] = set()
         kept: set[int] = set()
         moved: set[int] = set()
+        sends: set[int] = set()
         costs: dict[int, tuple[str, list[int]]] = {}
         total: dict[int, float] = {}
         for index in reversed(range(len(self._regions))):
@@ -279,9 +287,12 @@ class _Tree:
             again = self._rerun_time(index, keeps)
             held = sum(self._made[op] for op in keeps) + self._argument_bytes[index]
             whole = again + price * held
-            found = [(plain, ""), (whole, "again")]
-            if self._saved_bytes[index] > limit:
-                found.pop()
+            found = [(plain, "")]
+            if self._saved_bytes[index] <= limit:
+                found.append((whole, "again"))
+                if waited is not None and self._sent_bytes[index]:
+                    away = waited * self._sent_s[index] - price * self._sent_bytes[index]
+                    found.append((whole + away, "again, sends"))
             if waited is not None and self._moved_bytes[index]:
                 stays = self._saved_bytes[index] - self._moved_bytes[index]
                 found.append((waited * self._copies_s[index] + price * stays, "moved"))
@@ -291,15 +302,18 @@ class _Tree:
         while todo:
             index = todo.pop()
             what, keeps = costs[index]
-            if what == "again":
+            if what.startswith("again"):
                 regions.add(index)
                 kept.update(keeps)
+                sends |= {index} if what != "again" else set()
             elif what == "moved":
                 moved.add(index)
             else:
                 todo += self._children[index]
-        ahead = _AHEAD[0] if moved else 0
-        return EagerPlan(frozenset(regions), frozenset(kept), frozenset(moved), ahead)
+        ahead = _AHEAD[0] if moved or sends else 0
+        return EagerPlan(
+            frozenset(regions), frozenset(kept), frozenset(sends), frozenset(moved), ahead
+        )
 
     def _rerun_time(self, index: int, keeps: Iterable[int]) -> float:
         region = self._regions[index]
@@ -337,15 +351,17 @@ class _Tree:
             return frozenset(i for i, ops in spans if first <= ops[0] and ops[1] <= last)
 
         kept = frozenset(k for k in plan.kept if first <= k < last)
-        return EagerPlan(inside(plan.regions), kept, inside(plan.moved))
+        return EagerPlan(inside(plan.regions), kept, inside(plan.sends), inside(plan.moved))
 
     def swapped(self, plan: EagerPlan, other: EagerPlan, top: int) -> EagerPlan:
         """A plan with what another does inside a region."""
         mine, theirs = self._part(plan, top), self._part(other, top)
+        sends = (plan.sends - mine.sends) | theirs.sends
         moved = (plan.moved - mine.moved) | theirs.moved
         return EagerPlan(
             (plan.regions - mine.regions) | theirs.regions,
             (plan.kept - mine.kept) | theirs.kept,
+            sends,
             moved,
-            max(plan.ahead, other.ahead) if moved else 0,
+            max(plan.ahead, other.ahead) if moved or sends else 0,
         )

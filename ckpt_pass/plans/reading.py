@@ -227,8 +227,9 @@ def _eager_execution(reader: Reader) -> EagerExecution:
 
 
 def _module_moves(reader: Reader) -> tuple[str, Moves]:
-    name, numbers, ahead = reader.items(3)
-    return name.text(), Moves(frozenset(n.whole() for n in numbers.items()), ahead.whole())
+    name, numbers, ahead, arguments = reader.items(4)
+    chosen = frozenset(number.whole() for number in numbers.items())
+    return name.text(), Moves(chosen, ahead.whole(), arguments.flag())
 
 
 def _site(reader: Reader) -> CallSite:

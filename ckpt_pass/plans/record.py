@@ -135,7 +135,8 @@ class EagerExecution:
     Attributes:
         signature: what the step takes, so that a use for another one is noticed.
         random_regions: the regions that draw random numbers, or may once they are in training mode.
-        moves: the regions that do not run again, but move what autograd saves in them; and what.
+        moves: what regions move: the arguments of one that runs again, or what autograd saves in
+            one that does not.
     """
 
     signature: Signature

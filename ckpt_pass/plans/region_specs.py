@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from ckpt_pass.plans.parts import Decision
 from ckpt_pass.regions.keeps import Keeps, Moves
@@ -24,7 +25,7 @@ def region_specs(
         regions: their names.
         decisions: in the order of execution.
         random_regions: those that draw random numbers; ``None`` where that is not known.
-        moves: those that do not run again but move, and what they move.
+        moves: what regions move: their arguments, or, without running again, what autograd saves.
     """
     moves = moves or {}
     counts: dict[str, Counter[str]] = {name: Counter() for name in regions}
@@ -39,10 +40,12 @@ def region_specs(
         counts[name][op] += 1
     found = {}
     for name, ops in kept.items():
-        if name in moves:
-            found[name] = RegionSpec(offload_saved=True, moves=moves[name])
+        moved = moves.get(name)
+        if moved is not None and not moved.arguments:
+            found[name] = RegionSpec(offload_saved=True, moves=moved)
             continue
         keeps = Keeps(tuple((op, tuple(numbers)) for op, numbers in sorted(ops.items())))
         draws = None if random_regions is None else name in random_regions
-        found[name] = RegionSpec(keeps, draws=draws)
+        spec = RegionSpec(keeps, draws=draws)
+        found[name] = spec if moved is None else replace(spec, offload_inputs=True, moves=moved)
     return found

@@ -163,8 +163,8 @@ def _offloaded_data(found: LinkUse) -> dict[str, Any]:
 def _execution_data(step: CompiledExecution | EagerExecution) -> dict[str, Any]:
     data: dict[str, Any] = {"signature": _signature_data(step.signature)}
     if isinstance(step, EagerExecution):
-        rows = [[name, sorted(found.numbers), found.ahead] for name, found in step.moves]
-        moves = {"moves": rows} if rows else {}
+        found = [[name, sorted(m.numbers), m.ahead, m.arguments] for name, m in step.moves]
+        moves = {"moves": found} if found else {}
         return {**data, "random_regions": sorted(step.random_regions), **moves}
     inner = step.inductor
     return {

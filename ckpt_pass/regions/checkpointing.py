@@ -40,7 +40,7 @@ class RegionSpec:
         offload: where values go that are offloaded; to the host where ``None``.
         offload_inputs: whether the activations among its arguments are offloaded.
         offload_saved: whether nothing is recomputed, and what autograd saves inside is offloaded.
-        moves: which of it, and how that comes back; all where ``None``.
+        moves: which of these, and how they come back; all where ``None``.
     """
 
     keeps: Keeps | None = None

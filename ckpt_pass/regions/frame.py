@@ -21,7 +21,7 @@ from torch.autograd.profiler import record_function
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd, functorch, modules
 from ckpt_pass.offloading.stores import OffloadLike
-from ckpt_pass.offloading.window import Window
+from ckpt_pass.offloading.window import AHEAD, Window
 from ckpt_pass.policy.rules import Policy
 from ckpt_pass.regions.ambient import Ambient, RandomState, drawing_from
 from ckpt_pass.regions.arguments import Arguments
@@ -56,7 +56,7 @@ class RegionOptions:
         offload: where values go that are offloaded; to the host where ``None``.
         offload_inputs: whether the activations among its arguments are offloaded.
         offload_saved: whether nothing is recomputed, and what autograd saves inside is offloaded.
-        moves: which of it, and how that comes back; all where ``None``.
+        moves: which of these, and how they come back; all where ``None``.
     """
 
     name: str = "region"
@@ -136,7 +136,8 @@ class Frame:
         known = known_of(root, *args, *kwargs.values())
         self._outside = outside = Outside(root, known)
         if options.offload_inputs or options.policy is not None:
-            self._memory = RegionMemory(options.offload)
+            ahead = AHEAD if options.moves is None else options.moves.ahead
+            self._memory = RegionMemory(options.offload, ahead)
         if options.offload_inputs and self._memory is not None:
             self._window = self._memory.window_for_more()
         self._arguments = self._kept(args, kwargs)

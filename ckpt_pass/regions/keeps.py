@@ -49,12 +49,14 @@ class Keeps:
 
 @dataclass(frozen=True)
 class Moves:
-    """Which of the values that autograd saves in a module are offloaded; nothing runs again there.
+    """What a module offloads: of what autograd saves in it, or its arguments.
 
     Attributes:
-        numbers: of these values, in the order in which they are saved, counted from 0.
-        ahead: how many are fetched before the backward asks for them.
+        numbers: those of the saved values, in the order in which they are saved, counted from 0.
+        ahead: how many values are fetched before the backward asks for them.
+        arguments: whether it is the arguments of a region that runs again.
     """
 
     numbers: frozenset[int]
     ahead: int
+    arguments: bool = False
