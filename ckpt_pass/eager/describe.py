@@ -111,12 +111,14 @@ def _sent(
 ) -> tuple[int, ...]:
     """The storages that go where the activations among a call's arguments are to.
 
-    None where any of them is not the step's own, is changed in place, or stays there as well.
+    None where any of them is not the step's own, is changed in place, stands there twice (each
+    would come back for itself), or stays there as well.
     """
     least = max(least_bytes, 1)
     goes = [s for s, may in call.tensors if may and (s < 0 or trace.storages[s].nbytes >= least)]
     stays = {s for s, may in call.tensors if not may} | overwritten | {-1, *call.held}
-    return tuple(dict.fromkeys(goes)) if stays.isdisjoint(goes) else ()
+    alone = stays.isdisjoint(goes) and len(set(goes)) == len(goes)
+    return tuple(goes) if alone else ()
 
 
 def _movable(trace: EagerTrace, overwritten: set[int], least_bytes: int) -> set[int]:
