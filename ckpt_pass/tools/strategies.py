@@ -282,12 +282,8 @@ def _regions(
     """What is applied, how many regions that are, and the predicted peak."""
     plan = strategy.plan
     if strategy.budget is not None:
-        how: dict[str, Any] = {
-            "budget": strategy.budget,
-            "offload": strategy.offload,
-            "loss_fn": step.loss_fn,
-        }
-        plan = make_plan(step.model, *step.args, mode="eager", **how)
+        how: dict[str, Any] = {"budget": strategy.budget, "offload": strategy.offload}
+        plan = make_plan(step.model, *step.args, mode="eager", loss_fn=step.loss_fn, **how)
     if plan is not None:
         specs = plan.region_specs()
         return specs, len(specs), plan.peak_bytes
