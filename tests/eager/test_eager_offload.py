@@ -423,9 +423,9 @@ def test_strategies_with_a_place_to_move_to() -> None:
     with pytest.raises(ckpt_pass.StrategyError, match="no budget among"):
         ckpt_pass.compare_strategies(model, *args, strategies=["all"], offload=True)
     found = ckpt_pass.compare_strategies(
-        model, *args, strategies=["budget=0.6"], rounds=1, offload=FAST
+        model, *args, strategies=["budget=0.75"], rounds=1, offload=FAST
     )
-    assert [row.name for row in found.rows] == ["none", "budget=0.6", "budget=0.6, offload"]
+    assert [row.name for row in found.rows] == ["none", "budget=0.75", "budget=0.75, offload"]
     bare, moving = found.rows[1:]
     assert moving.equal and moving.loss_equal
     assert moving.peak_bytes is not None and moving.predicted_bytes is not None
