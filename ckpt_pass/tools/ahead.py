@@ -85,7 +85,8 @@ def plan(
         dynamic: leave sizes symbolic; bytes are expressions then.
         mode: ``compiled``, or ``eager`` for a step that is not compiled: the plan then chooses
             modules as checkpoint regions, and what each keeps (``plan.apply(model)``), and with
-            ``offload`` modules that move what autograd saves in them instead. It needs a budget; ``policy``, ``solver``, ``regions`` and ``dynamic`` are for compiled plans.
+            ``offload`` modules that move what autograd saves in them instead. It needs a
+            budget; ``policy``, ``solver``, ``regions`` and ``dynamic`` are for compiled plans.
 
     Returns:
         The plan; of a step that dynamo cuts in several graphs a :class:`StepPlan`, which has one
