@@ -119,7 +119,7 @@ class EagerPool:
         """Let candidates move at all prices; by the tightest and the loosest limit."""
         limits = self._tree.limits()
         for share in _WAITED_SHARES:
-            for limit in dict.fromkeys((0, limits[len(limits) // 2], limits[-1])):
+            for limit in dict.fromkeys((0, *limits[len(limits) // 2 :][:1], *limits[-1:])):
                 for price in self._tree.prices():
                     plan = self._tree.best(price, limit, share)
                     self._add_within(plan)

@@ -431,3 +431,9 @@ def test_strategies_with_a_place_to_move_to() -> None:
     assert moving.peak_bytes is not None and moving.predicted_bytes is not None
     assert moving.peak_bytes <= moving.predicted_bytes
     assert bare.recompute_flops and moving.recompute_flops == 0
+
+
+def test_a_model_without_modules_that_can_move() -> None:
+    model, x = nn.Linear(WIDTH, WIDTH), torch.randn(64, WIDTH)
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError):
+        ckpt_pass.plan(model, x, loss_fn=torch.sum, budget=1, mode="eager", offload=FAST)
