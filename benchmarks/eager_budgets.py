@@ -22,7 +22,8 @@ import ckpt_pass
 from benchmarks.common import MATMUL_OPS, Bar, EagerRow, Result
 from ckpt_pass.eager.describe import eager_problem
 from ckpt_pass.eager.trace import trace_step
-from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem
+from ckpt_pass.planner.eager_parts import EagerPlan
+from ckpt_pass.planner.eager_problem import EagerProblem
 from tests.zoo import Built, checkpoint_blocks, children_of, hf
 
 _aten = torch.ops.aten

@@ -18,6 +18,7 @@ from ckpt_pass.cli.parts import (
 from ckpt_pass.modules.layers.find import NoLayersError
 from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.modules.layers.profiling import profile_layers
+from ckpt_pass.offloading.options import TARGETS, Offload
 from ckpt_pass.report.page import write_report
 from ckpt_pass.report.strategy_plots import save_plots
 from ckpt_pass.report.strategy_table import Comparison, comparison_table
@@ -38,6 +39,9 @@ def compare_command() -> Callable[..., None]:
         help="A placement (all), a placement and a policy (all:save-matmul), or budget=0.5; may be "
         f"given several times. By default: {', '.join(DEFAULT_STRATEGIES)}.",
     )
+    offload_option = typer.Option(
+        None, help=f"Also plan each budget with values that may move: {' or '.join(TARGETS)}."
+    )
     rounds_option = typer.Option(ROUNDS, min=1, help="Timings of each strategy.")
     plots_option = typer.Option(None, "--plots", help="Folder for the pictures.")
     html_option = typer.Option(None, "--html", help="Write one page with everything here.")
@@ -47,6 +51,7 @@ def compare_command() -> Callable[..., None]:
         target: str = target_argument(),
         strategies: list[str] | None = strategy_option,
         rounds: int = rounds_option,
+        offload: str | None = offload_option,
         plots: Path | None = plots_option,
         html: Path | None = html_option,
         json_: Path | None = json_option,
@@ -57,7 +62,12 @@ def compare_command() -> Callable[..., None]:
             model, inputs = build(target)
             with progress_on_stderr() as progress:
                 found = compare_strategies(
-                    model, *inputs, strategies=chosen, rounds=rounds, progress=progress
+                    model,
+                    *inputs,
+                    strategies=chosen,
+                    rounds=rounds,
+                    offload=None if offload is None else Offload(to=offload),
+                    progress=progress,
                 )
                 profiles: tuple[LayerProfile, ...] = ()
                 if plots is not None or html is not None:

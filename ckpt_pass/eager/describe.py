@@ -20,14 +20,12 @@ from ckpt_pass.graph.cost import (
     workspace_size,
 )
 from ckpt_pass.graph.kernel_cache import KernelFacts
+from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.slots import ALIGNMENT
 from ckpt_pass.ops.taxonomy import OpClass, classify, op_name
-from ckpt_pass.planner.eager_problem import (
-    EagerOp,
-    EagerProblem,
-    EagerRegion,
-    EagerStorage,
-    SavedValue,
-)
+from ckpt_pass.planner.eager_parts import EagerOp, EagerRegion, EagerStorage, SavedValue
+from ckpt_pass.planner.eager_problem import EagerProblem
+from ckpt_pass.planner.link import Link
 
 _NOT_MEASURED = KernelFacts(None, None)
 #: Looking at an op from Python takes some 11 microseconds (empty dispatch modes around the blocks
@@ -43,6 +41,8 @@ def eager_problem(
     trace: EagerTrace,
     kernels: Mapping[fx.Node, KernelFacts],
     formulas: Mapping[tuple[int, int], int],
+    link: Link | None = None,
+    least_bytes: int = 0,
 ) -> EagerProblem:
     """Describe a recorded step.
 
@@ -53,6 +53,8 @@ def eager_problem(
         trace: the record.
         kernels: what was measured of the kernels of its calls.
         formulas: ranges of ops in the backward, and the bytes that were measured of them.
+        link: what may move values; ``None`` where nothing can.
+        least_bytes: smaller values stay.
     """
     costs = {op.call: _cost(op.call, kernels) for op in trace.ops}
     overwritten = {storage for op in trace.ops for storage in op.changes}
@@ -62,8 +64,16 @@ def eager_problem(
     )
     storages = tuple(EagerStorage(s.nbytes, s.born, s.dies, s.of_graph) for s in trace.storages)
     ops, storages = replaced(ops, storages, formulas)
+    turns = {number: turn for turn, number in enumerate(trace.asked)}
     values = tuple(
-        SavedValue(v.storage, v.released, number in trace.asked)
+        SavedValue(
+            v.storage,
+            v.released,
+            number in turns,
+            v.saved_at,
+            trace.asked.get(number, 0),
+            turns.get(number, 0),
+        )
         for number, v in enumerate(trace.saved)
     )
     keeping_s = KEEPING_S
@@ -71,9 +81,62 @@ def eager_problem(
         ops = _with_shared_times(ops, device_type(trace.ops[-1].call))
         step_s = sum(op.time_s for op in ops)
         keeping_s = min(KEEPING_S, KEEPING_SHARE * step_s / max(trace.forward_length, 1))
+    regions = tuple(_regions(trace))
+    if link is not None:
+        goes = _movable(trace, overwritten, least_bytes)
+        calls = {call.name: call for call in trace.calls}
+        regions = tuple(
+            replace(
+                region,
+                moves=tuple(n for n in range(*region.values) if n in goes),
+                sent=_sent(trace, calls[region.name], overwritten, least_bytes),
+            )
+            for region in regions
+        )
     return EagerProblem(
-        ops, trace.forward_length, storages, values, tuple(_regions(trace)), keeping_s
+        ops,
+        trace.forward_length,
+        storages,
+        values,
+        regions,
+        keeping_s,
+        link,
+        Offload.IN_FLIGHT,
+        ALIGNMENT,
     )
+
+
+def _sent(
+    trace: EagerTrace, call: CallRecord, overwritten: set[int], least_bytes: int
+) -> tuple[int, ...]:
+    """The storages that go where the activations among a call's arguments are to.
+
+    None where any of them is not the step's own, is changed in place, stands there twice (each
+    would come back for itself), or stays there as well.
+    """
+    least = max(least_bytes, 1)
+    goes = [s for s, may in call.tensors if may and (s < 0 or trace.storages[s].nbytes >= least)]
+    stays = {s for s, may in call.tensors if not may} | overwritten | {-1, *call.held}
+    alone = stays.isdisjoint(goes) and len(set(goes)) == len(goes)
+    return tuple(goes) if alone else ()
+
+
+def _movable(trace: EagerTrace, overwritten: set[int], least_bytes: int) -> set[int]:
+    """The saved values that can lie elsewhere until the backward asks for them, once.
+
+    Not what existed before the step, nor what is changed in place, what Python holds until then
+    anyway, and what a backward inside the forward asks for.
+    """
+    found = set()
+    for number, asked_at in trace.asked.items():
+        saved = trace.saved[number]
+        if saved.storage < 0 or not saved.plain or saved.storage in overwritten:
+            continue
+        storage = trace.storages[saved.storage]
+        large = storage.nbytes >= max(least_bytes, 1)
+        if large and trace.forward_length <= asked_at and storage.dies <= asked_at:
+            found.add(number)
+    return found
 
 
 def _with_shared_times(ops: tuple[EagerOp, ...], device: str) -> tuple[EagerOp, ...]:

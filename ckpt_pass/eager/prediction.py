@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ckpt_pass.eager.describe import region_of
 from ckpt_pass.eager.planning import described, traced
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord
-from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem, EagerProfile, EagerRegion
+from ckpt_pass.planner.eager_parts import EagerPlan, EagerRegion
+from ckpt_pass.planner.eager_problem import EagerProblem, EagerProfile
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.opinion import settled
 from ckpt_pass.policy.rules import Policy, PolicyLike

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.eager.answers import Answers, asks
@@ -35,6 +35,7 @@ from ckpt_pass.eager.trace_ops import (
     changed_tensors,
     differentiate,
     fresh_ids,
+    is_plain,
     is_taken_over,
     saved_numbers_bytes,
     stand_ins,
@@ -167,6 +168,9 @@ class Recorder(TorchDispatchMode):
         def note_arguments(module: nn.Module, args: Any, kwargs: Any) -> None:
             call = self.trace.calls[self._open[-1]]
             call.given = self._storages((args, kwargs))
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            goes = (tensor.grad_fn is not None and is_plain(tensor) for tensor in tensors)
+            call.tensors = tuple(zip(map(self._number_of, tensors), goes, strict=True))
             self._objects.note(module, call, (args, kwargs))
 
         handles = [
@@ -196,7 +200,8 @@ class Recorder(TorchDispatchMode):
         return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
 
     def _pack(self, value: torch.Tensor) -> _Packed:
-        self.trace.saved.append(SavedRecord(self._number_of(value), self.moment))
+        saved = SavedRecord(self._number_of(value), self.moment, plain=is_plain(value))
+        self.trace.saved.append(saved)
         number = len(self.trace.saved) - 1
         return _Packed(self, number, value, self._written.maker_of(value), self._real(value))
 

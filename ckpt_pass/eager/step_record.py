@@ -24,11 +24,15 @@ class StorageRecord:
 
 @dataclass
 class SavedRecord:
-    """A value that autograd saved at a moment; ``storage`` is -1 for what existed before."""
+    """A value that autograd saved at a moment; ``storage`` is -1 for what existed before.
+
+    It is ``plain`` where a store takes such a tensor.
+    """
 
     storage: int
     saved_at: int
     released: int = NEVER
+    plain: bool = False
 
 
 @dataclass
@@ -63,6 +67,8 @@ class CallRecord:
         trains: whether all of it is in training mode.
         outputs: the storages that it returned.
         given: those among its arguments, of which a region holds all, used or not.
+        tensors: those of the tensors among its arguments, in order, and whether each has a history
+            and can be moved.
         held: those that objects among its arguments hold when the forward ends.
         dropped: those that it made and put into objects of which a region lets go at its end.
     """
@@ -76,6 +82,7 @@ class CallRecord:
     given: tuple[int, ...] = ()
     held: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
+    tensors: tuple[tuple[int, bool], ...] = ()
 
 
 @dataclass

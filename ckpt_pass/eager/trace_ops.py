@@ -98,6 +98,12 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a fake tensor stands for one that a store takes: plain values in one storage."""
+    dense = autograd.is_fake(tensor) and tensor.layout is torch.strided
+    return dense and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+
+
 class Sums:
     """Tells the engine's sums of gradients from those of its formulas."""
 

@@ -10,7 +10,7 @@ import torch
 from ckpt_pass._torch import autograd
 from ckpt_pass.eager.step_record import EagerTrace, FormulaRecord
 from ckpt_pass.graph.formulas import TWO_WAYS
-from ckpt_pass.planner.eager_problem import EagerOp, EagerStorage
+from ckpt_pass.planner.eager_parts import EagerOp, EagerStorage
 
 _Forward = tuple[int, tuple[bool, ...]]
 

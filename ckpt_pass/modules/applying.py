@@ -25,6 +25,7 @@ from ckpt_pass.policy.rules import PolicyLike
 from ckpt_pass.regions.wrapping import (
     AlreadyAppliedError,
     NotAppliedError,
+    RegionSpec,
     apply_regions,
     regions_of,
     remove_regions,
@@ -87,7 +88,8 @@ def apply(
             placements that measure.
         loss_fn: applied to the model's output, where that is no loss; for a budget.
         offload: where values go that the policy or the placement offloads; what the placement says
-            where ``None``, mostly to the host.
+            where ``None``, mostly to the host. With a budget the plan may move values there, and
+            moves none where ``None``.
         offload_inputs: also offload the activations that enter the regions.
 
     Returns:
@@ -106,12 +108,12 @@ def apply(
         choice = choice.with_offload(offload, "inputs" if offload_inputs else None)
     else:
         _check_budget_alone(placement, policy, example_inputs)
-        if offload is not None or offload_inputs:
+        if offload_inputs:
             raise PlacementError(
-                "Got budget= together with offload= or offload_inputs=, expected one of the two: "
-                "within a budget a plan chooses. Leave one of them out."
+                "Got budget= together with offload_inputs=, expected one of the two: within a "
+                "budget a plan chooses what moves. Give offload= alone, or leave budget= out."
             )
-        choice = _planned(model, budget, _as_args(example_inputs), loss_fn)
+        choice = _planned(model, budget, _as_args(example_inputs), loss_fn, offload)
     _check_shared(model, choice)
     _warn_inactive(model, choice)
     apply_regions(model, choice.regions)
@@ -158,8 +160,9 @@ def _planned(
     budget: BudgetLike,
     args: tuple[Any, ...],
     loss_fn: Callable[[Any], torch.Tensor] | None,
+    offload: OffloadLike | None,
 ) -> Choice:
-    goal = as_goal(budget)
+    goal = as_goal(budget, offload=offload)
     assert goal is not None
     plan = plan_eager(model, args, policy_for(None, budget), goal, loss_fn)
     specs = plan.region_specs()
@@ -167,14 +170,21 @@ def _planned(
     considered = dict.fromkeys([*find_layers(model).names, *specs])
     found = []
     for name in considered:
-        kept = 0 if name not in specs else sum(len(n) for _, n in _counts(specs[name].keeps))
-        why = f"the plan: recomputed, {kept} ops kept" if name in specs else "the plan: kept"
+        why = f"the plan: {_words(specs[name])}" if name in specs else "the plan: kept"
         inner = sum(other.startswith(f"{name}.") for other in specs)
         if name not in specs and inner:
             why = f"the plan: {inner} modules inside"
         found.append(ModuleChoice(name, type(modules[name]).__name__, name in specs, why))
     segments = tuple(Segment((name,)) for name in specs)
     return Choice(f"budget-{budget}", tuple(found), segments, specs=tuple(specs.items()))
+
+
+def _words(spec: RegionSpec) -> str:
+    if spec.offload_saved and spec.moves is not None:
+        return f"{len(spec.moves.numbers)} saved values offloaded"
+    kept = sum(len(numbers) for _, numbers in _counts(spec.keeps))
+    moved = ", arguments offloaded" if spec.offload_inputs else ""
+    return f"recomputed, {kept} ops kept{moved}"
 
 
 def _counts(keeps: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._torch import autograd, storages
 from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.store import MovedValueChangedError
 from ckpt_pass.offloading.stores import OffloadLike
-from ckpt_pass.offloading.window import Moved, Window
+from ckpt_pass.offloading.window import AHEAD, Moved, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,14 @@ class _Packed:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Stayed:
+    """A saved tensor that stays, and its version: with hooks autograd looks at none itself."""
+
+    tensor: torch.Tensor
+    version: int
+
+
 class SavedHooks:
     """A pair of hooks for autograd.
 
@@ -33,11 +42,14 @@ class SavedHooks:
 
     Args:
         window: what puts tensors away.
+        numbers: which of the values that autograd saves may go, counted from 0; any where ``None``.
     """
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Window, numbers: Collection[int] | None = None) -> None:
         self._window = window
         self._kept: set[int] = set()
+        self._numbers = numbers
+        self._seen = 0
 
     def keep(self, values: Any) -> None:
         """Do not move the tensors in there, as long as they live, nor views of them."""
@@ -45,22 +57,42 @@ class SavedHooks:
             if isinstance(value, torch.Tensor) and self._window.is_worth_moving(value):
                 self._kept.add(value.untyped_storage()._cdata)
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Packed:
+    def pack(self, tensor: torch.Tensor) -> _Stayed | _Packed:
         """What autograd holds instead of a tensor."""
-        if not self._is_activation(tensor):
+        number = self._seen
+        self._seen += 1
+        if not self._goes(number, tensor):
             # Without its history: that would lead back to who holds it.
-            return tensor if tensor.is_leaf else storages.detached(tensor)
+            held = tensor if tensor.is_leaf else storages.detached(tensor)
+            return _Stayed(held, storages.version_of(tensor))
         return _Packed(self._window.put(tensor), self._window.count)
 
-    def unpack(self, packed: torch.Tensor | _Packed) -> torch.Tensor:
-        """The tensor, as it was."""
-        if isinstance(packed, torch.Tensor):
-            return packed
+    def unpack(self, packed: _Stayed | _Packed) -> torch.Tensor:
+        """The tensor, as it was.
+
+        Raises:
+            MovedValueChangedError: it was changed in place, as a plain step refuses, too.
+        """
+        if isinstance(packed, _Stayed):
+            return self._unchanged(packed)
         tensor = packed.moved.take(shared=True)
         self._window.fetch_earlier(packed.number)
         return tensor
 
-    def _is_activation(self, tensor: torch.Tensor) -> bool:
+    def _unchanged(self, packed: _Stayed) -> torch.Tensor:
+        tensor, version = packed.tensor, storages.version_of(packed.tensor)
+        if version != packed.version:
+            raise MovedValueChangedError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a tensor of shape {list(tensor.shape)} and {tensor.dtype} is "
+                f"at version {version}, expected version {packed.version}, at which autograd saved "
+                "it. Clone it before the in-place op."
+            )
+        return tensor
+
+    def _goes(self, number: int, tensor: torch.Tensor) -> bool:
+        if self._numbers is not None and number not in self._numbers:
+            return False
         base = tensor if tensor._base is None else tensor._base
         if isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad):
             return False
@@ -121,22 +153,34 @@ def offload_activations(
 
 
 @contextlib.contextmanager
-def offloaded_inside(module: Any, arguments: Any, offload: OffloadLike | None) -> Iterator[None]:
+def offloaded_inside(
+    module: Any,
+    arguments: Any,
+    offload: OffloadLike | None,
+    numbers: Collection[int] | None = None,
+    ahead: int = AHEAD,
+) -> Iterator[None]:
     """The same for one module among others: at its end all of its values are gone.
 
     Args:
         module: what runs; parameters and buffers stay, if it is a module.
         arguments: what it is called with. Those without a history stay.
         offload: where values go; to the host where ``None``.
+        numbers: which of the values that autograd saves inside may go, counted from 0; any where
+            ``None``.
+        ahead: how many are fetched before they are needed.
 
     Raises:
         StoreFullError, StoreWriteError: see :func:`offload_activations`.
     """
-    window = Window(Offload() if offload is None else offload, last_first=True)
-    hooks = SavedHooks(window)
-    if isinstance(module, nn.Module):
-        hooks.keep(list(module.buffers()))
-    hooks.keep([t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor) and t.is_leaf])
+    where = Offload() if offload is None else offload
+    window = Window(where, ahead=ahead, last_first=True)
+    hooks = SavedHooks(window, numbers)
+    if numbers is None:  # else whoever chose them knows
+        if isinstance(module, nn.Module):
+            hooks.keep(list(module.buffers()))
+        given = tree_leaves(arguments)
+        hooks.keep([t for t in given if isinstance(t, torch.Tensor) and t.is_leaf])
     with hooks.active():
         yield
     window.finish()

@@ -3,7 +3,9 @@
 In eager mode autograd holds what its formulas need from an op's forward until its backward has
 run. A checkpoint region holds its arguments instead; just before the first op of its backward it
 runs again as a whole, up to the last value that the backward needs, and autograd holds what that
-saves. What Python itself refers to lives until Python lets go, in both runs alike.
+saves. What Python itself refers to lives until Python lets go, in both runs alike. A module may
+also move: nothing of it runs again, and what autograd saves in it lies elsewhere until the backward
+asks for it (:mod:`ckpt_pass.planner.eager_moves`).
 
 All that is recorded once, from a step without regions: moments count the ops that have begun.
 """
@@ -17,100 +19,26 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from ckpt_pass.planner.clock import Transfer
+from ckpt_pass.planner.eager_moves import (
+    Copying,
+    Journeys,
+    copying,
+    journeys,
+    transfers,
+    windows_of,
+)
+from ckpt_pass.planner.eager_parts import (
+    EagerOp,
+    EagerPlan,
+    EagerRegion,
+    EagerStorage,
+    SavedValue,
+)
+from ckpt_pass.planner.link import Link
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class EagerOp:
-    """One op of the step.
-
-    Attributes:
-        name: its call site, in words.
-        time_s, flops: modelled cost of running it.
-        workspace_bytes: what its kernel needs besides its outputs.
-        makes: the storages that it allocates.
-        keepable: whether its outputs can be kept by a region that is recomputed.
-        must_keep: whether a region must keep them: it must not run twice.
-    """
-
-    name: str
-    time_s: float
-    flops: int
-    workspace_bytes: int
-    makes: tuple[int, ...]
-    keepable: bool = False
-    must_keep: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class EagerStorage:
-    """Memory that an op allocates.
-
-    Attributes:
-        nbytes: its size.
-        born: the op that allocates it.
-        dies: the moment from which only autograd may hold it (the end, where something else does).
-        of_graph: whether autograd's graph holds it itself, in a region until that is done with.
-    """
-
-    nbytes: int
-    born: int
-    dies: int
-    of_graph: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class SavedValue:
-    """One value that autograd saves for the backward.
-
-    Attributes:
-        storage: what holds it; -1 where it existed before the step.
-        released: the moment when autograd lets go.
-        asked: whether the backward looks at it. A region that has made it again lets go of it then,
-            and otherwise when it is done.
-    """
-
-    storage: int
-    released: int
-    asked: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class EagerRegion:
-    """A module call that can be a checkpoint region.
-
-    Attributes:
-        name: FQN of the module.
-        parent: the smallest region around it; -1 for none.
-        ops: first op and the one after the last.
-        values: first saved value and the one after the last.
-        needed: how many of its ops run again: none after the last saved value.
-        reruns: the backward's op before which it runs again.
-        done: the moment when the last of its saved values is released.
-        arguments: storages from outside that its ops use.
-        extra_bytes: held besides (a random state).
-        dropped: storages that it makes, which Python lets go at its end if it is one.
-    """
-
-    name: str
-    parent: int
-    ops: tuple[int, int]
-    values: tuple[int, int]
-    needed: int
-    reruns: int
-    done: int
-    arguments: tuple[int, ...]
-    extra_bytes: int = 0
-    dropped: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class EagerPlan:
-    """What is checkpointed: regions that do not overlap, and the ops that they keep."""
-
-    regions: frozenset[int] = frozenset()
-    kept: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -123,6 +51,8 @@ class EagerProfile:
         backward_begins: the place of the first one after the forward.
         recompute_time_s: of what runs again, and of looking for what is kept.
         recompute_flops: of what runs again.
+        away_bytes: the most at the other place.
+        moved, copies: what moves, and its copies; ``None`` where nothing does.
     """
 
     bytes_at: Ints
@@ -130,6 +60,19 @@ class EagerProfile:
     backward_begins: int
     recompute_time_s: float
     recompute_flops: int
+    away_bytes: int = 0
+    moved: Journeys | None = None
+    copies: Copying | None = None
+
+    @property
+    def stall_s(self) -> float:
+        """What ops wait for copies."""
+        return self.copies.stall_s if self.copies is not None else 0.0
+
+    @property
+    def overhead_s(self) -> float:
+        """What the step takes more than the plain one."""
+        return self.recompute_time_s + self.stall_s
 
     @property
     def peak_bytes(self) -> int:
@@ -153,6 +96,9 @@ class EagerProblem:
         values: what autograd saves, in order.
         regions: the candidates, each before those inside it.
         keeping_s: what it costs to look at one op of a region that keeps something, in both runs.
+        link: what may move values; ``None`` where nothing can.
+        in_flight: how many values of a module may be on their way out at once.
+        away_unit: at the other place a value takes a multiple of so many bytes.
     """
 
     ops: tuple[EagerOp, ...]
@@ -161,6 +107,9 @@ class EagerProblem:
     values: tuple[SavedValue, ...]
     regions: tuple[EagerRegion, ...]
     keeping_s: float = 0.0
+    link: Link | None = None
+    in_flight: int = 1
+    away_unit: int = 1
 
     @cached_property
     def _table(self) -> _Table:
@@ -178,6 +127,15 @@ class EagerProblem:
             again = range(first, first + self.regions[index].needed)
             found += [op for op in again if op not in plan.kept]
         return found
+
+    def transfers(self, profile: EagerProfile) -> tuple[Transfer, ...]:
+        """What a simulated step moves, by the clock."""
+        moved, copies = profile.moved, profile.copies
+        if moved is None or copies is None:
+            return ()
+        table = self._table
+        seconds, begins = table.seconds[profile.ops], profile.backward_begins
+        return transfers(moved, copies, table.nbytes, seconds, begins)
 
     @property
     def step_time_s(self) -> float:
@@ -203,6 +161,7 @@ class _Table:
         self.released = _ints(v.released for _, v in known)
         self.asked = np.array([v.asked for _, v in known], dtype=bool)
         self.workspace = _ints(op.workspace_bytes for op in problem.ops)
+        self.seconds = np.array([op.time_s for op in problem.ops], dtype=np.float64)
 
 
 def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerProfile:
@@ -215,6 +174,9 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
         op_region[slice(*region.ops)] = index
         value_region[slice(*region.values)] = index
     before_op, before_death, starts = _places(problem, chosen, count)
+    goes = _goes(problem, plan)
+    windows = windows_of(problem.regions, problem.values, plan, before_death, starts)
+    moved = journeys(windows, problem.in_flight, plan.ahead)
     kept = np.zeros(len(problem.storages), dtype=bool)
     kept[[s for op in plan.kept for s in problem.ops[op].makes]] = True
 
@@ -226,16 +188,21 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     for index in chosen:
         dropped = list(problem.regions[index].dropped)
         ends[dropped] = np.minimum(ends[dropped], problem.regions[index].ops[1])
-    free = ~own & (held_in < 0)
+    free = ~own & (held_in < 0) & ~goes[table.value_number]
+    for leaving in moved.leaving:
+        ends[leaving.storage] = max(ends[leaving.storage], leaving.released)
     np.maximum.at(ends, table.value_storage[free], table.released[free])
     keeps = own & kept[table.value_storage]
     done = np.array([region.done for region in problem.regions] or [0], dtype=np.int64)
     taken = np.where(table.asked, table.released, done[held_in])
     np.maximum.at(ends, table.value_storage[keeps], taken[keeps])
-    foreign = (held_in >= 0) & ~own
+    foreign = (held_in >= 0) & ~own & ~goes[table.value_number]
     np.maximum.at(ends, table.value_storage[foreign], done[held_in[foreign]])
     for index in chosen:
-        arguments = list(problem.regions[index].arguments)
+        region = problem.regions[index]
+        arguments = list(region.arguments)
+        if index in plan.sends:
+            arguments = list({*arguments}.difference(region.sent))
         ends[arguments] = np.maximum(ends[arguments], problem.regions[index].done)
     end_places = before_death[ends]
 
@@ -272,18 +239,40 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
         # While it runs again, the program's own state waits beside it.
         delta[starts[index]] += region.extra_bytes
         delta[starts[index] + region.needed] -= region.extra_bytes
+    for stay in moved.stays:
+        delta[min(stay.fetched, length - 1)] += table.nbytes[stay.storage]
+        delta[stay.end] -= table.nbytes[stay.storage]
     ran = _ran(problem, chosen, before_op, starts, length)
     bytes_at = np.cumsum(delta)[:length] + table.workspace[ran]
     rerun = problem.rerun_ops(plan)
     keeping = {int(op_region[op]) for op in plan.kept}
     looked_at = sum(problem.regions[index].needed for index in keeping)
+    begins = int(before_op[problem.forward_length])
+    copies = None
+    if problem.link is not None and moved.leaving:
+        copies = copying(moved, table.nbytes, table.seconds[ran], begins, problem.link)
+    unit = problem.away_unit
     return EagerProfile(
         bytes_at,
         ran,
-        int(before_op[problem.forward_length]),
+        begins,
         sum(problem.ops[op].time_s for op in rerun) + looked_at * problem.keeping_s,
         sum(problem.ops[op].flops for op in rerun),
+        sum(-(-int(table.nbytes[one.storage]) // unit) * unit for one in moved.leaving),
+        moved if copies is not None else None,
+        copies,
     )
+
+
+def _goes(problem: EagerProblem, plan: EagerPlan) -> npt.NDArray[np.bool_]:
+    """Which of the saved values nobody holds meanwhile, since they move."""
+    goes = np.zeros(len(problem.values) + 1, dtype=bool)
+    for index in plan.moved:
+        goes[list(problem.regions[index].moves)] = True
+    for index in plan.sends:
+        region = problem.regions[index]
+        goes[[n for n in range(*region.values) if problem.values[n].storage in region.sent]] = True
+    return goes
 
 
 def _places(

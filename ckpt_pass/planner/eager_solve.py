@@ -6,29 +6,28 @@ added up; sweeping both gives uniform plans. Those on the convex hull of time an
 layer by layer, and single ops are kept where there is room. Every plan on the way is simulated and
 remembered; a budget takes the fastest that fits. What is remembered does not depend on the budget,
 so that a larger budget never gives a slower plan.
+
+With a link a candidate may move instead of running again. What its copies cost is not known before
+the clock has run them beside the others, so that shares of it are tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem, EagerProfile
+from ckpt_pass.planner.eager_parts import EagerPlan
+from ckpt_pass.planner.eager_problem import EagerProblem, EagerProfile
+from ckpt_pass.planner.eager_tree import AHEAD, Tree
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 
-#: Prices tried, in seconds a byte: from what keeps nearly everything to what keeps nothing.
-_PRICE_STEPS = 24
-#: How far they reach above what the dearest op is worth, so that a region pays that frees few bytes
-#: (on BERT and ViT of tests/zoo the least peaks are lower for it by 6 and 2 %), and at the least
-#: below it: a factor of two a step was enough with 16 steps and the roofline's times.
-_HIGHEST_PRICE = 4.0
-_LOWEST_PRICE = 2.0**-15
-#: Limits on the bytes that one region may make again.
-_LIMIT_STEPS = 10
 #: Plans of the frontier to which single ops are added.
 _POLISHED = 24
+#: What of the seconds of copies is taken to be waited for.
+_WAITED_SHARES = (0.0, 0.02, 0.2, 1.0)
+#: The peak of a plan for which the other place is too small.
+_NOWHERE = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class EagerSolution:
 
     @property
     def status(self) -> str:
-        """``optimal`` where nothing is recomputed; otherwise nothing is proven."""
-        return "feasible" if self.plan.regions else "optimal"
+        """``optimal`` where nothing is recomputed or waited for; otherwise nothing is proven."""
+        return "feasible" if self.plan.regions or self.profile.overhead_s else "optimal"
 
 
 def solve_eager(problem: EagerProblem, budget_bytes: int) -> EagerSolution:
@@ -66,7 +65,7 @@ def solve_eager(problem: EagerProblem, budget_bytes: int) -> EagerSolution:
 
 
 Entry = tuple[float, int, EagerPlan]
-"""Recompute time in seconds, peak in bytes, and the plan."""
+"""Recompute time and waiting in seconds, peak in bytes, and the plan."""
 
 
 class EagerPool:
@@ -74,8 +73,9 @@ class EagerPool:
 
     def __init__(self, problem: EagerProblem) -> None:
         self._problem = problem
-        self._tree = _Tree(problem)
+        self._tree = Tree(problem)
         self.plans: dict[EagerPlan, tuple[float, int]] = {}
+        self._too_large: set[EagerPlan] = set()
         self._add(EagerPlan())
         for limit in self._tree.limits():
             for price in self._tree.prices():
@@ -84,6 +84,11 @@ class EagerPool:
         self._polish()
         self._mix_hull()
         self._mix(self.frontier())
+        if problem.link is not None:  # afterwards: no plan is slower for it
+            self._move()
+            self._mix_hull()
+            self._mix(self.frontier())
+            self._vary_ahead()
 
     @property
     def least_peak_bytes(self) -> int:
@@ -104,8 +109,43 @@ class EagerPool:
         known = self.plans.get(plan)
         if known is None:
             profile = self._problem.simulate(plan)
-            known = self.plans[plan] = profile.recompute_time_s, profile.peak_bytes
+            link = self._problem.link
+            fits = link is None or link.may_hold(profile.away_bytes)
+            peak = profile.peak_bytes if fits else _NOWHERE
+            known = self.plans[plan] = profile.overhead_s, peak
         return known
+
+    def _move(self) -> None:
+        """Let candidates move at all prices; by the tightest and the loosest limit."""
+        limits = self._tree.limits()
+        for share in _WAITED_SHARES:
+            for limit in dict.fromkeys((0, *limits[len(limits) // 2 :][:1], *limits[-1:])):
+                for price in self._tree.prices():
+                    plan = self._tree.best(price, limit, share)
+                    self._add_within(plan)
+                    if not share:  # the least peaks, however slow the link is
+                        self._add_within(replace(plan, ahead=0))
+
+    def _add_within(self, plan: EagerPlan) -> None:
+        """Add a plan; where the other place is too small for it, two that move less.
+
+        What is made last stays, or runs again: it would be away for the shortest time.
+        """
+        if self._add(plan)[1] < _NOWHERE or plan in self._too_large:
+            return
+        self._too_large.add(plan)
+        for again in (False, True):
+            less = plan
+            while (less.moved or less.sends) and self._add(less)[1] == _NOWHERE:
+                less = self._tree.moving_less(less, again)
+            self._add(less)
+
+    def _vary_ahead(self) -> None:
+        """Fetch fewer values ahead, where plans move some."""
+        for _, _, plan in self.frontier():
+            if plan.moved or plan.sends:
+                for ahead in AHEAD:
+                    self._add(replace(plan, ahead=ahead))
 
     def _mix_hull(self) -> None:
         """Mix along the hull, and once more along what that makes of it.
@@ -138,7 +178,7 @@ class EagerPool:
     def _keep_more(self, plan: EagerPlan, ceiling: int) -> None:
         """Keep what a peak of ``ceiling`` bytes has room for."""
         for op in self._tree.keepable(plan):
-            more = EagerPlan(plan.regions, plan.kept | {op})
+            more = replace(plan, kept=plan.kept | {op})
             if self._add(more)[1] <= ceiling:
                 plan = more
 
@@ -159,132 +199,7 @@ def _below(before: Entry, entry: Entry, after: Entry) -> bool:
     return (at_s - time_s) * (peak - least) < (later_s - time_s) * (peak - at)
 
 
-def _order(item: tuple[EagerPlan, tuple[float, int]]) -> tuple[float, int, list[int], list[int]]:
+def _order(item: tuple[EagerPlan, tuple[float, int]]) -> tuple[float | int | list[int], ...]:
     plan, (time_s, peak) = item
-    return time_s, peak, sorted(plan.regions), sorted(plan.kept)
-
-
-class _Tree:
-    """The candidates with what they cost, taken as if bytes added up."""
-
-    def __init__(self, problem: EagerProblem) -> None:
-        self._problem = problem
-        self._regions = problem.regions
-        self._children: list[list[int]] = [[] for _ in self._regions]
-        self._roots: list[int] = []
-        for index, region in enumerate(self._regions):
-            (self._children[region.parent] if region.parent >= 0 else self._roots).append(index)
-        self._saved = [self._saved_storages(index) for index in range(len(self._regions))]
-        nbytes = [storage.nbytes for storage in problem.storages]
-        self._saved_bytes = [sum(nbytes[s] for s in saved) for saved in self._saved]
-        self._argument_bytes = [
-            sum(nbytes[s] for s in region.arguments) + region.extra_bytes
-            for region in self._regions
-        ]
-        self._own_bytes = []
-        for index in range(len(self._regions)):
-            below: set[int] = set().union(*(self._saved[child] for child in self._children[index]))
-            self._own_bytes.append(sum(nbytes[s] for s in self._saved[index] - below))
-        self._made = [sum(nbytes[s] for s in op.makes) for op in problem.ops]
-
-    def _saved_storages(self, index: int) -> set[int]:
-        values = self._problem.values[slice(*self._regions[index].values)]
-        return {value.storage for value in values if value.storage >= 0}
-
-    def _keepable_in(self, index: int) -> Iterator[int]:
-        region = self._regions[index]
-        for op in range(region.ops[0], region.ops[0] + region.needed):
-            found = self._problem.ops[op]
-            if found.keepable and found.time_s > 0 and self._made[op]:
-                yield op
-
-    @cached_property
-    def _ratios(self) -> dict[int, float]:
-        """Seconds saved a byte kept, of each op that a region may keep."""
-        ops = {op for index in range(len(self._regions)) for op in self._keepable_in(index)}
-        return {op: self._problem.ops[op].time_s / self._made[op] for op in sorted(ops)}
-
-    def prices(self) -> list[float]:
-        """Prices of a held byte, from more than any op is worth to nearly nothing."""
-        if not self._ratios:
-            return [1.0]
-        dearest, cheapest = max(self._ratios.values()), min(self._ratios.values())
-        lowest = min(cheapest, dearest * _LOWEST_PRICE)
-        highest = dearest * _HIGHEST_PRICE
-        step = (lowest / highest) ** (1 / (_PRICE_STEPS - 1))
-        return [highest * step**number for number in range(_PRICE_STEPS)]
-
-    def limits(self) -> list[int]:
-        """Limits on what one region makes again, among the regions' own sizes."""
-        sizes = sorted(set(self._saved_bytes))
-        step = max(len(sizes) // _LIMIT_STEPS, 1)
-        return sorted({*sizes[::step], *sizes[-1:]})
-
-    def best(self, price: float, limit: int) -> EagerPlan:
-        """The best choice at a price, among regions that make no more than ``limit`` again."""
-        regions: set[int] = set()
-        kept: set[int] = set()
-        costs: dict[int, tuple[float, bool, list[int]]] = {}
-        for index in reversed(range(len(self._regions))):
-            children = sum(costs[child][0] for child in self._children[index])
-            plain = price * self._own_bytes[index] + children
-            keeps = [op for op in self._keepable_in(index) if self._ratios[op] > price]
-            again = self._rerun_time(index, keeps)
-            held = sum(self._made[op] for op in keeps) + self._argument_bytes[index]
-            whole = again + price * held
-            chosen = self._saved_bytes[index] <= limit and whole < plain
-            costs[index] = (min(whole, plain) if chosen else plain, chosen, keeps)
-        todo = list(self._roots)
-        while todo:
-            index = todo.pop()
-            _, chosen, keeps = costs[index]
-            if chosen:
-                regions.add(index)
-                kept.update(keeps)
-            else:
-                todo += self._children[index]
-        return EagerPlan(frozenset(regions), frozenset(kept))
-
-    def _rerun_time(self, index: int, keeps: Iterable[int]) -> float:
-        region = self._regions[index]
-        ops = self._problem.ops[region.ops[0] : region.ops[0] + region.needed]
-        time_s = sum(op.time_s for op in ops)
-        found = list(keeps)
-        time_s -= sum(self._problem.ops[op].time_s for op in found)
-        return time_s + (len(ops) * self._problem.keeping_s if found else 0.0)
-
-    def keepable(self, plan: EagerPlan) -> list[int]:
-        """The ops that a plan's regions may still keep, the best first."""
-        ops = {op for index in plan.regions for op in self._keepable_in(index)} - plan.kept
-        return sorted(ops, key=lambda op: (-self._ratios[op], op))
-
-    def slots(self, one: EagerPlan, other: EagerPlan) -> list[int]:
-        """The largest regions of two plans in which they differ, in order."""
-        chosen = one.regions | other.regions
-        tops = [index for index in sorted(chosen) if not self._inside(index, chosen)]
-        return [top for top in tops if self._part(one, top) != self._part(other, top)]
-
-    def _inside(self, index: int, chosen: frozenset[int]) -> bool:
-        parent = self._regions[index].parent
-        while parent >= 0:
-            if parent in chosen:
-                return True
-            parent = self._regions[parent].parent
-        return False
-
-    def _part(self, plan: EagerPlan, top: int) -> EagerPlan:
-        """What a plan does inside a region."""
-        first, last = self._regions[top].ops
-        regions = {
-            index
-            for index in plan.regions
-            if first <= self._regions[index].ops[0] and self._regions[index].ops[1] <= last
-        }
-        return EagerPlan(frozenset(regions), frozenset(k for k in plan.kept if first <= k < last))
-
-    def swapped(self, plan: EagerPlan, other: EagerPlan, top: int) -> EagerPlan:
-        """A plan with what another does inside a region."""
-        mine, theirs = self._part(plan, top), self._part(other, top)
-        return EagerPlan(
-            (plan.regions - mine.regions) | theirs.regions, (plan.kept - mine.kept) | theirs.kept
-        )
+    chosen = (sorted(part) for part in (plan.regions, plan.kept, plan.sends, plan.moved))
+    return time_s, peak, plan.ahead, *chosen

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from ckpt_pass._errors import nearest
 from ckpt_pass.ops.taxonomy import OpClass, is_expensive
 from ckpt_pass.plans.parts import Decision
-from ckpt_pass.plans.record import CompiledExecution, PlanRecord
+from ckpt_pass.plans.record import CompiledExecution, EagerExecution, PlanRecord
 from ckpt_pass.policy.named import POLICIES
 from ckpt_pass.policy.rules import SAVING, FirstMatch, Policy, Rule, name_matches
 
@@ -143,6 +143,8 @@ def _empty_regions(plan: PlanRecord) -> Iterator[str]:
     needed = Counter(d.region for d in computing if d.fate != "unused")
     again = {d.region for d in plan.decisions if d.fate == "recomputed"}
     # A layer's output may be saved for the next one.
+    step = plan.execution
+    again |= {name for name, _ in step.moves} if isinstance(step, EagerExecution) else set()
     empty = [name for name in plan.regions if name not in again and needed[name] <= 1]
     if empty:
         yield f"regions that wrapped nothing which the backward needs: {_named(empty)}"

@@ -31,6 +31,7 @@ from ckpt_pass.plans.schema import PlanFileError, Reader
 from ckpt_pass.plans.timeline import Timeline
 from ckpt_pass.plans.writing import FORMAT, SEVERAL, checksum
 from ckpt_pass.policy.sites import CallSite
+from ckpt_pass.regions.keeps import Moves
 from ckpt_pass.version import __version__
 
 #: A plan for a graph of 100,000 ops takes some 10 MB.
@@ -217,9 +218,18 @@ def _inductor_peak(reader: Reader) -> InductorPeak:
 
 
 def _eager_execution(reader: Reader) -> EagerExecution:
+    moves = reader.get("moves").maybe(lambda found: tuple(map(_module_moves, found.items())))
     return EagerExecution(
-        _signature(reader["signature"]), frozenset(reader["random_regions"].texts())
+        _signature(reader["signature"]),
+        frozenset(reader["random_regions"].texts()),
+        moves or (),
     )
+
+
+def _module_moves(reader: Reader) -> tuple[str, Moves]:
+    name, numbers, ahead, arguments = reader.items(4)
+    chosen = frozenset(number.whole() for number in numbers.items())
+    return name.text(), Moves(chosen, ahead.whole(), arguments.flag())
 
 
 def _site(reader: Reader) -> CallSite:

@@ -15,6 +15,7 @@ from ckpt_pass.plans.parts import Decision, Replay, SavedActivations, Signature
 from ckpt_pass.plans.timeline import Timeline
 from ckpt_pass.policy.rules import Policy
 from ckpt_pass.policy.sites import Bytes, CallSite
+from ckpt_pass.regions.keeps import Moves
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,13 @@ class EagerExecution:
     Attributes:
         signature: what the step takes, so that a use for another one is noticed.
         random_regions: the regions that draw random numbers, or may once they are in training mode.
+        moves: what regions move: the arguments of one that runs again, or what autograd saves in
+            one that does not.
     """
 
     signature: Signature
     random_regions: frozenset[str]
+    moves: tuple[tuple[str, Moves], ...] = ()
 
 
 @dataclass(frozen=True)

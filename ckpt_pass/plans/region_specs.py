@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from ckpt_pass.plans.parts import Decision
-from ckpt_pass.regions.keeps import Keeps
+from ckpt_pass.regions.keeps import Keeps, Moves
 from ckpt_pass.regions.wrapping import RegionSpec
 
 
@@ -14,6 +15,7 @@ def region_specs(
     regions: Iterable[str],
     decisions: Sequence[Decision],
     random_regions: Collection[str] | None = None,
+    moves: Mapping[str, Moves] | None = None,
 ) -> dict[str, RegionSpec]:
     """What becomes of each region: which executions of which ops it keeps.
 
@@ -23,7 +25,9 @@ def region_specs(
         regions: their names.
         decisions: in the order of execution.
         random_regions: those that draw random numbers; ``None`` where that is not known.
+        moves: what regions move: their arguments, or, without running again, what autograd saves.
     """
+    moves = moves or {}
     counts: dict[str, Counter[str]] = {name: Counter() for name in regions}
     kept: dict[str, dict[str, list[int]]] = {name: {} for name in counts}
     for decision in decisions:
@@ -36,7 +40,12 @@ def region_specs(
         counts[name][op] += 1
     found = {}
     for name, ops in kept.items():
+        moved = moves.get(name)
+        if moved is not None and not moved.arguments:
+            found[name] = RegionSpec(offload_saved=True, moves=moved)
+            continue
         keeps = Keeps(tuple((op, tuple(numbers)) for op, numbers in sorted(ops.items())))
         draws = None if random_regions is None else name in random_regions
-        found[name] = RegionSpec(keeps, draws=draws)
+        spec = RegionSpec(keeps, draws=draws)
+        found[name] = spec if moved is None else replace(spec, offload_inputs=True, moves=moved)
     return found

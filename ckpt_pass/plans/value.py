@@ -16,6 +16,8 @@ from torch import nn
 
 from ckpt_pass._errors import nearest
 from ckpt_pass.graph.shapes import bytes_at, where_within
+from ckpt_pass.offloading.options import InvalidOffloadError
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.plans.audit import findings
 from ckpt_pass.plans.files import PlanFile
 from ckpt_pass.plans.plot import plot_plan
@@ -116,20 +118,25 @@ class Plan(PlanRecord, PlanFile):
         """
         return cls(**plan_from_json(text))
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module, offload: OffloadLike | None = None) -> None:
         """Make the plan's regions checkpoint regions of an eager model, until :meth:`remove`.
 
         The model is not edited: each region's module gets a ``forward`` of its own. A plan that
         was made for a compiled step is carried out as far as eager mode can: its layers are
         regions, and keep what the plan saves in them; its peak does not hold then.
 
+        Args:
+            model: the model.
+            offload: where an eager plan moves values to; where it was made for, if ``None``.
+
         Raises:
             UnknownRegionError: the model lacks a module of the plan.
             PlanMismatchError: its parameters are not those that an eager plan was made for.
             AlreadyAppliedError: a module is a region already.
+            InvalidOffloadError: it moves values, and was read from a file that does not say where.
         """
-        self._check(model)
-        apply_regions(model, self.region_specs())
+        self._check(model, offload)
+        apply_regions(model, self.region_specs(offload))
 
     def cut_at(self, graph_break: str) -> Plan:
         """This plan of a graph after which dynamo cut the model."""
@@ -160,8 +167,8 @@ class Plan(PlanRecord, PlanFile):
             execution=replace(self.execution, inductor=peak),
         )
 
-    def _check(self, model: nn.Module) -> None:
-        check_regions(model, self.region_specs())
+    def _check(self, model: nn.Module, offload: OffloadLike | None) -> None:
+        check_regions(model, self.region_specs(offload))
         if self.mode == "eager":
             check_eager_step(self.signature, model)
 
@@ -174,20 +181,40 @@ class Plan(PlanRecord, PlanFile):
         """
         remove_regions(model)
 
-    def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+    def applied(
+        self, model: nn.Module, offload: OffloadLike | None = None
+    ) -> AbstractContextManager[nn.Module]:
         """The same inside a ``with`` block only."""
-        self._check(model)
-        return applied_regions(model, self.region_specs())
+        self._check(model, offload)
+        return applied_regions(model, self.region_specs(offload))
 
-    def region_specs(self) -> Mapping[str, RegionSpec]:
-        """What becomes of each region in eager mode, by FQN."""
-        return self._region_specs
+    def region_specs(self, offload: OffloadLike | None = None) -> Mapping[str, RegionSpec]:
+        """What becomes of each region in eager mode, by FQN.
+
+        Args:
+            offload: where an eager plan moves values to; where it was made for, if ``None``.
+
+        Raises:
+            InvalidOffloadError: it moves values, and was read from a file that does not say where.
+        """
+        found = self._region_specs
+        if not any(spec.moves is not None for spec in found.values()):
+            return found
+        goal = self.asked.goal
+        where = goal.offload if offload is None and goal is not None else offload
+        if where is None:
+            raise InvalidOffloadError(
+                "The plan moves values to a store of the user's, which its file does not hold. "
+                "Expected the store to be named: plan.apply(model, offload=store)."
+            )
+        return {name: replace(spec, offload=where) for name, spec in found.items()}
 
     @cached_property
     def _region_specs(self) -> Mapping[str, RegionSpec]:
         step = self.execution
-        random_regions = step.random_regions if isinstance(step, EagerExecution) else None
-        return region_specs(self.regions, self.decisions, random_regions)
+        if not isinstance(step, EagerExecution):
+            return region_specs(self.regions, self.decisions)
+        return region_specs(self.regions, self.decisions, step.random_regions, dict(step.moves))
 
     def region_spec(self, name: str) -> RegionSpec | None:
         """What becomes of the module ``name`` in eager mode; ``None`` where it is no region.

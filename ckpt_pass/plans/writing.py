@@ -163,7 +163,9 @@ def _offloaded_data(found: LinkUse) -> dict[str, Any]:
 def _execution_data(step: CompiledExecution | EagerExecution) -> dict[str, Any]:
     data: dict[str, Any] = {"signature": _signature_data(step.signature)}
     if isinstance(step, EagerExecution):
-        return {**data, "random_regions": sorted(step.random_regions)}
+        found = [[name, sorted(m.numbers), m.ahead, m.arguments] for name, m in step.moves]
+        moves = {"moves": found} if found else {}
+        return {**data, "random_regions": sorted(step.random_regions), **moves}
     inner = step.inductor
     return {
         **data,

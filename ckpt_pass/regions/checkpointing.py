@@ -19,7 +19,7 @@ from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.regions.caches import with_empty_caches
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.frame import Frame, RegionOptions
-from ckpt_pass.regions.keeps import Keeps
+from ckpt_pass.regions.keeps import Keeps, Moves
 from ckpt_pass.regions.sac import context_fn as make_context_fn
 from ckpt_pass.regions.writes import known_of
 
@@ -40,6 +40,7 @@ class RegionSpec:
         offload: where values go that are offloaded; to the host where ``None``.
         offload_inputs: whether the activations among its arguments are offloaded.
         offload_saved: whether nothing is recomputed, and what autograd saves inside is offloaded.
+        moves: which of these, and how they come back; all where ``None``.
     """
 
     keeps: Keeps | None = None
@@ -50,6 +51,7 @@ class RegionSpec:
     offload: OffloadLike | None = None
     offload_inputs: bool = False
     offload_saved: bool = False
+    moves: Moves | None = None
 
 
 class ContradictoryRegionError(CkptPassError, ValueError):
@@ -240,7 +242,9 @@ def run_region(
     if not autograd.hooks_enabled():  # torch.autograd.graph.disable_saved_tensors_hooks
         return fn(*args, **kwargs)
     if options.offload_saved:
-        with offloaded_inside(fn if options.root is None else options.root, args, options.offload):
+        root = fn if options.root is None else options.root
+        chosen = () if options.moves is None else (options.moves.numbers, options.moves.ahead)
+        with offloaded_inside(root, (args, kwargs), options.offload, *chosen):
             return fn(*args, **kwargs)
     if args or kwargs:
         root = fn if options.root is None else options.root
@@ -301,6 +305,7 @@ def with_moves(options: RegionOptions, spec: RegionSpec) -> RegionOptions:
         offload=spec.offload,
         offload_inputs=spec.offload_inputs,
         offload_saved=spec.offload_saved,
+        moves=spec.moves,
     )
 
 

@@ -21,10 +21,11 @@ from torch.autograd.profiler import record_function
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd, functorch, modules
 from ckpt_pass.offloading.stores import OffloadLike
-from ckpt_pass.offloading.window import Window
+from ckpt_pass.offloading.window import AHEAD, Window
 from ckpt_pass.policy.rules import Policy
 from ckpt_pass.regions.ambient import Ambient, RandomState, drawing_from
 from ckpt_pass.regions.arguments import Arguments
+from ckpt_pass.regions.keeps import Moves
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory
 from ckpt_pass.regions.rerun_mode import RecomputeMode
@@ -55,6 +56,7 @@ class RegionOptions:
         offload: where values go that are offloaded; to the host where ``None``.
         offload_inputs: whether the activations among its arguments are offloaded.
         offload_saved: whether nothing is recomputed, and what autograd saves inside is offloaded.
+        moves: which of these, and how they come back; all where ``None``.
     """
 
     name: str = "region"
@@ -68,6 +70,7 @@ class RegionOptions:
     offload: OffloadLike | None = None
     offload_inputs: bool = False
     offload_saved: bool = False
+    moves: Moves | None = None
 
     @property
     def moves_its_own(self) -> bool:
@@ -133,7 +136,8 @@ class Frame:
         known = known_of(root, *args, *kwargs.values())
         self._outside = outside = Outside(root, known)
         if options.offload_inputs or options.policy is not None:
-            self._memory = RegionMemory(options.offload)
+            ahead = AHEAD if options.moves is None else options.moves.ahead
+            self._memory = RegionMemory(options.offload, ahead)
         if options.offload_inputs and self._memory is not None:
             self._window = self._memory.window_for_more()
         self._arguments = self._kept(args, kwargs)

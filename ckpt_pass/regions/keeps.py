@@ -1,4 +1,4 @@
-"""Keep single executions of ops in a region, as a plan lists them."""
+"""Keep single executions of ops in a region, or move single saved values, as a plan lists them."""
 
 from __future__ import annotations
 
@@ -45,3 +45,18 @@ class Keeps:
         if number in dict(self.moved).get(name, ()):
             return CheckpointPolicy.MUST_CPU_OFFLOAD
         return None
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What a module offloads: of what autograd saves in it, or its arguments.
+
+    Attributes:
+        numbers: those of the saved values, in the order in which they are saved, counted from 0.
+        ahead: how many values are fetched before the backward asks for them.
+        arguments: whether it is the arguments of a region that runs again.
+    """
+
+    numbers: frozenset[int]
+    ahead: int
+    arguments: bool = False

@@ -13,7 +13,7 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import functorch
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
-from ckpt_pass.offloading.window import Window
+from ckpt_pass.offloading.window import AHEAD, Window
 from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.policy.sites import output_tensors
 from ckpt_pass.regions.draws import Draw
@@ -144,10 +144,20 @@ class RegionMemory:
     forward and recomputation (autocast casts a shared weight once, or twice) and do no harm.
     """
 
-    __slots__ = ("_by_storage", "_offload", "_seen", "_unindexed", "complete", "entries", "window")
+    __slots__ = (
+        "_ahead",
+        "_by_storage",
+        "_offload",
+        "_seen",
+        "_unindexed",
+        "complete",
+        "entries",
+        "window",
+    )
 
-    def __init__(self, offload: OffloadLike | None = None) -> None:
+    def __init__(self, offload: OffloadLike | None = None, ahead: int = AHEAD) -> None:
         self._offload = offload
+        self._ahead = ahead
         #: What is put away; ``None`` as long as nothing is.
         self.window: Window | None = None
         #: Whether the region's forward has ended. Until then a backward inside it may make it run
@@ -176,7 +186,8 @@ class RegionMemory:
     def window_for_more(self) -> Window:
         """What puts values away; made with the first of them."""
         if self.window is None:
-            self.window = Window(Offload() if self._offload is None else self._offload)
+            where = Offload() if self._offload is None else self._offload
+            self.window = Window(where, ahead=self._ahead)
         return self.window
 
     def skip(self, key: Any) -> None:

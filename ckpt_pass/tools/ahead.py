@@ -87,9 +87,9 @@ def plan(
         regions: FQN patterns of the layers; found from the module names where ``None``.
         dynamic: leave sizes symbolic; bytes are expressions then.
         mode: ``compiled``, or ``eager`` for a step that is not compiled: the plan then chooses
-            modules as checkpoint regions, and what each keeps (``plan.apply(model)``). It needs a
-            budget; ``policy``, ``solver``, ``offload``, ``regions`` and ``dynamic`` are for
-            compiled plans.
+            modules as checkpoint regions, and what each keeps (``plan.apply(model)``), and with
+            ``offload`` modules that move what autograd saves in them instead. It needs a
+            budget; ``policy``, ``solver``, ``regions`` and ``dynamic`` are for compiled plans.
         inner: what compiles the planned halves: ``aot_eager`` runs the ops of the graph one by one;
             of ``inductor`` the code is generated, and its peak is the plan's; that takes as long as
             a compilation without its kernels.
@@ -164,10 +164,8 @@ class _Wanted:
 
 def _eager_plan(step: FakeStep, wanted: _Wanted) -> Plan:
     dynamic = wanted.dynamic or None
-    offload = wanted.goal.offload if wanted.goal is not None else None
     taken = {
         "policy": wanted.policy,
-        "offload": offload,
         "regions": step.regions,
         "dynamic": dynamic,
         "inner": wanted.inner if wanted.inner != "aot_eager" else None,

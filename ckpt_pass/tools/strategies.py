@@ -25,8 +25,10 @@ from ckpt_pass.modules.applying import choose
 from ckpt_pass.modules.choice import Choice, PlacementError
 from ckpt_pass.modules.layers.find import NoLayersError
 from ckpt_pass.modules.placement import Placement, as_placement
+from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import BudgetLike, check_budget, parse_budget
+from ckpt_pass.plans.goal import as_offload
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.named import POLICIES, as_policy
 from ckpt_pass.policy.rules import PolicyLike, describe
@@ -73,6 +75,7 @@ class Strategy:
         placement: which modules are regions, as for :func:`ckpt_pass.apply`.
         policy: what each keeps; what the placement says where ``None``.
         budget: in the place of both: a plan for eager mode within a peak.
+        offload: where that plan may move values to, if it may.
         plan: in the place of all: an eager plan that was made before.
     """
 
@@ -81,6 +84,7 @@ class Strategy:
     policy: PolicyLike | None = None
     budget: BudgetLike | None = None
     plan: Plan | None = None
+    offload: OffloadLike | None = None
 
 
 #: A name, a placement, (placement, policy), an eager plan, or a :class:`Strategy`.
@@ -145,6 +149,7 @@ def compare_strategies(
     loss_fn: LossFn | None = None,
     rounds: int = ROUNDS,
     predict: bool = True,
+    offload: OffloadLike | bool | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Comparison:
     """Measure what ways to checkpoint a model cost a training step of ``model(*args)``, in eager.
@@ -160,14 +165,18 @@ def compare_strategies(
         loss_fn: applied to the model's output.
         rounds: timings of each strategy, all in turn; of CPU time on one thread.
         predict: also predict each peak, from a step recorded on fake tensors.
+        offload: where values may be moved to, as for :func:`ckpt_pass.plan`: every budget has one
+            more row, of a plan that may keep, recompute, or move.
         progress: told about each part of the work.
 
     Raises:
-        StrategyError: two strategies of one name, a model that has regions, no round.
+        StrategyError: two strategies of one name, a model that has regions, no round, ``offload``
+            without a budget.
+        InvalidOffloadError: ``offload`` is no place.
         UnknownPlacementError, UnknownPolicyError, InvalidBudgetError: a strategy is misspelt.
         NoLossError: the step returns no scalar.
     """
-    chosen = [as_strategy(given) for given in strategies]
+    chosen = _with_offload([as_strategy(given) for given in strategies], as_offload(offload))
     if all(strategy.name != PLAIN for strategy in chosen):
         chosen.insert(0, Strategy(PLAIN, PLAIN))
     chosen.sort(key=lambda strategy: strategy.name != PLAIN)
@@ -192,6 +201,24 @@ def compare_strategies(
         threads=torch.get_num_threads(),
         rounds=rounds,
     )
+
+
+def _with_offload(chosen: list[Strategy], offload: OffloadLike | None) -> list[Strategy]:
+    """The strategies, and after each budget the same with a place to move values to."""
+    if offload is None:
+        return chosen
+    if all(strategy.budget is None for strategy in chosen):
+        raise StrategyError(
+            f"Got offload={offload!r} and no budget among the strategies, expected one: it is a "
+            "plan that chooses what is moved. Add 'budget=0.5', or use a placement that offloads: "
+            "Offloaded('all')."
+        )
+    found = []
+    for strategy in chosen:
+        found.append(strategy)
+        if strategy.budget is not None and strategy.offload is None:
+            found.append(replace(strategy, name=f"{strategy.name}, offload", offload=offload))
+    return found
 
 
 def _check(model: nn.Module, chosen: Sequence[Strategy], rounds: int) -> None:
@@ -255,9 +282,8 @@ def _regions(
     """What is applied, how many regions that are, and the predicted peak."""
     plan = strategy.plan
     if strategy.budget is not None:
-        plan = make_plan(
-            step.model, *step.args, budget=strategy.budget, mode="eager", loss_fn=step.loss_fn
-        )
+        how: dict[str, Any] = {"budget": strategy.budget, "offload": strategy.offload}
+        plan = make_plan(step.model, *step.args, mode="eager", loss_fn=step.loss_fn, **how)
     if plan is not None:
         specs = plan.region_specs()
         return specs, len(specs), plan.peak_bytes

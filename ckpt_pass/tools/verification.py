@@ -18,6 +18,7 @@ from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.plans.budget import BudgetLike
+from ckpt_pass.plans.goal import as_offload
 from ckpt_pass.plans.signature import check_eager_step
 from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
@@ -150,7 +151,7 @@ def verify(
             how: dict[str, Any] = {"policy": policy, "budget": budget, "offload": offload}
             plan = make_plan(model, *args, mode=mode, loss_fn=loss_fn, kwargs=inputs, **how)
         if isinstance(plan, Plan) and plan.mode == "eager":
-            return _verify_eager(plan, used)
+            return _verify_eager(plan, used, as_offload(offload))
         return _verify_compiled(plan, used)
 
 
@@ -254,10 +255,10 @@ def _verify_policy(policy: PolicyLike | None, used: _Used) -> Verdict:
     return Verdict(f"eager regions, policy {words}", (*same, _not_above(plain, measured)))
 
 
-def _verify_eager(plan: Plan, used: _Used) -> Verdict:
+def _verify_eager(plan: Plan, used: _Used, offload: OffloadLike | None) -> Verdict:
     check_eager_step(plan.signature, used.model, used.args, used.kwargs)
-    same = used.with_regions(plan.region_specs())
-    with plan.applied(used.model):
+    same = used.with_regions(plan.region_specs(offload))
+    with plan.applied(used.model, offload):
         measured = used.measured()
     return Verdict(f"eager plan {plan.fingerprint[:12]}", (*same, *_promises(plan, measured)))
 

@@ -13,7 +13,8 @@ from benchmarks.eager_budgets import LARGE, LISTS, SMALL, Model, measured, model
 from ckpt_pass.eager.planning import described
 from ckpt_pass.eager.trace import trace_step
 from ckpt_pass.ops.taxonomy import op_name
-from ckpt_pass.planner.eager_problem import EagerPlan, EagerProblem
+from ckpt_pass.planner.eager_parts import EagerPlan
+from ckpt_pass.planner.eager_problem import EagerProblem
 from ckpt_pass.planner.eager_solve import EagerPool
 
 MODELS = {model.name: model for model in (*SMALL, *LARGE)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_pass
-from ckpt_pass.planner.eager_problem import EagerPlan
+from ckpt_pass.planner.eager_parts import EagerPlan
 from ckpt_pass.planner.eager_solve import EagerPool
 from tests.zoo import hf
 

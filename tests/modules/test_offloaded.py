@@ -193,7 +193,7 @@ def test_arguments_that_contradict_each_other() -> None:
     net = Net()
     with pytest.raises(ckpt_pass.PlacementError, match="recomputes nothing, and has a policy"):
         ckpt_pass.apply(net, Offloaded(AllLayers(), what="saved"), "save-matmul")
-    with pytest.raises(ckpt_pass.PlacementError, match="together with offload="):
+    with pytest.raises(ckpt_pass.PlacementError, match="together with offload_inputs="):
         ckpt_pass.apply(net, budget=0.5, example_inputs=X, offload_inputs=True)
     with pytest.raises(ckpt_pass.PlacementError, match="Did you mean 'inputs'"):
         Offloaded(AllLayers(), what="input")
