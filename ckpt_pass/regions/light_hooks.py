@@ -42,17 +42,18 @@ class LightHooks:
         "_rerun",
         "_saved",
         "_stops_early",
-        "_store",
         "_surroundings",
         "_undo",
         "name",
         "outside",
+        "store",
         "watch",
     )
 
     def __init__(self) -> None:
         self._saved = SavedLooks()
-        self._store: list[torch.Tensor | None] = []
+        #: Recomputed values, each until it is taken.
+        self.store: list[torch.Tensor | None] = []
         self._rerun: Recomputation | None = None
         self._in_use = False
         #: For messages and profilers.
@@ -107,21 +108,13 @@ class LightHooks:
     def exit_forward(self) -> None:
         """Pop them; what a backward inside the region had made and left is let go."""
         self._complete = True
-        self._store = []
+        self.store = []
         autograd.pop_saved_hooks()
         if self.outside is not None:
             if self.watch is not None:
                 self.outside.learn()
                 self.watch = None
             self.outside.check_iterators()
-
-    def take(self, number: int) -> torch.Tensor | None:
-        """A recomputed value, once; ``None`` where it was not recomputed, or taken before."""
-        store = self._store
-        if number >= len(store):
-            return None
-        value, store[number] = store[number], None
-        return value
 
     def enter_recompute(self) -> bool:
         """Push hooks that collect the values; return whether torch recomputes for them."""
@@ -132,7 +125,7 @@ class LightHooks:
             self._range = record_function(f"recompute {self.name}")
             self._range.__enter__()
         pack = hooks[0]
-        self._store = []
+        self.store = []
         if self._surroundings is not None:
             self._surroundings.restore(self._undo)
         self._rerun = Recomputation(
@@ -156,7 +149,7 @@ class LightHooks:
         rerun, self._rerun = self._rerun, None
         made = rerun.handed_over()
         if rerun.is_complete:  # torch's early stop is an error here too
-            self._store = made
+            self.store = made
         if not failed:
             rerun.check_count(exactly=self._complete and not self._stops_early)
 
@@ -182,10 +175,13 @@ class _Unpack:
         self._holder = holder
 
     def __call__(self, number: int) -> torch.Tensor:
-        value = self._hooks.take(number)
+        store = self._hooks.store
+        value = store[number] if number < len(store) else None
         if value is None:  # not yet recomputed, or used by a backward before this one
             autograd.recompute_anew(self._frame)
             self._unpack_of_torch(self._holder)
-            value = self._hooks.take(number)
+            store = self._hooks.store
+            value = store[number]
             assert value is not None
+        store[number] = None
         return value
