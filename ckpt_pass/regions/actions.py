@@ -44,6 +44,8 @@ class Actions:
         #: Of those that are passed or stored: what calls them, and whether they are stored.
         self.quick: dict[int, tuple[Callable[..., Any], bool]] = {}
         self._ops: list[Any] = []  # so that no other op gets the same id
+        #: For whoever runs regions: how they run with this policy and nothing else, by their name.
+        self.options: dict[str, Any] = {}
         #: Ops of which some call draws random numbers and some call may be saved.
         self.drawing: set[Any] = set()
 

@@ -22,8 +22,9 @@ class Contents:
     """What a number of holders hold at a moment, by reference."""
 
     __slots__ = (
-        "_flat",
         "_is_all",
+        "_marks",
+        "_simple",
         "attributes",
         "buffers",
         "cells",
@@ -35,7 +36,7 @@ class Contents:
         "states",
     )
 
-    def __init__(self, holders: Holders) -> None:
+    def __init__(self, holders: Holders, marks: list[int] | None = None) -> None:
         self.attributes: list[dict[str, Any]] = [own.copy() for own in holders.attributes]
         self.parameters: list[dict[str, Any]] = [own.copy() for own in holders.parameters]
         self.buffers: list[dict[str, Any]] = [own.copy() for own in holders.buffers]
@@ -45,36 +46,43 @@ class Contents:
         self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
         self.spots = _read_all(holders.spots)
         self.states: list[Any] = [keeper.read(value) for value, keeper in holders.objects]
-        # Values that compare at no risk: lists of the same objects are equal before any is asked.
-        self._flat = _values(self) if holders.simple else None
+        #: Of dicts alone: those of derived classes may have an order of their own.
+        self._marks = marks
+        if marks is None and {dict}.issuperset(map(type, holders.dicts())):
+            self._marks = holders.marks()
+        self._simple = holders.simple
         others = self.maps or self.lists or self.sets or self.cells or self.spots or self.states
         self._is_all = not others
 
     def held_by(self, holders: Holders) -> bool:
         """Whether they hold the same now, object by object."""
         now, was = holders, self
-        if self._flat is not None:
-            try:
-                same = _values(now) == self._flat
-            except (RuntimeError, TypeError, ValueError):  # an array in the place of a number
-                return False
-        else:
-            same = (
-                _same_values(now.attributes, was.attributes)
-                and _same_values(now.parameters, was.parameters)
-                and _same_values(now.buffers, was.buffers)
-            )
-        if not same or self._is_all:
-            return same
+        # Nearly always the marks are the same, and tell that without a look at any value.
+        marked = self._marks is not None and now.marks() == self._marks
+        if not (marked or self._same_dicts(now)):
+            return False
+        if self._is_all:
+            return True
         return (
-            (not was.maps or (_same_values(now.maps, was.maps) and _same(now.maps, was.maps)))
+            (not was.spots or all(map(is_, _read_all(now.spots), was.spots)))
+            and (not was.maps or (_same_values(now.maps, was.maps) and _same(now.maps, was.maps)))
             and (not was.lists or _same(now.lists, was.lists))
             and (not was.sets or all(a == b for a, b in zip(now.sets, was.sets, strict=True)))
             and (not was.cells or _same(map(contents_of, now.cells), was.cells))
-            and (
-                not was.spots or _same([[read_spot(*spot[:2]) for spot in now.spots]], [was.spots])
-            )
             and not any(was.moved(now))
+        )
+
+    def _same_dicts(self, now: Holders) -> bool:
+        if self._simple:
+            # Values compare at no risk: lists of the same objects are equal before any is asked.
+            try:
+                return _values(now) == _values(self)
+            except (RuntimeError, TypeError, ValueError):  # an array in the place of a number
+                return False
+        return (
+            _same_values(now.attributes, self.attributes)
+            and _same_values(now.parameters, self.parameters)
+            and _same_values(now.buffers, self.buffers)
         )
 
     def moved(self, holders: Holders) -> Iterator[tuple[Any, Keeper, Any]]:

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from ckpt_pass._torch import autograd
-from ckpt_pass.regions.classes import ClassReads, class_of
+from ckpt_pass._torch.dicts import marks_of
+from ckpt_pass.regions.classes import class_of, reads_of_class
 from ckpt_pass.state.code_names import (
     FUNCTION,
     Reads,
@@ -31,7 +32,7 @@ from ckpt_pass.state.code_names import (
 )
 from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
 from ckpt_pass.state.remembered import Remembered
-from ckpt_pass.state.spots import MISSING, read_spot, slots_of
+from ckpt_pass.state.spots import MISSING, Owner, read_spot, slots_of
 
 #: What every module has; its contents are looked at one by one.
 _NAMES = list(nn.Module().__dict__)
@@ -111,8 +112,8 @@ _VALUES = frozenset((int, float, bool, complex, str, bytes, type(None), slice, r
     (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 )
 # Looked up for every value that is met.
-_kind: Callable[[Any], _Kind] = Remembered(_find_kind, lambda _: None)
-_slots: Callable[[Any], tuple[str, ...]] = Remembered(slots_of, lambda _: None)
+_kind: Callable[[Any], _Kind] = Remembered(_find_kind)
+_slots: Callable[[Any], tuple[str, ...]] = Remembered(slots_of)
 #: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
 Spot = tuple[Any, str, Any]
 
@@ -126,6 +127,8 @@ class Holders:
         maps, lists, sets: containers.
         cells: variables of closures.
         spots: single names in namespaces that belong to others too, and what they hold.
+        owners: what the namespaces of these are found by; ``None`` for an object's own fields.
+        modules: those whose dicts are among the attributes.
         objects: those with a state of their own, and how it is kept.
         tensors: the tensors that are held; some more than once.
         lasting: whether the only tensors are modules' parameters and buffers, which stay.
@@ -143,8 +146,10 @@ class Holders:
         "lasting",
         "lists",
         "maps",
+        "modules",
         "norms",
         "objects",
+        "owners",
         "parameters",
         "sets",
         "simple",
@@ -161,6 +166,8 @@ class Holders:
         self.sets: list[set[Any]] = []
         self.cells: list[types.CellType] = []
         self.spots: list[Spot] = []
+        self.owners: list[Owner | None] = []
+        self.modules: list[nn.Module] = []
         self.objects: list[tuple[Any, Keeper]] = []
         self.tensors: list[torch.Tensor] = []
         self.lasting = self.simple = True
@@ -185,7 +192,7 @@ class Holders:
                 self._todo.append((root, 0))
             else:
                 if _kind(type(root)) is _Kind.OBJECT:
-                    self._class(class_of(type(root)))
+                    self._class(type(root))
                 self._todo.append((root, 0))
         looked_at = 0
         while self._todo or looked_at < len(self.tensors):
@@ -197,6 +204,8 @@ class Holders:
 
     def has(self, container: Any) -> bool:
         """Whether a container is among the holders."""
+        if not self._seen:  # nothing was looked for: what is here was known
+            self._seen.update(map(id, (*self.mappings(), *self.modules)))
         return id(container) in self._seen
 
     def movable(self) -> list[torch.Tensor]:
@@ -206,6 +215,18 @@ class Holders:
                 t for t in self.tensors if has_memory(t) and not autograd.is_gathered(t)
             ]
         return self._movable
+
+    def let_all_move(self) -> None:
+        """Take it as known that all tensors are of these."""
+        self._movable = self.tensors
+
+    def dicts(self) -> list[dict[str, Any]]:
+        """Those of modules, of functions and of objects: all but the containers."""
+        return [*self.attributes, *self.parameters, *self.buffers]
+
+    def marks(self) -> list[int]:
+        """What tells whether those dicts have been changed since."""
+        return marks_of(self.dicts())
 
     def mappings(self) -> Iterator[dict[Any, Any]]:
         """All dicts among the holders."""
@@ -234,6 +255,7 @@ class Holders:
                 todo += children.values()
             if known.norm:
                 self.norms = True
+            self.modules.append(module)
             if known.managed:
                 continue
             attributes.append(own)
@@ -260,10 +282,12 @@ class Holders:
                     self._todo.append((own[name], 0))
             if known.bases and id(known) not in seen:
                 seen.add(id(known))
-                self._class(known)
+                self._class(type(module))
 
-    def _class(self, known: ClassReads) -> None:
-        for base in known.bases:
+    def _class(self, cls: type) -> None:
+        known = class_of(cls)
+        bases = [base for ref in known.bases if (base := ref()) is not None]
+        for base in bases:
             if base in self._seen:
                 continue
             self._seen.add(base)
@@ -271,18 +295,22 @@ class Holders:
                 if name.startswith("__"):
                     continue
                 if type(value) is FUNCTION:  # another may be there for the forward only
-                    self.spots.append((base, name, value))
+                    self._note(base, base, name, value)
                 else:
                     self._spot(base, name, value)
-        if known.bases:
-            new = (name for name in known.stored if not hasattr(known.bases[0], name))
-            self.spots += [(known.bases[0], name, MISSING) for name in new]
-        self._read(known.reads)
+        for name in known.stored if bases else ():
+            if not hasattr(bases[0], name):
+                self._note(bases[0], bases[0], name, MISSING)
+        self._read(reads_of_class(cls))
+
+    def _note(self, owner: Owner | None, space: Any, name: str, value: Any) -> None:
+        self.spots.append((space, name, value))
+        self.owners.append(owner)
 
     def _read(self, reads: Reads) -> None:
-        for space, name in reads.names:
+        for owner, (space, name) in zip(reads.owners, reads.names, strict=True):
             value = read_spot(space, name)
-            self.spots.append((space, name, value))
+            self._note(owner, space, name, value)
             if type(value) not in ATOMS and value is not MISSING:
                 self._todo.append((value, 0))
         for fn in reads.functions:
@@ -296,11 +324,11 @@ class Holders:
             self.cells.append(cell)
             self._contents(tuple(contents_of(cell)), depth)
 
-    def _spot(self, space: Any, name: str, value: Any) -> None:
+    def _spot(self, base: type, name: str, value: Any) -> None:
         kind = _kind(type(value))
         if kind is _Kind.IGNORED and type(value) not in _VALUES:
             return
-        self.spots.append((space, name, value))
+        self._note(base, base, name, value)
         if kind is not _Kind.IGNORED:
             self._todo.append((value, 0))
 
@@ -367,7 +395,7 @@ class Holders:
             self._fields(own, depth + 1)
         for name in _slots(type(value)):
             held = getattr(value, name, None)
-            self.spots.append((value, name, held))
+            self._note(None, value, name, held)
             self._contents((held,), depth + 1)
 
     def _fields(self, own: dict[str, Any], depth: int) -> None:

@@ -87,8 +87,10 @@ class Recomputation:
         """
         store = self._store
         number = len(store)
-        if number < self._count:  # what comes past all that the forward saved is let go in the end
-            if self._checked and (value.shape, value.dtype) != self._expected[number]:
+        # What comes past all that the forward saved is let go in the end.
+        if self._checked and number < self._count:
+            looks = (value.shape, value.dtype)
+            if looks != self._expected[number]:
                 raise self._mismatch(number, value)
         store.append(value)
         if number + 1 == self._count:

@@ -28,7 +28,7 @@ from ckpt_pass.state.remembered import Remembered
 _known: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Known]] = (
     weakref.WeakKeyDictionary()
 )
-_of_modules: Remembered[nn.Module, Known] = Remembered(Known, Known.let_go)
+_of_modules: Remembered[nn.Module, Known] = Remembered(lambda _: Known())
 
 
 def known_of(fn: Any, *arguments: Any) -> Known:
