@@ -135,12 +135,6 @@ def _kept_arguments(frame: Any) -> tuple[list[Any], dict[str, Any]]:
     return positional, named
 
 
-def has_arguments_besides_tensors(frame: Any) -> bool:
-    """Whether torch's checkpoint region keeps anything else of its arguments."""
-    positional, named = _kept_arguments(frame)
-    return not _SAVED.issuperset(map(type, positional)) or bool(named)
-
-
 def arguments_of_checkpoint(frame: Any) -> list[Any]:
     """What torch's checkpoint region keeps of its arguments, tensors excepted."""
     positional, named = _kept_arguments(frame)

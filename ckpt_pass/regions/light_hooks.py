@@ -10,6 +10,7 @@ backwards stay torch's.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class LightHooks:
         self._checked = True
         self._stops_early = True
         self._surroundings: Surroundings | None = None
-        self._undo = contextlib.ExitStack()
+        self._undo: contextlib.ExitStack | None = None
         #: What the region reads besides its arguments.
         self.outside: Outside | None = None
         #: Looks for what its forward overwrites, the first time.
@@ -85,7 +86,7 @@ class LightHooks:
         self._in_use = True
         self._surroundings = Surroundings()
         self._look_around(frame)
-        asked = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
+        asked = _asking(self, frame, hooks[1], hooks[0](_VALUE))
         # What torch has noted of our value, if it checks any.
         self._checked = frame.metadata_fn is None or frame.x_metadatas[-1] is not None
         autograd.push_saved_hooks(self._saved.pack, asked)
@@ -93,12 +94,13 @@ class LightHooks:
 
     def _look_around(self, frame: Any) -> None:
         fn = autograd.function_of_checkpoint(frame)
-        known = known_of(fn, *autograd.arguments_of_checkpoint(frame))
+        others = autograd.arguments_of_checkpoint(frame)
+        known = known_of(fn, *others)
         if known.name is None:
             known.name = _name_of(fn)
         self.name = known.name or self.name
         self.outside = Outside(fn, known)
-        if autograd.has_arguments_besides_tensors(frame):
+        if others:
             copier = Copier(self.outside.has)
             autograd.convert_arguments(frame, copier)
             if copier.mutable:
@@ -126,7 +128,8 @@ class LightHooks:
             self._range.__enter__()
         pack = hooks[0]
         self.store = []
-        if self._surroundings is not None:
+        if self._surroundings is not None and self._surroundings.changed():
+            self._undo = contextlib.ExitStack()
             self._surroundings.restore(self._undo)
         self._rerun = Recomputation(
             self.name, self._saved.looks, lambda: pack(_VALUE), self._checked
@@ -144,7 +147,9 @@ class LightHooks:
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
-        self._undo.close()
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
         assert self._rerun is not None
         rerun, self._rerun = self._rerun, None
         made = rerun.handed_over()
@@ -163,25 +168,21 @@ def _name_of(fn: Any) -> str:
     return str(getattr(fn, "__qualname__", ""))
 
 
-class _Unpack:
+def _asking(
+    hooks: LightHooks, frame: Any, unpack_of_torch: Any, holder: Any
+) -> Callable[[int], torch.Tensor]:
     """The hook that autograd calls for a saved value: it starts torch's recomputation."""
 
-    __slots__ = ("_frame", "_holder", "_hooks", "_unpack_of_torch")
-
-    def __init__(self, hooks: LightHooks, frame: Any, unpack_of_torch: Any, holder: Any) -> None:
-        self._hooks = hooks
-        self._frame = frame
-        self._unpack_of_torch = unpack_of_torch
-        self._holder = holder
-
-    def __call__(self, number: int) -> torch.Tensor:
-        store = self._hooks.store
+    def unpack(number: int) -> torch.Tensor:
+        store = hooks.store
         value = store[number] if number < len(store) else None
         if value is None:  # not yet recomputed, or used by a backward before this one
-            autograd.recompute_anew(self._frame)
-            self._unpack_of_torch(self._holder)
-            store = self._hooks.store
+            autograd.recompute_anew(frame)
+            unpack_of_torch(holder)
+            store = hooks.store
             value = store[number]
             assert value is not None
         store[number] = None
         return value
+
+    return unpack

@@ -1,0 +1,153 @@
+"""The way to the holders of a module's state, kept from run to run where it is short.
+
+To look for them costs as much as a region's small ops do. What was found is not kept, for it may
+lead back to the module, which would then never be let go: the way to it is kept, by weak references
+to modules, functions and classes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ckpt_pass.regions.classes import class_of
+from ckpt_pass.regions.contents import Contents
+from ckpt_pass.regions.holders import ATOMS, Holders
+from ckpt_pass.state.code_names import FUNCTION
+from ckpt_pass.state.spots import MISSING, Owner, space_of
+
+#: Types of what single names may hold where nothing more is to be looked for.
+_FLAT = frozenset((*ATOMS, FUNCTION, type(MISSING)))
+
+
+class Track:
+    """Where the state of a module is that has nothing but numbers, tensors and modules.
+
+    Made of holders that were looked for; of use only where :meth:`leads_to` the same.
+
+    Args:
+        holders: what was found.
+    """
+
+    __slots__ = (
+        "_all_move",
+        "_classes",
+        "_functions",
+        "_marks",
+        "_modules",
+        "_norms",
+        "_spots",
+        "_values",
+    )
+
+    def __init__(self, holders: Holders) -> None:
+        modules = holders.modules
+        self._modules = [(weakref.ref(m), class_of(type(m)).norm) for m in modules]
+        self._classes = [id(type(module)) for module in modules]
+        self._norms = holders.norms
+        owned = zip(holders.owners, holders.spots, strict=True)
+        self._spots: list[tuple[weakref.ref[Owner], str]] = [
+            (weakref.ref(owner), name) for owner, (_, name, _) in owned if owner is not None
+        ]
+        #: By ``id``, for they may lead to the module.
+        self._values = [id(value) for _, _, value in holders.spots]
+        own = {id(d) for m in modules for d in (m.__dict__, m.__dict__.get("_modules"))}
+        own |= {id(tensor.__dict__) for tensor in holders.tensors}
+        users = {f for m in modules for f in _functions_of(type(m))}
+        self._functions = [weakref.ref(f) for f in users if id(f.__dict__) not in own]
+        self._all_move = len(holders.movable()) == len(holders.tensors)
+        self._marks: list[int] | None = None
+
+    def leads_to(self, holders: Holders) -> bool:
+        """Whether all of the holders, and no others, are found again by it."""
+        others = (holders.maps, holders.lists, holders.sets, holders.cells, holders.objects)
+        if not (holders.simple and holders.lasting) or any(others) or None in holders.owners:
+            return False
+        again = self._holders()
+        if again is None or not {dict}.issuperset(map(type, again.dicts())):
+            return False
+        self._marks = again.marks()
+        return (
+            _ids(again.attributes) == _ids(holders.attributes)
+            and _ids(again.parameters) == _ids(holders.parameters)
+            and _ids(again.buffers) == _ids(holders.buffers)
+            and _ids(again.tensors) == _ids(holders.tensors)
+            and _FLAT.issuperset(type(value) for _, _, value in holders.spots)
+        )
+
+    def found(self) -> tuple[Holders, Contents] | None:
+        """The holders, and what they hold; ``None`` where it is not certain that these are all."""
+        holders = self._holders()
+        if holders is None:
+            return None
+        marks = holders.marks()
+        if marks != self._marks:
+            return None
+        contents = Contents(holders, marks)
+        if contents.spots and list(map(id, contents.spots)) != self._values:
+            for value, number in zip(contents.spots, self._values, strict=True):
+                if type(value) is FUNCTION and id(value) != number:  # a method was replaced
+                    for module in holders.modules:
+                        class_of.forget(type(module))
+            return None
+        return holders, contents
+
+    def _holders(self) -> Holders | None:
+        modules, functions = self._modules, self._functions
+        holders = Holders()
+        found, attributes, tensors = holders.modules, holders.attributes, holders.tensors
+        for ref, norm in modules:
+            module = ref()
+            if module is None:
+                return None
+            own = module.__dict__
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return None
+            found.append(module)
+            attributes.append(own)
+            if children := own["_modules"]:
+                attributes.append(children)
+            if parameters := own["_parameters"]:
+                holders.parameters.append(parameters)
+                tensors += [p for p in parameters.values() if p is not None]
+            if buffers := own["_buffers"]:
+                holders.buffers.append(buffers)
+                if not (norm and own["training"]):
+                    tensors += [b for b in buffers.values() if b is not None]
+        if list(map(id, map(type, found))) != self._classes:
+            return None
+        attributes += [tensor.__dict__ for tensor in tensors]
+        for fn_ref in functions:
+            fn = fn_ref()
+            if fn is None:
+                return None
+            attributes.append(fn.__dict__)
+        for owner_ref, name in self._spots:
+            owner = owner_ref()
+            if owner is None:
+                return None
+            holders.spots.append((space_of(owner), name, None))
+        holders.norms = self._norms
+        if self._all_move:
+            holders.let_all_move()
+        return holders
+
+
+def _functions_of(cls: type) -> Iterable[Any]:
+    reads = class_of(cls).places.reads()
+    return () if reads is None else reads.functions
+
+
+def _ids(values: Iterable[Any]) -> set[int]:
+    return set(map(id, values))
+
+
+def track_of(root: Any, holders: Holders) -> Track | None:
+    """The way to a module's holders; ``None`` where it is too long to be worth keeping."""
+    if not isinstance(root, nn.Module):
+        return None
+    track = Track(holders)
+    return track if track.leads_to(holders) else None
