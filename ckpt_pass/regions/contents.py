@@ -9,13 +9,13 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+from torch import nn
+
 from ckpt_pass._torch import autograd
-from ckpt_pass.regions.holders import Holders, Spot
+from ckpt_pass.regions.holders import FORWARD_HOOKS, Holders, Spot
 from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import Keeper
 from ckpt_pass.state.spots import read_spot, write_spot
-
-_dict_values = dict.values
 
 
 class Contents:
@@ -24,10 +24,11 @@ class Contents:
     __slots__ = (
         "_is_all",
         "_marks",
-        "_simple",
         "attributes",
         "buffers",
         "cells",
+        "hookless",
+        "hooks",
         "lists",
         "maps",
         "parameters",
@@ -37,10 +38,12 @@ class Contents:
     )
 
     def __init__(self, holders: Holders, marks: list[int] | None = None) -> None:
+        self.hookless: list[dict[str, Any]] = list(map(_read_by_runs, holders.hookless))
         self.attributes: list[dict[str, Any]] = [own.copy() for own in holders.attributes]
         self.parameters: list[dict[str, Any]] = [own.copy() for own in holders.parameters]
         self.buffers: list[dict[str, Any]] = [own.copy() for own in holders.buffers]
         self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
+        self.hooks = _hooks_on(holders.hookless)
         self.lists: list[list[Any]] = list(map(list, holders.lists))
         self.sets: list[set[Any]] = list(map(set, holders.sets))
         self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
@@ -50,7 +53,6 @@ class Contents:
         self._marks = marks
         if marks is None and {dict}.issuperset(map(type, holders.dicts())):
             self._marks = holders.marks()
-        self._simple = holders.simple
         others = self.maps or self.lists or self.sets or self.cells or self.spots or self.states
         self._is_all = not others
 
@@ -59,7 +61,7 @@ class Contents:
         now, was = holders, self
         # Nearly always the marks are the same, and tell that without a look at any value.
         marked = self._marks is not None and now.marks() == self._marks
-        if not (marked or self._same_dicts(now)):
+        if not (marked or self._same_dicts(now)) or _hooks_on(now.hookless) != self.hooks:
             return False
         if self._is_all:
             return True
@@ -73,14 +75,9 @@ class Contents:
         )
 
     def _same_dicts(self, now: Holders) -> bool:
-        if self._simple:
-            # Values compare at no risk: lists of the same objects are equal before any is asked.
-            try:
-                return _values(now) == _values(self)
-            except (RuntimeError, TypeError, ValueError):  # an array in the place of a number
-                return False
         return (
-            _same_values(now.attributes, self.attributes)
+            all(map(_same_attributes, map(_read_by_runs, now.hookless), self.hookless))
+            and _same_values(now.attributes, self.attributes)
             and _same_values(now.parameters, self.parameters)
             and _same_values(now.buffers, self.buffers)
         )
@@ -93,6 +90,12 @@ class Contents:
 
     def put_into(self, holders: Holders) -> None:
         """Make them hold this again."""
+        for own, held in zip(holders.hookless, self.hookless, strict=True):
+            now = _read_by_runs(own)
+            if not _same_attributes(now, held):
+                for key in now.keys() - held.keys():
+                    del own[key]
+                own.update(held)
         for own, held in zip(holders.attributes, self.attributes, strict=True):
             if not _same_values([own], [held]):
                 for key in own.keys() - held.keys():
@@ -104,9 +107,13 @@ class Contents:
         )
         for parameters, held in places:
             for key, value in held.items():
-                now = parameters.get(key)
-                if now is not value and not _sharded(now, value):
+                found = parameters.get(key)
+                if found is not value and not _sharded(found, value):
                     parameters[key] = value
+        if _hooks_on(holders.hookless) != self.hooks:
+            for number, own in enumerate(holders.hookless):
+                for name in FORWARD_HOOKS:
+                    _fill_mapping(own[name], self.hooks[number][name] if self.hooks else {})
         for mapping, held in zip(holders.maps, self.maps, strict=True):
             if not (_same_values([mapping], [held]) and _same([mapping], [held])):
                 _fill_mapping(mapping, held)
@@ -128,15 +135,48 @@ class Contents:
                 keeper.write(thing, state)
 
 
-def _values(held: Holders | Contents) -> list[Any]:
-    """Attributes by value; parameters and buffers, which have an ``==`` of their own, by ``id``."""
-    tensors = held.parameters + held.buffers if held.buffers else held.parameters
-    return [
-        *map(len, held.attributes),
-        *map(len, tensors),
-        *chain.from_iterable(map(_dict_values, held.attributes)),
-        *map(id, chain.from_iterable(map(_dict_values, tensors))),
-    ]
+def _hooks_on(hookless: list[dict[str, Any]]) -> list[dict[str, dict[Any, Any]]] | None:
+    """The hooks on modules that had none; ``None`` where they have none now."""
+    for own in hookless:
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return [{name: own[name].copy() for name in FORWARD_HOOKS} for own in hookless]
+    return None
+
+
+#: What every module has, in this order.
+_NAMES = list(nn.Module().__dict__)
+_FIRST = len(_NAMES)
+#: Of that what a run does not read, or what is looked at by its contents: hooks.
+_LEFT_OUT = frozenset(n for n in _NAMES if "hook" in n) | {"_non_persistent_buffers_set"}
+_READ = tuple(name for name in _NAMES if name not in _LEFT_OUT)
+
+
+def _read_by_runs(own: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a module without hooks, less those that say nothing of a run.
+
+    Most of a module's attributes are empty dicts of its own, and to touch each costs as much as to
+    copy all that is read.
+    """
+    names = list(own)
+    if names[:_FIRST] == _NAMES:  # nearly always
+        return {name: own[name] for name in (*_READ, *names[_FIRST:])}
+    return {name: own[name] for name in names if name not in _LEFT_OUT}
+
+
+#: Types of values that are the same where they are equal, made anew or not.
+_BY_VALUE = frozenset((int, bool, str, bytes))
+
+
+def _same_attributes(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    if now.keys() != was.keys():
+        return False
+    for name, value in was.items():
+        found = now[name]
+        if found is not value and not (
+            type(found) is type(value) and type(value) in _BY_VALUE and found == value
+        ):
+            return False
+    return True
 
 
 def _same_values(now: list[dict[Any, Any]], was: list[dict[Any, Any]]) -> bool:

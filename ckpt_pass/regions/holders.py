@@ -38,7 +38,7 @@ from ckpt_pass.state.spots import MISSING, Owner, read_spot, slots_of
 _NAMES = list(nn.Module().__dict__)
 _INTERNAL = frozenset(_NAMES)
 _FIRST = len(_NAMES)
-_FORWARD_HOOKS = tuple(name for name in _INTERNAL if "forward" in name and "hooks" in name)
+FORWARD_HOOKS = tuple(name for name in _INTERNAL if "forward" in name and "hooks" in name)
 #: Objects found in objects are followed so far: deeper lies what a region does not work on.
 _OBJECT_DEPTH = 3
 #: Standard modules whose instances are containers.
@@ -122,13 +122,14 @@ class Holders:
     """The holders that some values lead to, each once.
 
     Attributes:
-        attributes: dicts of attributes and of submodules.
+        hookless: dicts of attributes of modules that have no hooks around their forward.
+        attributes: those of other modules and objects, and dicts of submodules.
         parameters, buffers: the modules' dicts of them.
         maps, lists, sets: containers.
         cells: variables of closures.
         spots: single names in namespaces that belong to others too, and what they hold.
         owners: what the namespaces of these are found by; ``None`` for an object's own fields.
-        modules: those whose dicts are among the attributes.
+        modules: those that were met.
         objects: those with a state of their own, and how it is kept.
         tensors: the tensors that are held; some more than once.
         lasting: whether the only tensors are modules' parameters and buffers, which stay.
@@ -143,6 +144,7 @@ class Holders:
         "attributes",
         "buffers",
         "cells",
+        "hookless",
         "lasting",
         "lists",
         "maps",
@@ -168,6 +170,7 @@ class Holders:
         self.spots: list[Spot] = []
         self.owners: list[Owner | None] = []
         self.modules: list[nn.Module] = []
+        self.hookless: list[dict[str, Any]] = []
         self.objects: list[tuple[Any, Keeper]] = []
         self.tensors: list[torch.Tensor] = []
         self.lasting = self.simple = True
@@ -222,7 +225,7 @@ class Holders:
 
     def dicts(self) -> list[dict[str, Any]]:
         """Those of modules, of functions and of objects: all but the containers."""
-        return [*self.attributes, *self.parameters, *self.buffers]
+        return [*self.hookless, *self.attributes, *self.parameters, *self.buffers]
 
     def marks(self) -> list[int]:
         """What tells whether those dicts have been changed since."""
@@ -230,6 +233,7 @@ class Holders:
 
     def mappings(self) -> Iterator[dict[Any, Any]]:
         """All dicts among the holders."""
+        yield from self.hookless
         yield from self.attributes
         yield from self.parameters
         yield from self.buffers
@@ -258,7 +262,6 @@ class Holders:
             self.modules.append(module)
             if known.managed:
                 continue
-            attributes.append(own)
             if children:
                 attributes.append(children)
             parameters = own["_parameters"]
@@ -273,7 +276,10 @@ class Holders:
                     self.tensors += [b for b in buffers.values() if b is not None]
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 # Which hooks there are is put back, and what they note for their user stays.
-                self.maps += [own[name] for name in _FORWARD_HOOKS if self._is_new(own[name])]
+                attributes.append(own)
+                self.maps += [own[name] for name in FORWARD_HOOKS if self._is_new(own[name])]
+            else:
+                self.hookless.append(own)
             names = list(own)
             if names[:_FIRST] == _NAMES:  # nearly always
                 names = names[_FIRST:]

@@ -71,7 +71,8 @@ class Track:
             return False
         self._marks = again.marks()
         return (
-            _ids(again.attributes) == _ids(holders.attributes)
+            _ids(again.hookless) == _ids(holders.hookless)
+            and _ids(again.attributes) == _ids(holders.attributes)
             and _ids(again.parameters) == _ids(holders.parameters)
             and _ids(again.buffers) == _ids(holders.buffers)
             and _ids(again.tensors) == _ids(holders.tensors)
@@ -107,7 +108,7 @@ class Track:
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 return None
             found.append(module)
-            attributes.append(own)
+            holders.hookless.append(own)
             if children := own["_modules"]:
                 attributes.append(children)
             if parameters := own["_parameters"]:

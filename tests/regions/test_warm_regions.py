@@ -56,7 +56,6 @@ def tripled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output * 3.0
 
 
-
 def of_another_class(module: Any) -> None:
     class Sharper(type(module)):  # type: ignore[misc]
         def scaled(self, hidden: Tensor) -> Tensor:
