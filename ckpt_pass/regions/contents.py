@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import types
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -18,43 +19,79 @@ from ckpt_pass.state.objects import Keeper
 from ckpt_pass.state.spots import read_spot, write_spot
 
 
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """What plain dicts hold, where their keys are known from before.
+
+    Attributes:
+        names: the keys of each dict, as far as they are held.
+        values: what the dicts hold there.
+        marks: of the dicts.
+    """
+
+    names: list[tuple[str, ...]]
+    values: list[tuple[Any, ...]]
+    marks: list[int]
+
+
 class Contents:
-    """What a number of holders hold at a moment, by reference."""
+    """What a number of holders hold at a moment, by reference.
+
+    Args:
+        holders: those.
+        flat: what their dicts hold; looked at where ``None``. If it is given, no module among the
+            holders has a hook.
+    """
 
     __slots__ = (
+        "_copies",
+        "_flat",
         "_is_all",
         "_marks",
-        "attributes",
-        "buffers",
         "cells",
-        "hookless",
         "hooks",
         "lists",
         "maps",
-        "parameters",
         "sets",
         "spots",
         "states",
     )
 
-    def __init__(self, holders: Holders, marks: list[int] | None = None) -> None:
-        self.hookless: list[dict[str, Any]] = list(map(_read_by_runs, holders.hookless))
-        self.attributes: list[dict[str, Any]] = [own.copy() for own in holders.attributes]
-        self.parameters: list[dict[str, Any]] = [own.copy() for own in holders.parameters]
-        self.buffers: list[dict[str, Any]] = [own.copy() for own in holders.buffers]
-        self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
-        self.hooks = _hooks_on(holders.hookless)
-        self.lists: list[list[Any]] = list(map(list, holders.lists))
-        self.sets: list[set[Any]] = list(map(set, holders.sets))
-        self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
+    def __init__(self, holders: Holders, flat: Flat | None = None) -> None:
+        self._flat = flat
+        self._copies: list[dict[str, Any]] | None = None
         self.spots = _read_all(holders.spots)
-        self.states: list[Any] = [keeper.read(value) for value, keeper in holders.objects]
-        #: Of dicts alone: those of derived classes may have an order of their own.
-        self._marks = marks
-        if marks is None and {dict}.issuperset(map(type, holders.dicts())):
-            self._marks = holders.marks()
+        if flat is not None:
+            self._marks: list[int] | None = flat.marks
+            self.hooks = None
+            self.maps: list[dict[Any, Any]] = []
+            self.lists: list[list[Any]] = []
+            self.sets: list[set[Any]] = []
+            self.cells: list[tuple[Any, ...]] = []
+            self.states: list[Any] = []
+            self._is_all = not self.spots
+            return
+        dicts = holders.dicts()
+        read = len(holders.hookless)
+        self._copies = [*map(read_by_runs, dicts[:read]), *(own.copy() for own in dicts[read:])]
+        self.maps = list(map(dict, holders.maps))
+        self.hooks = _hooks_on(holders.hookless)
+        self.lists = list(map(list, holders.lists))
+        self.sets = list(map(set, holders.sets))
+        self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
+        self.states = [keeper.read(value) for value, keeper in holders.objects]
+        # Of dicts alone: those of derived classes may have an order of their own.
+        self._marks = holders.marks() if {dict}.issuperset(map(type, dicts)) else None
         others = self.maps or self.lists or self.sets or self.cells or self.spots or self.states
         self._is_all = not others
+
+    def copies(self) -> list[dict[str, Any]]:
+        """Of the holders' dicts, in their order (:meth:`Holders.dicts`)."""
+        if self._copies is None:
+            assert self._flat is not None
+            pairs = zip(self._flat.names, self._flat.values, strict=True)
+            self._copies = [dict(zip(names, values, strict=True)) for names, values in pairs]
+        return self._copies
 
     def held_by(self, holders: Holders) -> bool:
         """Whether they hold the same now, object by object."""
@@ -75,11 +112,10 @@ class Contents:
         )
 
     def _same_dicts(self, now: Holders) -> bool:
-        return (
-            all(map(_same_attributes, map(_read_by_runs, now.hookless), self.hookless))
-            and _same_values(now.attributes, self.attributes)
-            and _same_values(now.parameters, self.parameters)
-            and _same_values(now.buffers, self.buffers)
+        dicts, copies, read = now.dicts(), self.copies(), len(now.hookless)
+        attributes = map(read_by_runs, now.hookless)
+        return all(map(_same_attributes, attributes, copies[:read])) and _same_values(
+            dicts[read:], copies[read:]
         )
 
     def moved(self, holders: Holders) -> Iterator[tuple[Any, Keeper, Any]]:
@@ -90,22 +126,20 @@ class Contents:
 
     def put_into(self, holders: Holders) -> None:
         """Make them hold this again."""
-        for own, held in zip(holders.hookless, self.hookless, strict=True):
-            now = _read_by_runs(own)
+        read, tensors = len(holders.hookless), len(holders.parameters) + len(holders.buffers)
+        dicts = list(zip(holders.dicts(), self.copies(), strict=True))
+        for own, held in dicts[:read]:
+            now = read_by_runs(own)
             if not _same_attributes(now, held):
                 for key in now.keys() - held.keys():
                     del own[key]
                 own.update(held)
-        for own, held in zip(holders.attributes, self.attributes, strict=True):
+        for own, held in dicts[read : len(dicts) - tensors]:
             if not _same_values([own], [held]):
                 for key in own.keys() - held.keys():
                     del own[key]
                 own.update(held)
-        places = chain(
-            zip(holders.parameters, self.parameters, strict=True),
-            zip(holders.buffers, self.buffers, strict=True),
-        )
-        for parameters, held in places:
+        for parameters, held in dicts[len(dicts) - tensors :]:
             for key, value in held.items():
                 found = parameters.get(key)
                 if found is not value and not _sharded(found, value):
@@ -151,7 +185,7 @@ _LEFT_OUT = frozenset(n for n in _NAMES if "hook" in n) | {"_non_persistent_buff
 _READ = tuple(name for name in _NAMES if name not in _LEFT_OUT)
 
 
-def _read_by_runs(own: dict[str, Any]) -> dict[str, Any]:
+def read_by_runs(own: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a module without hooks, less those that say nothing of a run.
 
     Most of a module's attributes are empty dicts of its own, and to touch each costs as much as to

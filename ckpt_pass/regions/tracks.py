@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
 
 from ckpt_pass.regions.classes import class_of
-from ckpt_pass.regions.contents import Contents
+from ckpt_pass.regions.contents import Contents, Flat, read_by_runs
 from ckpt_pass.regions.holders import ATOMS, Holders
 from ckpt_pass.state.code_names import FUNCTION
 from ckpt_pass.state.spots import MISSING, Owner, space_of
@@ -36,8 +37,10 @@ class Track:
         "_all_move",
         "_classes",
         "_functions",
+        "_getters",
         "_marks",
         "_modules",
+        "_names",
         "_norms",
         "_spots",
         "_values",
@@ -59,17 +62,24 @@ class Track:
         users = {f for m in modules for f in _functions_of(type(m))}
         self._functions = [weakref.ref(f) for f in users if id(f.__dict__) not in own]
         self._all_move = len(holders.movable()) == len(holders.tensors)
-        self._marks: list[int] | None = None
+        self._marks: list[int] = []
+        self._getters: list[itemgetter[Any]] = []
+        self._names: list[tuple[str, ...]] = []
 
     def leads_to(self, holders: Holders) -> bool:
         """Whether all of the holders, and no others, are found again by it."""
         others = (holders.maps, holders.lists, holders.sets, holders.cells, holders.objects)
-        if not (holders.simple and holders.lasting) or any(others) or None in holders.owners:
+        if not (holders.simple and holders.lasting) or any(others):
+            return False
+        if any(owner is None for owner in holders.owners):
             return False
         again = self._holders()
         if again is None or not {dict}.issuperset(map(type, again.dicts())):
             return False
         self._marks = again.marks()
+        read = [tuple(read_by_runs(own)) for own in again.hookless]
+        self._getters = [itemgetter(*names) for names in read]
+        self._names = read + [tuple(d) for d in again.dicts()[len(read) :]]
         return (
             _ids(again.hookless) == _ids(holders.hookless)
             and _ids(again.attributes) == _ids(holders.attributes)
@@ -84,10 +94,12 @@ class Track:
         holders = self._holders()
         if holders is None:
             return None
-        marks = holders.marks()
-        if marks != self._marks:
+        if holders.marks() != self._marks:
             return None
-        contents = Contents(holders, marks)
+        read = len(holders.hookless)
+        values = [get(own) for get, own in zip(self._getters, holders.hookless, strict=True)]
+        values += [tuple(d.values()) for d in holders.dicts()[read:]]
+        contents = Contents(holders, Flat(self._names, values, self._marks))
         if contents.spots and list(map(id, contents.spots)) != self._values:
             for value, number in zip(contents.spots, self._values, strict=True):
                 if type(value) is FUNCTION and id(value) != number:  # a method was replaced
