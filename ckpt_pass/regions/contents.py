@@ -10,10 +10,9 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
-from torch import nn
-
 from ckpt_pass._torch import autograd
-from ckpt_pass.regions.holders import FORWARD_HOOKS, Holders, Spot
+from ckpt_pass.regions.holders import Holders, Spot
+from ckpt_pass.regions.module_dicts import FORWARD_HOOKS, read_by_runs
 from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import Keeper
 from ckpt_pass.state.spots import read_spot, write_spot
@@ -175,26 +174,6 @@ def _hooks_on(hookless: list[dict[str, Any]]) -> list[dict[str, dict[Any, Any]]]
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return [{name: own[name].copy() for name in FORWARD_HOOKS} for own in hookless]
     return None
-
-
-#: What every module has, in this order.
-_NAMES = list(nn.Module().__dict__)
-_FIRST = len(_NAMES)
-#: Of that what a run does not read, or what is looked at by its contents: hooks.
-_LEFT_OUT = frozenset(n for n in _NAMES if "hook" in n) | {"_non_persistent_buffers_set"}
-_READ = tuple(name for name in _NAMES if name not in _LEFT_OUT)
-
-
-def read_by_runs(own: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a module without hooks, less those that say nothing of a run.
-
-    Most of a module's attributes are empty dicts of its own, and to touch each costs as much as to
-    copy all that is read.
-    """
-    names = list(own)
-    if names[:_FIRST] == _NAMES:  # nearly always
-        return {name: own[name] for name in (*_READ, *names[_FIRST:])}
-    return {name: own[name] for name in names if name not in _LEFT_OUT}
 
 
 #: Types of values that are the same where they are equal, made anew or not.

@@ -15,8 +15,10 @@ from typing import Any
 from torch import nn
 
 from ckpt_pass.regions.classes import class_of
-from ckpt_pass.regions.contents import Contents, Flat, read_by_runs
-from ckpt_pass.regions.holders import ATOMS, Holders
+from ckpt_pass.regions.contents import Contents, Flat
+from ckpt_pass.regions.holders import Holders
+from ckpt_pass.regions.kinds import ATOMS
+from ckpt_pass.regions.module_dicts import read_by_runs
 from ckpt_pass.state.code_names import FUNCTION
 from ckpt_pass.state.spots import MISSING, Owner, space_of
 
