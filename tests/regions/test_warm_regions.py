@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import gc
 import sys
@@ -80,6 +81,9 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "a parameter's attribute": lambda m: setattr(m.up.weight, "strength", 9.0),
     "a buffer": lambda m: setattr(m, "offset", torch.ones(WIDTH)),
     "a hook": lambda m: m.up.register_forward_hook(tripled),
+    "the place of hooks": lambda m: setattr(
+        m.up, "_forward_hooks", collections.OrderedDict({0: tripled})
+    ),
     "a number of the class": lambda m: setattr(type(m), "factor", 5.0),
     "a method of the class": lambda m: setattr(type(m), "scaled", halved),
     "a method of one module": lambda m: m.__dict__.update(scaled=lambda h: h * 0.1),
