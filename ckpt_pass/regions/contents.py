@@ -17,8 +17,10 @@ from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import Keeper
 from ckpt_pass.state.spots import read_spot, write_spot
 
+_NOTHING: list[Any] = []
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Flat:
     """What plain dicts hold, where their keys are known from before.
 
@@ -63,11 +65,11 @@ class Contents:
         if flat is not None:
             self._marks: list[int] | None = flat.marks
             self.hooks = None
-            self.maps: list[dict[Any, Any]] = []
-            self.lists: list[list[Any]] = []
-            self.sets: list[set[Any]] = []
-            self.cells: list[tuple[Any, ...]] = []
-            self.states: list[Any] = []
+            self.maps: list[dict[Any, Any]] = _NOTHING
+            self.lists: list[list[Any]] = _NOTHING
+            self.sets: list[set[Any]] = _NOTHING
+            self.cells: list[tuple[Any, ...]] = _NOTHING
+            self.states: list[Any] = _NOTHING
             self._is_all = not self.spots
             return
         dicts = holders.dicts()

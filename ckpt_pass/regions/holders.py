@@ -35,6 +35,7 @@ from ckpt_pass.state.spots import MISSING, Owner, read_spot, slots_of
 #: Objects found in objects are followed so far: deeper lies what a region does not work on.
 _OBJECT_DEPTH = 3
 _slots: Callable[[Any], tuple[str, ...]] = Remembered(slots_of)
+_NOTHING: list[Any] = []
 #: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
 Spot = tuple[Any, str, Any]
 
@@ -100,6 +101,30 @@ class Holders:
         self._seen: set[Any] = set()
         self._todo: list[tuple[Any, int]] = []
         self.add(*roots)
+
+    @classmethod
+    def known(
+        cls,
+        modules: list[nn.Module],
+        dicts: tuple[list[dict[str, Any]], ...],
+        tensors: list[torch.Tensor],
+        spots: list[Spot],
+        norms: bool,
+    ) -> Holders:
+        """Holders that need not be looked for; nothing is added to them.
+
+        Args:
+            modules, tensors, spots, norms: as the attributes of these names.
+            dicts: ``hookless``, ``attributes``, ``parameters`` and ``buffers``.
+        """
+        made = cls.__new__(cls)
+        made.modules, made.tensors, made.spots, made.norms = modules, tensors, spots, norms
+        made.hookless, made.attributes, made.parameters, made.buffers = dicts
+        made.maps = made.lists = made.sets = made.cells = made.objects = _NOTHING
+        made.lasting = made.simple = True
+        made._movable = None
+        made._seen = set()
+        return made
 
     def add(self, *roots: Any) -> None:
         """Follow more values."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import nn
 
 from ckpt_pass.regions.classes import class_of
@@ -111,41 +112,42 @@ class Track:
         return holders, contents
 
     def _holders(self) -> Holders | None:
-        modules, functions = self._modules, self._functions
-        holders = Holders()
-        found, attributes, tensors = holders.modules, holders.attributes, holders.tensors
-        for ref, norm in modules:
+        modules: list[nn.Module] = []
+        hookless: list[dict[str, Any]] = []
+        attributes: list[dict[str, Any]] = []
+        parameters: list[dict[str, Any]] = []
+        buffers: list[dict[str, Any]] = []
+        tensors: list[torch.Tensor] = []
+        for ref, norm in self._modules:
             module = ref()
             if module is None:
                 return None
             own = module.__dict__
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 return None
-            found.append(module)
-            holders.hookless.append(own)
+            modules.append(module)
+            hookless.append(own)
             if children := own["_modules"]:
                 attributes.append(children)
-            if parameters := own["_parameters"]:
-                holders.parameters.append(parameters)
-                tensors += [p for p in parameters.values() if p is not None]
-            if buffers := own["_buffers"]:
-                holders.buffers.append(buffers)
+            if held := own["_parameters"]:
+                parameters.append(held)
+                tensors += [p for p in held.values() if p is not None]
+            if held := own["_buffers"]:
+                buffers.append(held)
                 if not (norm and own["training"]):
-                    tensors += [b for b in buffers.values() if b is not None]
-        if list(map(id, map(type, found))) != self._classes:
+                    tensors += [b for b in held.values() if b is not None]
+        if list(map(id, map(type, modules))) != self._classes:
             return None
         attributes += [tensor.__dict__ for tensor in tensors]
-        for fn_ref in functions:
-            fn = fn_ref()
-            if fn is None:
-                return None
-            attributes.append(fn.__dict__)
-        for owner_ref, name in self._spots:
-            owner = owner_ref()
-            if owner is None:
-                return None
-            holders.spots.append((space_of(owner), name, None))
-        holders.norms = self._norms
+        functions = [fn.__dict__ for of in self._functions if (fn := of()) is not None]
+        spots = [
+            (space_of(owner), name, None) for of, name in self._spots if (owner := of()) is not None
+        ]
+        if len(functions) < len(self._functions) or len(spots) < len(self._spots):
+            return None
+        attributes += functions
+        dicts = (hookless, attributes, parameters, buffers)
+        holders = Holders.known(modules, dicts, tensors, spots, self._norms)
         if self._all_move:
             holders.let_all_move()
         return holders
