@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders
 from ckpt_pass.regions.tracks import Track, track_of
 from ckpt_pass.state.objects import global_generators
 
-#: So often a way may be lost, beyond how often it was found, until it is no longer kept.
+#: So often a way may be looked for, beyond how often it was taken, until it is no longer.
 _PATIENCE = 8
 
 
@@ -52,16 +54,18 @@ class Known:
 
     def look(self, root: Any) -> tuple[Holders, Contents]:
         """The holders of a region's state, and what they hold now."""
-        if self._track is not None:
-            found = self._track.found()
-            if found is not None:
-                self._found += 1
-                return found
-            self._lost += 1
+        if not isinstance(root, nn.Module):  # a partial or a method leads to more than its module
+            holders = Holders(root, *self.generators)
+            return holders, Contents(holders)
+        found = None if self._track is None else self._track.found()
+        if found is not None:
+            self._found += 1
+            return found
         holders = Holders(root, *self.generators)
         # What moves on in every run is not worth a second search.
         worth = self.watched and self._lost < self._found + _PATIENCE
-        self._track = track_of(root, holders) if worth else None
+        self._track = track_of(holders) if worth else None
+        self._lost += worth
         return holders, Contents(holders)
 
     def learnt(self, quiet: bool, generators: tuple[Any, ...]) -> None:

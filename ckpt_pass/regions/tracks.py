@@ -162,9 +162,7 @@ def _ids(values: Iterable[Any]) -> set[int]:
     return set(map(id, values))
 
 
-def track_of(root: Any, holders: Holders) -> Track | None:
+def track_of(holders: Holders) -> Track | None:
     """The way to a module's holders; ``None`` where it is too long to be worth keeping."""
-    if not isinstance(root, nn.Module):
-        return None
     track = Track(holders)
     return track if track.leads_to(holders) else None
