@@ -40,8 +40,8 @@ class Contents:
 
     Args:
         holders: those.
-        flat: what their dicts hold; looked at where ``None``. If it is given, no module among the
-            holders has a hook.
+        flat: what their dicts hold; looked at where ``None``. If it is given, the holders were
+            found just now, and no module among them has a hook.
     """
 
     __slots__ = (
@@ -61,17 +61,18 @@ class Contents:
     def __init__(self, holders: Holders, flat: Flat | None = None) -> None:
         self._flat = flat
         self._copies: list[dict[str, Any]] | None = None
-        self.spots = _read_all(holders.spots)
         if flat is not None:
+            self.spots = [value for _, _, value in holders.spots]
             self._marks: list[int] | None = flat.marks
             self.hooks = None
-            self.maps: list[dict[Any, Any]] = _NOTHING
-            self.lists: list[list[Any]] = _NOTHING
-            self.sets: list[set[Any]] = _NOTHING
+            self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps)) or _NOTHING
+            self.lists: list[list[Any]] = list(map(list, holders.lists)) or _NOTHING
+            self.sets: list[set[Any]] = list(map(set, holders.sets)) or _NOTHING
             self.cells: list[tuple[Any, ...]] = _NOTHING
             self.states: list[Any] = _NOTHING
-            self._is_all = not self.spots
+            self._is_all = not (self.spots or self.maps or self.lists or self.sets)
             return
+        self.spots = _read_all(holders.spots)
         dicts = holders.dicts()
         read = len(holders.hookless)
         self._copies = [*map(read_by_runs, dicts[:read]), *(own.copy() for own in dicts[read:])]

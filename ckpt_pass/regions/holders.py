@@ -22,6 +22,7 @@ from ckpt_pass._torch.dicts import marks_of
 from ckpt_pass.regions.classes import class_of, reads_of_class
 from ckpt_pass.regions.kinds import ATOMS, VALUES, Kind, is_users, kind_of
 from ckpt_pass.regions.module_dicts import FIRST, FORWARD_HOOKS, INTERNAL, NAMES
+from ckpt_pass.regions.steps import Inner
 from ckpt_pass.state.code_names import (
     FUNCTION,
     Reads,
@@ -110,17 +111,22 @@ class Holders:
         tensors: list[torch.Tensor],
         spots: list[Spot],
         norms: bool,
+        inner: Inner | None = None,
     ) -> Holders:
         """Holders that need not be looked for; nothing is added to them.
 
         Args:
             modules, tensors, spots, norms: as the attributes of these names.
             dicts: ``hookless``, ``attributes``, ``parameters`` and ``buffers``.
+            inner: the plain objects and containers that these lead to.
         """
         made = cls.__new__(cls)
         made.modules, made.tensors, made.spots, made.norms = modules, tensors, spots, norms
         made.hookless, made.attributes, made.parameters, made.buffers = dicts
         made.maps = made.lists = made.sets = made.cells = made.objects = _NOTHING
+        if inner is not None:
+            made.attributes += inner.fields
+            made.maps, made.lists, made.sets = inner.maps, list(inner.lists), inner.sets
         made.lasting = made.simple = True
         made._movable = None
         made._seen = set()

@@ -15,20 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ckpt_pass._torch.dicts import marks_of
 from ckpt_pass.regions.classes import class_of
 from ckpt_pass.regions.contents import Contents, Flat
 from ckpt_pass.regions.holders import Holders
-from ckpt_pass.regions.kinds import ATOMS
-from ckpt_pass.regions.module_dicts import read_by_runs
+from ckpt_pass.regions.module_dicts import INTERNAL, read_by_runs
+from ckpt_pass.regions.steps import inner_of, steps_from
 from ckpt_pass.state.code_names import FUNCTION
-from ckpt_pass.state.spots import MISSING, Owner, space_of
-
-#: Types of what single names may hold where nothing more is to be looked for.
-_FLAT = frozenset((*ATOMS, FUNCTION, type(MISSING)))
+from ckpt_pass.state.spots import Owner, read_spot, space_of
 
 
 class Track:
-    """Where the state of a module is that has nothing but numbers, tensors and modules.
+    """Where the state of a module is that has modules, tensors, and plain holders of numbers.
 
     Made of holders that were looked for; of use only where :meth:`leads_to` the same.
 
@@ -41,11 +39,13 @@ class Track:
         "_classes",
         "_functions",
         "_getters",
+        "_inner_marks",
         "_marks",
         "_modules",
         "_names",
         "_norms",
         "_spots",
+        "_steps",
         "_values",
     )
 
@@ -64,6 +64,11 @@ class Track:
         own |= {id(tensor.__dict__) for tensor in holders.tensors}
         users = {f for m in modules for f in _functions_of(type(m))}
         self._functions = [weakref.ref(f) for f in users if id(f.__dict__) not in own]
+        begin: list[dict[Any, Any]] = [*holders.hookless]
+        begin.append(_by_number(value for _, _, value in holders.spots))
+        internal = {id(own[name]) for own in holders.hookless for name in INTERNAL if name in own}
+        self._steps = steps_from(begin, internal)
+        self._inner_marks: list[int] = []
         self._all_move = len(holders.movable()) == len(holders.tensors)
         self._marks: list[int] = []
         self._getters: list[itemgetter[Any]] = []
@@ -71,15 +76,14 @@ class Track:
 
     def leads_to(self, holders: Holders) -> bool:
         """Whether all of the holders, and no others, are found again by it."""
-        others = (holders.maps, holders.lists, holders.sets, holders.cells, holders.objects)
-        if not (holders.simple and holders.lasting) or any(others):
+        if not holders.lasting or holders.cells or holders.objects:
             return False
         if any(owner is None for owner in holders.owners):
             return False
         again = self._holders()
         if again is None or not {dict}.issuperset(map(type, again.dicts())):
             return False
-        self._marks = again.marks()
+        self._marks, self._inner_marks = again.marks(), marks_of(again.maps)
         read = [tuple(read_by_runs(own)) for own in again.hookless]
         self._getters = [itemgetter(*names) for names in read]
         self._names = read + [tuple(d) for d in again.dicts()[len(read) :]]
@@ -89,7 +93,9 @@ class Track:
             and _ids(again.parameters) == _ids(holders.parameters)
             and _ids(again.buffers) == _ids(holders.buffers)
             and _ids(again.tensors) == _ids(holders.tensors)
-            and _FLAT.issuperset(type(value) for _, _, value in holders.spots)
+            and _ids(again.maps) == _ids(holders.maps)
+            and _ids(again.lists) == _ids(holders.lists)
+            and _ids(again.sets) == _ids(holders.sets)
         )
 
     def found(self) -> tuple[Holders, Contents] | None:
@@ -97,19 +103,22 @@ class Track:
         holders = self._holders()
         if holders is None:
             return None
-        if holders.marks() != self._marks:
+        if holders.marks() != self._marks or (
+            holders.maps and marks_of(holders.maps) != self._inner_marks
+        ):
             return None
         read = len(holders.hookless)
         values = [get(own) for get, own in zip(self._getters, holders.hookless, strict=True)]
         values += [tuple(d.values()) for d in holders.dicts()[read:]]
         contents = Contents(holders, Flat(self._names, values, self._marks))
-        if contents.spots and list(map(id, contents.spots)) != self._values:
-            for value, number in zip(contents.spots, self._values, strict=True):
-                if type(value) is FUNCTION and id(value) != number:  # a method was replaced
-                    for module in holders.modules:
-                        class_of.forget(type(module))
-            return None
         return holders, contents
+
+    def _forget_replaced(self, modules: list[nn.Module], values: list[Any]) -> None:
+        """Have looked anew for what is read by the methods of classes that have other ones now."""
+        for value, number in zip(values, self._values, strict=True):
+            if type(value) is FUNCTION and id(value) != number:
+                for module in modules:
+                    class_of.forget(type(module))
 
     def _holders(self) -> Holders | None:
         modules: list[nn.Module] = []
@@ -140,17 +149,30 @@ class Track:
             return None
         attributes += [tensor.__dict__ for tensor in tensors]
         functions = [fn.__dict__ for of in self._functions if (fn := of()) is not None]
-        spots = [
-            (space_of(owner), name, None) for of, name in self._spots if (owner := of()) is not None
-        ]
-        if len(functions) < len(self._functions) or len(spots) < len(self._spots):
+        owned = [(owner, n) for of, n in self._spots if (owner := of()) is not None]
+        if len(functions) < len(self._functions) or len(owned) < len(self._spots):
             return None
         attributes += functions
+        spaces = [(space_of(owner), name) for owner, name in owned]
+        values = [read_spot(space, name) for space, name in spaces]
+        if list(map(id, values)) != self._values:
+            self._forget_replaced(modules, values)
+            return None
+        inner = None
+        if self._steps:
+            inner = inner_of(self._steps, [*hookless, _by_number(values)])
+            if inner is None:
+                return None
+        spots = [(*place, value) for place, value in zip(spaces, values, strict=True)]
         dicts = (hookless, attributes, parameters, buffers)
-        holders = Holders.known(modules, dicts, tensors, spots, self._norms)
+        holders = Holders.known(modules, dicts, tensors, spots, self._norms, inner)
         if self._all_move:
             holders.let_all_move()
         return holders
+
+
+def _by_number(values: Iterable[Any]) -> dict[int, Any]:
+    return dict(enumerate(values))
 
 
 def _functions_of(cls: type) -> Iterable[Any]:
