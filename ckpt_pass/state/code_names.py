@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dis
 import functools
 import sys
@@ -56,7 +57,7 @@ class ReadPlaces:
         functions: those, and so those that they call in their file or close over.
     """
 
-    __slots__ = ("_functions", "_generators", "_names", "_with_cells", "_with_defaults")
+    __slots__ = ("_functions", "_generators", "_missing", "_names", "_with_cells", "_with_defaults")
 
     def __init__(self, functions: Iterable[types.FunctionType]) -> None:
         names: dict[tuple[int, str], tuple[weakref.ref[Owner], str]] = {}
@@ -71,11 +72,16 @@ class ReadPlaces:
         self._names = tuple(names.values())
         self._generators = tuple(generators)
         self._functions = tuple(map(weakref.ref, users))
+        #: Names of what is not there yet, if it ever will be.
+        self._missing = tuple((weakref.ref(fn), n) for fn in users for n in _missing_in(fn))
         self._with_cells = tuple(weakref.ref(fn) for fn in users if list(_state_cells(fn)))
         self._with_defaults = tuple(weakref.ref(fn) for fn in users if list(_kept_defaults(fn)))
 
     def reads(self) -> Reads | None:
-        """What the functions read; ``None`` where one of them is gone."""
+        """What the functions read; ``None`` where one of them is gone, or more is there now."""
+        for ref, name in self._missing:
+            if (fn := ref()) is not None and _is_there(fn, name):
+                return None
         functions = [fn for ref in self._functions if (fn := ref()) is not None]
         owners = [owner for ref, _ in self._names if (owner := ref()) is not None]
         if len(functions) < len(self._functions) or len(owners) < len(self._names):
@@ -114,6 +120,15 @@ def reads_of(functions: Iterable[types.FunctionType]) -> Reads:
     found = ReadPlaces(held).reads()
     assert found is not None, "functions that are held are there"
     return found
+
+
+def _missing_in(fn: types.FunctionType) -> Iterator[str]:
+    names = (*_globals_in(fn.__code__), *_imports_in(fn.__code__))
+    return (name for name in names if not (_is_there(fn, name) or hasattr(builtins, name)))
+
+
+def _is_there(fn: types.FunctionType, name: str) -> bool:
+    return name in fn.__globals__ or (name in sys.modules and name in _imports_in(fn.__code__))
 
 
 def _kept_defaults(fn: types.FunctionType) -> Iterator[Any]:

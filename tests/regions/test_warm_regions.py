@@ -190,6 +190,33 @@ def test_modules_and_their_classes_are_let_go(around: Around, leads_back: bool) 
     assert [ref() for ref in gone] == [None, None, None]
 
 
+def test_a_global_that_was_not_there_yet() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).tanh() * (LATER if "LATER" in globals() else 1.0)  # type: ignore[name-defined]  # noqa: F821
+
+    def steps(way: Around) -> list[Tensor]:
+        torch.manual_seed(0)
+        module, x = Late(), torch.ones(2, WIDTH)
+        try:
+            for number in range(2 * STEPS):
+                if number == STEPS:
+                    globals()["LATER"] = 3.0
+                loss = way(module, x).square().sum()
+                if number > STEPS:
+                    globals()["LATER"] += 1.0
+                loss.backward()
+        finally:
+            del globals()["LATER"]
+        return gradients(module)
+
+    assert same(steps(ckpt_pass.checkpoint), steps(plain))
+
+
 def test_what_a_way_is_kept_of_may_gain_a_circle_later() -> None:
     module, x = made(), torch.ones(2, WIDTH)
     for _ in range(STEPS):
