@@ -82,6 +82,13 @@ def without_history(value: torch.Tensor) -> torch.Tensor:
     return data_of(value)
 
 
+def without_histories(values: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The same of several."""
+    if torch._C._len_torch_dispatch_stack():
+        return list(map(without_history, values))
+    return [v.data if v.requires_grad and not v.is_leaf else v for v in values]
+
+
 def data_of(value: torch.Tensor) -> torch.Tensor:
     """An alias of the memory that ``value`` looks at now; modes of dispatch do not see it made."""
     if torch._C._len_torch_dispatch_stack() and type(value) in _PLAIN:
@@ -126,12 +133,6 @@ def _kept_arguments(frame: Any) -> tuple[list[Any], dict[str, Any]]:
     node = frame.input_saver.grad_fn
     _dummy, named, *positional = _closed_over(node.get_args, "args") if node else (None, {})
     return positional, named
-
-
-def has_arguments_besides_tensors(frame: Any) -> bool:
-    """Whether torch's checkpoint region keeps anything else of its arguments."""
-    positional, named = _kept_arguments(frame)
-    return not _SAVED.issuperset(map(type, positional)) or bool(named)
 
 
 def arguments_of_checkpoint(frame: Any) -> list[Any]:

@@ -258,7 +258,13 @@ def below_autograd_views() -> contextlib.AbstractContextManager[None]:
 
     torch's selective checkpointing does the same around its ``detach`` (``_detach_helper``).
     """
-    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+    return _EXCLUDE(_VIEWS, False)
+
+
+_EXCLUDE: Callable[[Any, bool], contextlib.AbstractContextManager[None]] = (
+    torch._C._SetExcludeDispatchKeyGuard
+)
+_VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
 
 @contextlib.contextmanager

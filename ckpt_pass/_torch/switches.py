@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-_SMALLEST_NORMAL = sys.float_info.min
+_DENORMAL = 1e-310
 
 
-def _flushes_denormals() -> bool:
-    """Whether this thread's processor takes denormal numbers for zero; torch cannot be asked."""
-    return _SMALLEST_NORMAL * 0.5 == 0.0
+# Readers and writers of C alone: all are called in every run of a region.
 
 
-def _determinism() -> tuple[bool, bool]:
-    return (
-        torch._C._get_deterministic_algorithms(),
-        torch._C._get_deterministic_algorithms_warn_only(),
+def _set_deterministic(value: bool) -> None:
+    warns = torch._C._get_deterministic_algorithms_warn_only()
+    torch._C._set_deterministic_algorithms(value, warn_only=warns)
+
+
+def _set_warns_only(value: bool) -> None:
+    torch._C._set_deterministic_algorithms(
+        torch._C._get_deterministic_algorithms(), warn_only=value
     )
 
 
-def _set_determinism(values: tuple[bool, bool]) -> None:
-    torch._C._set_deterministic_algorithms(values[0], warn_only=values[1])
+def _set_denormal(value: bool) -> None:
+    torch.set_flush_denormal(not value)
 
 
 #: Each one's reader and writer.
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
-    (_determinism, _set_determinism),
-    (_flushes_denormals, torch.set_flush_denormal),
+    (torch._C._get_deterministic_algorithms, _set_deterministic),
+    (torch._C._get_deterministic_algorithms_warn_only, _set_warns_only),
+    # True of a denormal number, unless this thread's processor takes these for zero; torch cannot
+    # be asked.
+    (_DENORMAL.__bool__, _set_denormal),
     (torch._C._get_float32_matmul_precision, torch._C._set_float32_matmul_precision),
     (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash),
     (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient),

@@ -44,6 +44,8 @@ class Actions:
         #: Of those that are passed or stored: what calls them, and whether they are stored.
         self.quick: dict[int, tuple[Callable[..., Any], bool]] = {}
         self._ops: list[Any] = []  # so that no other op gets the same id
+        #: For whoever runs regions: how they run with this policy and nothing else, by their name.
+        self.options: dict[str, Any] = {}
         #: Ops of which some call draws random numbers and some call may be saved.
         self.drawing: set[Any] = set()
 
@@ -131,7 +133,7 @@ def statistics(op: Any) -> tuple[int, ...]:
 
 
 #: By the ``id`` of ops: what calls them if they are simple; and the op, which keeps its ``id``.
-_simple: dict[int, tuple[Callable[..., Any] | None, Any]] = {}
+SIMPLE: dict[int, tuple[Callable[..., Any] | None, Any]] = {}
 
 
 def simple_call(op: Any) -> Callable[..., Any] | None:
@@ -139,11 +141,11 @@ def simple_call(op: Any) -> Callable[..., Any] | None:
 
     It is counted, overwrites nothing, moves no statistics and is no cast; ``None`` for others.
     """
-    found = _simple.get(id(op))
+    found = SIMPLE.get(id(op))
     if found is None:
         simple = isinstance(op, OpOverload) and op not in IGNORED and not is_mutable(op)
         simple = simple and not statistics(op) and classify(op) is not OpClass.CAST
-        found = _simple[id(op)] = caller(op) if simple else None, op
+        found = SIMPLE[id(op)] = caller(op) if simple else None, op
     return found[0]
 
 

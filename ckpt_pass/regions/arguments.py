@@ -18,7 +18,7 @@ from ckpt_pass._torch import autograd
 from ckpt_pass.offloading.store import MovedValueChangedError
 from ckpt_pass.offloading.window import Moved, Window
 from ckpt_pass.regions.ambient import accelerators
-from ckpt_pass.regions.holders import ATOMS
+from ckpt_pass.regions.kinds import ATOMS
 from ckpt_pass.state.objects import keeper_for
 
 #: Containers that are copied entry by entry; what is derived from them may be more than that.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
@@ -16,6 +17,7 @@ from ckpt_pass.offloading.saved_hooks import offloaded_inside
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
+from ckpt_pass.regions.actions import actions_for
 from ckpt_pass.regions.caches import with_empty_caches
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.frame import Frame, RegionOptions
@@ -310,13 +312,30 @@ def with_moves(options: RegionOptions, spec: RegionSpec) -> RegionOptions:
 
 
 def _usual_options(module: nn.Module, policy: Policy | None) -> RegionOptions:
-    """Those of a module where nothing but a policy is given: made once, not for every run."""
+    """Those of a module where nothing but a policy is given: made once, not for every run.
+
+    They lie with the policy, by the module's name: what lies with the module must not lead to it.
+    """
     known = known_of(module)
-    found: RegionOptions | None = known.options
-    if found is None or found.policy is not policy:
-        # What it runs is its root, too; a module that leads to itself is not let go in time.
-        found = known.options = replace(options_for(module, policy), root=None)
+    if known.name is None:
+        known.name = _shown(module, None)
+    if policy is None:
+        return _options_without_policy(known.name)
+    options = actions_for(policy).options
+    found: RegionOptions | None = options.get(known.name)
+    if found is None:
+        found = options[known.name] = _options_with(known.name, policy)
     return found
+
+
+def _options_with(name: str, policy: Policy) -> RegionOptions:
+    return RegionOptions(name, None, make_context_fn(policy), policy=policy)
+
+
+@functools.lru_cache(maxsize=256)
+def _options_without_policy(name: str) -> RegionOptions:
+    # What it runs is its root, too.
+    return RegionOptions(name)
 
 
 def _shown(fn: Callable[..., Any], name: str | None) -> str:

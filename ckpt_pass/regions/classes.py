@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ckpt_pass.state.code_names import FUNCTION, Reads, functions_in, reads_of, stored_in
+from ckpt_pass.state.code_names import FUNCTION, ReadPlaces, Reads, functions_in, stored_in
 from ckpt_pass.state.remembered import Remembered
 
 
@@ -22,14 +22,14 @@ class ClassReads:
         managed: its attributes are its library's (FSDP; compiled, scripted and lazy modules).
         norm: its buffers are running statistics.
         bases: its classes that are not torch's own: their attributes may be state.
-        reads: what their methods read.
+        places: where their methods read.
         stored: attributes that their methods may give the class itself.
     """
 
     managed: bool
     norm: bool
-    bases: tuple[type, ...]
-    reads: Reads
+    bases: tuple[weakref.ref[type], ...]
+    places: ReadPlaces
     stored: frozenset[str]
 
 
@@ -58,8 +58,8 @@ def _find_class(cls: type) -> ClassReads:
     return ClassReads(
         managed or issubclass(cls, torch.jit.ScriptModule),
         issubclass(cls, _NormBase),
-        bases,
-        reads_of(functions),
+        tuple(map(weakref.ref, bases)),
+        ReadPlaces(functions),
         frozenset().union(*map(stored_in, codes)),
     )
 
@@ -68,4 +68,14 @@ def _is_classmethod(value: Any) -> bool:
     return isinstance(value, classmethod) and type(value.__func__) is FUNCTION
 
 
-class_of: Callable[[Any], ClassReads] = Remembered(_find_class)
+class_of: Remembered[type, ClassReads] = Remembered(_find_class)
+
+
+def reads_of_class(cls: type) -> Reads:
+    """What the methods of a class read."""
+    reads = class_of(cls).places.reads()
+    if reads is None:  # a method was replaced
+        class_of.forget(cls)
+        reads = class_of(cls).places.reads()
+        assert reads is not None, "what was found just now is there"
+    return reads

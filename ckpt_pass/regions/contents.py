@@ -5,76 +5,119 @@ from __future__ import annotations
 import collections
 import types
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from operator import is_
 from typing import Any
 
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.holders import Holders, Spot
+from ckpt_pass.regions.module_dicts import FORWARD_HOOKS, read_by_runs
 from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import Keeper
 from ckpt_pass.state.spots import read_spot, write_spot
 
-_dict_values = dict.values
+_NOTHING: list[Any] = []
+
+
+@dataclass(slots=True)
+class Flat:
+    """What plain dicts hold, where their keys are known from before.
+
+    Attributes:
+        names: the keys of each dict, as far as they are held.
+        values: what the dicts hold there.
+        marks: of the dicts.
+    """
+
+    names: list[tuple[str, ...]]
+    values: list[tuple[Any, ...]]
+    marks: list[int]
 
 
 class Contents:
-    """What a number of holders hold at a moment, by reference."""
+    """What a number of holders hold at a moment, by reference.
+
+    Args:
+        holders: those.
+        flat: what their dicts hold; looked at where ``None``. If it is given, the holders were
+            found just now, and no module among them has a hook.
+    """
 
     __slots__ = (
+        "_copies",
         "_flat",
         "_is_all",
-        "attributes",
-        "buffers",
+        "_marks",
         "cells",
+        "hooks",
         "lists",
         "maps",
-        "parameters",
         "sets",
         "spots",
         "states",
     )
 
-    def __init__(self, holders: Holders) -> None:
-        self.attributes: list[dict[str, Any]] = [own.copy() for own in holders.attributes]
-        self.parameters: list[dict[str, Any]] = [own.copy() for own in holders.parameters]
-        self.buffers: list[dict[str, Any]] = [own.copy() for own in holders.buffers]
-        self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
-        self.lists: list[list[Any]] = list(map(list, holders.lists))
-        self.sets: list[set[Any]] = list(map(set, holders.sets))
-        self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
+    def __init__(self, holders: Holders, flat: Flat | None = None) -> None:
+        self._flat = flat
+        self._copies: list[dict[str, Any]] | None = None
+        if flat is not None:
+            self.spots = [value for _, _, value in holders.spots]
+            self._marks: list[int] | None = flat.marks
+            self.hooks = None
+            self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps)) or _NOTHING
+            self.lists: list[list[Any]] = list(map(list, holders.lists)) or _NOTHING
+            self.sets: list[set[Any]] = list(map(set, holders.sets)) or _NOTHING
+            self.cells: list[tuple[Any, ...]] = _NOTHING
+            self.states: list[Any] = _NOTHING
+            self._is_all = not (self.spots or self.maps or self.lists or self.sets)
+            return
         self.spots = _read_all(holders.spots)
-        self.states: list[Any] = [keeper.read(value) for value, keeper in holders.objects]
-        # Values that compare at no risk: lists of the same objects are equal before any is asked.
-        self._flat = _values(self) if holders.simple else None
+        dicts = holders.dicts()
+        read = len(holders.hookless)
+        self._copies = [*map(read_by_runs, dicts[:read]), *(own.copy() for own in dicts[read:])]
+        self.maps = list(map(dict, holders.maps))
+        self.hooks = _hooks_on(holders.hookless)
+        self.lists = list(map(list, holders.lists))
+        self.sets = list(map(set, holders.sets))
+        self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
+        self.states = [keeper.read(value) for value, keeper in holders.objects]
+        # Of dicts alone: those of derived classes may have an order of their own.
+        self._marks = holders.marks() if {dict}.issuperset(map(type, dicts)) else None
         others = self.maps or self.lists or self.sets or self.cells or self.spots or self.states
         self._is_all = not others
+
+    def copies(self) -> list[dict[str, Any]]:
+        """Of the holders' dicts, in their order (:meth:`Holders.dicts`)."""
+        if self._copies is None:
+            assert self._flat is not None
+            pairs = zip(self._flat.names, self._flat.values, strict=True)
+            self._copies = [dict(zip(names, values, strict=True)) for names, values in pairs]
+        return self._copies
 
     def held_by(self, holders: Holders) -> bool:
         """Whether they hold the same now, object by object."""
         now, was = holders, self
-        if self._flat is not None:
-            try:
-                same = _values(now) == self._flat
-            except (RuntimeError, TypeError, ValueError):  # an array in the place of a number
-                return False
-        else:
-            same = (
-                _same_values(now.attributes, was.attributes)
-                and _same_values(now.parameters, was.parameters)
-                and _same_values(now.buffers, was.buffers)
-            )
-        if not same or self._is_all:
-            return same
+        # Nearly always the marks are the same, and tell that without a look at any value.
+        marked = self._marks is not None and now.marks() == self._marks
+        if not (marked or self._same_dicts(now)) or _hooks_on(now.hookless) != self.hooks:
+            return False
+        if self._is_all:
+            return True
         return (
-            (not was.maps or (_same_values(now.maps, was.maps) and _same(now.maps, was.maps)))
+            (not was.spots or all(map(is_, _read_all(now.spots), was.spots)))
+            and (not was.maps or (_same_values(now.maps, was.maps) and _same(now.maps, was.maps)))
             and (not was.lists or _same(now.lists, was.lists))
             and (not was.sets or all(a == b for a, b in zip(now.sets, was.sets, strict=True)))
             and (not was.cells or _same(map(contents_of, now.cells), was.cells))
-            and (
-                not was.spots or _same([[read_spot(*spot[:2]) for spot in now.spots]], [was.spots])
-            )
             and not any(was.moved(now))
+        )
+
+    def _same_dicts(self, now: Holders) -> bool:
+        dicts, copies, read = now.dicts(), self.copies(), len(now.hookless)
+        attributes = map(read_by_runs, now.hookless)
+        return all(map(_same_attributes, attributes, copies[:read])) and _same_values(
+            dicts[read:], copies[read:]
         )
 
     def moved(self, holders: Holders) -> Iterator[tuple[Any, Keeper, Any]]:
@@ -85,20 +128,28 @@ class Contents:
 
     def put_into(self, holders: Holders) -> None:
         """Make them hold this again."""
-        for own, held in zip(holders.attributes, self.attributes, strict=True):
+        read, tensors = len(holders.hookless), len(holders.parameters) + len(holders.buffers)
+        dicts = list(zip(holders.dicts(), self.copies(), strict=True))
+        for own, held in dicts[:read]:
+            now = read_by_runs(own)
+            if not _same_attributes(now, held):
+                for key in now.keys() - held.keys():
+                    del own[key]
+                own.update(held)
+        for own, held in dicts[read : len(dicts) - tensors]:
             if not _same_values([own], [held]):
                 for key in own.keys() - held.keys():
                     del own[key]
                 own.update(held)
-        places = chain(
-            zip(holders.parameters, self.parameters, strict=True),
-            zip(holders.buffers, self.buffers, strict=True),
-        )
-        for parameters, held in places:
+        for parameters, held in dicts[len(dicts) - tensors :]:
             for key, value in held.items():
-                now = parameters.get(key)
-                if now is not value and not _sharded(now, value):
+                found = parameters.get(key)
+                if found is not value and not _sharded(found, value):
                     parameters[key] = value
+        if _hooks_on(holders.hookless) != self.hooks:
+            for number, own in enumerate(holders.hookless):
+                for name in FORWARD_HOOKS:
+                    _fill_mapping(own[name], self.hooks[number][name] if self.hooks else {})
         for mapping, held in zip(holders.maps, self.maps, strict=True):
             if not (_same_values([mapping], [held]) and _same([mapping], [held])):
                 _fill_mapping(mapping, held)
@@ -120,15 +171,28 @@ class Contents:
                 keeper.write(thing, state)
 
 
-def _values(held: Holders | Contents) -> list[Any]:
-    """Attributes by value; parameters and buffers, which have an ``==`` of their own, by ``id``."""
-    tensors = held.parameters + held.buffers if held.buffers else held.parameters
-    return [
-        *map(len, held.attributes),
-        *map(len, tensors),
-        *chain.from_iterable(map(_dict_values, held.attributes)),
-        *map(id, chain.from_iterable(map(_dict_values, tensors))),
-    ]
+def _hooks_on(hookless: list[dict[str, Any]]) -> list[dict[str, dict[Any, Any]]] | None:
+    """The hooks on modules that had none; ``None`` where they have none now."""
+    for own in hookless:
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return [{name: own[name].copy() for name in FORWARD_HOOKS} for own in hookless]
+    return None
+
+
+#: Types of values that are the same where they are equal, made anew or not.
+_BY_VALUE = frozenset((int, bool, str, bytes))
+
+
+def _same_attributes(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    if now.keys() != was.keys():
+        return False
+    for name, value in was.items():
+        found = now[name]
+        if found is not value and not (
+            type(found) is type(value) and type(value) in _BY_VALUE and found == value
+        ):
+            return False
+    return True
 
 
 def _same_values(now: list[dict[Any, Any]], was: list[dict[Any, Any]]) -> bool:

@@ -2,117 +2,41 @@
 
 That is whatever its function leads to: the attributes, parameters, buffers and hooks of modules,
 closures, the globals that its own code names, class attributes, and the containers and plain
-objects among them. Walked before every run of a region, so that the common case (modules whose
-attributes are numbers) must take a microsecond or two a module.
+objects among them. To look for them takes some ten microseconds a module; where the way to them is
+short, it is kept from run to run (:mod:`ckpt_pass.regions.tracks`).
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import types
-import weakref
 from collections.abc import Callable, Iterator
-from enum import Enum, auto
 from typing import Any
 
 import torch
 from torch import nn
 
 from ckpt_pass._torch import autograd
-from ckpt_pass.regions.classes import ClassReads, class_of
+from ckpt_pass._torch.dicts import marks_of
+from ckpt_pass.regions.classes import class_of, reads_of_class
+from ckpt_pass.regions.kinds import ATOMS, VALUES, Kind, is_users, kind_of
+from ckpt_pass.regions.module_dicts import FIRST, FORWARD_HOOKS, INTERNAL, NAMES
+from ckpt_pass.regions.steps import Inner
 from ckpt_pass.state.code_names import (
     FUNCTION,
     Reads,
     contents_of,
-    is_users_name,
     reads_of,
 )
 from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
 from ckpt_pass.state.remembered import Remembered
-from ckpt_pass.state.spots import MISSING, read_spot, slots_of
+from ckpt_pass.state.spots import MISSING, Owner, read_spot, slots_of
 
-#: What every module has; its contents are looked at one by one.
-_NAMES = list(nn.Module().__dict__)
-_INTERNAL = frozenset(_NAMES)
-_FIRST = len(_NAMES)
-_FORWARD_HOOKS = tuple(name for name in _INTERNAL if "forward" in name and "hooks" in name)
 #: Objects found in objects are followed so far: deeper lies what a region does not work on.
 _OBJECT_DEPTH = 3
-#: Standard modules whose instances are containers.
-_PLAIN_OBJECTS = frozenset({"argparse", "collections", "types", "weakref"})
-
-#: Types of values that hold nothing.
-ATOMS: frozenset[type] = frozenset(
-    (
-        *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range, type),
-        *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
-        *(torch.finfo, torch.iinfo, staticmethod, classmethod, property),
-        *(types.ModuleType, types.BuiltinFunctionType, types.GetSetDescriptorType),
-        *(types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
-    )
-)
-
-
-class _Kind(Enum):
-    IGNORED = auto()
-    TENSOR = auto()
-    MODULE = auto()
-    DICT = auto()
-    LIST = auto()
-    TUPLE = auto()
-    SET = auto()
-    FUNCTION = auto()
-    METHOD = auto()
-    PARTIAL = auto()
-    REFERENCE = auto()
-    STATE = auto()
-    OBJECT = auto()
-
-
-_KINDS: tuple[tuple[type | tuple[type, ...], _Kind], ...] = (
-    (torch.Tensor, _Kind.TENSOR),
-    (nn.Module, _Kind.MODULE),
-    (dict, _Kind.DICT),
-    ((list, collections.deque), _Kind.LIST),
-    ((tuple, frozenset), _Kind.TUPLE),
-    (set, _Kind.SET),
-    (types.FunctionType, _Kind.FUNCTION),
-    (types.MethodType, _Kind.METHOD),
-    (functools.partial, _Kind.PARTIAL),
-    (weakref.ref, _Kind.REFERENCE),
-)
-
-
-def _find_kind(cls: type) -> _Kind:
-    if cls in ATOMS or issubclass(cls, type):
-        return _Kind.IGNORED
-    for base, kind in _KINDS:
-        if issubclass(cls, base):
-            return kind
-    if keeper_for(cls) is not None:
-        return _Kind.STATE
-    plain = _library(cls) in _PLAIN_OBJECTS or dataclasses.is_dataclass(cls)
-    return _Kind.OBJECT if plain or is_users(cls) else _Kind.IGNORED
-
-
-def _library(thing: Any) -> str:
-    return (thing.__module__ or "").partition(".")[0]
-
-
-def is_users(thing: Any) -> bool:
-    """Whether a class or function is of no library whose objects are no state of a region."""
-    return is_users_name(thing.__module__)
-
-
-#: Class attributes that are values, not code.
-_VALUES = frozenset((int, float, bool, complex, str, bytes, type(None), slice, range)) | frozenset(
-    (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
-)
-# Looked up for every value that is met.
-_kind: Callable[[Any], _Kind] = Remembered(_find_kind, lambda _: None)
-_slots: Callable[[Any], tuple[str, ...]] = Remembered(slots_of, lambda _: None)
+_slots: Callable[[Any], tuple[str, ...]] = Remembered(slots_of)
+_NOTHING: list[Any] = []
 #: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
 Spot = tuple[Any, str, Any]
 
@@ -121,11 +45,14 @@ class Holders:
     """The holders that some values lead to, each once.
 
     Attributes:
-        attributes: dicts of attributes and of submodules.
+        hookless: dicts of attributes of modules that have no hooks around their forward.
+        attributes: those of other modules and objects, and dicts of submodules.
         parameters, buffers: the modules' dicts of them.
         maps, lists, sets: containers.
         cells: variables of closures.
         spots: single names in namespaces that belong to others too, and what they hold.
+        owners: what the namespaces of these are found by; ``None`` for an object's own fields.
+        modules: those that were met.
         objects: those with a state of their own, and how it is kept.
         tensors: the tensors that are held; some more than once.
         lasting: whether the only tensors are modules' parameters and buffers, which stay.
@@ -140,11 +67,14 @@ class Holders:
         "attributes",
         "buffers",
         "cells",
+        "hookless",
         "lasting",
         "lists",
         "maps",
+        "modules",
         "norms",
         "objects",
+        "owners",
         "parameters",
         "sets",
         "simple",
@@ -161,6 +91,9 @@ class Holders:
         self.sets: list[set[Any]] = []
         self.cells: list[types.CellType] = []
         self.spots: list[Spot] = []
+        self.owners: list[Owner | None] = []
+        self.modules: list[nn.Module] = []
+        self.hookless: list[dict[str, Any]] = []
         self.objects: list[tuple[Any, Keeper]] = []
         self.tensors: list[torch.Tensor] = []
         self.lasting = self.simple = True
@@ -169,6 +102,35 @@ class Holders:
         self._seen: set[Any] = set()
         self._todo: list[tuple[Any, int]] = []
         self.add(*roots)
+
+    @classmethod
+    def known(
+        cls,
+        modules: list[nn.Module],
+        dicts: tuple[list[dict[str, Any]], ...],
+        tensors: list[torch.Tensor],
+        spots: list[Spot],
+        norms: bool,
+        inner: Inner | None = None,
+    ) -> Holders:
+        """Holders that need not be looked for; nothing is added to them.
+
+        Args:
+            modules, tensors, spots, norms: as the attributes of these names.
+            dicts: ``hookless``, ``attributes``, ``parameters`` and ``buffers``.
+            inner: the plain objects and containers that these lead to.
+        """
+        made = cls.__new__(cls)
+        made.modules, made.tensors, made.spots, made.norms = modules, tensors, spots, norms
+        made.hookless, made.attributes, made.parameters, made.buffers = dicts
+        made.maps = made.lists = made.sets = made.cells = made.objects = _NOTHING
+        if inner is not None:
+            made.attributes += inner.fields
+            made.maps, made.lists, made.sets = inner.maps, list(inner.lists), inner.sets
+        made.lasting = made.simple = True
+        made._movable = None
+        made._seen = set()
+        return made
 
     def add(self, *roots: Any) -> None:
         """Follow more values."""
@@ -184,8 +146,8 @@ class Holders:
                 self.add(root.func)
                 self._todo.append((root, 0))
             else:
-                if _kind(type(root)) is _Kind.OBJECT:
-                    self._class(class_of(type(root)))
+                if kind_of(type(root)) is Kind.OBJECT:
+                    self._class(type(root))
                 self._todo.append((root, 0))
         looked_at = 0
         while self._todo or looked_at < len(self.tensors):
@@ -197,6 +159,8 @@ class Holders:
 
     def has(self, container: Any) -> bool:
         """Whether a container is among the holders."""
+        if not self._seen:  # nothing was looked for: what is here was known
+            self._seen.update(map(id, (*self.mappings(), *self.modules)))
         return id(container) in self._seen
 
     def movable(self) -> list[torch.Tensor]:
@@ -207,8 +171,21 @@ class Holders:
             ]
         return self._movable
 
+    def let_all_move(self) -> None:
+        """Take it as known that all tensors are of these."""
+        self._movable = self.tensors
+
+    def dicts(self) -> list[dict[str, Any]]:
+        """Those of modules, of functions and of objects: all but the containers."""
+        return [*self.hookless, *self.attributes, *self.parameters, *self.buffers]
+
+    def marks(self) -> list[int]:
+        """What tells whether those dicts have been changed since."""
+        return marks_of(self.dicts())
+
     def mappings(self) -> Iterator[dict[Any, Any]]:
         """All dicts among the holders."""
+        yield from self.hookless
         yield from self.attributes
         yield from self.parameters
         yield from self.buffers
@@ -234,9 +211,9 @@ class Holders:
                 todo += children.values()
             if known.norm:
                 self.norms = True
+            self.modules.append(module)
             if known.managed:
                 continue
-            attributes.append(own)
             if children:
                 attributes.append(children)
             parameters = own["_parameters"]
@@ -251,19 +228,24 @@ class Holders:
                     self.tensors += [b for b in buffers.values() if b is not None]
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 # Which hooks there are is put back, and what they note for their user stays.
-                self.maps += [own[name] for name in _FORWARD_HOOKS if self._is_new(own[name])]
+                attributes.append(own)
+                self.maps += [own[name] for name in FORWARD_HOOKS if self._is_new(own[name])]
+            else:
+                self.hookless.append(own)
             names = list(own)
-            if names[:_FIRST] == _NAMES:  # nearly always
-                names = names[_FIRST:]
+            if names[:FIRST] == NAMES:  # nearly always
+                names = names[FIRST:]
             for name in names:
-                if type(own[name]) not in ATOMS and name not in _INTERNAL:
+                if type(own[name]) not in ATOMS and name not in INTERNAL:
                     self._todo.append((own[name], 0))
             if known.bases and id(known) not in seen:
                 seen.add(id(known))
-                self._class(known)
+                self._class(type(module))
 
-    def _class(self, known: ClassReads) -> None:
-        for base in known.bases:
+    def _class(self, cls: type) -> None:
+        known = class_of(cls)
+        bases = [base for ref in known.bases if (base := ref()) is not None]
+        for base in bases:
             if base in self._seen:
                 continue
             self._seen.add(base)
@@ -271,18 +253,22 @@ class Holders:
                 if name.startswith("__"):
                     continue
                 if type(value) is FUNCTION:  # another may be there for the forward only
-                    self.spots.append((base, name, value))
+                    self._note(base, base, name, value)
                 else:
                     self._spot(base, name, value)
-        if known.bases:
-            new = (name for name in known.stored if not hasattr(known.bases[0], name))
-            self.spots += [(known.bases[0], name, MISSING) for name in new]
-        self._read(known.reads)
+        for name in known.stored if bases else ():
+            if not hasattr(bases[0], name):
+                self._note(bases[0], bases[0], name, MISSING)
+        self._read(reads_of_class(cls))
+
+    def _note(self, owner: Owner | None, space: Any, name: str, value: Any) -> None:
+        self.spots.append((space, name, value))
+        self.owners.append(owner)
 
     def _read(self, reads: Reads) -> None:
-        for space, name in reads.names:
+        for owner, (space, name) in zip(reads.owners, reads.names, strict=True):
             value = read_spot(space, name)
-            self.spots.append((space, name, value))
+            self._note(owner, space, name, value)
             if type(value) not in ATOMS and value is not MISSING:
                 self._todo.append((value, 0))
         for fn in reads.functions:
@@ -296,26 +282,26 @@ class Holders:
             self.cells.append(cell)
             self._contents(tuple(contents_of(cell)), depth)
 
-    def _spot(self, space: Any, name: str, value: Any) -> None:
-        kind = _kind(type(value))
-        if kind is _Kind.IGNORED and type(value) not in _VALUES:
+    def _spot(self, base: type, name: str, value: Any) -> None:
+        kind = kind_of(type(value))
+        if kind is Kind.IGNORED and type(value) not in VALUES:
             return
-        self.spots.append((space, name, value))
-        if kind is not _Kind.IGNORED:
+        self._note(base, base, name, value)
+        if kind is not Kind.IGNORED:
             self._todo.append((value, 0))
 
     def _follow(self, value: Any, depth: int) -> None:
-        kind = _kind(type(value))
-        if kind is _Kind.IGNORED:
+        kind = kind_of(type(value))
+        if kind is Kind.IGNORED:
             return
-        if kind is _Kind.TUPLE and ATOMS.issuperset(map(type, value)):
+        if kind is Kind.TUPLE and ATOMS.issuperset(map(type, value)):
             return
         self.simple = False
-        if kind is _Kind.TENSOR:
+        if kind is Kind.TENSOR:
             self.tensors.append(value)
             self.lasting = False
             return
-        if kind is _Kind.MODULE:
+        if kind is Kind.MODULE:
             if depth < _OBJECT_DEPTH:
                 self._module(value)
             return
@@ -324,32 +310,32 @@ class Holders:
         self._seen.add(id(value))
         self._into(kind, value, depth)
 
-    def _into(self, kind: _Kind, value: Any, depth: int) -> None:
+    def _into(self, kind: Kind, value: Any, depth: int) -> None:
         """Note a holder and follow what it holds."""
-        if kind is _Kind.DICT:
+        if kind is Kind.DICT:
             self.maps.append(value)
             self._contents(dict.values(value), depth)
-        elif kind is _Kind.LIST:
+        elif kind is Kind.LIST:
             self.lists.append(value)
             self._contents(value, depth)
-        elif kind is _Kind.TUPLE:
+        elif kind is Kind.TUPLE:
             self._contents(value, depth)
-        elif kind is _Kind.SET:
+        elif kind is Kind.SET:
             self.sets.append(value)
             self._contents(value, depth)
-        elif kind is _Kind.FUNCTION:
+        elif kind is Kind.FUNCTION:
             self._closure(value, depth)
-        elif kind is _Kind.METHOD:
+        elif kind is Kind.METHOD:
             self._contents((value.__func__, value.__self__), depth)
-        elif kind is _Kind.PARTIAL:
+        elif kind is Kind.PARTIAL:
             self._contents((value.func, value.args, value.keywords), depth)
             self._fields(value.__dict__, depth)
-        elif kind is _Kind.REFERENCE:
+        elif kind is Kind.REFERENCE:
             self._contents((value(),), depth)
         elif (keeper := keeper_for(type(value))) is not None:
             self.objects.append((value, keeper))
             self._contents(held_inside(value), depth)
-        if kind is _Kind.OBJECT or (kind in (_Kind.DICT, _Kind.LIST) and _has_fields(value)):
+        if kind is Kind.OBJECT or (kind in (Kind.DICT, Kind.LIST) and _has_fields(value)):
             self._object(value, depth)
 
     def _closure(self, fn: types.FunctionType, depth: int) -> None:
@@ -367,7 +353,7 @@ class Holders:
             self._fields(own, depth + 1)
         for name in _slots(type(value)):
             held = getattr(value, name, None)
-            self.spots.append((value, name, held))
+            self._note(None, value, name, held)
             self._contents((held,), depth + 1)
 
     def _fields(self, own: dict[str, Any], depth: int) -> None:

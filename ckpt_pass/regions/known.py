@@ -8,11 +8,15 @@ from torch import nn
 
 from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders
+from ckpt_pass.regions.tracks import Track, track_of
 from ckpt_pass.state.objects import global_generators
+
+#: So often a way may be looked for, beyond how often it was taken, until it is no longer.
+_PATIENCE = 8
 
 
 class Known:
-    """What earlier runs of a region have told.
+    """What earlier runs of a region have told; nothing in it leads back to the region's module.
 
     Attributes:
         watched: whether a run was looked at, op by op.
@@ -23,55 +27,48 @@ class Known:
         generators: those of the global random generators that it draws from; all of them until
             that is known.
         name: of the module's class or of the function, once it is needed.
-        options: for whoever runs the region: how it runs where nothing else is asked for.
     """
 
     __slots__ = (
         "__weakref__",
-        "_contents",
-        "_holders",
-        "_keeps",
+        "_found",
+        "_lost",
+        "_track",
         "generators",
         "name",
-        "options",
         "overwritten",
         "quiet",
         "repointed",
         "watched",
     )
 
-    def __init__(self, root: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         self.watched = False
         self.quiet = False
         self.overwritten: set[str] = set()
         self.repointed: set[str] = set()
         self.generators = global_generators()
         self.name: str | None = None
-        self.options: Any = None
-        self._keeps = root is not None
-        self._holders: Holders | None = None
-        self._contents: Contents | None = None
-
-    def let_go(self) -> None:
-        """Hold nothing that may lead to the module."""
-        self._holders = self._contents = self.options = None
+        self._track: Track | None = None
+        self._found = self._lost = 0
 
     def look(self, root: Any) -> tuple[Holders, Contents]:
         """The holders of a region's state, and what they hold now."""
-        holders, contents = self._holders, self._contents
-        if holders is None or contents is None or not contents.held_by(holders):
+        if not isinstance(root, nn.Module):  # a partial or a method leads to more than its module
             holders = Holders(root, *self.generators)
-            contents = Contents(holders)
-            # What is kept here lives on: never values of a step, nor buffers that are replaced.
-            lasts = self._keeps and holders.lasting
-            lasts = lasts and (self.quiet or not holders.buffers)
-            if lasts and all(tensor.is_leaf for tensor in holders.tensors):
-                self._holders, self._contents = holders, contents
-            else:
-                self._holders = self._contents = None
-        return holders, contents
+            return holders, Contents(holders)
+        found = None if self._track is None else self._track.found()
+        if found is not None:
+            self._found += 1
+            return found
+        holders = Holders(root, *self.generators)
+        # What moves on in every run is not worth a second search.
+        worth = self.watched and self._lost < self._found + _PATIENCE
+        self._track = track_of(holders) if worth else None
+        self._lost += worth
+        return holders, Contents(holders)
 
     def learnt(self, quiet: bool, generators: tuple[Any, ...]) -> None:
         """Note what a run that was looked at has done."""
         self.watched, self.quiet, self.generators = True, quiet, generators
-        self._holders = self._contents = None
+        self._track = None

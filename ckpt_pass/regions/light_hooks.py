@@ -10,6 +10,7 @@ backwards stay torch's.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,17 +43,18 @@ class LightHooks:
         "_rerun",
         "_saved",
         "_stops_early",
-        "_store",
         "_surroundings",
         "_undo",
         "name",
         "outside",
+        "store",
         "watch",
     )
 
     def __init__(self) -> None:
         self._saved = SavedLooks()
-        self._store: list[torch.Tensor | None] = []
+        #: Recomputed values, each until it is taken.
+        self.store: list[torch.Tensor | None] = []
         self._rerun: Recomputation | None = None
         self._in_use = False
         #: For messages and profilers.
@@ -62,7 +64,7 @@ class LightHooks:
         self._checked = True
         self._stops_early = True
         self._surroundings: Surroundings | None = None
-        self._undo = contextlib.ExitStack()
+        self._undo: contextlib.ExitStack | None = None
         #: What the region reads besides its arguments.
         self.outside: Outside | None = None
         #: Looks for what its forward overwrites, the first time.
@@ -84,7 +86,7 @@ class LightHooks:
         self._in_use = True
         self._surroundings = Surroundings()
         self._look_around(frame)
-        asked = _Unpack(self, frame, hooks[1], hooks[0](_VALUE))
+        asked = _asking(self, frame, hooks[1], hooks[0](_VALUE))
         # What torch has noted of our value, if it checks any.
         self._checked = frame.metadata_fn is None or frame.x_metadatas[-1] is not None
         autograd.push_saved_hooks(self._saved.pack, asked)
@@ -92,12 +94,13 @@ class LightHooks:
 
     def _look_around(self, frame: Any) -> None:
         fn = autograd.function_of_checkpoint(frame)
-        known = known_of(fn, *autograd.arguments_of_checkpoint(frame))
+        others = autograd.arguments_of_checkpoint(frame)
+        known = known_of(fn, *others)
         if known.name is None:
             known.name = _name_of(fn)
         self.name = known.name or self.name
         self.outside = Outside(fn, known)
-        if autograd.has_arguments_besides_tensors(frame):
+        if others:
             copier = Copier(self.outside.has)
             autograd.convert_arguments(frame, copier)
             if copier.mutable:
@@ -107,21 +110,13 @@ class LightHooks:
     def exit_forward(self) -> None:
         """Pop them; what a backward inside the region had made and left is let go."""
         self._complete = True
-        self._store = []
+        self.store = []
         autograd.pop_saved_hooks()
         if self.outside is not None:
             if self.watch is not None:
                 self.outside.learn()
                 self.watch = None
             self.outside.check_iterators()
-
-    def take(self, number: int) -> torch.Tensor | None:
-        """A recomputed value, once; ``None`` where it was not recomputed, or taken before."""
-        store = self._store
-        if number >= len(store):
-            return None
-        value, store[number] = store[number], None
-        return value
 
     def enter_recompute(self) -> bool:
         """Push hooks that collect the values; return whether torch recomputes for them."""
@@ -132,8 +127,9 @@ class LightHooks:
             self._range = record_function(f"recompute {self.name}")
             self._range.__enter__()
         pack = hooks[0]
-        self._store = []
-        if self._surroundings is not None:
+        self.store = []
+        if self._surroundings is not None and self._surroundings.changed():
+            self._undo = contextlib.ExitStack()
             self._surroundings.restore(self._undo)
         self._rerun = Recomputation(
             self.name, self._saved.looks, lambda: pack(_VALUE), self._checked
@@ -151,12 +147,14 @@ class LightHooks:
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
-        self._undo.close()
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
         assert self._rerun is not None
         rerun, self._rerun = self._rerun, None
         made = rerun.handed_over()
         if rerun.is_complete:  # torch's early stop is an error here too
-            self._store = made
+            self.store = made
         if not failed:
             rerun.check_count(exactly=self._complete and not self._stops_early)
 
@@ -170,22 +168,21 @@ def _name_of(fn: Any) -> str:
     return str(getattr(fn, "__qualname__", ""))
 
 
-class _Unpack:
+def _asking(
+    hooks: LightHooks, frame: Any, unpack_of_torch: Any, holder: Any
+) -> Callable[[int], torch.Tensor]:
     """The hook that autograd calls for a saved value: it starts torch's recomputation."""
 
-    __slots__ = ("_frame", "_holder", "_hooks", "_unpack_of_torch")
-
-    def __init__(self, hooks: LightHooks, frame: Any, unpack_of_torch: Any, holder: Any) -> None:
-        self._hooks = hooks
-        self._frame = frame
-        self._unpack_of_torch = unpack_of_torch
-        self._holder = holder
-
-    def __call__(self, number: int) -> torch.Tensor:
-        value = self._hooks.take(number)
+    def unpack(number: int) -> torch.Tensor:
+        store = hooks.store
+        value = store[number] if number < len(store) else None
         if value is None:  # not yet recomputed, or used by a backward before this one
-            autograd.recompute_anew(self._frame)
-            self._unpack_of_torch(self._holder)
-            value = self._hooks.take(number)
+            autograd.recompute_anew(frame)
+            unpack_of_torch(holder)
+            store = hooks.store
+            value = store[number]
             assert value is not None
+        store[number] = None
         return value
+
+    return unpack

@@ -171,7 +171,15 @@ class RegionMemory:
 
     def keep(self, key: Any, output: Any, draw: Draw | None = None) -> Saved:
         """Save an output (and what was drawn for it) as the next occurrence of ``key``."""
-        return self.add(key, Saved(output, draw))
+        # Not by way of `add`: this comes for every op that is saved.
+        entry = Saved(output, draw)
+        entries = self.entries.get(key)
+        if entries is None:
+            self.entries[key] = [entry]
+        else:
+            entries.append(entry)
+        self._unindexed.append(entry)
+        return entry
 
     def add(self, key: Any, entry: Saved) -> Saved:
         """Take what was saved as the next occurrence of ``key``."""

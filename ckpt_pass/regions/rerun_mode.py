@@ -12,6 +12,7 @@ from ckpt_pass._torch.dispatch import QuickMode
 from ckpt_pass._torch.operators import OpOverload
 from ckpt_pass.regions.actions import (
     IGNORED,
+    SIMPLE,
     is_cached_cast,
     is_mutable,
     overwritten,
@@ -42,6 +43,8 @@ class RecomputeMode(QuickMode):
 
     _buffers: frozenset[int] = frozenset()
     _collects = False
+    _has_suspects = False
+    _pause: contextlib.AbstractContextManager[None] | None = None
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class RecomputeMode(QuickMode):
         owners: Owners = (),
         forward: Pausable | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._owners = owners
         self._forward = forward
         self._memory = memory
@@ -60,34 +63,43 @@ class RecomputeMode(QuickMode):
 
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
-        self._cleanup = contextlib.ExitStack()
         outside = self._outside = None if self._hooks is None else self._hooks.outside
         if outside is not None:
             outside.put_in()
-            self._cleanup.callback(outside.put_back)
+            self._has_suspects = bool(outside.suspects)
             self._owners = outside.owners_of_statistics()
         if self._forward is not None and not self._memory.complete:
-            self._cleanup.enter_context(self._forward.paused())
+            self._pause = self._forward.paused()
+            self._pause.__enter__()
         if self._owners:
             self._buffers = frozenset(running_statistics(self._owners))
         self._collects = self._hooks is not None and self._hooks.enter_recompute()
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        with self._cleanup:
+        super().__exit__(*exc)
+        try:
             if self._hooks is not None and self._collects:
                 self._hooks.exit_recompute(failed=exc[0] is not None)
             if self._memory.window is not None:
                 self._memory.window.fetch_before()
+        finally:
+            try:
+                pause, self._pause = self._pause, None
+                if pause is not None:
+                    pause.__exit__(None, None, None)
+            finally:
+                if self._outside is not None:
+                    self._outside.put_back()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if self._outside is not None and self._outside.suspects:
+        if self._has_suspects and self._outside is not None:
             check_reads(self._outside, func, args, kwargs or {})
-        call = simple_call(func)
+        known = SIMPLE.get(id(func))
+        call = known[0] if known is not None else simple_call(func)
         if call is None:
             return self._dispatch(func, args, kwargs or {})
         if id(func) in self._counted:

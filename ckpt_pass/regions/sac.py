@@ -141,7 +141,7 @@ class ForwardMode(QuickMode):
         owners: Owners = (),
         outside: Outside | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._hooks = hooks
         self._owners = owners
         self._outside = outside
@@ -162,7 +162,7 @@ class ForwardMode(QuickMode):
             self._hooked = self._hooks.enter_forward()
             if self._hooks.watch is not None:
                 self._by_op_alone = False
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -181,7 +181,7 @@ class ForwardMode(QuickMode):
             finally:
                 if self._scopes is not None:
                     self._scopes.__exit__(None, None, None)
-                super().__exit__(*exc)  # type: ignore[no-untyped-call]
+                super().__exit__(*exc)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -41,16 +41,19 @@ class SavedLooks:
     def pack(self, value: torch.Tensor) -> int:
         """Number a value; a hook for autograd."""
         looks = self.looks
+        number = len(looks)
         looks.append((value.shape, value.dtype))
-        return len(looks) - 1
+        return number
 
 
 class Recomputation:
     """Collects what autograd saves while a region runs again, and compares it with the forward.
 
-    Values are kept without their history. Autograd gives a value that it asks for the history which
-    the forward's graph has of it, and a value that led to the recomputation's graph, whose hooks
-    lead to where values are kept, would hold itself: no collector sees through autograd's nodes.
+    Values are handed over without their history. Autograd gives a value that it asks for the
+    history which the forward's graph has of it, and a value that led to the recomputation's graph,
+    whose hooks lead to where values are kept, would hold itself: no collector sees through
+    autograd's nodes. All are cut off at the end, where no mode looks on: alone each would cost more
+    than all else that is done with it.
 
     Args:
         name: of the region.
@@ -68,7 +71,7 @@ class Recomputation:
         complete: Callable[[], None],
         checked: bool = True,
     ) -> None:
-        self._store: list[torch.Tensor | None] = []
+        self._store: list[torch.Tensor] = []
         self._seen = 0
         self._name = name
         self._expected = expected
@@ -82,14 +85,15 @@ class Recomputation:
         Raises:
             RecomputeMismatchError: the forward saved another shape or dtype here.
         """
-        number = self._seen
-        if number < self._count:  # what comes past all that the forward saved is let go in the end
+        store = self._store
+        number = len(store)
+        # What comes past all that the forward saved is let go in the end.
+        if self._checked and number < self._count:
             looks = (value.shape, value.dtype)
-            if self._checked and looks != self._expected[number]:
+            if looks != self._expected[number]:
                 raise self._mismatch(number, value)
-        self._store.append(autograd.without_history(value))
-        self._seen = seen = number + 1
-        if seen == self._count:
+        store.append(value)
+        if number + 1 == self._count:
             self._complete()
         return number
 
@@ -106,9 +110,7 @@ class Recomputation:
                 "the forward returned, or inside the region: look for code that puts a tensor of "
                 "the region where a later one takes it, and let it keep the forward's."
             )
-        value = self._store[number]
-        assert value is not None
-        return value
+        return autograd.without_history(self._store[number])
 
     @property
     def is_complete(self) -> bool:
@@ -122,9 +124,10 @@ class Recomputation:
         recomputation stays with it, and would keep every value.
         """
         store, self._store = self._store, []
+        self._seen = len(store)
         if self._seen > self._count:
             del store[self._count :]
-        return store
+        return autograd.without_histories(store)
 
     def check_count(self, exactly: bool = False) -> None:
         """Raise unless all is there.

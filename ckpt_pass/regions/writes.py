@@ -28,7 +28,7 @@ from ckpt_pass.state.remembered import Remembered
 _known: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Known]] = (
     weakref.WeakKeyDictionary()
 )
-_of_modules: Remembered[nn.Module, Known] = Remembered(Known, Known.let_go)
+_of_modules: Remembered[nn.Module, Known] = Remembered(lambda _: Known())
 
 
 def known_of(fn: Any, *arguments: Any) -> Known:
@@ -71,7 +71,7 @@ class WriteWatch(QuickMode):
     """Copies tensors around a region before the region's forward overwrites them."""
 
     def __init__(self, outside: Outside) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._outside = outside
         self._storages = outside.storages()
 
@@ -95,7 +95,7 @@ class ReadWatch(QuickMode):
     """Refuses to let a recomputation read what has moved since its forward."""
 
     def __init__(self, outside: Outside) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._outside = outside
 
     def __torch_dispatch__(

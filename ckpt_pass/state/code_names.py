@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import builtins
 import dis
 import functools
 import sys
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ckpt_pass.state.objects import generators_behind
-from ckpt_pass.state.spots import MISSING
+from ckpt_pass.state.spots import MISSING, Owner, space_of
 
 FUNCTION = types.FunctionType
 #: What a name mostly stands for: code.
@@ -31,6 +33,7 @@ class Reads:
     Attributes:
         names: globals, and attributes of classes and modules that globals name: a namespace (a
             dict or a class) and a name.
+        owners: what the namespaces are found by.
         generators: the random generators that they draw from by a module's functions.
         cells: variables of their closures.
         defaults: values of their parameters that are made once, and kept from call to call.
@@ -38,35 +41,99 @@ class Reads:
     """
 
     names: tuple[tuple[Any, str], ...]
+    owners: tuple[Owner, ...]
     generators: tuple[Any, ...]
     cells: tuple[types.CellType, ...]
     defaults: tuple[Any, ...]
     functions: tuple[types.FunctionType, ...]
 
 
+class ReadPlaces:
+    """Where the values lie that some functions read: found once, and held weakly.
+
+    So it may be remembered of a class without keeping that alive.
+
+    Args:
+        functions: those, and so those that they call in their file or close over.
+    """
+
+    __slots__ = ("_functions", "_generators", "_missing", "_names", "_with_cells", "_with_defaults")
+
+    def __init__(self, functions: Iterable[types.FunctionType]) -> None:
+        names: dict[tuple[int, str], tuple[weakref.ref[Owner], str]] = {}
+        generators: list[tuple[weakref.ref[types.FunctionType], str]] = []
+        users = [fn for fn in _reached(functions) if is_users_space(fn.__globals__)]
+        for fn in users:
+            for name, value in _globals_of(fn):
+                if list(generators_behind(value, fn.__code__.co_names)):
+                    generators.append((weakref.ref(fn), name))
+                for owner, inner in _places(fn, name, value):
+                    names[id(space_of(owner)), inner] = (weakref.ref(owner), inner)
+        self._names = tuple(names.values())
+        self._generators = tuple(generators)
+        self._functions = tuple(map(weakref.ref, users))
+        #: Names of what is not there yet, if it ever will be.
+        self._missing = tuple((weakref.ref(fn), n) for fn in users for n in _missing_in(fn))
+        self._with_cells = tuple(weakref.ref(fn) for fn in users if list(_state_cells(fn)))
+        self._with_defaults = tuple(weakref.ref(fn) for fn in users if list(_kept_defaults(fn)))
+
+    def reads(self) -> Reads | None:
+        """What the functions read; ``None`` where one of them is gone, or more is there now."""
+        for ref, name in self._missing:
+            if (fn := ref()) is not None and _is_there(fn, name):
+                return None
+        functions = [fn for ref in self._functions if (fn := ref()) is not None]
+        owners = [owner for ref, _ in self._names if (owner := ref()) is not None]
+        if len(functions) < len(self._functions) or len(owners) < len(self._names):
+            return None
+        cells: dict[int, types.CellType] = {}
+        for ref in self._with_cells:
+            if (fn := ref()) is not None:
+                cells.update((id(cell), cell) for cell in _state_cells(fn))
+        defaults: dict[int, Any] = {}
+        for ref in self._with_defaults:
+            if (fn := ref()) is not None:
+                defaults.update((id(value), value) for value in _kept_defaults(fn))
+        spaces = zip(map(space_of, owners), self._names, strict=True)
+        return Reads(
+            tuple((space, name) for space, (_, name) in spaces),
+            tuple(owners),
+            tuple(self._drawn_from()) if self._generators else (),
+            tuple(cells.values()),
+            tuple(defaults.values()),
+            tuple(functions),
+        )
+
+    def _drawn_from(self) -> Iterator[Any]:
+        found: dict[int, Any] = {}
+        for ref, name in self._generators:
+            if (fn := ref()) is not None:
+                value = fn.__globals__.get(name, sys.modules.get(name))
+                behind = generators_behind(value, fn.__code__.co_names)
+                found.update((id(generator), generator) for generator in behind)
+        yield from found.values()
+
+
 def reads_of(functions: Iterable[types.FunctionType]) -> Reads:
     """What functions read, those included that they call in their file or close over."""
-    names: dict[tuple[int, str], tuple[Any, str]] = {}
-    generators: dict[int, Any] = {}
-    cells: dict[int, types.CellType] = {}
-    defaults: dict[int, Any] = {}
-    users = [fn for fn in _reached(functions) if is_users_space(fn.__globals__)]
-    for fn in users:
-        for name, value in _globals_of(fn):
-            found = generators_behind(value, fn.__code__.co_names)
-            generators.update((id(generator), generator) for generator in found)
-            for space, inner in _places(fn, name, value):
-                names[id(space), inner] = (space, inner)
-        cells.update((id(cell), cell) for cell in _state_cells(fn))
-        kept = (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())
-        defaults.update((id(v), v) for v in kept if not isinstance(v, (*_FIXED, str, int, float)))
-    return Reads(
-        tuple(names.values()),
-        tuple(generators.values()),
-        tuple(cells.values()),
-        tuple(defaults.values()),
-        tuple(users),
-    )
+    held = list(functions)
+    found = ReadPlaces(held).reads()
+    assert found is not None, "functions that are held are there"
+    return found
+
+
+def _missing_in(fn: types.FunctionType) -> Iterator[str]:
+    names = (*_globals_in(fn.__code__), *_imports_in(fn.__code__))
+    return (name for name in names if not (_is_there(fn, name) or hasattr(builtins, name)))
+
+
+def _is_there(fn: types.FunctionType, name: str) -> bool:
+    return name in fn.__globals__ or (name in sys.modules and name in _imports_in(fn.__code__))
+
+
+def _kept_defaults(fn: types.FunctionType) -> Iterator[Any]:
+    kept = (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())
+    return (value for value in kept if not isinstance(value, (*_FIXED, str, int, float)))
 
 
 def functions_in(value: Any) -> Iterator[types.FunctionType]:
@@ -124,8 +191,11 @@ def _globals_of(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, sys.modules[name]
 
 
-def _places(fn: types.FunctionType, name: str, value: Any) -> Iterator[tuple[Any, str]]:
-    """Where a global that a function names holds state: itself, or the attributes it has."""
+def _places(fn: types.FunctionType, name: str, value: Any) -> Iterator[tuple[Owner, str]]:
+    """Where a global that a function names holds state: itself, or the attributes it has.
+
+    As what the namespace is found by, and the name in it.
+    """
     if isinstance(value, type):
         yield from _of_class(value)
         yield from _of_class(type(value))
@@ -135,13 +205,13 @@ def _places(fn: types.FunctionType, name: str, value: Any) -> Iterator[tuple[Any
         own = vars(value)
         if is_users_space(own):
             names = _attributes_in(fn.__code__)
-            yield from ((own, inner) for inner in names if type(own.get(inner)) not in CODE)
-            yield from ((own, new) for new in stored_in(fn.__code__) if new not in own)
+            yield from ((value, inner) for inner in names if type(own.get(inner)) not in CODE)
+            yield from ((value, new) for new in stored_in(fn.__code__) if new not in own)
     elif type(value) not in CODE or value.__name__ != name:  # `act = torch.sin` may be set anew
-        yield fn.__globals__, name
+        yield fn, name
 
 
-def _of_class(cls: type) -> Iterator[tuple[Any, str]]:
+def _of_class(cls: type) -> Iterator[tuple[Owner, str]]:
     for base in cls.__mro__:
         if is_users_name(base.__module__):
             for name, value in vars(base).items():

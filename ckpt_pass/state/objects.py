@@ -314,4 +314,4 @@ def held_inside(value: Any) -> tuple[Any, ...]:
 
 
 #: How the state of a class's objects is kept; ``None`` where they have none of these.
-keeper_for: Callable[[type], Keeper | None] = Remembered(_find_keeper, lambda _: None)
+keeper_for: Callable[[type], Keeper | None] = Remembered(_find_keeper)

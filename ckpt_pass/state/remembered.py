@@ -1,13 +1,11 @@
 """What is found out of a class or a module once, and let go with it.
 
-Nothing is written on either. What was found may lead back to its class or module, which nothing but
-these themselves could hold without keeping them alive; so it is forgotten before each full garbage
-collection, which finds such circles, and found out anew after it.
+Nothing is written on either, nor is either kept alive: what was found lies in a table, by the
+``id`` of what it was found of, until that is gone.
 """
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -20,20 +18,16 @@ class Remembered(Generic[Key, Found]):
     """A function of a class or module that remembers what it has found.
 
     Args:
-        find: the function.
-        let_go: forgets what was found as far as it may lead back; all of it where ``None``.
+        find: the function. What it finds must not lead back to what it was found of, which would
+            never be let go: it refers weakly to whatever may.
     """
 
-    __slots__ = ("__weakref__", "_find", "_found", "_let_go", "_references")
+    __slots__ = ("_find", "_found", "_references")
 
-    def __init__(
-        self, find: Callable[[Key], Found], let_go: Callable[[Found], None] | None = None
-    ) -> None:
+    def __init__(self, find: Callable[[Key], Found]) -> None:
         self._find = find
-        self._let_go = let_go
         self._found: dict[int, Found] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
-        _all.add(self)
 
     def __call__(self, key: Key) -> Found:
         """What the function says."""
@@ -57,24 +51,3 @@ class Remembered(Generic[Key, Found]):
     def forget(self, key: Key) -> None:
         """Find out anew, next time."""
         self._found.pop(id(key), None)
-
-    def let_go(self) -> None:
-        """Hold nothing that may lead back to its key."""
-        if self._let_go is None:
-            self._found.clear()
-            return
-        for found in list(self._found.values()):
-            self._let_go(found)
-
-
-_all: weakref.WeakSet[Remembered[Any, Any]] = weakref.WeakSet()
-_LAST_GENERATION = 2
-
-
-def _before_collection(phase: str, info: dict[str, int]) -> None:
-    if phase == "start" and info["generation"] == _LAST_GENERATION:
-        for remembered in list(_all):
-            remembered.let_go()
-
-
-gc.callbacks.append(_before_collection)

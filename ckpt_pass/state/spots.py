@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import types
+from typing import Any, TypeAlias
 
 #: What a name holds that is not there.
 MISSING = object()
+
+#: What a namespace is found by: a function's globals, a module's attributes, a class. All of these
+#: can be referred to weakly, which a dict cannot.
+Owner: TypeAlias = types.FunctionType | types.ModuleType | type
+
+
+def space_of(owner: Owner) -> Any:
+    """The namespace that is found by its owner: a dict, or a class."""
+    if isinstance(owner, types.FunctionType):
+        return owner.__globals__
+    return vars(owner) if isinstance(owner, types.ModuleType) else owner
 
 
 def read_spot(space: Any, name: str) -> Any:
