@@ -40,7 +40,7 @@ from ckpt_pass.plans.parts import Replay
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.named import DEFAULT_POLICY, as_policy
 from ckpt_pass.policy.opinion import Opinion
-from ckpt_pass.policy.rules import FirstMatch, Policy, PolicyLike, Rule, first_match, recompute
+from ckpt_pass.policy.rules import Policy, PolicyLike, first_match, is_plain_data, recompute
 from ckpt_pass.policy.sites import CallSite
 
 
@@ -348,13 +348,6 @@ class Partitioner(compilers.NamedPartitioner):
         asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}"
         asked += f"/{self.offload!r}/{sorted(self.leaves)}"
         return f"ckpt_pass/{source_hash()}/{asked}/{made}"
-
-
-def is_plain_data(policy: Policy) -> bool:
-    """Whether a policy's ``repr`` says all about it."""
-    if isinstance(policy, FirstMatch):
-        return all(is_plain_data(part) for part in policy.policies)
-    return type(policy) is Rule
 
 
 @functools.cache

@@ -216,6 +216,13 @@ class TorchPolicy:
         return decision
 
 
+def is_plain_data(policy: Policy) -> bool:
+    """Whether a policy's ``repr`` says all about it."""
+    if isinstance(policy, FirstMatch):
+        return all(is_plain_data(part) for part in policy.policies)
+    return type(policy) is Rule
+
+
 #: What users may pass where a policy is wanted.
 PolicyLike: TypeAlias = str | Policy | Callable[..., Any] | Sequence[Any]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from typing import Any, cast
@@ -14,7 +15,7 @@ from ckpt_pass._torch.dispatch import caller
 from ckpt_pass._torch.operators import OpOverload
 from ckpt_pass.ops.taxonomy import OpClass, classify, draws_random
 from ckpt_pass.policy.opinion import report_unclassified, settled
-from ckpt_pass.policy.rules import Policy
+from ckpt_pass.policy.rules import Policy, is_plain_data
 from ckpt_pass.policy.sites import SiteCounter
 
 #: Ops that the modes pass through uncounted.
@@ -81,7 +82,9 @@ def _shared_actions(policy: Policy) -> Actions:
     return Actions(policy)
 
 
-#: The same by the policy's ``id``: to hash a policy is to hash all of its parts.
+#: Those of policies that are code, as long as a region runs with them: code may hold a model.
+_in_use: weakref.WeakValueDictionary[Any, Actions] = weakref.WeakValueDictionary()
+#: Those of others by the policy's ``id``: to hash a policy is to hash all of its parts.
 _latest: dict[int, Actions] = {}
 
 
@@ -90,15 +93,24 @@ def actions_for(policy: Policy) -> Actions:
     found = _latest.get(id(policy))
     if found is not None and found.policy is policy:
         return found
-    try:
-        shared = _shared_actions(cast(Any, policy))
-    except TypeError:  # not hashable: a user's own object
-        return Actions(policy)
+    if not is_plain_data(policy):
+        return _in_use_for(policy)
+    shared = _shared_actions(cast(Any, policy))
     if shared.policy is policy:  # alive as long as what is found
         if len(_latest) >= 256:
             _latest.clear()
         _latest[id(policy)] = shared
     return shared
+
+
+def _in_use_for(policy: Policy) -> Actions:
+    try:
+        found = _in_use.get(policy)
+    except TypeError:  # not hashable: a user's own object
+        return Actions(policy)
+    if found is None:
+        found = _in_use[policy] = Actions(policy)
+    return found
 
 
 def is_free(op: Any) -> bool:

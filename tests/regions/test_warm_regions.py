@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy
 
 import ckpt_pass
 from ckpt_pass._torch import dicts
@@ -234,6 +235,31 @@ def test_a_policy_that_knows_the_module_does_not_keep_it() -> None:
         ckpt_pass.checkpoint(module, x, policy="save-matmul").square().sum().backward()
     gone = weakref.ref(module)
     del module
+    gc.collect()
+    assert gone() is None
+
+
+def used_with_code(torchs: bool) -> weakref.ref[nn.Module]:
+    """A module that a policy knows, once regions have run with that policy."""
+    module, x = made(), torch.ones(2, WIDTH)
+    known = nn.Linear(WIDTH, WIDTH)
+
+    def policy(site: Any) -> CheckpointPolicy:
+        saves = known.training and site.op is torch.ops.aten.tanh.default
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def policy_fn(context: Any, op: Any, *args: Any, **kwargs: Any) -> bool:
+        return known.training and op is torch.ops.aten.tanh.default
+
+    for _ in range(STEPS):
+        asked = policy_fn if torchs else policy
+        ckpt_pass.checkpoint(module, x, policy=asked).square().sum().backward()
+    return weakref.ref(known)
+
+
+@pytest.mark.parametrize("torchs", [False, True])
+def test_a_policy_that_is_code_does_not_keep_what_it_knows(torchs: bool) -> None:
+    gone = used_with_code(torchs)
     gc.collect()
     assert gone() is None
 
