@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ckpt_pass._torch import autograd, functorch
+from ckpt_pass._torch.random_states import told_of_states
 from ckpt_pass.eager.answers import Answers, asks
 from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.held_objects import HeldObjects
@@ -130,7 +131,8 @@ class Recorder(TorchDispatchMode):
             NothingToDifferentiateError: nothing that it returns requires a gradient.
         """
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        with self._stack.followed(), self._calls(), self:
+        states = told_of_states(self._state_read)
+        with self._stack.followed(), self._calls(), states, self:
             with hooks, RealPaths(asks=self._answers is not None):
                 value = step()
             self.trace.forward_length = self.moment
@@ -262,6 +264,9 @@ class Recorder(TorchDispatchMode):
         draws = draws_random(func, args, kwargs)
         self.trace.ops.append(OpRecord(site, _NO_CALL, (), uses, changes, draws, False))
         output = self._run(func, args, kwargs, given)
+        if draws:
+            with self._rest():  # fake tensors draw nothing, and regions look whether anything was
+                torch.rand(())
         numbers = saved_numbers_bytes(func, args, given)
         if numbers:
             self._hold(StorageRecord(numbers, index, of_graph=not self._backward))
@@ -275,6 +280,19 @@ class Recorder(TorchDispatchMode):
         record.effects = self._has_effects(func, record, args, kwargs)
         self._numbers.note(record.makes, func, self._module)
         return output
+
+    def _state_read(self, state: Tensor) -> None:
+        """Count a state of random numbers as long as a region, say, keeps it."""
+        if self._resting:
+            return
+        of_graph = not self._backward
+        record = StorageRecord(state.untyped_storage().nbytes(), self.moment, of_graph=of_graph)
+        self.trace.storages.append(record)
+
+        def died(_: Any) -> None:
+            record.dies = self.moment
+
+        self._refs[len(self.trace.storages) - 1] = weakref.ref(state.untyped_storage(), died)
 
     def _hold(self, numbers: StorageRecord) -> None:
         """Count what autograd holds of Python's numbers; the graphs of the backward are run."""

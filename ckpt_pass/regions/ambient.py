@@ -135,7 +135,7 @@ class RandomState:
     __slots__ = ("cpu", "devices")
 
     def __init__(self, devices: tuple[torch.device, ...]) -> None:
-        self.cpu = torch.default_generator.get_state()
+        self.cpu = torch.get_rng_state()
         self.devices: tuple[tuple[torch.device, torch.Tensor], ...] = ()
         if devices:
             self.devices = tuple(
@@ -145,7 +145,7 @@ class RandomState:
 
     def moved(self) -> bool:
         """Whether any random number was drawn since."""
-        if not torch.equal(self.cpu, torch.default_generator.get_state()):
+        if not torch.equal(self.cpu, torch.get_rng_state()):
             return True
         return any(
             not torch.equal(state, torch.get_device_module(device).get_rng_state(device))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import fx, nn
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import ahead, autograd, compilers, functorch
+from ckpt_pass._torch.random_states import told_of_states
 from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner
@@ -272,11 +274,17 @@ class _Graphs:
     def watched(self) -> Iterator[None]:
         """Inside, what runs is seen."""
         self.mode.watcher = self._watch
+        seen = self.mode if isinstance(self.mode, WatchedMode) else contextlib.nullcontext()
         try:
-            with self.mode if isinstance(self.mode, WatchedMode) else contextlib.nullcontext():
+            with seen, told_of_states(self._state_read):
                 yield
         finally:
             self.mode.watcher = None
+
+    def _state_read(self, state: torch.Tensor) -> None:
+        """A region between the graphs, say, keeps a state of random numbers."""
+        storage = state.untyped_storage()
+        weakref.finalize(storage, self.held.hold(storage.nbytes())).atexit = False
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         watcher, self.mode.watcher = self.mode.watcher, None  # a compilation is no part of a step
