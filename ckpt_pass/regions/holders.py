@@ -31,6 +31,7 @@ from ckpt_pass.state.code_names import (
 )
 from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
 from ckpt_pass.state.remembered import Remembered
+from ckpt_pass.state.shown import SHOWING, owner_of, shown_by
 from ckpt_pass.state.spots import MISSING, read_spot, slots_of
 
 #: What every module has; its contents are looked at one by one.
@@ -49,7 +50,7 @@ ATOMS: frozenset[type] = frozenset(
         *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range, type),
         *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
         *(torch.finfo, torch.iinfo, staticmethod, classmethod, property),
-        *(types.ModuleType, types.BuiltinFunctionType, types.GetSetDescriptorType),
+        *(types.ModuleType, types.GetSetDescriptorType),
         *(types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
     )
 )
@@ -67,6 +68,7 @@ class _Kind(Enum):
     METHOD = auto()
     PARTIAL = auto()
     REFERENCE = auto()
+    SHOWING = auto()
     STATE = auto()
     OBJECT = auto()
 
@@ -82,6 +84,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Kind], ...] = (
     (types.MethodType, _Kind.METHOD),
     (functools.partial, _Kind.PARTIAL),
     (weakref.ref, _Kind.REFERENCE),
+    (SHOWING, _Kind.SHOWING),
 )
 
 
@@ -310,6 +313,8 @@ class Holders:
             return
         if kind is _Kind.TUPLE and ATOMS.issuperset(map(type, value)):
             return
+        if type(value) is types.BuiltinFunctionType and owner_of(value) is None:
+            return  # `self.act = torch.tanh`
         self.simple = False
         if kind is _Kind.TENSOR:
             self.tensors.append(value)
@@ -346,11 +351,23 @@ class Holders:
             self._fields(value.__dict__, depth)
         elif kind is _Kind.REFERENCE:
             self._contents((value(),), depth)
+        elif kind is _Kind.SHOWING:
+            self._shown(value, depth)
         elif (keeper := keeper_for(type(value))) is not None:
             self.objects.append((value, keeper))
             self._contents(held_inside(value), depth)
         if kind is _Kind.OBJECT or (kind in (_Kind.DICT, _Kind.LIST) and _has_fields(value)):
             self._object(value, depth)
+
+    def _shown(self, value: Any, depth: int) -> None:
+        for thing in shown_by(value):
+            keeper = keeper_for(type(thing))
+            if keeper is not None and keeper.copy is not None and self._is_new(thing):
+                # `count().__next__`: no copy of it can take its place here.
+                self.objects.append((thing, dataclasses.replace(keeper, copy=None)))
+                self._contents(held_inside(thing), depth)
+            else:
+                self._contents((thing,), depth)
 
     def _closure(self, fn: types.FunctionType, depth: int) -> None:
         if fn.__code__ not in self._seen and is_users(fn):
