@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckpt_pass._torch import autograd
+from ckpt_pass._torch import autograd, modules
 from ckpt_pass.regions.classes import ClassReads, class_of
 from ckpt_pass.state.code_names import (
     FUNCTION,
@@ -237,6 +237,8 @@ class Holders:
                 todo += children.values()
             if known.norm:
                 self.norms = True
+            if known.scripted:
+                self._scripted(module)
             if known.managed:
                 continue
             attributes.append(own)
@@ -264,6 +266,15 @@ class Holders:
             if known.bases and id(known) not in seen:
                 seen.add(id(known))
                 self._class(known)
+
+    def _scripted(self, module: nn.Module) -> None:
+        """Note the attributes of one of TorchScript's modules; lists come as copies of them."""
+        self.lasting = self.simple = False
+        for name in modules.script_attributes(module):
+            value = getattr(module, name)
+            self.spots.append((module, name, value))
+            if isinstance(value, torch.Tensor):
+                self.tensors.append(value)
 
     def _class(self, known: ClassReads) -> None:
         for base in known.bases:

@@ -239,12 +239,13 @@ _OF_CONTEXTS = Keeper(lambda v: v.get(_UNSET), operator.is_, _set_variable)
 
 _SEQUENCES: tuple[Any, ...] = ([], (), range(0), range(1 << 70), "", b"")
 _GROUPS: tuple[Any, ...] = (set(), collections.deque())
+_ROWS: tuple[Any, ...] = ([], (), range(0), collections.deque())
 #: Iterators whose copies share nothing that moves.
 _COPYABLE: tuple[type, ...] = (
     itertools.count,
     *(type(iter(values)) for values in _SEQUENCES),
     *(type(iter(group)) for group in _GROUPS),
-    *(type(reversed(row)) for row in ([], (), range(0), collections.deque[Any]())),
+    *(type(reversed(row)) for row in _ROWS),
 )
 _EMPTY: dict[Any, Any] = {}
 _OF_DICTS: tuple[type, ...] = tuple(
