@@ -16,7 +16,7 @@ from torch import nn
 
 from ckpt_pass.eager.step_record import CallRecord
 from ckpt_pass.regions.caches import is_emptied
-from ckpt_pass.regions.holders import ATOMS
+from ckpt_pass.regions.kinds import ATOMS
 from ckpt_pass.state.holders import Reached
 
 _CONTAINERS = (list, tuple, set, dict)

@@ -19,7 +19,7 @@ from ckpt_pass._torch import autograd
 from ckpt_pass.offloading.store import MovedValueChangedError
 from ckpt_pass.offloading.window import Moved, Window
 from ckpt_pass.regions.ambient import accelerators
-from ckpt_pass.regions.holders import ATOMS
+from ckpt_pass.regions.kinds import ATOMS
 from ckpt_pass.state.objects import keeper_for
 from ckpt_pass.state.shown import owner_of
 

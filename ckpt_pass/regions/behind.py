@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ckpt_pass.regions.holders import is_users
+from ckpt_pass.regions.kinds import is_users
 from ckpt_pass.state.code_names import FUNCTION, contents_of, reads_of
 from ckpt_pass.state.spots import read_spot
 

@@ -12,9 +12,7 @@ import collections
 import dataclasses
 import functools
 import types
-import weakref
 from collections.abc import Callable, Iterator
-from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -22,16 +20,16 @@ from torch import nn
 
 from ckpt_pass._torch import autograd, modules
 from ckpt_pass.regions.classes import ClassReads, class_of
+from ckpt_pass.regions.kinds import ATOMS, Kind, find_kind, is_users
 from ckpt_pass.state.code_names import (
     FUNCTION,
     Reads,
     contents_of,
-    is_users_name,
     reads_of,
 )
 from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
 from ckpt_pass.state.remembered import Remembered
-from ckpt_pass.state.shown import SHOWING, owner_of, shown_by
+from ckpt_pass.state.shown import owner_of, shown_by
 from ckpt_pass.state.spots import MISSING, read_spot, slots_of
 
 #: What every module has; its contents are looked at one by one.
@@ -41,80 +39,12 @@ _FIRST = len(_NAMES)
 _FORWARD_HOOKS = tuple(name for name in _INTERNAL if "forward" in name and "hooks" in name)
 #: Objects found in objects are followed so far: deeper lies what a region does not work on.
 _OBJECT_DEPTH = 3
-#: Standard modules whose instances are containers.
-_PLAIN_OBJECTS = frozenset({"argparse", "collections", "types", "weakref"})
-
-#: Types of values that hold nothing.
-ATOMS: frozenset[type] = frozenset(
-    (
-        *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range, type),
-        *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
-        *(torch.finfo, torch.iinfo, staticmethod, classmethod, property),
-        *(types.ModuleType, types.GetSetDescriptorType),
-        *(types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
-    )
-)
-
-
-class _Kind(Enum):
-    IGNORED = auto()
-    TENSOR = auto()
-    MODULE = auto()
-    DICT = auto()
-    LIST = auto()
-    TUPLE = auto()
-    SET = auto()
-    FUNCTION = auto()
-    METHOD = auto()
-    PARTIAL = auto()
-    REFERENCE = auto()
-    SHOWING = auto()
-    STATE = auto()
-    OBJECT = auto()
-
-
-_KINDS: tuple[tuple[type | tuple[type, ...], _Kind], ...] = (
-    (torch.Tensor, _Kind.TENSOR),
-    (nn.Module, _Kind.MODULE),
-    (dict, _Kind.DICT),
-    ((list, collections.deque), _Kind.LIST),
-    ((tuple, frozenset), _Kind.TUPLE),
-    (set, _Kind.SET),
-    (types.FunctionType, _Kind.FUNCTION),
-    (types.MethodType, _Kind.METHOD),
-    (functools.partial, _Kind.PARTIAL),
-    (weakref.ref, _Kind.REFERENCE),
-    (SHOWING, _Kind.SHOWING),
-)
-
-
-def _find_kind(cls: type) -> _Kind:
-    if cls in ATOMS or issubclass(cls, type):
-        return _Kind.IGNORED
-    for base, kind in _KINDS:
-        if issubclass(cls, base):
-            return kind
-    if keeper_for(cls) is not None:
-        return _Kind.STATE
-    plain = _library(cls) in _PLAIN_OBJECTS or dataclasses.is_dataclass(cls)
-    return _Kind.OBJECT if plain or is_users(cls) else _Kind.IGNORED
-
-
-def _library(thing: Any) -> str:
-    return (thing.__module__ or "").partition(".")[0]
-
-
-def is_users(thing: Any) -> bool:
-    """Whether a class or function is of no library whose objects are no state of a region."""
-    return is_users_name(thing.__module__)
-
-
 #: Class attributes that are values, not code.
 _VALUES = frozenset((int, float, bool, complex, str, bytes, type(None), slice, range)) | frozenset(
     (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 )
 # Looked up for every value that is met.
-_kind: Callable[[Any], _Kind] = Remembered(_find_kind, lambda _: None)
+_kind: Callable[[Any], Kind] = Remembered(find_kind, lambda _: None)
 _slots: Callable[[Any], tuple[str, ...]] = Remembered(slots_of, lambda _: None)
 #: A name in a namespace (a dict of globals, a class, an object with slots) that holds a value.
 Spot = tuple[Any, str, Any]
@@ -187,7 +117,7 @@ class Holders:
                 self.add(root.func)
                 self._todo.append((root, 0))
             else:
-                if _kind(type(root)) is _Kind.OBJECT:
+                if _kind(type(root)) is Kind.OBJECT:
                     self._class(class_of(type(root)))
                 self._todo.append((root, 0))
         looked_at = 0
@@ -312,26 +242,26 @@ class Holders:
 
     def _spot(self, space: Any, name: str, value: Any) -> None:
         kind = _kind(type(value))
-        if kind is _Kind.IGNORED and type(value) not in _VALUES:
+        if kind is Kind.IGNORED and type(value) not in _VALUES:
             return
         self.spots.append((space, name, value))
-        if kind is not _Kind.IGNORED:
+        if kind is not Kind.IGNORED:
             self._todo.append((value, 0))
 
     def _follow(self, value: Any, depth: int) -> None:
         kind = _kind(type(value))
-        if kind is _Kind.IGNORED:
+        if kind is Kind.IGNORED:
             return
-        if kind is _Kind.TUPLE and ATOMS.issuperset(map(type, value)):
+        if kind is Kind.TUPLE and ATOMS.issuperset(map(type, value)):
             return
         if type(value) is types.BuiltinFunctionType and owner_of(value) is None:
             return  # `self.act = torch.tanh`
         self.simple = False
-        if kind is _Kind.TENSOR:
+        if kind is Kind.TENSOR:
             self.tensors.append(value)
             self.lasting = False
             return
-        if kind is _Kind.MODULE:
+        if kind is Kind.MODULE:
             if depth < _OBJECT_DEPTH:
                 self._module(value)
             return
@@ -340,34 +270,34 @@ class Holders:
         self._seen.add(id(value))
         self._into(kind, value, depth)
 
-    def _into(self, kind: _Kind, value: Any, depth: int) -> None:
+    def _into(self, kind: Kind, value: Any, depth: int) -> None:
         """Note a holder and follow what it holds."""
-        if kind is _Kind.DICT:
+        if kind is Kind.DICT:
             self.maps.append(value)
             self._contents(dict.values(value), depth)
-        elif kind is _Kind.LIST:
+        elif kind is Kind.LIST:
             self.lists.append(value)
             self._contents(value, depth)
-        elif kind is _Kind.TUPLE:
+        elif kind is Kind.TUPLE:
             self._contents(value, depth)
-        elif kind is _Kind.SET:
+        elif kind is Kind.SET:
             self.sets.append(value)
             self._contents(value, depth)
-        elif kind is _Kind.FUNCTION:
+        elif kind is Kind.FUNCTION:
             self._closure(value, depth)
-        elif kind is _Kind.METHOD:
+        elif kind is Kind.METHOD:
             self._contents((value.__func__, value.__self__), depth)
-        elif kind is _Kind.PARTIAL:
+        elif kind is Kind.PARTIAL:
             self._contents((value.func, value.args, value.keywords), depth)
             self._fields(value.__dict__, depth)
-        elif kind is _Kind.REFERENCE:
+        elif kind is Kind.REFERENCE:
             self._contents((value(),), depth)
-        elif kind is _Kind.SHOWING:
+        elif kind is Kind.SHOWING:
             self._shown(value, depth)
         elif (keeper := keeper_for(type(value))) is not None:
             self.objects.append((value, keeper))
             self._contents(held_inside(value), depth)
-        if kind is _Kind.OBJECT or (kind in (_Kind.DICT, _Kind.LIST) and _has_fields(value)):
+        if kind is Kind.OBJECT or (kind in (Kind.DICT, Kind.LIST) and _has_fields(value)):
             self._object(value, depth)
 
     def _shown(self, value: Any, depth: int) -> None:
