@@ -68,3 +68,10 @@ def _replace_converted(
                 is_parameter = isinstance(tensor, nn.Parameter)
                 held[name] = nn.Parameter(found, tensor.requires_grad) if is_parameter else found
     return module
+
+
+def script_attributes(module: nn.Module) -> tuple[str, ...]:
+    """The attributes of one of TorchScript's modules, parameters and buffers among them."""
+    described = getattr(module, "_concrete_type", None)
+    names = () if described is None else described.get_attributes()
+    return tuple(name for name in names if not name.startswith("_"))

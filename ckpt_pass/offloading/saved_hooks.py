@@ -13,17 +13,24 @@ from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._torch import autograd, storages
 from ckpt_pass.offloading.options import Offload
-from ckpt_pass.offloading.store import MovedValueChangedError
+from ckpt_pass.offloading.store import MovedValueChangedError, changed_on_its_way
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.offloading.window import AHEAD, Moved, Window
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Packed:
-    """A saved tensor that is elsewhere, and how many were put until then."""
+    """A saved tensor that is elsewhere, or soon will be.
 
-    moved: Moved
-    number: int
+    Attributes:
+        moved: where it is; the tensor itself until it goes.
+        version: of the tensor, as it was saved.
+        number: how many were put until then.
+    """
+
+    moved: Moved | torch.Tensor
+    version: int
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,9 @@ class SavedHooks:
         self._kept: set[int] = set()
         self._numbers = numbers
         self._seen = 0
+        #: What an op has saved that may not have written it yet, and when that was.
+        self._waiting: list[_Packed] = []
+        self._moment = -1
 
     def keep(self, values: Any) -> None:
         """Do not move the tensors in there, as long as they live, nor views of them."""
@@ -58,14 +68,37 @@ class SavedHooks:
                 self._kept.add(value.untyped_storage()._cdata)
 
     def pack(self, tensor: torch.Tensor) -> _Stayed | _Packed:
-        """What autograd holds instead of a tensor."""
+        """What autograd holds instead of a tensor.
+
+        What has no history may be a buffer that the op fills after autograd has saved it (the noise
+        of ``rrelu``). It goes when the next op saves something.
+        """
         number = self._seen
         self._seen += 1
+        moment = autograd.newest_node_number()
+        if self._waiting and moment != self._moment:
+            self._put_waiting()
         if not self._goes(number, tensor):
             # Without its history: that would lead back to who holds it.
             held = tensor if tensor.is_leaf else storages.detached(tensor)
             return _Stayed(held, storages.version_of(tensor))
-        return _Packed(self._window.put(tensor), self._window.count)
+        packed = _Packed(tensor, storages.version_of(tensor))
+        if tensor.requires_grad:
+            self._put(packed, tensor)
+        else:
+            self._waiting.append(packed)
+            self._moment = moment
+        return packed
+
+    def _put(self, packed: _Packed, tensor: torch.Tensor) -> None:
+        packed.moved, packed.number = self._window.put(tensor), self._window.count
+
+    def _put_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for packed in waiting:
+            tensor = packed.moved
+            if isinstance(tensor, torch.Tensor) and not _changed(packed, tensor):
+                self._put(packed, tensor)
 
     def unpack(self, packed: _Stayed | _Packed) -> torch.Tensor:
         """The tensor, as it was.
@@ -75,6 +108,10 @@ class SavedHooks:
         """
         if isinstance(packed, _Stayed):
             return self._unchanged(packed)
+        if isinstance(packed.moved, torch.Tensor):
+            if _changed(packed, packed.moved):
+                raise changed_on_its_way(packed.moved.shape, packed.moved.dtype)
+            return packed.moved
         tensor = packed.moved.take(shared=True)
         self._window.fetch_earlier(packed.number)
         return tensor
@@ -106,8 +143,14 @@ class SavedHooks:
         autograd.push_saved_hooks(self.pack, self.unpack)
         try:
             yield
+            self._put_waiting()
         finally:
+            self._waiting.clear()
             autograd.pop_saved_hooks()
+
+
+def _changed(packed: _Packed, tensor: torch.Tensor) -> bool:
+    return storages.version_of(tensor) != packed.version
 
 
 @contextlib.contextmanager

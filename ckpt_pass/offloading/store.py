@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +21,15 @@ from ckpt_pass.offloading.slots import Pool, Slot
 
 class MovedValueChangedError(CkptPassError, RuntimeError):
     """A value was changed in place while it was on its way to a store; torch: ``RuntimeError``."""
+
+
+def changed_on_its_way(size: Sequence[int], dtype: torch.dtype) -> MovedValueChangedError:
+    """What is said of a tensor whose values are lost."""
+    return MovedValueChangedError(
+        f"A tensor of shape {list(size)} and {dtype} was changed in place after it was offloaded "
+        "and before its copy was finished, so that its values are lost. Expected no change until "
+        "the backward. Clone it before the in-place op, or do not offload it."
+    )
 
 
 class Pending(Protocol):
@@ -183,12 +192,7 @@ class Ticket:
         source = self._held.source
         changed = source is not None and storages.version_of(source) != self._version
         if changed or self._changed:
-            raise MovedValueChangedError(
-                f"A tensor of shape {list(self._layout.size)} and {self._layout.dtype} was changed "
-                "in place after it was offloaded and before its copy was finished, so that its "
-                "values are lost. Expected no change until the backward. Clone it before the "
-                "in-place op, or do not offload it."
-            )
+            raise changed_on_its_way(self._layout.size, self._layout.dtype)
         self.was_taken = True
         looks = self._layout if layout is None else layout
         if source is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from ckpt_pass.offloading.window import Moved, Window
 from ckpt_pass.regions.ambient import accelerators
 from ckpt_pass.regions.kinds import ATOMS
 from ckpt_pass.state.objects import keeper_for
+from ckpt_pass.state.shown import owner_of
 
 #: Containers that are copied entry by entry; what is derived from them may be more than that.
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
@@ -83,6 +85,8 @@ class Copier:
         cls = type(value)
         if cls in _KEPT or isinstance(value, torch.Tensor):
             return value
+        if cls is types.BuiltinFunctionType and owner_of(value) is None:
+            return value
         made = self._made.get(id(value))
         if made is None:
             made = value if self._keeps(value) else self._copy(cls, value)
@@ -92,7 +96,9 @@ class Copier:
     def _copy(self, cls: type, value: Any) -> Any:
         if _is_iterator(value):
             self.iterators = True
-            return copy.copy(value)
+            made = copy.copy(value)
+            self.mutable.append(made)  # what it reads from is the caller's
+            return made
         if isinstance(value, tuple):
             items = [self(item) for item in value]
             if all(a is b for a, b in zip(items, value, strict=True)):

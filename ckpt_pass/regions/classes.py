@@ -20,6 +20,7 @@ class ClassReads:
 
     Attributes:
         managed: its attributes are its library's (FSDP; compiled, scripted and lazy modules).
+        scripted: it is TorchScript's, which keeps attributes where Python does not see them.
         norm: its buffers are running statistics.
         bases: its classes that are not torch's own: their attributes may be state.
         places: where their methods read.
@@ -27,6 +28,7 @@ class ClassReads:
     """
 
     managed: bool
+    scripted: bool
     norm: bool
     bases: tuple[weakref.ref[type], ...]
     places: ReadPlaces
@@ -41,6 +43,7 @@ def _find_class(cls: type) -> ClassReads:
     managed = cls.__module__.startswith(("torch.distributed.", "torch._dynamo.")) or issubclass(
         cls, LazyModuleMixin
     )
+    scripted = issubclass(cls, torch.jit.ScriptModule)
     bases = tuple(
         base
         for base in cls.__mro__
@@ -56,7 +59,8 @@ def _find_class(cls: type) -> ClassReads:
     codes = [fn.__code__ for fn in functions if not _TO_A_CLASS.isdisjoint(fn.__code__.co_names)]
     codes += [f.__func__.__code__ for b in bases for f in vars(b).values() if _is_classmethod(f)]
     return ClassReads(
-        managed or issubclass(cls, torch.jit.ScriptModule),
+        managed or scripted,
+        scripted,
         issubclass(cls, _NormBase),
         tuple(map(weakref.ref, bases)),
         ReadPlaces(functions),

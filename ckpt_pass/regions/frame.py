@@ -202,11 +202,18 @@ class Frame:
     def _unpack(self, number: int) -> torch.Tensor:
         value = self._store[number] if number < len(self._store) else None
         if value is None:  # not yet recomputed, or used by a backward before this one
-            self._fill()
+            self._fill_again()
             value = self._store[number]
             assert value is not None
         self._store[number] = None
         return value
+
+    def _fill_again(self) -> None:
+        if not torch.is_inference_mode_enabled():
+            self._fill()
+            return
+        with torch.inference_mode(False):  # a backward in there; the forward was not
+            self._fill()
 
     def _fill(self) -> None:
         """Make the values that autograd saved again."""

@@ -9,6 +9,7 @@ short, it is kept from run to run (:mod:`ckpt_pass.regions.tracks`).
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterator
@@ -17,20 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckpt_pass._torch import autograd
+from ckpt_pass._torch import autograd, modules
 from ckpt_pass._torch.dicts import marks_of
 from ckpt_pass.regions.classes import class_of, reads_of_class
 from ckpt_pass.regions.kinds import ATOMS, VALUES, Kind, is_users, kind_of
 from ckpt_pass.regions.module_dicts import FIRST, FORWARD_HOOKS, INTERNAL, NAMES
 from ckpt_pass.regions.steps import Inner
-from ckpt_pass.state.code_names import (
-    FUNCTION,
-    Reads,
-    contents_of,
-    reads_of,
-)
+from ckpt_pass.state.code_names import FUNCTION, Reads, contents_of, reads_of
 from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
 from ckpt_pass.state.remembered import Remembered
+from ckpt_pass.state.shown import owner_of, shown_by
 from ckpt_pass.state.spots import MISSING, Owner, read_spot, slots_of
 
 #: Objects found in objects are followed so far: deeper lies what a region does not work on.
@@ -212,6 +209,8 @@ class Holders:
             if known.norm:
                 self.norms = True
             self.modules.append(module)
+            if known.scripted:
+                self._scripted(module)
             if known.managed:
                 continue
             if children:
@@ -241,6 +240,15 @@ class Holders:
             if known.bases and id(known) not in seen:
                 seen.add(id(known))
                 self._class(type(module))
+
+    def _scripted(self, module: nn.Module) -> None:
+        """Note the attributes of one of TorchScript's modules; lists come as copies of them."""
+        self.lasting = self.simple = False
+        for name in modules.script_attributes(module):
+            value = getattr(module, name)
+            self._note(None, module, name, value)
+            if isinstance(value, torch.Tensor):
+                self.tensors.append(value)
 
     def _class(self, cls: type) -> None:
         known = class_of(cls)
@@ -296,6 +304,8 @@ class Holders:
             return
         if kind is Kind.TUPLE and ATOMS.issuperset(map(type, value)):
             return
+        if type(value) is types.BuiltinFunctionType and owner_of(value) is None:
+            return  # `self.act = torch.tanh`
         self.simple = False
         if kind is Kind.TENSOR:
             self.tensors.append(value)
@@ -332,11 +342,23 @@ class Holders:
             self._fields(value.__dict__, depth)
         elif kind is Kind.REFERENCE:
             self._contents((value(),), depth)
+        elif kind is Kind.SHOWING:
+            self._shown(value, depth)
         elif (keeper := keeper_for(type(value))) is not None:
             self.objects.append((value, keeper))
             self._contents(held_inside(value), depth)
         if kind is Kind.OBJECT or (kind in (Kind.DICT, Kind.LIST) and _has_fields(value)):
             self._object(value, depth)
+
+    def _shown(self, value: Any, depth: int) -> None:
+        for thing in shown_by(value):
+            keeper = keeper_for(type(thing))
+            if keeper is not None and keeper.copy is not None and self._is_new(thing):
+                # `count().__next__`: no copy of it can take its place here.
+                self.objects.append((thing, dataclasses.replace(keeper, copy=None)))
+                self._contents(held_inside(thing), depth)
+            else:
+                self._contents((thing,), depth)
 
     def _closure(self, fn: types.FunctionType, depth: int) -> None:
         if fn.__code__ not in self._seen and is_users(fn):

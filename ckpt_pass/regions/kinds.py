@@ -17,6 +17,7 @@ from torch import nn
 from ckpt_pass.state.code_names import is_users_name
 from ckpt_pass.state.objects import keeper_for
 from ckpt_pass.state.remembered import Remembered
+from ckpt_pass.state.shown import SHOWING
 
 #: Standard modules whose instances are containers.
 _PLAIN_OBJECTS = frozenset({"argparse", "collections", "types", "weakref"})
@@ -27,7 +28,7 @@ ATOMS: frozenset[type] = frozenset(
         *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range, type),
         *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
         *(torch.finfo, torch.iinfo, staticmethod, classmethod, property),
-        *(types.ModuleType, types.BuiltinFunctionType, types.GetSetDescriptorType),
+        *(types.ModuleType, types.GetSetDescriptorType),
         *(types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
     )
 )
@@ -47,6 +48,7 @@ class Kind(Enum):
     METHOD = auto()
     PARTIAL = auto()
     REFERENCE = auto()
+    SHOWING = auto()
     STATE = auto()
     OBJECT = auto()
 
@@ -62,6 +64,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
     (types.MethodType, Kind.METHOD),
     (functools.partial, Kind.PARTIAL),
     (weakref.ref, Kind.REFERENCE),
+    (SHOWING, Kind.SHOWING),
 )
 
 

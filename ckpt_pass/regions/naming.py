@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+from ckpt_pass._torch import modules
 from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders
 from ckpt_pass.state.code_names import contents_of
@@ -57,6 +59,10 @@ def _modules(root: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def _members(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
     own = module.__dict__
+    if isinstance(module, torch.jit.ScriptModule):
+        names = modules.script_attributes(module)
+        yield from (("Attribute", name, getattr(module, name)) for name in names)
+        return
     for kind, held in (
         ("Parameter", own.get("_parameters")),
         ("Buffer", own.get("_buffers")),

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointError
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import functorch
+from ckpt_pass._torch import functorch, storages
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.offloading.window import AHEAD, Window
@@ -68,8 +68,8 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 
 def _versions(value: Any) -> int | tuple[int, ...]:
     if isinstance(value, torch.Tensor):
-        return value._version
-    return tuple(tensor._version for tensor in output_tensors(value))
+        return storages.version_of(value)
+    return tuple(storages.version_of(tensor) for tensor in output_tensors(value))
 
 
 class Saved:
@@ -84,7 +84,7 @@ class Saved:
             with functorch.below_autograd_views():
                 alias = output.detach()
             self._value: Any = alias
-            self._versions: int | tuple[int, ...] = alias._version
+            self._versions: int | tuple[int, ...] = storages.version_of(alias)
         else:
             self._hold(tree_map_only(torch.Tensor, _detached, output))
 

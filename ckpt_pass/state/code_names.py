@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_pass.state.objects import generators_behind
+from ckpt_pass.state.shown import owner_of
 from ckpt_pass.state.spots import MISSING, Owner, space_of
 
 FUNCTION = types.FunctionType
@@ -133,7 +134,9 @@ def _is_there(fn: types.FunctionType, name: str) -> bool:
 
 def _kept_defaults(fn: types.FunctionType) -> Iterator[Any]:
     kept = (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())
-    return (value for value in kept if not isinstance(value, (*_FIXED, str, int, float)))
+    return (
+        value for value in kept if not (_is_code(value) or isinstance(value, (str, int, float)))
+    )
 
 
 def functions_in(value: Any) -> Iterator[types.FunctionType]:
@@ -148,6 +151,20 @@ def functions_in(value: Any) -> Iterator[types.FunctionType]:
         yield from functions_in(value.func)
     elif type(value) is _CACHED:
         yield from functions_in(value.__wrapped__)
+
+
+def _is_code(value: Any) -> bool:
+    """Whether a value is code that holds no state."""
+    return isinstance(value, _FIXED) and not _is_bound(value)
+
+
+def _may_hold(value: Any) -> bool:
+    return type(value) not in CODE or _is_bound(value)
+
+
+def _is_bound(value: Any) -> bool:
+    """Whether a value is a method of C code such as ``stack.pop``, which leads to a list."""
+    return isinstance(value, types.BuiltinFunctionType) and owner_of(value) is not None
 
 
 _CACHED = type(functools.cache(int))
@@ -205,9 +222,9 @@ def _places(fn: types.FunctionType, name: str, value: Any) -> Iterator[tuple[Own
         own = vars(value)
         if is_users_space(own):
             names = _attributes_in(fn.__code__)
-            yield from ((value, inner) for inner in names if type(own.get(inner)) not in CODE)
+            yield from ((value, inner) for inner in names if _may_hold(own.get(inner)))
             yield from ((value, new) for new in stored_in(fn.__code__) if new not in own)
-    elif type(value) not in CODE or value.__name__ != name:  # `act = torch.sin` may be set anew
+    elif _may_hold(value) or value.__name__ != name:  # `act = torch.sin` may be set anew
         yield fn, name
 
 
@@ -215,7 +232,7 @@ def _of_class(cls: type) -> Iterator[tuple[Owner, str]]:
     for base in cls.__mro__:
         if is_users_name(base.__module__):
             for name, value in vars(base).items():
-                code = isinstance(value, _FIXED) or hasattr(type(value), "__get__")
+                code = _is_code(value) or hasattr(type(value), "__get__")
                 if not code and not name.startswith("__"):
                     yield base, name
 
@@ -223,7 +240,7 @@ def _of_class(cls: type) -> Iterator[tuple[Owner, str]]:
 def _state_cells(fn: types.FunctionType) -> Iterator[types.CellType]:
     for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
         held = tuple(contents_of(cell))
-        if name != "__class__" and not (held and isinstance(held[0], _FIXED)):
+        if name != "__class__" and not (held and _is_code(held[0])):
             yield cell
 
 

@@ -24,7 +24,8 @@ from torch.nn.parameter import is_lazy
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.state.code_names import functions_in, is_users_space, reads_of
-from ckpt_pass.state.objects import Keeper, keeper_for
+from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
+from ckpt_pass.state.shown import SHOWING, shown_by
 from ckpt_pass.state.spots import read_spot, slots_of, write_spot
 
 Replace = Callable[[Any], Any]
@@ -212,6 +213,10 @@ class Reached:
             yield vars(value)
         elif (keeper := keeper_for(type(value))) is not None:
             self.objects.append((value, keeper, keeper.read(value)))
+            yield from held_inside(value)
+            return
+        elif isinstance(value, SHOWING):
+            yield from shown_by(value)
             return
         elif isinstance(value, (dict, list, deque, set, types.CellType)):
             place = Holder(value)

@@ -8,6 +8,7 @@ to have moved on.
 from __future__ import annotations
 
 import array
+import collections
 import contextvars
 import copy
 import ctypes
@@ -28,6 +29,7 @@ import torch
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.state.remembered import Remembered
+from ckpt_pass.state.shown import shown_by
 
 #: Arrays up to this size are copied; a larger one is data that a step reads.
 MOST_BYTES = 1 << 16
@@ -120,7 +122,10 @@ def _where(iterator: Any) -> list[int]:
         return [at, *_numbers(tuple(inspect.getgeneratorlocals(iterator).values()))]
     if isinstance(iterator, _OF_DICTS):
         return [operator.length_hint(iterator)]
-    return _numbers(iterator.__reduce__())
+    try:
+        return _numbers(iterator.__reduce__())
+    except TypeError:  # it does not say: where those are that it reads from
+        return _numbers(tuple(i for i in shown_by(iterator) if isinstance(i, _ITERATORS)))
 
 
 def _numbers(position: Any) -> list[int]:
@@ -233,19 +238,25 @@ _ENVIRON = Keeper(_environment, write=_set_environment)
 _OF_CONTEXTS = Keeper(lambda v: v.get(_UNSET), operator.is_, _set_variable)
 
 _SEQUENCES: tuple[Any, ...] = ([], (), range(0), range(1 << 70), "", b"")
+_GROUPS: tuple[Any, ...] = (set(), collections.deque())
+_ROWS: tuple[Any, ...] = ([], (), range(0), collections.deque())
 #: Iterators whose copies share nothing that moves.
 _COPYABLE: tuple[type, ...] = (
     itertools.count,
     *(type(iter(values)) for values in _SEQUENCES),
+    *(type(iter(group)) for group in _GROUPS),
+    *(type(reversed(row)) for row in _ROWS),
 )
 _EMPTY: dict[Any, Any] = {}
 _OF_DICTS: tuple[type, ...] = tuple(
-    type(iter(values)) for values in (_EMPTY, _EMPTY.values(), _EMPTY.items())
+    type(turned(values))
+    for values in (_EMPTY, _EMPTY.values(), _EMPTY.items())
+    for turned in (iter, reversed)
 )
 #: Others: what they read from is shared with their copies.
 _OTHERS: tuple[type, ...] = (
-    *(types.GeneratorType, itertools.cycle, itertools.chain, itertools.islice),
-    *(enumerate, zip, map, filter, *_OF_DICTS),
+    *(types.GeneratorType, enumerate, zip, map, filter, *_OF_DICTS),
+    *(kind for kind in vars(itertools).values() if hasattr(kind, "__next__")),
 )
 _ITERATORS = (*_COPYABLE, *_OTHERS)
 _OF_C: tuple[type, ...] = tuple(
@@ -310,6 +321,8 @@ def held_inside(value: Any) -> tuple[Any, ...]:
         return tuple(vars(value).values())
     if isinstance(value, contextvars.ContextVar):
         return (value.get(None),)
+    if isinstance(value, _ITERATORS):
+        return shown_by(value)
     return ()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import types
 from typing import Any, TypeAlias
 
+from torch import nn
+
 #: What a name holds that is not there.
 MISSING = object()
 
@@ -21,7 +23,7 @@ def space_of(owner: Owner) -> Any:
 
 
 def read_spot(space: Any, name: str) -> Any:
-    """What a name in a namespace (a dict of globals, a class, an object with slots) holds now."""
+    """What a name in a namespace (a dict of globals, a class, an object) holds now."""
     if isinstance(space, dict):
         return space.get(name, MISSING)
     if isinstance(space, type):
@@ -38,7 +40,7 @@ def write_spot(space: Any, name: str, value: Any) -> None:
             delattr(space, name)
     elif isinstance(space, dict):
         space[name] = value
-    elif isinstance(space, type):
+    elif isinstance(space, (type, nn.Module)):  # TorchScript's modules keep their attributes
         setattr(space, name, value)
     else:
         object.__setattr__(space, name, value)  # of frozen dataclasses too

@@ -170,6 +170,33 @@ def test_what_a_plain_step_refuses_is_refused() -> None:
         out.backward()
 
 
+@pytest.mark.parametrize("in_flight", [0, 5])
+def test_what_an_op_writes_after_autograd_has_saved_it(in_flight: int) -> None:
+    """The noise of a randomised leaky ReLU is saved empty, and filled by the op."""
+    x = torch.randn(64, 64, requires_grad=True)
+
+    def fn() -> Tensor:
+        y = nn.functional.rrelu(x * 3, training=True) * torch.rand(64, 64)
+        return (nn.functional.rrelu(y, 0.0, 0.9, training=True)).sum()
+
+    torch.manual_seed(0)
+    wanted = torch.autograd.grad(fn(), x)
+    for place in (SMALL, ckpt_pass.Offload("disk", min_bytes=1)):
+        torch.manual_seed(0)
+        with ckpt_pass.offload_activations(offload=place, in_flight=in_flight):
+            out = fn()
+        assert same(list(torch.autograd.grad(out, x)), list(wanted))
+
+
+def test_a_constant_that_is_changed_after_its_op_is_refused() -> None:
+    x, mask = torch.randn(50, requires_grad=True), torch.rand(50)
+    with ckpt_pass.offload_activations(offload=SMALL):
+        out = (x * mask).sum()
+        mask.zero_()
+    with pytest.raises(ckpt_pass.MovedValueChangedError):
+        out.backward()
+
+
 def test_what_cannot_be_moved_is_kept() -> None:
     x = torch.randn(6, 6, requires_grad=True)
 

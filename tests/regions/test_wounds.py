@@ -271,3 +271,40 @@ def test_ranges_for_other_tools() -> None:
         with torch.autograd.profiler.emit_itt():
             ckpt_pass.checkpoint(block, x, name="layers.3").sigmoid().sum().backward()
     assert seen == ["recompute layers.3"]
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        ckpt_pass.checkpoint,
+        partial(ckpt_pass.checkpoint, policy=ckpt_pass.save()),
+        partial(ckpt_pass.checkpoint, policy=ckpt_pass.offload()),
+        ours(ckpt_pass.save()),
+    ],
+    ids=["region", "policy", "offloaded", "context_fn"],
+)
+def test_inference_mode_inside(around: Callable[..., Tensor]) -> None:
+    """What is made there counts no changes; a policy may keep it all the same."""
+
+    def layer(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            largest = float(x.sin().add_(1).topk(2)[0].max())
+        return (x @ x).tanh() * largest
+
+    x = torch.randn(8, 8, requires_grad=True)
+    (wanted,) = torch.autograd.grad(layer(layer(x)).sum(), x)
+    (got,) = torch.autograd.grad(around(layer, around(layer, x)).sum(), x)
+    assert torch.equal(got, wanted)
+
+
+def test_a_backward_in_inference_mode() -> None:
+    layer = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    x = torch.randn(4, 8)
+    grads = []
+    for run in (layer, partial(ckpt_pass.checkpoint, layer)):
+        layer.zero_grad()
+        loss = run(run(x)).sum()
+        with torch.inference_mode():
+            loss.backward()
+        grads.append([p.grad for p in layer.parameters()])
+    assert all(map(torch.equal, *grads))

@@ -108,6 +108,8 @@ WAYS: dict[str, Callable[..., Any]] = {
     "explain": lambda net, x: ckpt_pass.explain(net, x),
     "fit": lambda net, x: ckpt_pass.fit(net, x, budget="1MiB"),
     "profile": lambda net, x: ckpt_pass.profile_layers(net, x, rounds=1),
+    "saved": lambda net, x: ckpt_pass.saved_activations(net, x),
+    "skips": lambda net, x: ckpt_pass.skip_values(net, x),
     "verify": lambda net, x: ckpt_pass.verify(net, x, policy="save-matmul"),
 }
 

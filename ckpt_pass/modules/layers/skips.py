@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ckpt_pass.modules.layers.find import find_layers
+from ckpt_pass.state.untouched import untouched
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,14 @@ def skip_values(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Skip, ...]
     modules = dict(model.named_modules())
     watch = _Watch()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        kept = stack.enter_context(untouched(model, args, kwargs, values=True))
         stack.enter_context(torch.no_grad())
+        model.eval()
         for name in find_layers(model).names:
             for handle in _hooks(modules[name], name, watch):
                 stack.callback(handle.remove)
         stack.enter_context(watch)
-        model(*args, **kwargs)
+        model(*kept[1], **kept[2])
     watch.close()
     return tuple(
         Skip(watch.order[made], used_by, watch.outputs[made].untyped_storage().nbytes())
@@ -121,15 +123,3 @@ def skip_values(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Skip, ...]
 def _hooks(module: nn.Module, name: str, watch: _Watch) -> Iterator[Any]:
     yield module.register_forward_pre_hook(lambda *_: watch.begins(name))
     yield module.register_forward_hook(lambda _m, _args, output: watch.ends(output))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and each module's own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
