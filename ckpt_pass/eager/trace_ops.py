@@ -252,7 +252,8 @@ def saved_numbers_bytes(func: Any, args: tuple[Any, ...], given: Iterable[torch.
         return 0
     if not any(tensor.requires_grad for tensor in given):
         return 0
-    return NUMBER_BYTES * sum(isinstance(value, (int, float)) for value in args)
+    held = sum(isinstance(value, (int, float)) for value in args)
+    return NUMBER_BYTES * (held + 2 * sum(isinstance(value, complex) for value in args))
 
 
 class HeldNumbers:

@@ -1,4 +1,4 @@
-"""Numbers that autograd holds as tensors: eight bytes each, where a gradient needs them."""
+"""Numbers that autograd holds as tensors: 8 or 16 bytes each, where a gradient needs them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,24 @@ def test_numbers_held_by_autograd() -> None:
     model, x = Scaled(), torch.randn(64, 24)
     plan = ckpt_pass.plan(model, x, mode="eager", budget=1.0)
     plan.apply(model)
+    measured = ckpt_pass.measure_step(lambda: model(x), repeats=1)
+    assert measured.peak_bytes == plan.peak_bytes
+
+
+def test_complex_numbers_take_twice_as_much() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + (layer(x) * 0.1j).exp().real
+            return x.square().mean()
+
+    torch.manual_seed(0)
+    model, x = Turned(), torch.randn(32, 16)
+    plan = ckpt_pass.plan(model, x, mode="eager", budget=1.0)
     measured = ckpt_pass.measure_step(lambda: model(x), repeats=1)
     assert measured.peak_bytes == plan.peak_bytes
 
