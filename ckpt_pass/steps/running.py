@@ -282,7 +282,9 @@ class _Graphs:
             self.mode.watcher = None
 
     def _state_read(self, state: torch.Tensor) -> None:
-        """A region between the graphs, say, keeps a state of random numbers."""
+        """A region between graphs, say, keeps a state of random numbers; graphs count theirs."""
+        if self._inside:
+            return
         storage = state.untyped_storage()
         weakref.finalize(storage, self.held.hold(storage.nbytes())).atexit = False
 
