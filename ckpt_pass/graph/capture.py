@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,8 +89,7 @@ def capture(
     with untouched(model, loss_fn, args, named, stand_in=fakes) as (_, _, fake_args, fake_named):
         words = input_words(model, fake_args, fake_named)
 
-        def names_of(placeholders: Sequence[fx.Node]) -> list[str]:
-            examples = map(ahead.example, placeholders)
+        def names_of(placeholders: Sequence[fx.Node], examples: Iterable[Any]) -> list[str]:
             return [
                 words.get(id(example)) or compilers.placeholder_source(node)
                 for node, example in zip(placeholders, examples, strict=True)
@@ -98,7 +97,8 @@ def capture(
 
         def told(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
             assert look is not None
-            look(gm, inputs, names_of(gm.graph.find_nodes(op="placeholder")))
+            nodes = gm.graph.find_nodes(op="placeholder")
+            look(gm, inputs, names_of(nodes, map(ahead.example, nodes)))
 
         try:
             step = whole_step(model, loss_fn)
@@ -114,10 +114,7 @@ def capture(
         except Exception as error:  # re-raised with the place in the user's code
             raise untraceable(model, error) from error
         found = _only(model, graphs)
-        names = [
-            words.get(id(example)) or compilers.placeholder_source(node)
-            for node, example in zip(found.placeholders, found.examples, strict=True)
-        ]
+        names = names_of(found.placeholders, found.examples)
     found.module.graph.eliminate_dead_code()
     static = found.options.get("static_lifetime_input_indices") or ()
     outputs, leaves = found.options["num_fwd_outputs"], leaves_among(found.examples)
