@@ -344,3 +344,13 @@ def default_store() -> Any:
 def refused_hooks(error: RuntimeError) -> bool:
     """Whether an error is that of a transform which allows no hooks on saved values."""
     return "support saved tensor hooks" in str(error)
+
+
+def keep_layouts(node: fx.Node) -> None:
+    """Have inductor give an op its tensors laid out as they are said to be, by ``meta["val"]``.
+
+    That is what :class:`torch.Tag.needs_exact_strides` asks for, of ops that were traced:
+    ``torch/_inductor/graph.py`` looks for what they were traced with.
+    """
+    values = fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
+    node.meta["eager_input_vals"] = values

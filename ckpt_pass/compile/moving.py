@@ -148,16 +148,18 @@ def write_moves(
 def _leaves(
     graph: fx.Graph, value: fx.Node, released_before: fx.Node, where: str, held: bool
 ) -> None:
-    source = value
-    if held:
-        with graph.inserting_after(value):
+    source, fake = value, value.meta["val"]
+    with graph.inserting_after(value):
+        if held:
             source = graph.call_function(graph_ops.HOLD, (value,))
-        source.meta["val"] = value.meta["val"]
+            source.meta["val"] = fake
     with graph.inserting_after(source):
         ticket = graph.call_function(graph_ops.PUT, (source, where))
-    ticket.meta["val"] = functorch.fake_like(graph_ops.fake_ticket, value.meta["val"])
+    ticket.meta["val"] = functorch.fake_like(graph_ops.fake_ticket, fake)
     with graph.inserting_before(released_before):
-        graph.call_function(graph_ops.RELEASE, (ticket, source))
+        released = graph.call_function(graph_ops.RELEASE, (ticket, source))
+    for node in (source, ticket, released) if held else ():
+        functorch.keep_layouts(node)
     graph.output_node().replace_input_with(value, ticket)
 
 

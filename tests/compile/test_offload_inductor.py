@@ -122,6 +122,31 @@ def test_a_policy_and_a_store_of_ones_own() -> None:
     assert store.used_bytes == 0
 
 
+def test_values_lie_as_the_backward_reads_them() -> None:
+    """Inductor would keep the copies of turned values as they lie in the making."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            turned = (layer(x).view(2, 8, 4, 4).transpose(1, 2) for layer in self.read)
+            q, k, v = (value.contiguous() for value in turned)
+            found = (q @ k.mT).softmax(-1) @ v
+            return found.transpose(1, 2).reshape(2, 8, 16).square().mean()
+
+    torch.manual_seed(0)
+    module, inputs = Attention(), (torch.randn(2, 8, 16),)
+    plain = run_step(module, inputs)
+    policy = ckpt_pass.offload(min_bytes=1) | ckpt_pass.recompute()
+    backend = ckpt_pass.make_backend(policy, offload=Offload(**FAST))
+    ours = run_step(module, inputs, torch.compile(module, backend=backend))
+    assert backend.plans[-1].with_fate("offloaded")
+    for name, gradient in plain.gradients.items():
+        torch.testing.assert_close(ours.gradients[name], gradient, msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [0.05, 0.3])
 @pytest.mark.parametrize("name", [*CASES, "unet"])
