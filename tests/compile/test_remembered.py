@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,8 @@ from torch._dynamo.utils import counters
 
 import ckpt_pass
 from ckpt_pass._torch.compilers import inductor_cache_folder
-from ckpt_pass.compile.remembered import FOLDER, recalled
+from ckpt_pass.compile import remembered
+from ckpt_pass.compile.remembered import recalled
 
 SCRIPT = """
 import torch, ckpt_pass
@@ -59,8 +61,18 @@ def hits() -> int:
     return int(counters["aot_autograd"]["autograd_cache_hit"])
 
 
+def folder() -> Path:
+    return inductor_cache_folder() / remembered.FOLDER
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test processes side by side share inductor's caches; entries are counted here."""
+    monkeypatch.setattr(remembered, "FOLDER", f"ckpt_pass-{os.getpid()}")
+
+
 def entries() -> dict[Path, str]:
-    return {path: path.read_text() for path in (inductor_cache_folder() / FOLDER).glob("*.json")}
+    return {path: path.read_text() for path in folder().glob("*.json")}
 
 
 @pytest.fixture
