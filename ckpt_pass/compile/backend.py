@@ -318,7 +318,7 @@ def make_backend(
                 )
         if isinstance(plan, (str, Path)):
             plan = load_plan(plan)
-        options.setdefault("inner", next(part.inner for part in parts_of(plan)))
+        options.setdefault("inner", parts_of(plan)[0].inner)
         asked = plan.asked
         goals = [part.asked.goal for part in parts_of(plan) if part.asked.goal is not None]
         known = next((goal.offload for goal in goals if goal.offload is not None), None)

@@ -13,7 +13,7 @@ from ckpt_pass.eager.describe import eager_problem, left_out
 from ckpt_pass.eager.step_record import EagerTrace
 from ckpt_pass.eager.trace import trace_step
 from ckpt_pass.eager.writing import Writer
-from ckpt_pass.graph.capture import untraceable
+from ckpt_pass.graph.capture import raise_for
 from ckpt_pass.graph.kernels import (
     WORKSPACE,
     WORKSPACE_AND_TIME,
@@ -134,7 +134,7 @@ def traced(
     except CkptPassError:
         raise
     except Exception as error:  # whatever the model's own code raises, with the place
-        raise untraceable(model, error) from error
+        raise_for(model, error)
 
 
 def _left_out_words(trace: EagerTrace) -> str:

@@ -26,6 +26,7 @@ from ckpt_pass._torch.random_states import told_of_states
 from ckpt_pass.eager.answers import Answers, asks
 from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.held_objects import HeldObjects
+from ckpt_pass.eager.packed import Packed
 from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
@@ -44,7 +45,7 @@ from ckpt_pass.eager.trace_ops import (
     with_known_shape,
 )
 from ckpt_pass.eager.two_ways import Formulas
-from ckpt_pass.graph.calls import Calls, MadeBy
+from ckpt_pass.graph.calls import Calls
 from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
@@ -53,29 +54,6 @@ from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_ten
 
 #: What stands in a record until its call is written down.
 _NO_CALL = fx.Graph()._root
-
-
-class _Packed:
-    """What autograd holds instead of a value; tells when it lets go."""
-
-    __slots__ = ("made_by", "number", "real", "recorder", "spec")
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        number: int,
-        value: torch.Tensor,
-        made_by: MadeBy | None,
-        real: torch.Tensor | None,
-    ) -> None:
-        self.real = real
-        self.recorder = recorder
-        self.number = number
-        self.made_by = made_by
-        self.spec = (tuple(value.shape), value.stride(), value.dtype, value.device)
-
-    def __del__(self) -> None:
-        self.recorder.trace.saved[self.number].released = self.recorder.moment
 
 
 class Recorder(TorchDispatchMode):
@@ -201,11 +179,11 @@ class Recorder(TorchDispatchMode):
         keys = storage_ids(t for t in tree_flatten(value)[0] if isinstance(t, torch.Tensor))
         return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
 
-    def _pack(self, value: torch.Tensor) -> _Packed:
+    def _pack(self, value: torch.Tensor) -> Packed:
         saved = SavedRecord(self._number_of(value), self.moment, plain=is_plain(value))
         self.trace.saved.append(saved)
         number = len(self.trace.saved) - 1
-        return _Packed(self, number, value, self._written.maker_of(value), self._real(value))
+        return Packed(self.trace, number, value, self._written.maker_of(value), self._real(value))
 
     def _real(self, value: torch.Tensor) -> torch.Tensor | None:
         """A copy of a real mask or index: the backward asks it for its values as the forward did.
@@ -217,7 +195,7 @@ class Recorder(TorchDispatchMode):
         with self._rest():
             return value.detach().clone()
 
-    def _unpack(self, packed: _Packed) -> torch.Tensor:
+    def _unpack(self, packed: Packed) -> torch.Tensor:
         if self._backward and packed.number in self._asked:
             self.trace.asked_again.add(packed.number)
         if self._backward:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -112,7 +112,7 @@ def capture(
                 f"{untraceable(model, error)} torch.compile cuts the step there."
             ) from error
         except Exception as error:  # re-raised with the place in the user's code
-            raise untraceable(model, error) from error
+            raise_for(model, error)
         found = _only(model, graphs)
         names = names_of(found.placeholders, found.examples)
     found.module.graph.eliminate_dead_code()
@@ -177,6 +177,18 @@ def no_gradient(model: nn.Module) -> NothingToDifferentiateError:
         f"No output of {type(model).__name__} requires a gradient, so there is no backward. "
         "Expected a model with parameters (or inputs) that require gradients, in grad mode."
     )
+
+
+def raise_for(model: nn.Module, error: Exception) -> NoReturn:
+    """Raise what a failed trace is to the user: an error of ours that dynamo has wrapped, or
+
+    Raises:
+        NotTraceableError: with the place in the user's code.
+    """
+    ours = getattr(error, "inner_exception", None)  # dynamo wraps what a backend raises
+    if isinstance(ours, CkptPassError):
+        raise ours from None
+    raise untraceable(model, error) from error
 
 
 def untraceable(model: nn.Module, error: BaseException) -> NotTraceableError:

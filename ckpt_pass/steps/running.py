@@ -34,7 +34,7 @@ from ckpt_pass.eager.trace_ops import (
 from ckpt_pass.graph.capture import (
     LossFn,
     input_words,
-    untraceable,
+    raise_for,
     whole_step,
 )
 from ckpt_pass.graph.gradients import leaves_among
@@ -157,10 +157,7 @@ class FakeStep:
         except CkptPassError:
             raise
         except Exception as error:  # whatever the model's own code raises, with the place
-            ours = getattr(error, "inner_exception", None)  # dynamo wraps what a backend raises
-            if isinstance(ours, CkptPassError):
-                raise ours from None
-            raise untraceable(self.model, error) from error
+            raise_for(self.model, error)
 
     def _real_answers(self) -> Answers:
         """What the code between the graphs is told of values: the forward runs for real.
