@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ckpt_pass
 from benchmarks.common import Bar, GpuRow, Result
 from benchmarks.inductor import least_bytes
+from ckpt_pass import Plan
 from ckpt_pass._torch.compilers import stock_backend
 from tests.zoo import checkpoint_blocks, loss_of
 from tests.zoo.hf import TrainStep, next_token_loss
 
+Around = Callable[[], AbstractContextManager[object]]
 #: Settings of torch's own budget.
 STOCK = (1.0, 0.3)
 #: Budgets of our own, from the least that we know (0) to stock's peak at a setting of 1.
@@ -51,11 +54,12 @@ class Size:
     heads: int = 32
     vocabulary: int = 32000
     tokens: int = 4096
+    batch: int = 1
     dtype: torch.dtype = torch.bfloat16
 
 
 #: For a machine without a GPU.
-TINY = Size(2, 64, 128, 4, 128, 64, torch.float32)
+TINY = Size(2, 64, 128, 4, 128, 64, dtype=torch.float32)
 
 
 def run(
@@ -66,18 +70,17 @@ def run(
     rounds: int = ROUNDS,
 ) -> Result:
     """Measure every way; on the CPU a tiny model unless a size is given."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = size or (Size() if place.type == "cuda" else TINY)
-    ways = _Ways(chosen, place, rounds)
+    place = the_device(device)
+    ways = Ways(size or (Size() if place.type == "cuda" else TINY), place, rounds)
     with torch._dynamo.config.patch(recompile_limit=64):
         ways.stock(stock)
         ways.ours(parts)
-    rows = ways.rows
-    count = sum(p.numel() for p in ways.model.parameters())
-    where = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
-    name = str(chosen.dtype).removeprefix("torch.")
-    title = f"gpu: Llama, {count / 1e9:.2f} billion parameters, {name}, {chosen.tokens} tokens"
-    return Result("gpu", f"{title}, on {where}", tuple(rows), _bars(rows), {"device": where})
+    return ways.result("gpu", _bars(ways.rows))
+
+
+def the_device(name: str | None = None) -> torch.device:
+    """The one that is named, else the GPU, where there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _bars(rows: Sequence[GpuRow]) -> tuple[Bar, ...]:
@@ -112,57 +115,79 @@ def built(size: Size, device: torch.device) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     with device:
         model = LlamaForCausalLM(config).to(size.dtype).train()
-    tokens = torch.randint(size.vocabulary, (1, size.tokens), device=device)
+    tokens = torch.randint(size.vocabulary, (size.batch, size.tokens), device=device)
     return TrainStep(model, next_token_loss), tokens
 
 
-class _Ways:
+class Ways:
     """The ways through one step; each is compiled and measured as it is added."""
 
     def __init__(self, size: Size, device: torch.device, rounds: int) -> None:
-        self.model, self._tokens = built(size, device)
-        self._device, self._rounds = device, rounds
-        self._steps: dict[str, Callable[[], Any]] = {}
+        self.model, self.tokens = built(size, device)
         self.rows: list[GpuRow] = []
+        #: What each way saves between forward and backward.
+        self.saved_bytes: dict[str, int] = {}
+        self._size, self._device, self._rounds = size, device, rounds
+        self._steps: dict[str, Callable[[], Any]] = {}
         self._gradients: list[Tensor] = []
 
+    def result(self, name: str, bars: tuple[Bar, ...]) -> Result:
+        """What was measured, with a title that says on what."""
+        count = sum(p.numel() for p in self.model.parameters())
+        cuda = self._device.type == "cuda"
+        where = torch.cuda.get_device_name(self._device) if cuda else "CPU"
+        size, dtype = self._size, str(self._size.dtype).removeprefix("torch.")
+        title = f"{name}: Llama, {count / 1e9:.2f} billion parameters, {dtype}, "
+        title += f"{size.batch} x {size.tokens} tokens, on {where}"
+        return Result(name, title, tuple(self.rows), bars, {"device": where})
+
     def stock(self, settings: Sequence[float]) -> None:
+        """Stock Inductor at settings of its own budget, and with a checkpoint on every block."""
         for setting in settings:
-            self._add(f"stock, {setting:g}", self.model, stock_backend("inductor", setting))
+            self.add(f"stock, {setting:g}", stock_backend("inductor", setting))
         blocks = copy.deepcopy(self.model)
         names = [f"model.model.layers.{n}" for n in range(len(blocks.model.model.layers))]
         checkpoint_blocks(blocks, names)
-        self._add("checkpoint on each block", blocks, "inductor")
+        self.add("checkpoint on each block", "inductor", blocks)
 
     def ours(self, parts: Sequence[float]) -> None:
+        """Ours at the peak of each way so far, and at parts of the way from the least to it."""
         others = list(self.rows)
-        least = least_bytes(self.model, (self._tokens,))
-        _say(f"the least that we know: {least:,} bytes")
+        least = least_bytes(self.model, (self.tokens,))
+        say(f"the least that we know: {least:,} bytes")
         for other in others:
             if other.measured_bytes >= least:
-                self._add_ours(f"ours, peak of: {other.way}", other.measured_bytes, other.way)
+                self.add_ours(f"ours, peak of: {other.way}", other.measured_bytes, other.way)
         for part in parts:
             budget = least + int(part * (others[0].measured_bytes - least))
-            self._add_ours(f"ours, {part:g}", budget, "")
+            self.add_ours(f"ours, {part:g}", budget)
 
-    def _add_ours(self, way: str, budget: int, beside: str) -> None:
-        backend = ckpt_pass.make_backend(budget=budget)
+    def add_ours(self, way: str, budget: int, beside: str = "", **options: Any) -> Plan:
+        """One of ours, timed beside another way (the first, where none is named)."""
+        backend = ckpt_pass.make_backend(budget=budget, **options)
         row = self._measured(way, self.model, backend)
-        predicted = backend.plans[-1].peak_bytes
-        row = replace(row, budget_bytes=budget, predicted_bytes=predicted, beside=beside)
+        plan = backend.plans[-1]
+        row = replace(row, budget_bytes=budget, predicted_bytes=plan.peak_bytes, beside=beside)
         self._timed(row)
+        return plan
 
-    def _add(self, way: str, model: nn.Module, backend: Any) -> None:
-        self._timed(self._measured(way, model, backend))
+    def add(
+        self, way: str, backend: Any, model: nn.Module | None = None, around: Around = nullcontext
+    ) -> None:
+        """Another's way; ``around`` is entered for every step."""
+        self._timed(self._measured(way, model or self.model, backend, around))
 
-    def _measured(self, way: str, model: nn.Module, backend: Any) -> GpuRow:
+    def _measured(
+        self, way: str, model: nn.Module, backend: Any, around: Around = nullcontext
+    ) -> GpuRow:
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         parameters = list(model.parameters())
 
         def step() -> Tensor:
             for parameter in parameters:
                 parameter.grad = None
-            return loss_of(compiled(self._tokens))
+            with around():
+                return loss_of(compiled(self.tokens))
 
         with torch._inductor.utils.fresh_cache():
             began = time.perf_counter()
@@ -176,6 +201,7 @@ class _Ways:
                 step, device=self._device, warmup=1, repeats=1, params=parameters
             )
         self._steps[way] = lambda: step().backward()
+        self.saved_bytes[way] = measured.saved_bytes or 0
         peak = measured.peak_bytes
         return GpuRow(way, None, peak, peak, first_s, 0.0, 1.0, off)
 
@@ -186,7 +212,7 @@ class _Ways:
         step_s = statistics.median(pair[0] for pair in pairs)
         ratio = statistics.median(pair[0] / pair[1] for pair in pairs)
         self.rows.append(replace(row, step_s=step_s, time_ratio=ratio))
-        _say(f"{self.rows[-1]}")  # each takes up to a minute: not to be lost if the rest fails
+        say(f"{self.rows[-1]}")  # each takes up to a minute: not to be lost if the rest fails
 
     def _off(self, gradients: list[Tensor]) -> float:
         """How far the gradients are from the first way's, as a share of each one's largest."""
@@ -207,5 +233,6 @@ class _Ways:
             torch.cuda.synchronize(self._device)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line on standard error, at once."""
     print(text, file=sys.stderr, flush=True)

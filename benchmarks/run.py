@@ -30,6 +30,7 @@ from benchmarks import (  # noqa: E402
     eager_budgets,
     eager_cost,
     gpu,
+    gpu_offload,
     inductor,
     inductor_table,
     offload_clock,
@@ -58,7 +59,7 @@ NAMES = (
     "strategies",
 )
 #: Run where it is named alone: it needs a GPU to say much.
-NAMED_ALONE = ("gpu",)
+NAMED_ALONE = ("gpu", "gpu-offload")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,6 +131,8 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
             yield inductor.run(dtype=torch.bfloat16 if options.bf16 else torch.float32)
     elif name == "gpu":
         yield gpu.run(rounds=rounds or gpu.ROUNDS)
+    elif name == "gpu-offload":
+        yield gpu_offload.run(rounds=rounds or gpu_offload.ROUNDS)
     elif name == "planning":
         layers = planning.ALL_LAYERS if options.all else planning.LAYERS
         yield planning.run(layers, rounds or planning.ROUNDS)

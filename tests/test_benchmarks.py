@@ -17,6 +17,7 @@ from benchmarks import (
     deep,
     eager_cost,
     gpu,
+    gpu_offload,
     inductor,
     optimum,
     partition_cost,
@@ -93,6 +94,23 @@ def test_the_way_of_a_gpu_is_gone_without_one() -> None:
     for row in rows[2:]:
         assert row.measured_bytes == row.predicted_bytes <= (row.budget_bytes or 0)
     assert all(row.gradient_off < 1e-4 and row.step_s > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_offloading_from_a_gpu_is_gone_without_one() -> None:
+    result = gpu_offload.run(device="cpu", rounds=1)
+    rows = {row.way: row for row in result.rows if isinstance(row, GpuRow)}
+    assert list(rows) == [
+        gpu_offload.STOCK,
+        gpu_offload.BLOCKS,
+        gpu_offload.MOVED,
+        gpu_offload.KEPT,
+        "save_on_cpu",
+    ]
+    for name in (gpu_offload.MOVED, gpu_offload.KEPT):
+        row = rows[name]
+        assert row.measured_bytes == row.predicted_bytes <= (row.budget_bytes or 0)
+    assert all(row.gradient_off < 1e-4 for row in rows.values())
 
 
 def test_eager_variants_save_what_their_names_say() -> None:

@@ -18,6 +18,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
 from torch._functorch._aot_autograd.functional_utils import _is_functional_graph
 from torch._functorch.compile_utils import raise_getitems
+from torch._inductor import config as inductor_config
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, is_sym_node
 from torch.utils._ordered_set import OrderedSet
@@ -167,15 +168,32 @@ def extract_forward_backward(
     return forward, backward, len(symbols)
 
 
+def states_in_generators() -> bool:
+    """Whether a GPU's recomputed random ops draw from generators that belong to the graph.
+
+    Those are seeded apart, so that a step draws other numbers than without recomputation, and
+    ``torch.manual_seed`` does not set them back. CUDA graphs can replay nothing else.
+    """
+    return bool(inductor_config.triton.cudagraphs)
+
+
 def pair_random_state(
-    joint: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, num_symbols: int
+    joint: fx.GraphModule,
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    num_symbols: int,
+    once: bool,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Give each recomputed random op the random state of its forward (``functionalize_rng_ops``).
 
     It acts on the nodes whose ``meta["recompute"]`` says recompute and whose op is tagged
-    ``nondeterministic_seeded``.
+    ``nondeterministic_seeded``. States are saved as tensors, on the CPU as on a GPU, except where
+    :func:`states_in_generators` holds and each op runs but ``once`` in the backward: a generator
+    moves on with every run. Torch leaves graphs with such tensors out of its CUDA graphs.
     """
-    return partitioners.functionalize_rng_ops(joint, forward, backward, num_symbols)
+    apart = states_in_generators() and once
+    with functorch_config.patch(graphsafe_rng_functionalization=apart):
+        return partitioners.functionalize_rng_ops(joint, forward, backward, num_symbols)
 
 
 def recomputed_by_default(

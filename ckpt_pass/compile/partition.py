@@ -7,6 +7,7 @@ view, never the view, so that nothing is held twice.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -245,8 +246,10 @@ def split(
                 CheckpointPolicy.PREFER_RECOMPUTE if node in random else CheckpointPolicy.MUST_SAVE
             )
         before = list(backward.graph.nodes)
+        runs = Counter(order)
+        once = all(runs[node] <= 1 for node in random)
         forward, backward = functorch.pair_random_state(
-            joint.module, forward, backward, num_symbols
+            joint.module, forward, backward, num_symbols, once
         )
         copies |= _replaced(before, list(backward.graph.nodes))
         for node, decision in tags.items():

@@ -128,23 +128,27 @@ def workspace_size(node: fx.Node) -> int | torch.SymInt:
 
 
 def random_state_bytes(node: fx.Node) -> int:
-    """Bytes of the random state saved for a recomputed random op.
+    """Bytes of the random state saved for a recomputed random op, where they lie with its values.
 
-    On the CPU the generator's state is a tensor (5,056 bytes in torch 2.13); a device with
-    graph-safe generators keeps its state in the generator, where nothing is allocated.
+    The state of the CPU's generator has 5,056 bytes (torch 2.13). That of an accelerator's lies on
+    the CPU, too (16 bytes), or in a generator: nothing is allocated on the device.
     """
-    return torch.get_rng_state().nbytes if draws_from_a_saved_tensor(node) else 0
+    return 0 if _on_accelerator(node) else torch.get_rng_state().nbytes
 
 
 def draws_from_a_saved_tensor(node: fx.Node) -> bool:
     """Whether a recomputed random op gets its state as a tensor: then it may run again and again.
 
-    So it is on the CPU. A graph-safe generator moves on with each run, and must be run as often in
-    the backward as in the forward.
+    A generator that belongs to the graph moves on with each run, and must be run as often in the
+    backward as in the forward.
     """
+    return not (_on_accelerator(node) and functorch.states_in_generators())
+
+
+def _on_accelerator(node: fx.Node) -> bool:
     value = node.meta.get("val")
     first = value[0] if isinstance(value, (tuple, list)) else value
-    return not (isinstance(first, torch.Tensor) and first.device.type != "cpu")
+    return isinstance(first, torch.Tensor) and first.device.type != "cpu"
 
 
 def as_bytes(size: int | torch.SymInt) -> Bytes:

@@ -25,13 +25,15 @@ def built(steps: tuple[Step, ...]) -> tuple[Program, tuple[torch.Tensor, ...]]:
     return program, (torch.randn(ROWS, WIDTH),)
 
 
-def check_program(steps: tuple[Step, ...], fraction: float) -> None:
+def check_program(
+    steps: tuple[Step, ...], fraction: float, offload: ckpt_pass.Offload | None = None
+) -> None:
     torch._dynamo.reset()
     module, inputs = built(steps)
     expected = run_step(module, inputs, torch.compile(module, backend="aot_eager", fullgraph=True))
     torch._dynamo.reset()
     module, inputs = built(steps)
-    backend = ckpt_pass.make_backend(budget=fraction, inner="aot_eager")
+    backend = ckpt_pass.make_backend(budget=fraction, inner="aot_eager", offload=offload)
     compiled = torch.compile(module, backend=backend, fullgraph=True)
     try:
         ours = run_step(module, inputs, compiled)
@@ -69,6 +71,31 @@ def test_random_programs(steps: tuple[Step, ...], fraction: float) -> None:
 @given(**EXAMPLES)
 def test_five_hundred_random_programs(steps: tuple[Step, ...], fraction: float) -> None:
     check_program(steps, fraction)
+
+
+#: Slow and fast beside the modelled 10 GB/s of the CPU's memory: waits, and copies that hide.
+LINKS = tuple(
+    ckpt_pass.Offload(to, d2h_bytes_per_s=rate, h2d_bytes_per_s=rate, min_bytes=1)
+    for to in ("host", "disk")
+    for rate in (1e9, 1e11)
+)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=HEALTH)
+@given(**EXAMPLES, offload=st.sampled_from(LINKS))
+def test_random_programs_with_a_link(
+    steps: tuple[Step, ...], fraction: float, offload: ckpt_pass.Offload
+) -> None:
+    check_program(steps, fraction, offload)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=HEALTH)
+@given(**EXAMPLES, offload=st.sampled_from(LINKS))
+def test_three_hundred_random_programs_with_a_link(
+    steps: tuple[Step, ...], fraction: float, offload: ckpt_pass.Offload
+) -> None:
+    check_program(steps, fraction, offload)
 
 
 def in_bf16(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
