@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,11 +21,12 @@ from torch.autograd.graph import save_on_cpu
 
 from benchmarks.common import Bar, Result
 from benchmarks.gpu import Size, Ways, say, the_device
-from ckpt_pass import Offload, Plan
+from ckpt_pass import InfeasibleBudgetError, Offload, Plan
 
 ROUNDS = 9
-#: 16,384 tokens: some 9 GB of activations beside 2.1 GB of gradients.
-LARGE = Size(batch=4)
+#: 0.94 billion parameters; what is saved of 16,384 tokens is far more than the loss takes for
+#: itself (three times the logits in fp32, 6.3 GB) and the gradients (1.9 GB).
+LARGE = Size(layers=8, width=2816, inner=7552, heads=22, batch=4)
 #: For a machine without a GPU: what is saved is most of the peak there, too.
 TINY = Size(4, 64, 128, 4, 128, 64, batch=16, dtype=torch.float32)
 STOCK, MOVED, KEPT = "stock, 1", "ours, offload", "ours, no link"
@@ -38,8 +40,8 @@ def run(size: Size | None = None, device: str | None = None, rounds: int = ROUND
     with torch._dynamo.config.patch(recompile_limit=64):
         ways.stock((1.0,))
         budget = ways.rows[0].measured_bytes - ways.saved_bytes[STOCK] // 2
-        plan = ways.add_ours(MOVED, budget, offload=Offload("host"))
-        ways.add_ours(KEPT, budget)
+        plan = _added(ways, MOVED, budget, offload=Offload("host"))
+        _added(ways, KEPT, budget)
         # The CPU has no pinned memory.
         ways.add("save_on_cpu", "inductor", around=partial(save_on_cpu, place.type == "cuda"))
         if place.type == "cuda" and hasattr(functorch_config, "enable_activation_offloading"):
@@ -47,7 +49,19 @@ def run(size: Size | None = None, device: str | None = None, rounds: int = ROUND
                 ways.add("torch's offloading", "inductor")
     for line in _told(ways, plan):
         say(line)
-    return ways.result("gpu-offload", _bars(ways, plan))
+    return ways.result("gpu-offload", _bars(ways, plan, budget))
+
+
+def _added(ways: Ways, way: str, budget: int, **options: Any) -> Plan:
+    """One of ours at a budget, or at the least that its refusal names."""
+    try:
+        return ways.add_ours(way, budget, **options)
+    except RuntimeError as error:  # dynamo wraps a backend's errors
+        why = getattr(error, "inner_exception", error)
+        if not isinstance(why, InfeasibleBudgetError):
+            raise
+        say(f"{way}: {why}")
+        return ways.add_ours(way, why.least_feasible_bytes, **options)
 
 
 @contextmanager
@@ -76,12 +90,13 @@ def _told(ways: Ways, plan: Plan) -> Iterator[str]:
         )
 
 
-def _bars(ways: Ways, plan: Plan) -> tuple[Bar, ...]:
+def _bars(ways: Ways, plan: Plan, half: int) -> tuple[Bar, ...]:
     rows = {row.way: row for row in ways.rows}
     stock, moved = rows[STOCK], rows[MOVED]
     assert moved.budget_bytes is not None and plan.predicted.offloaded is not None
     adds_s = plan.predicted.recompute_time_s + plan.predicted.offloaded.stall_s
     return (
+        Bar("stock's peak less half of what it saves", moved.measured_bytes, half, "bytes"),
         Bar("measured peak over the budget", moved.measured_bytes - moved.budget_bytes, 0, "bytes"),
         Bar(
             "prediction away from the measured peak",

@@ -23,6 +23,7 @@ from ckpt_pass.compile.engine import FreeOps, Partitioner
 from ckpt_pass.compile.remembered import Remembered, key_of, recalled, remember
 from ckpt_pass.compile.replay import warn_if_over
 from ckpt_pass.planner.solution import InfeasibleBudgetError
+from ckpt_pass.plans.goal import Goal
 from ckpt_pass.plans.record import InductorPeak
 from ckpt_pass.plans.value import Plan
 
@@ -155,16 +156,32 @@ def compile_planned(
 
 
 def _best(step: _Step, partitioner: Partitioner) -> tuple[_Round, Plan | None]:
-    """The round that is taken, and the plan that says what inductor makes of it."""
+    """The round that is taken, and the plan that says what inductor makes of it.
+
+    Where no plan that moves values fits, those that move none are tried, too: inductor fuses across
+    what it knows, not across a move, so that its peak may be the lower one without.
+    """
     goal = partitioner.goal
     assert goal is not None
+    try:
+        return _best_of(step, partitioner, goal)
+    except InfeasibleBudgetError as error:
+        if goal.offload is None:
+            raise
+        try:
+            return _best_of(step, partitioner, replace(goal, offload=None))
+        except InfeasibleBudgetError as other:
+            raise min(error, other, key=lambda e: e.least_feasible_bytes) from None
+
+
+def _best_of(step: _Step, partitioner: Partitioner, goal: Goal) -> tuple[_Round, Plan | None]:
 
     def planned_for(asked_bytes: int, careful: bool) -> _Round:
         other = replace(partitioner, goal=replace(goal, budget=max(asked_bytes, 1)))
         return step.lowered(other, careful)
 
     try:
-        first = step.lowered(partitioner, careful=False)
+        first = step.lowered(replace(partitioner, goal=goal), careful=False)
     except InfeasibleBudgetError as error:
         search = _Search(planned_for, error.budget_bytes, error.least_feasible_bytes)
     else:
