@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.behind import modules_behind
-from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders, has_memory
 from ckpt_pass.regions.known import Known
 from ckpt_pass.regions.naming import name_of
+from ckpt_pass.regions.noted import Noted, Searched
 from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import SpentIteratorError
 from ckpt_pass.state.spots import read_spot, write_spot
@@ -53,12 +53,11 @@ class Outside:
         "_before",
         "_copies",
         "_flags",
-        "_held",
-        "_holders",
         "_known",
         "_roots",
         "_start_by_id",
         "_starts",
+        "_state",
         "_switched",
         "_versions",
         "suspects",
@@ -67,13 +66,13 @@ class Outside:
     def __init__(self, root: Any, known: Known) -> None:
         self._roots: tuple[Any, ...] = (root,)
         self._known = known
-        self._holders, self._held = known.look(root)
+        self._state = known.look(root)
         #: What tensors looked at when the forward began: aliases keep it.
         self._starts: list[torch.Tensor] = []
         self._start_by_id: dict[int, torch.Tensor] | None = None
         #: Copies of storages as they were when the forward began, by the storage's address.
         self._copies: dict[int, torch.UntypedStorage] = {}
-        self._before: Contents | None = None
+        self._before: Noted | None = None
         self._switched: list[torch.Tensor] = []
         #: What has moved and has no copy, by its storage: the recomputation must not read it.
         self.suspects: dict[int, torch.Tensor] = {}
@@ -82,28 +81,27 @@ class Outside:
     def add(self, *arguments: Any) -> None:
         """Hold what arguments lead to as well."""
         self._roots += arguments
-        self._holders = Holders(*self._roots, *self._known.generators)
-        self._held = Contents(self._holders)
+        self._state = Searched(Holders(*self._roots, *self._known.generators))
         self._note_tensors()
 
     def _note_tensors(self) -> None:
-        known, tensors = self._known, self._holders.tensors
+        known, tensors = self._known, self._state.tensors
         self._versions, self._flags = _versions(tensors), [t.requires_grad for t in tensors]
         if known.overwritten:
             for tensor in self.storages().values():
                 if self.name_of(tensor) in known.overwritten:
                     self.about_to_change(tensor)
-        self._starts = autograd.data_of_all(self._holders.movable())
+        self._starts = autograd.data_of_all(self._state.movable())
         self._start_by_id = None
 
     def learn(self) -> None:
         """Let later runs know what the forward has done, which was looked at and ends now."""
-        known, holders = self._known, self._holders
-        for tensor in holders.tensors:
+        known, state = self._known, self._state
+        for tensor in state.tensors:
             self.about_to_read(tensor)
         known.overwritten.update(self.overwritten())
-        quiet = not self._tensors_moved() and self._held.held_by(holders)
-        moved = {id(value) for value, _, _ in self._held.moved(holders)}
+        quiet = not self._tensors_moved() and state.is_still_held()
+        moved = {id(value) for value, _, _ in state.contents.moved(state.holders)}
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
 
     def owners_of_statistics(self, *arguments: Any) -> tuple[nn.Module, ...]:
@@ -114,7 +112,7 @@ class Outside:
         """
         root = self._roots[0]
         if isinstance(root, nn.Module):
-            return (root,) if self._holders.norms and _has_statistics(root) else ()
+            return (root,) if self._state.norms and _has_statistics(root) else ()
         return tuple(filter(_has_statistics, modules_behind(*self._roots, *arguments)))
 
     def check_iterators(self) -> None:
@@ -123,9 +121,9 @@ class Outside:
         Raises:
             SpentIteratorError: it has.
         """
-        if not self._holders.objects:
+        if not self._state.objects:
             return
-        for thing, keeper, _ in self._held.moved(self._holders):
+        for thing, keeper, _ in self._state.contents.moved(self._state.holders):
             if keeper.write is None and keeper.copy is None:
                 raise SpentIteratorError(
                     f"{self.name_of(thing)} (a {type(thing).__name__}) has moved on in the forward "
@@ -137,11 +135,11 @@ class Outside:
 
     def has(self, container: Any) -> bool:
         """Whether a container's contents are put back."""
-        return self._holders.has(container)
+        return self._state.holders.has(container)
 
     def storages(self) -> dict[int, torch.Tensor]:
         """One tensor for each storage that is held, by the storage's address."""
-        found = filter(has_memory, self._holders.tensors)
+        found = filter(has_memory, self._state.tensors)
         return {t.untyped_storage()._cdata: t for t in found}
 
     def about_to_change(self, tensor: torch.Tensor) -> None:
@@ -152,7 +150,7 @@ class Outside:
 
     def overwritten(self) -> Iterator[str]:
         """The names of the tensors that are copied."""
-        for tensor in self._holders.tensors:
+        for tensor in self._state.tensors:
             if self._copied(tensor) is not None:
                 yield self.name_of(tensor)
 
@@ -164,7 +162,7 @@ class Outside:
     def _start(self, tensor: torch.Tensor) -> torch.Tensor | None:
         found = self._start_by_id
         if found is None:
-            tensors = map(id, self._holders.movable())
+            tensors = map(id, self._state.movable())
             found = self._start_by_id = dict(zip(tensors, self._starts, strict=True))
         return found.get(id(tensor))
 
@@ -181,9 +179,9 @@ class Outside:
         """Whether anything has become of the tensors since the forward began."""
         if self._copies or self._known.repointed:
             return True
-        if _versions(self._holders.tensors) != self._versions:
+        if _versions(self._state.tensors) != self._versions:
             return True
-        movable = self._holders.movable()
+        movable = self._state.movable()
         if list(map(_address, movable)) == list(map(_address, self._starts)):
             return False
         return any(map(self._looks_elsewhere, movable))
@@ -202,19 +200,20 @@ class Outside:
         Raises:
             MutatedStateError: a tensor has other values now, and no copy of it is there.
         """
-        holders, held = self._holders, self._held
+        state = self._state
         moved = self._tensors_moved()
-        if [t.requires_grad for t in holders.tensors] != self._flags:
+        if [t.requires_grad for t in state.tensors] != self._flags:
             self._switch_flags()
-        if not moved and held.held_by(holders):
+        if not moved and state.is_still_held():
             # What has changed nothing will not, this time.
-            self._before = None if self._known.quiet else held
+            self._before = None if self._known.quiet else state
             return
         self._known.quiet = False
-        before = Contents(holders)
-        held.put_into(holders)
+        holders = state.holders
+        before = Searched(holders)
+        state.contents.put_into(holders)
         self._before = before
-        stand_ins = self._copied_iterators() if holders.objects else {}
+        stand_ins = self._copied_iterators() if state.objects else {}
         if moved:
             try:
                 stand_ins |= self._substitutes(differentiable)
@@ -226,7 +225,7 @@ class Outside:
 
     def _switch_flags(self) -> None:
         """Let leaves require gradients as they did; :meth:`put_back` ends that."""
-        for tensor, flag in zip(self._holders.tensors, self._flags, strict=True):
+        for tensor, flag in zip(self._state.tensors, self._flags, strict=True):
             if tensor.is_leaf and tensor.requires_grad is not flag:
                 tensor.requires_grad_(flag)
                 self._switched.append(tensor)
@@ -235,7 +234,7 @@ class Outside:
         """Iterators that have moved on, by their id, and what takes their places."""
         return {
             id(thing): keeper.copy(state)
-            for thing, keeper, state in self._held.moved(self._holders)
+            for thing, keeper, state in self._state.contents.moved(self._state.holders)
             if keeper.copy is not None
         }
 
@@ -245,15 +244,15 @@ class Outside:
         switched, self._switched, self.suspects = self._switched, [], {}
         for tensor in switched:
             tensor.requires_grad_(not tensor.requires_grad)
-        if before is not None and not before.held_by(self._holders):
-            before.put_into(self._holders)
+        if before is not None and not before.is_still_held():
+            before.contents.put_into(before.holders)
 
     def _substitutes(self, differentiable: bool) -> dict[int, Any]:
         """What takes the places of tensors that were changed in place, by their id."""
         copies = {address: _copy(storage) for address, storage in self._copies.items()}
         stand_ins: dict[int, Any] = {}
         present = {id(value) for value in self._present()}
-        for tensor, version in zip(self._holders.tensors, self._versions, strict=True):
+        for tensor, version in zip(self._state.tensors, self._versions, strict=True):
             if id(tensor) not in present or id(tensor) in stand_ins:
                 continue
             start = self._start_of(tensor)
@@ -295,7 +294,7 @@ class Outside:
 
     def _present(self) -> Iterator[Any]:
         """What the holders hold now, those that FSDP2 has taken away excepted."""
-        holders = self._holders
+        holders = self._state.holders
         for mapping in holders.mappings():
             yield from dict.values(mapping)
         for sequence in (*holders.lists, *holders.sets):
@@ -306,7 +305,7 @@ class Outside:
             yield read_spot(space, name)
 
     def _replace(self, stand_ins: dict[int, Any]) -> None:
-        holders = self._holders
+        holders = self._state.holders
         for mapping in holders.mappings():
             found = {k: stand_ins[id(v)] for k, v in dict.items(mapping) if id(v) in stand_ins}
             for key, value in found.items():
@@ -337,7 +336,7 @@ class Outside:
 
     def name_of(self, thing: Any) -> str:
         """A name for a tensor or an object that is held."""
-        return name_of(thing, self._roots, self._holders, self._held)
+        return name_of(thing, self._roots, self._state.holders, self._state.contents)
 
 
 def _has_statistics(module: nn.Module) -> bool:
