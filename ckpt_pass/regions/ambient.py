@@ -9,17 +9,19 @@ runs in some 100 microseconds.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_pass._torch import modes
-from ckpt_pass._torch.switches import set_switches, switches_now
+from ckpt_pass._torch.random_states import same_states
+from ckpt_pass._torch.switches import READERS, set_switches, switches_now
 
 AutocastState = tuple[bool, torch.dtype, bool]
-_CPU = ("cpu",)
+Readers = tuple[Callable[[], Any], ...]
 
 
 def accelerators(tensors: list[torch.Tensor]) -> tuple[torch.device, ...]:
@@ -40,46 +42,62 @@ def _autocast_state(device_type: str) -> AutocastState:
     )
 
 
+#: Of these all are called in every run of a region, twice; they are of C.
+_SURROUNDINGS: Readers = (*modes.COUNTERS, *READERS)
+_COUNTERS, _SWITCHES_END = len(modes.COUNTERS), len(_SURROUNDINGS)
+_AUTOCAST: Readers = (
+    functools.partial(torch.is_autocast_enabled, "cpu"),
+    functools.partial(torch.get_autocast_dtype, "cpu"),
+    torch.is_autocast_cache_enabled,
+)
+
+
 class Surroundings:
     """Torch's switches, modes and global hooks, as they are when this is made, in a forward.
 
     Attributes:
-        switches: what decides which kernels run, and in which precision.
         functions: the ``TorchFunctionMode``s around, a default device among them.
         dispatchers: the ``TorchDispatchMode``s of users' own around.
         hooks: users' hooks on all modules.
     """
 
-    __slots__ = ("dispatchers", "functions", "hooks", "switches")
+    __slots__ = ("_read", "dispatchers", "functions", "hooks")
+    _readers = _SURROUNDINGS
 
     def __init__(self) -> None:
-        self.switches = switches_now()
-        self.functions = modes.function_modes()
+        #: How many modes and hooks there are, what decides which kernels run, and what derived
+        #: classes read.
+        self._read = read = [reader() for reader in self._readers]
+        self.functions: tuple[Any, ...] = ()
+        self.hooks: modes.GlobalHooks = ()
+        if any(read[:_COUNTERS]):
+            self.functions, self.hooks = modes.function_modes(), modes.global_hooks()
         self.dispatchers = modes.dispatch_modes()
-        self.hooks = modes.global_hooks()
 
     def changed(self) -> bool:
         """Whether there is something to enter."""
-        return (
-            switches_now() != self.switches
-            or modes.function_modes() != self.functions
-            or modes.global_hooks() != self.hooks
-            or bool(self._missing())
-        )
+        read, now = self._read, [reader() for reader in self._readers]
+        if now[_COUNTERS:] != read[_COUNTERS:]:
+            return True
+        # Where there are none, and were none, the numbers alone say that they are the same.
+        if any(now[:_COUNTERS]) or any(read[:_COUNTERS]):
+            functions, hooks = modes.function_modes(), modes.global_hooks()
+            if functions != self.functions or hooks != self.hooks:
+                return True
+        return bool(self.dispatchers and self._missing())
 
     def _missing(self) -> list[Any]:
         """What dispatched in the forward and does not now; what does only now may look on."""
-        if not self.dispatchers:
-            return []
         now = {id(mode) for mode in modes.dispatch_modes()}
         return [mode for mode in self.dispatchers if id(mode) not in now]
 
     def restore(self, stack: contextlib.ExitStack) -> None:
         """Enter what is not the same now."""
         switches, functions, hooks = switches_now(), modes.function_modes(), modes.global_hooks()
-        if switches != self.switches:
+        before = self._read[_COUNTERS:_SWITCHES_END]
+        if switches != before:
             stack.callback(set_switches, switches)
-            set_switches(self.switches)
+            set_switches(before)
         if functions != self.functions:
             stack.callback(modes.set_function_modes, functions)
             modes.set_function_modes(self.functions)
@@ -97,27 +115,27 @@ class Ambient(Surroundings):
 
     Args:
         devices: those of the region's arguments, other than the CPU.
-
-    Attributes:
-        autocast: its state, by device type.
     """
 
-    __slots__ = ("autocast",)
+    __slots__ = ("_autocast",)
+    _readers = _SURROUNDINGS + _AUTOCAST
 
     def __init__(self, devices: tuple[torch.device, ...]) -> None:
         super().__init__()
-        kinds = ("cpu", *dict.fromkeys(d.type for d in devices)) if devices else _CPU
-        self.autocast = [(kind, _autocast_state(kind)) for kind in kinds]
+        kinds = dict.fromkeys(device.type for device in devices) if devices else ()
+        #: Its state on devices, by type.
+        self._autocast = [(kind, _autocast_state(kind)) for kind in kinds]
 
     def changed(self) -> bool:
         """Whether there is something to enter."""
         if super().changed():
             return True
-        return any(_autocast_state(kind) != state for kind, state in self.autocast)
+        return any(_autocast_state(kind) != state for kind, state in self._autocast)
 
     def restore(self, stack: contextlib.ExitStack) -> None:
         """Enter what is not the same now."""
-        for kind, state in self.autocast:
+        enabled, dtype, cache = self._read[_SWITCHES_END:]
+        for kind, state in (("cpu", (enabled, dtype, cache)), *self._autocast):
             if _autocast_state(kind) != state:
                 enabled, dtype, cache = state
                 stack.enter_context(
@@ -145,10 +163,10 @@ class RandomState:
 
     def moved(self) -> bool:
         """Whether any random number was drawn since."""
-        if not torch.equal(self.cpu, torch.get_rng_state()):
+        if not same_states(self.cpu, torch.get_rng_state()):
             return True
         return any(
-            not torch.equal(state, torch.get_device_module(device).get_rng_state(device))
+            not same_states(state, torch.get_device_module(device).get_rng_state(device))
             for device, state in self.devices
         )
 
