@@ -8,12 +8,11 @@ changed, and what would be put back if it had: holders are made of it then, not 
 
 from __future__ import annotations
 
-import types
 import weakref
-from collections.abc import Iterable
-from itertools import chain, compress, repeat
-from operator import attrgetter, is_, itemgetter
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, compress
+from operator import attrgetter, itemgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,18 +21,23 @@ from ckpt_pass._torch.dicts import marks_of
 from ckpt_pass.regions.classes import class_of
 from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders
+from ckpt_pass.regions.layouts import Layout
 from ckpt_pass.regions.module_dicts import INTERNAL, read_by_runs
 from ckpt_pass.regions.steps import Inner, inner_of, steps_from
 from ckpt_pass.state.code_names import FUNCTION
 from ckpt_pass.state.objects import Keeper
-from ckpt_pass.state.spots import MISSING, Owner, mapping_of, space_of
+from ckpt_pass.state.spots import MISSING, Owner, space_of
 
 Value = TypeVar("Value")
+Space = Mapping[str, Any]
 _NO_OBJECTS: list[tuple[Any, Keeper]] = []
 
 _own = attrgetter("__dict__")
-_values = dict.values
-_parts = itemgetter("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_globals_of = attrgetter("__globals__")
+#: What is looked at of each module: hooks, that there are none, and what it is made of.
+_PARTS = ("_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters", "_buffers")
+_parts = itemgetter(*_PARTS)
+_EACH = len(_PARTS)
 
 
 class Track:
@@ -46,36 +50,35 @@ class Track:
 
     Attributes:
         marks: of the dicts along the way (:attr:`OnTrack.dicts`), when it was found.
-        keys: of the same dicts; equal marks are equal keys.
-        filled: which modules have children, parameters and buffers.
-        names: the single names in namespaces, by namespace.
-        read_buffers: which modules read their buffers.
+        layout: of the same dicts: where the marks are the same, it is.
+        modules: how many there are.
+        own: how many modules and functions there are, that is dicts of their own.
+        names: single names in namespaces, by namespace.
+        values: what these hold, by ``id``, for it may lead to the module.
         steps: from there to plain objects and containers.
         norms: as of the holders.
         all_move: whether all tensors may be given other memory and are seen to be.
     """
 
     __slots__ = (
-        "_classes",
-        "_functions",
-        "_modules",
-        "_owners",
-        "_values",
+        "_closed",
+        "_references",
+        "_types",
+        "_with_buffers",
         "all_move",
-        "filled",
-        "keys",
+        "layout",
         "marks",
+        "modules",
         "names",
         "norms",
-        "read_buffers",
+        "own",
         "steps",
+        "values",
     )
 
     def __init__(self, holders: Holders) -> None:
         modules = holders.modules
-        self._modules = list(map(weakref.ref, modules))
-        self._classes = _types_of(modules)
-        self.read_buffers = list(map(_reads_buffers, modules))
+        self._with_buffers = [n for n, module in enumerate(modules) if _reads_buffers(module)]
         self.norms = holders.norms
         self.all_move = len(holders.movable()) == len(holders.tensors)
         names: dict[int, dict[str, Any]] = {}
@@ -84,20 +87,23 @@ class Track:
             if owner is not None:
                 owners[id(owner)] = owner
                 names.setdefault(id(owner), {})[name] = value
-        self._owners: list[weakref.ref[Owner]] = list(map(weakref.ref, owners.values()))
-        self.names = list(map(tuple, names.values()))
-        spots = [value for found in names.values() for value in found.values()]
-        #: By ``id``, for they may lead to the module.
-        self._values = list(map(id, spots))
+        # Functions, whose names are those of their files, come last.
+        order = sorted(owners, key=lambda number: type(owners[number]) is FUNCTION)
+        self._closed = sum(type(owner) is FUNCTION for owner in owners.values())
+        self.names = [tuple(names[number]) for number in order]
+        spots = [value for number in order for value in names[number].values()]
+        self.values = list(map(id, spots))
         known = {id(d) for m in modules for d in (m.__dict__, m.__dict__.get("_modules"))}
         known |= {id(tensor.__dict__) for tensor in holders.tensors}
-        users = {f for m in modules for f in _functions_of(type(m))}
-        self._functions = [weakref.ref(f) for f in users if id(f.__dict__) not in known]
+        users = {f for m in modules for f in _functions_of(type(m)) if id(f.__dict__) not in known}
+        self.modules, self.own = len(modules), len(modules) + len(users)
+        led_by = [*modules, *users, *(owners[number] for number in order)]
+        self._references = list(map(weakref.ref, led_by))
+        self._types = list(map(id, map(type, led_by)))
         internal = {id(own[name]) for own in holders.hookless for name in INTERNAL if name in own}
         self.steps = steps_from([*holders.hookless, dict(enumerate(spots))], internal)
         self.marks: list[int] = []
-        self.keys: list[tuple[str, ...]] = []
-        self.filled: tuple[list[bool], ...] = ()
+        self.layout = Layout()
 
     def leads_to(self, holders: Holders) -> bool:
         """Whether all of the holders, and no others, are found again by it."""
@@ -108,8 +114,9 @@ class Track:
         found = self._look()
         if found is None or not {dict}.issuperset(map(type, found.dicts)):
             return False
-        self.marks, self.keys = found.marks(), list(map(tuple, found.dicts))
-        self.filled = tuple(list(map(bool, part)) for part in found.parts)
+        own = map(read_by_runs, found.dicts[: self.modules])
+        self.layout = Layout.of([*own, *found.dicts[self.modules :]], found.at_hand())
+        self.marks = found.marks()
         again = found.holders
         return (
             _ids(again.hookless) == _ids(holders.hookless)
@@ -127,49 +134,70 @@ class Track:
         found = self._look()
         if found is None or found.marks() != self.marks:
             return None
-        found.hold()
+        if self.layout.taken or self.steps:
+            found.hold()
         return found
 
     def _look(self) -> OnTrack | None:
-        """The state, where modules, functions and names are those that were found."""
-        modules, owners = _there(self._modules), _there(self._owners)
-        functions = _there(self._functions)
-        if modules is None or owners is None or functions is None:
+        """The state, where modules, functions and names are those that were found.
+
+        Few calls, most of them loops of C: this comes for every region that runs, and what runs
+        between has put the code of each call out of the processor's caches.
+        """
+        things = [of() for of in self._references]
+        try:
+            dicts = list(map(_own, things))
+            spaces = dicts[self.own :]
+            if self._closed:
+                spaces[-self._closed :] = map(_globals_of, things[-self._closed :])
+        except AttributeError:  # what is gone is None, and has no such thing
             return None
-        if _types_of(modules) != self._classes:
+        if list(map(id, map(type, things))) != self._types:
             return None
-        found = OnTrack(self, modules, owners, functions)
-        if found.has_hooks():
+        parts = list(chain.from_iterable(map(_parts, dicts[: self.modules])))
+        hooks = parts[0::_EACH] + parts[1::_EACH]
+        if any(hooks):
             return None
-        if list(map(id, found.spots)) != self._values:
-            self._forget_replaced(modules, found.spots)
+        named = zip(spaces, self.names, strict=True)
+        values = [space.get(name, MISSING) for space, names in named for name in names]
+        if list(map(id, values)) != self.values:
+            self._forget_replaced(things, values)
             return None
+        parameters, buffers = parts[3::_EACH], parts[4::_EACH]
+        tensors = [t for held in parameters for t in held.values() if t is not None]
+        for number in self._with_buffers:
+            tensors += [t for t in buffers[number].values() if t is not None]
+        dicts[self.own :] = parts[2::_EACH] + parameters + buffers
+        dicts += map(_own, tensors)
+        found = OnTrack(self, things, dicts, hooks, tensors, spaces, values)
         return found if not self.steps or found.goes_on() else None
 
-    def _forget_replaced(self, modules: list[nn.Module], values: list[Any]) -> None:
+    def _forget_replaced(self, things: list[Any], values: list[Any]) -> None:
         """Have looked anew for what is read by the methods of classes that have other ones now."""
-        for value, number in zip(values, self._values, strict=True):
+        for value, number in zip(values, self.values, strict=True):
             if type(value) is FUNCTION and id(value) != number:
-                for module in modules:
+                for module in things[: self.modules]:
                     class_of.forget(type(module))
 
 
 class OnTrack:
     """The state at the end of a track (:class:`ckpt_pass.regions.noted.Noted`).
 
-    Loops of C as far as possible: one is made for every region that runs.
-
     Args:
         track: the way.
-        modules, owners, functions: what it leads by.
-
-    Attributes:
-        dicts: of modules, their parts, tensors, functions and objects.
-        parts: those of children, of parameters and of buffers, one for each module.
+        things: what it leads by: modules, functions, and what namespaces are found by.
+        dicts: of modules and functions, of the modules' parts, of tensors; in the end of objects.
+        hooks: dicts of the modules' hooks.
         tensors: those that are held.
-        spots: what single names in namespaces hold.
-        norms, objects: as of the holders; there are no such objects along a track.
+        spaces: namespaces.
+        spots: what single names in them hold.
     """
+
+    _contents: Contents | None
+    _held_inside: Inner | None
+    _holders: Holders | None
+    _inner: Inner | None
+    _taken: Sequence[Any]
 
     __slots__ = (
         "_contents",
@@ -177,55 +205,38 @@ class OnTrack:
         "_holders",
         "_hooks",
         "_inner",
-        "_modules",
-        "_owners",
         "_spaces",
+        "_spots",
+        "_taken",
+        "_things",
         "_track",
-        "_values",
         "dicts",
         "norms",
         "objects",
-        "parts",
-        "spots",
         "tensors",
     )
 
     def __init__(
         self,
         track: Track,
-        modules: list[nn.Module],
-        owners: list[Owner],
-        functions: list[types.FunctionType],
+        things: list[Any],
+        dicts: list[dict[str, Any]],
+        hooks: list[dict[int, Any]],
+        tensors: list[torch.Tensor],
+        spaces: list[Space],
+        spots: list[Any],
     ) -> None:
-        self._track, self._modules, self._owners = track, modules, owners
-        self._holders: Holders | None = None
-        self._contents: Contents | None = None
-        self._inner: Inner | None = None
-        self._held_inside: Inner | None = None
-        self.norms = track.norms
-        self.objects = _NO_OBJECTS
-        owns = list(map(_own, modules))
-        *self.parts, hooks, hooks_before = zip(*map(_parts, owns), strict=True)
-        self._hooks = hooks + hooks_before
-        children, parameters, buffers = self.parts
-        read = chain(parameters, compress(buffers, track.read_buffers))
-        self.tensors = tensors = [t for held in read for t in held.values() if t is not None]
-        others = chain(map(_own, tensors), map(_own, functions))
-        self.dicts = [*owns, *children, *parameters, *buffers, *others]
-        self._spaces = list(map(mapping_of, owners))
-        self.spots = self._read_spots()
-
-    def _read_spots(self) -> list[Any]:
-        names = zip(self._spaces, self._track.names, strict=True)
-        return [space.get(name, MISSING) for space, found in names for name in found]
-
-    def has_hooks(self) -> bool:
-        """Whether any of the modules has a hook around its forward."""
-        return any(self._hooks)
+        self._track, self._things, self._hooks = track, things, hooks
+        self._spaces, self._spots = spaces, spots
+        self.dicts, self.tensors = dicts, tensors
+        self.norms, self.objects = track.norms, _NO_OBJECTS
+        self._holders = self._contents = self._inner = self._held_inside = None
+        self._taken = ()
 
     def goes_on(self) -> bool:
         """Follow the track to plain objects and containers; whether it leads there."""
-        begin = [*self.dicts[: len(self._modules)], dict(enumerate(self.spots))]
+        begin: list[dict[Any, Any]] = [*self.dicts[: self._track.modules]]
+        begin.append(dict(enumerate(self._spots)))
         inner = self._inner = inner_of(self._track.steps, begin)
         if inner is None:
             return False
@@ -237,9 +248,14 @@ class OnTrack:
         inner = self._inner
         return marks_of(self.dicts if inner is None else [*self.dicts, *inner.maps])
 
+    def at_hand(self) -> list[Any]:
+        """What is held anyway, of all that the dicts hold."""
+        return [*self._things[: self._track.modules], *self.tensors, *self.dicts]
+
     def hold(self) -> None:
-        """Hold what the holders hold now: the track's marks, which are theirs, say by what keys."""
-        self._values = list(chain.from_iterable(map(_values, self.dicts)))
+        """Hold the rest of it, and what containers hold."""
+        dicts = self.dicts
+        self._taken = [dicts[number][key] for number, key in self._track.layout.taken]
         if self._inner is not None:
             self._held_inside = self._inner.copied()
 
@@ -247,19 +263,18 @@ class OnTrack:
     def holders(self) -> Holders:
         """The holders; made when they are asked for."""
         if self._holders is None:
-            spaces = map(space_of, self._owners)
-            names = zip(spaces, self._track.names, strict=True)
-            places = [(space, name) for space, found in names for name in found]
-            spots = [(*place, value) for place, value in zip(places, self.spots, strict=True)]
+            track, owners = self._track, self._things[self._track.own :]
+            names = [
+                (space, name)
+                for space, found in zip(map(space_of, owners), track.names, strict=True)
+                for name in found
+            ]
+            spots = [(*name, value) for name, value in zip(names, self._spots, strict=True)]
+            modules = self._things[: track.modules]
             self._holders = Holders.known(
-                self._modules,
-                self._sorted(self.dicts),
-                self.tensors,
-                spots,
-                self.norms,
-                self._inner,
+                modules, self._sorted(self.dicts), self.tensors, spots, self.norms, self._inner
             )
-            if self._track.all_move:
+            if track.all_move:
                 self._holders.let_all_move()
         return self._holders
 
@@ -267,20 +282,22 @@ class OnTrack:
     def contents(self) -> Contents:
         """What they held; likewise."""
         if self._contents is None:
-            values = iter(self._values)
-            # `values` goes on where the keys of a dict end, which are asked for first.
-            held = [dict(zip(keys, values, strict=False)) for keys in self._track.keys]
-            hookless, *others = self._sorted(held)
-            copies = [*map(read_by_runs, hookless), *chain.from_iterable(others)]
-            self._contents = Contents.known(copies, self.spots, self._held_inside)
+            copies = self._track.layout.copies([*self.at_hand(), *self._taken])
+            flat = list(chain.from_iterable(self._sorted(copies)))
+            self._contents = Contents.known(flat, self._spots, self._held_inside)
         return self._contents
 
-    def _sorted(self, found: list[Value]) -> tuple[list[Value], ...]:
+    def _sorted(self, found: Sequence[Value]) -> tuple[list[Value], ...]:
         """What was found of each dict, in the order of the holders; empty parts are none."""
-        count = len(self._modules)
-        rows = [found[n * count : (n + 1) * count] for n in range(4)]
-        children, parameters, buffers = map(list, map(compress, rows[1:], self._track.filled))
-        return rows[0], children + found[4 * count :], parameters, buffers
+        keys, count, own = self._track.layout.keys, self._track.modules, self._track.own
+
+        def filled(first: int) -> list[Value]:
+            span = slice(first, first + count)
+            return list(compress(found[span], keys[span]))
+
+        children, parameters, buffers = map(filled, range(own, own + 3 * count, count))
+        others = [*found[own + 3 * count :], *found[count:own]]
+        return list(found[:count]), children + others, parameters, buffers
 
     def movable(self) -> list[torch.Tensor]:
         """The tensors that may be given other memory (``.data = ...``), and are seen to be."""
@@ -288,35 +305,26 @@ class OnTrack:
 
     def is_still_held(self) -> bool:
         """Whether the holders hold the same now, object by object."""
-        inner, held = self._inner, self._held_inside
+        track, inner, held = self._track, self._inner, self._held_inside
+        spaces = zip(self._spaces, track.names, strict=True)
+        spots = [space.get(name, MISSING) for space, found in spaces for name in found]
         unchanged = (
-            self.marks() == self._track.marks
+            self.marks() == track.marks
             and not any(self._hooks)
-            and all(map(is_, self._read_spots(), self.spots))
+            and list(map(id, spots)) == track.values
             and (inner is None or held is None or inner.holds(held))
         )
         # Nearly always. What was changed and changed back is looked at value by value.
         return unchanged or self.contents.held_by(self.holders)
 
 
-def _there(references: Iterable[weakref.ref[Value]]) -> list[Value] | None:
-    """What weak references lead to; ``None`` where any of it is gone."""
-    found = [of() for of in references]
-    if any(map(is_, found, repeat(None))):
-        return None
-    return cast(list[Value], found)
-
-
-def _types_of(values: Iterable[Any]) -> list[int]:
-    return list(map(id, map(type, values)))
-
-
 def _reads_buffers(module: nn.Module) -> bool:
-    """Whether a module reads its buffers: running statistics are only written in training.
+    """Whether a module has buffers that it reads: running statistics are only written in training.
 
-    Whether it is training is among what marks tell.
+    Marks of dicts tell whether both is still so.
     """
-    return not (class_of(type(module)).norm and module.__dict__.get("training"))
+    own = module.__dict__
+    return bool(own.get("_buffers")) and not (class_of(type(module)).norm and own.get("training"))
 
 
 def _functions_of(cls: type) -> Iterable[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -21,11 +20,6 @@ def space_of(owner: Owner) -> Any:
     if isinstance(owner, types.FunctionType):
         return owner.__globals__
     return vars(owner) if isinstance(owner, types.ModuleType) else owner
-
-
-def mapping_of(owner: Owner) -> Mapping[str, Any]:
-    """What a namespace says of its names, as a mapping: of a class, that of the class alone."""
-    return owner.__globals__ if isinstance(owner, types.FunctionType) else vars(owner)
 
 
 def read_spot(space: Any, name: str) -> Any:
