@@ -17,9 +17,10 @@ _FORWARD_HOOKS: tuple[dict[int, Any], ...] = (
     nn_module._global_forward_pre_hooks,
     nn_module._global_forward_hooks,
 )
-#: How many function modes and global hooks there are: all of C, as nearly always there are none.
+#: How many modes and global hooks there are, nearly always none: all of C.
 COUNTERS: tuple[Callable[[], int], ...] = (
     torch._C._len_torch_function_stack,
+    torch._C._len_torch_dispatch_stack,
     *(hooks.__len__ for hooks in _FORWARD_HOOKS),
 )
 #: What is said of some hooks, by their numbers.

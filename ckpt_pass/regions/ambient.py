@@ -50,6 +50,7 @@ _AUTOCAST: Readers = (
     functools.partial(torch.get_autocast_dtype, "cpu"),
     torch.is_autocast_cache_enabled,
 )
+_NONE: tuple[Any, ...] = ()
 
 
 class Surroundings:
@@ -61,34 +62,36 @@ class Surroundings:
         hooks: users' hooks on all modules.
     """
 
-    __slots__ = ("_read", "dispatchers", "functions", "hooks")
+    __slots__ = ("_alone", "_read", "dispatchers", "functions", "hooks")
     _readers = _SURROUNDINGS
 
     def __init__(self) -> None:
         #: How many modes and hooks there are, what decides which kernels run, and what derived
         #: classes read.
         self._read = read = [reader() for reader in self._readers]
-        self.functions: tuple[Any, ...] = ()
-        self.hooks: modes.GlobalHooks = ()
-        if any(read[:_COUNTERS]):
+        self.functions = self.dispatchers = self.hooks = _NONE
+        #: Whether there are no modes and hooks. The same numbers are the same surroundings then.
+        self._alone = not any(read[:_COUNTERS])
+        if not self._alone:
             self.functions, self.hooks = modes.function_modes(), modes.global_hooks()
-        self.dispatchers = modes.dispatch_modes()
+            self.dispatchers = modes.dispatch_modes()
 
     def changed(self) -> bool:
         """Whether there is something to enter."""
-        read, now = self._read, [reader() for reader in self._readers]
-        if now[_COUNTERS:] != read[_COUNTERS:]:
-            return True
-        # Where there are none, and were none, the numbers alone say that they are the same.
-        if any(now[:_COUNTERS]) or any(read[:_COUNTERS]):
-            functions, hooks = modes.function_modes(), modes.global_hooks()
-            if functions != self.functions or hooks != self.hooks:
-                return True
-        return bool(self.dispatchers and self._missing())
+        now = [reader() for reader in self._readers]
+        return not (self._alone and now == self._read) and self._changed(now)
+
+    def _changed(self, now: list[Any]) -> bool:
+        return (
+            now[_COUNTERS:] != self._read[_COUNTERS:]
+            or modes.function_modes() != self.functions
+            or modes.global_hooks() != self.hooks
+            or bool(self._missing())
+        )
 
     def _missing(self) -> list[Any]:
         """What dispatched in the forward and does not now; what does only now may look on."""
-        now = {id(mode) for mode in modes.dispatch_modes()}
+        now = {id(mode) for mode in modes.dispatch_modes()} if self.dispatchers else ()
         return [mode for mode in self.dispatchers if id(mode) not in now]
 
     def restore(self, stack: contextlib.ExitStack) -> None:
@@ -122,20 +125,23 @@ class Ambient(Surroundings):
 
     def __init__(self, devices: tuple[torch.device, ...]) -> None:
         super().__init__()
-        kinds = dict.fromkeys(device.type for device in devices) if devices else ()
         #: Its state on devices, by type.
-        self._autocast = [(kind, _autocast_state(kind)) for kind in kinds]
+        self._autocast: dict[str, AutocastState] | None = None
+        if devices:
+            self._autocast = {d.type: _autocast_state(d.type) for d in devices}
 
     def changed(self) -> bool:
         """Whether there is something to enter."""
-        if super().changed():
+        states = self._autocast
+        if states and any(_autocast_state(kind) != state for kind, state in states.items()):
             return True
-        return any(_autocast_state(kind) != state for kind, state in self._autocast)
+        return super().changed()
 
     def restore(self, stack: contextlib.ExitStack) -> None:
         """Enter what is not the same now."""
         enabled, dtype, cache = self._read[_SWITCHES_END:]
-        for kind, state in (("cpu", (enabled, dtype, cache)), *self._autocast):
+        states = {"cpu": (enabled, dtype, cache)} | (self._autocast or {})
+        for kind, state in states.items():
             if _autocast_state(kind) != state:
                 enabled, dtype, cache = state
                 stack.enter_context(

@@ -11,7 +11,8 @@ changed is an error with the tensor's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +39,11 @@ class MutatedStateError(CkptPassError, RuntimeError):
     """
 
 
+Look = tuple[int, bool]
+
 _address = torch.Tensor.data_ptr
+_first = operator.itemgetter(0)
+_look: Callable[[torch.Tensor], Look] = operator.attrgetter("_version", "requires_grad")
 
 
 class Outside:
@@ -50,16 +55,16 @@ class Outside:
     """
 
     __slots__ = (
+        "_addresses",
         "_before",
         "_copies",
-        "_flags",
         "_known",
+        "_looks",
         "_roots",
         "_start_by_id",
         "_starts",
         "_state",
         "_switched",
-        "_versions",
         "suspects",
     )
 
@@ -85,13 +90,15 @@ class Outside:
         self._note_tensors()
 
     def _note_tensors(self) -> None:
-        known, tensors = self._known, self._state.tensors
-        self._versions, self._flags = _versions(tensors), [t.requires_grad for t in tensors]
+        known, state = self._known, self._state
+        #: How often each tensor was written to, and whether it requires a gradient.
+        self._looks = _looks_of(state.tensors)
         if known.overwritten:
             for tensor in self.storages().values():
                 if self.name_of(tensor) in known.overwritten:
                     self.about_to_change(tensor)
-        self._starts = autograd.data_of_all(self._state.movable())
+        movable = state.movable()
+        self._starts, self._addresses = autograd.data_of_all(movable), list(map(_address, movable))
         self._start_by_id = None
 
     def learn(self) -> None:
@@ -100,7 +107,7 @@ class Outside:
         for tensor in state.tensors:
             self.about_to_read(tensor)
         known.overwritten.update(self.overwritten())
-        quiet = not self._tensors_moved() and state.is_still_held()
+        quiet = not self._tensors_moved(_looks_of(state.tensors)) and state.is_still_held()
         moved = {id(value) for value, _, _ in state.contents.moved(state.holders)}
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
 
@@ -175,14 +182,17 @@ class Outside:
         is_there = start.numel() > 0 and start.untyped_storage().nbytes() > 0
         return is_there or not isinstance(tensor, nn.Parameter)
 
-    def _tensors_moved(self) -> bool:
-        """Whether anything has become of the tensors since the forward began."""
+    def _tensors_moved(self, looks: list[Look]) -> bool:
+        """Whether anything has become of the tensors, which look so now, since the forward began.
+
+        A switched flag alone is nothing.
+        """
         if self._copies or self._known.repointed:
             return True
-        if _versions(self._state.tensors) != self._versions:
+        if looks != self._looks and list(map(_first, looks)) != list(map(_first, self._looks)):
             return True
         movable = self._state.movable()
-        if list(map(_address, movable)) == list(map(_address, self._starts)):
+        if list(map(_address, movable)) == self._addresses:
             return False
         return any(map(self._looks_elsewhere, movable))
 
@@ -201,8 +211,9 @@ class Outside:
             MutatedStateError: a tensor has other values now, and no copy of it is there.
         """
         state = self._state
-        moved = self._tensors_moved()
-        if [t.requires_grad for t in state.tensors] != self._flags:
+        looks = _looks_of(state.tensors)
+        moved = self._tensors_moved(looks)
+        if looks != self._looks:
             self._switch_flags()
         if not moved and state.is_still_held():
             # What has changed nothing will not, this time.
@@ -225,7 +236,7 @@ class Outside:
 
     def _switch_flags(self) -> None:
         """Let leaves require gradients as they did; :meth:`put_back` ends that."""
-        for tensor, flag in zip(self._state.tensors, self._flags, strict=True):
+        for tensor, (_, flag) in zip(self._state.tensors, self._looks, strict=True):
             if tensor.is_leaf and tensor.requires_grad is not flag:
                 tensor.requires_grad_(flag)
                 self._switched.append(tensor)
@@ -252,7 +263,7 @@ class Outside:
         copies = {address: _copy(storage) for address, storage in self._copies.items()}
         stand_ins: dict[int, Any] = {}
         present = {id(value) for value in self._present()}
-        for tensor, version in zip(self._state.tensors, self._versions, strict=True):
+        for tensor, (version, _) in zip(self._state.tensors, self._looks, strict=True):
             if id(tensor) not in present or id(tensor) in stand_ins:
                 continue
             start = self._start_of(tensor)
@@ -348,11 +359,11 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _versions(tensors: list[torch.Tensor]) -> list[int]:
+def _looks_of(tensors: list[torch.Tensor]) -> list[Look]:
     try:
-        return [tensor._version for tensor in tensors]
-    except RuntimeError:  # inference tensors have none
-        return list(map(_version, tensors))
+        return list(map(_look, tensors))
+    except RuntimeError:  # inference tensors have no versions
+        return [(_version(tensor), tensor.requires_grad) for tensor in tensors]
 
 
 def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:

@@ -53,7 +53,7 @@ class Track:
         layout: of the same dicts: where the marks are the same, it is.
         modules: how many there are.
         own: how many modules and functions there are, that is dicts of their own.
-        names: single names in namespaces, by namespace.
+        names: single names in namespaces, each with the number of its namespace.
         values: what these hold, by ``id``, for it may lead to the module.
         steps: from there to plain objects and containers.
         norms: as of the holders.
@@ -90,7 +90,7 @@ class Track:
         # Functions, whose names are those of their files, come last.
         order = sorted(owners, key=lambda number: type(owners[number]) is FUNCTION)
         self._closed = sum(type(owner) is FUNCTION for owner in owners.values())
-        self.names = [tuple(names[number]) for number in order]
+        self.names = [(n, name) for n, number in enumerate(order) for name in names[number]]
         spots = [value for number in order for value in names[number].values()]
         self.values = list(map(id, spots))
         known = {id(d) for m in modules for d in (m.__dict__, m.__dict__.get("_modules"))}
@@ -158,8 +158,7 @@ class Track:
         hooks = parts[0::_EACH] + parts[1::_EACH]
         if any(hooks):
             return None
-        named = zip(spaces, self.names, strict=True)
-        values = [space.get(name, MISSING) for space, names in named for name in names]
+        values = [spaces[number].get(name, MISSING) for number, name in self.names]
         if list(map(id, values)) != self.values:
             self._forget_replaced(things, values)
             return None
@@ -263,13 +262,10 @@ class OnTrack:
     def holders(self) -> Holders:
         """The holders; made when they are asked for."""
         if self._holders is None:
-            track, owners = self._track, self._things[self._track.own :]
-            names = [
-                (space, name)
-                for space, found in zip(map(space_of, owners), track.names, strict=True)
-                for name in found
-            ]
-            spots = [(*name, value) for name, value in zip(names, self._spots, strict=True)]
+            track = self._track
+            spaces = list(map(space_of, self._things[track.own :]))
+            named = zip(track.names, self._spots, strict=True)
+            spots = [(spaces[number], name, value) for (number, name), value in named]
             modules = self._things[: track.modules]
             self._holders = Holders.known(
                 modules, self._sorted(self.dicts), self.tensors, spots, self.norms, self._inner
@@ -305,9 +301,8 @@ class OnTrack:
 
     def is_still_held(self) -> bool:
         """Whether the holders hold the same now, object by object."""
-        track, inner, held = self._track, self._inner, self._held_inside
-        spaces = zip(self._spaces, track.names, strict=True)
-        spots = [space.get(name, MISSING) for space, found in spaces for name in found]
+        track, inner, held, spaces = self._track, self._inner, self._held_inside, self._spaces
+        spots = [spaces[number].get(name, MISSING) for number, name in track.names]
         unchanged = (
             self.marks() == track.marks
             and not any(self._hooks)
