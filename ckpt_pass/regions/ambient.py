@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from ckpt_pass._torch.random_states import same_states
 from ckpt_pass._torch.switches import READERS, set_switches, switches_now
 
 AutocastState = tuple[bool, torch.dtype, bool]
-Readers = tuple[Callable[[], Any], ...]
 
 
 def accelerators(tensors: list[torch.Tensor]) -> tuple[torch.device, ...]:
@@ -42,19 +42,53 @@ def _autocast_state(device_type: str) -> AutocastState:
     )
 
 
-#: Of these all are called in every run of a region, twice; they are of C.
-_SURROUNDINGS: Readers = (*modes.COUNTERS, *READERS)
-_COUNTERS, _SWITCHES_END = len(modes.COUNTERS), len(_SURROUNDINGS)
-_AUTOCAST: Readers = (
-    functools.partial(torch.is_autocast_enabled, "cpu"),
-    functools.partial(torch.get_autocast_dtype, "cpu"),
-    torch.is_autocast_cache_enabled,
-)
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """What is called to note what is around a region: functions of C, all of them, every time.
+
+    Attributes:
+        functions: how many modes and hooks there are, what decides which kernels run, and the state
+            of autocast.
+        kinds: the types of devices whose autocast that is.
+    """
+
+    functions: tuple[Callable[[], Any], ...]
+    kinds: tuple[str, ...] = ()
+
+
+_COUNTERS, _SWITCHES_END = len(modes.COUNTERS), len(modes.COUNTERS) + len(READERS)
+
+
+@functools.cache
+def _readers(*kinds: str) -> Readers:
+    autocast: list[Callable[[], Any]] = []
+    for kind in kinds:
+        autocast += (
+            functools.partial(torch.is_autocast_enabled, kind),
+            functools.partial(torch.get_autocast_dtype, kind),
+            torch.is_autocast_cache_enabled,
+        )
+    return Readers((*modes.COUNTERS, *READERS, *autocast), kinds)
+
+
+#: For a region whose autocast somebody else looks after.
+BARE = _readers()
+_ON_CPU = _readers("cpu")
+
+
+def readers_for(devices: tuple[torch.device, ...]) -> Readers:
+    """Those for a region whose arguments are on the CPU and on these devices."""
+    return _readers("cpu", *dict.fromkeys(d.type for d in devices)) if devices else _ON_CPU
+
+
 _NONE: tuple[Any, ...] = ()
 
 
 class Surroundings:
-    """Torch's switches, modes and global hooks, as they are when this is made, in a forward.
+    """Autocast, torch's switches, modes and global hooks, as they are when this is made.
+
+    Args:
+        readers: what tells.
 
     Attributes:
         functions: the ``TorchFunctionMode``s around, a default device among them.
@@ -62,13 +96,11 @@ class Surroundings:
         hooks: users' hooks on all modules.
     """
 
-    __slots__ = ("_alone", "_read", "dispatchers", "functions", "hooks")
-    _readers = _SURROUNDINGS
+    __slots__ = ("_alone", "_read", "_readers", "dispatchers", "functions", "hooks")
 
-    def __init__(self) -> None:
-        #: How many modes and hooks there are, what decides which kernels run, and what derived
-        #: classes read.
-        self._read = read = [reader() for reader in self._readers]
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+        self._read = read = [reader() for reader in readers.functions]
         self.functions = self.dispatchers = self.hooks = _NONE
         #: Whether there are no modes and hooks. The same numbers are the same surroundings then.
         self._alone = not any(read[:_COUNTERS])
@@ -78,7 +110,7 @@ class Surroundings:
 
     def changed(self) -> bool:
         """Whether there is something to enter."""
-        now = [reader() for reader in self._readers]
+        now = [reader() for reader in self._readers.functions]
         return not (self._alone and now == self._read) and self._changed(now)
 
     def _changed(self, now: list[Any]) -> bool:
@@ -96,6 +128,13 @@ class Surroundings:
 
     def restore(self, stack: contextlib.ExitStack) -> None:
         """Enter what is not the same now."""
+        autocast = iter(self._read[_SWITCHES_END:])
+        for kind, state in zip(self._readers.kinds, zip(*[autocast] * 3, strict=True), strict=True):
+            if _autocast_state(kind) != state:
+                enabled, dtype, cache = state
+                stack.enter_context(
+                    torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
+                )
         switches, functions, hooks = switches_now(), modes.function_modes(), modes.global_hooks()
         before = self._read[_COUNTERS:_SWITCHES_END]
         if switches != before:
@@ -111,43 +150,6 @@ class Surroundings:
             # Not by its own `__enter__`, which may do more: the user has entered it once.
             TorchDispatchMode.__enter__(mode)
             stack.callback(TorchDispatchMode.__exit__, mode, None, None, None)
-
-
-class Ambient(Surroundings):
-    """Autocast, and the surroundings of every region, as they are when this is made.
-
-    Args:
-        devices: those of the region's arguments, other than the CPU.
-    """
-
-    __slots__ = ("_autocast",)
-    _readers = _SURROUNDINGS + _AUTOCAST
-
-    def __init__(self, devices: tuple[torch.device, ...]) -> None:
-        super().__init__()
-        #: Its state on devices, by type.
-        self._autocast: dict[str, AutocastState] | None = None
-        if devices:
-            self._autocast = {d.type: _autocast_state(d.type) for d in devices}
-
-    def changed(self) -> bool:
-        """Whether there is something to enter."""
-        states = self._autocast
-        if states and any(_autocast_state(kind) != state for kind, state in states.items()):
-            return True
-        return super().changed()
-
-    def restore(self, stack: contextlib.ExitStack) -> None:
-        """Enter what is not the same now."""
-        enabled, dtype, cache = self._read[_SWITCHES_END:]
-        states = {"cpu": (enabled, dtype, cache)} | (self._autocast or {})
-        for kind, state in states.items():
-            if _autocast_state(kind) != state:
-                enabled, dtype, cache = state
-                stack.enter_context(
-                    torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
-                )
-        super().restore(stack)
 
 
 class RandomState:
@@ -171,7 +173,7 @@ class RandomState:
         """Whether any random number was drawn since."""
         if not same_states(self.cpu, torch.get_rng_state()):
             return True
-        return any(
+        return bool(self.devices) and any(
             not same_states(state, torch.get_device_module(device).get_rng_state(device))
             for device, state in self.devices
         )
