@@ -9,8 +9,8 @@ changed, and what would be put back if it had: holders are made of it then, not 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, compress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, chain, pairwise
 from operator import attrgetter, itemgetter
 from typing import Any, TypeVar
 
@@ -34,10 +34,11 @@ _NO_OBJECTS: list[tuple[Any, Keeper]] = []
 
 _own = attrgetter("__dict__")
 _globals_of = attrgetter("__globals__")
-#: What is looked at of each module: hooks, that there are none, and what it is made of.
-_PARTS = ("_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters", "_buffers")
+#: What is looked at of each module: what it is made of, and hooks, of which there are to be none.
+_PARTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 _parts = itemgetter(*_PARTS)
 _EACH = len(_PARTS)
+_PARAMETERS, _BUFFERS = 1, 2
 
 
 class Track:
@@ -53,6 +54,7 @@ class Track:
         layout: of the same dicts: where the marks are the same, it is.
         modules: how many there are.
         own: how many modules and functions there are, that is dicts of their own.
+        filled: how many of the modules' parts hold children, parameters and buffers, in this order.
         names: single names in namespaces, each with the number of its namespace.
         values: what these hold, by ``id``, for it may lead to the module.
         steps: from there to plain objects and containers.
@@ -62,10 +64,13 @@ class Track:
 
     __slots__ = (
         "_closed",
+        "_empty",
+        "_filled",
+        "_read",
         "_references",
         "_types",
-        "_with_buffers",
         "all_move",
+        "filled",
         "layout",
         "marks",
         "modules",
@@ -78,7 +83,7 @@ class Track:
 
     def __init__(self, holders: Holders) -> None:
         modules = holders.modules
-        self._with_buffers = [n for n, module in enumerate(modules) if _reads_buffers(module)]
+        self._note_parts(modules)
         self.norms = holders.norms
         self.all_move = len(holders.movable()) == len(holders.tensors)
         names: dict[int, dict[str, Any]] = {}
@@ -104,6 +109,17 @@ class Track:
         self.steps = steps_from([*holders.hookless, dict(enumerate(spots))], internal)
         self.marks: list[int] = []
         self.layout = Layout()
+
+    def _note_parts(self, modules: list[nn.Module]) -> None:
+        """Note which parts of modules hold something, and which of these hold tensors."""
+        parts = [module.__dict__[name] for module in modules for name in _PARTS]
+        filled = [[n for n in range(k, len(parts), _EACH) if parts[n]] for k in range(_BUFFERS + 1)]
+        self.filled = tuple(map(len, filled))
+        order = list(chain.from_iterable(filled))
+        self._filled = _picker(order)
+        self._empty = _picker([n for n in range(len(parts)) if n not in order])
+        read = [n for n in filled[_BUFFERS] if _reads_buffers(modules[n // _EACH])]
+        self._read = _picker(filled[_PARAMETERS] + read)
 
     def leads_to(self, holders: Holders) -> bool:
         """Whether all of the holders, and no others, are found again by it."""
@@ -155,20 +171,17 @@ class Track:
         if list(map(id, map(type, things))) != self._types:
             return None
         parts = list(chain.from_iterable(map(_parts, dicts[: self.modules])))
-        hooks = parts[0::_EACH] + parts[1::_EACH]
-        if any(hooks):
+        empty = self._empty(parts)
+        if any(empty):
             return None
         values = [spaces[number].get(name, MISSING) for number, name in self.names]
         if list(map(id, values)) != self.values:
             self._forget_replaced(things, values)
             return None
-        parameters, buffers = parts[3::_EACH], parts[4::_EACH]
-        tensors = [t for held in parameters for t in held.values() if t is not None]
-        for number in self._with_buffers:
-            tensors += [t for t in buffers[number].values() if t is not None]
-        dicts[self.own :] = parts[2::_EACH] + parameters + buffers
+        tensors = [t for held in self._read(parts) for t in held.values() if t is not None]
+        dicts[self.own :] = self._filled(parts)
         dicts += map(_own, tensors)
-        found = OnTrack(self, things, dicts, hooks, tensors, spaces, values)
+        found = OnTrack(self, things, dicts, empty, tensors, spaces, values)
         return found if not self.steps or found.goes_on() else None
 
     def _forget_replaced(self, things: list[Any], values: list[Any]) -> None:
@@ -186,7 +199,7 @@ class OnTrack:
         track: the way.
         things: what it leads by: modules, functions, and what namespaces are found by.
         dicts: of modules and functions, of the modules' parts, of tensors; in the end of objects.
-        hooks: dicts of the modules' hooks.
+        empty: dicts of the modules' hooks, and parts of which there are none.
         tensors: those that are held.
         spaces: namespaces.
         spots: what single names in them hold.
@@ -200,9 +213,9 @@ class OnTrack:
 
     __slots__ = (
         "_contents",
+        "_empty",
         "_held_inside",
         "_holders",
-        "_hooks",
         "_inner",
         "_spaces",
         "_spots",
@@ -220,12 +233,12 @@ class OnTrack:
         track: Track,
         things: list[Any],
         dicts: list[dict[str, Any]],
-        hooks: list[dict[int, Any]],
+        empty: Sequence[dict[Any, Any]],
         tensors: list[torch.Tensor],
         spaces: list[Space],
         spots: list[Any],
     ) -> None:
-        self._track, self._things, self._hooks = track, things, hooks
+        self._track, self._things, self._empty = track, things, empty
         self._spaces, self._spots = spaces, spots
         self.dicts, self.tensors = dicts, tensors
         self.norms, self.objects = track.norms, _NO_OBJECTS
@@ -284,16 +297,12 @@ class OnTrack:
         return self._contents
 
     def _sorted(self, found: Sequence[Value]) -> tuple[list[Value], ...]:
-        """What was found of each dict, in the order of the holders; empty parts are none."""
-        keys, count, own = self._track.layout.keys, self._track.modules, self._track.own
-
-        def filled(first: int) -> list[Value]:
-            span = slice(first, first + count)
-            return list(compress(found[span], keys[span]))
-
-        children, parameters, buffers = map(filled, range(own, own + 3 * count, count))
-        others = [*found[own + 3 * count :], *found[count:own]]
-        return list(found[:count]), children + others, parameters, buffers
+        """What was found of each dict, in the order of the holders."""
+        modules, own = self._track.modules, self._track.own
+        ends = list(accumulate(self._track.filled, initial=own))
+        children, parameters, buffers = (list(found[a:b]) for a, b in pairwise(ends))
+        others = [*found[ends[-1] :], *found[modules:own]]
+        return list(found[:modules]), children + others, parameters, buffers
 
     def movable(self) -> list[torch.Tensor]:
         """The tensors that may be given other memory (``.data = ...``), and are seen to be."""
@@ -305,7 +314,7 @@ class OnTrack:
         spots = [spaces[number].get(name, MISSING) for number, name in track.names]
         unchanged = (
             self.marks() == track.marks
-            and not any(self._hooks)
+            and not any(self._empty)
             and list(map(id, spots)) == track.values
             and (inner is None or held is None or inner.holds(held))
         )
@@ -314,12 +323,18 @@ class OnTrack:
 
 
 def _reads_buffers(module: nn.Module) -> bool:
-    """Whether a module has buffers that it reads: running statistics are only written in training.
+    """Whether a module reads its buffers: running statistics are only written in training.
 
-    Marks of dicts tell whether both is still so.
+    Marks of dicts tell whether it is training still.
     """
-    own = module.__dict__
-    return bool(own.get("_buffers")) and not (class_of(type(module)).norm and own.get("training"))
+    return not (class_of(type(module)).norm and module.__dict__["training"])
+
+
+def _picker(numbers: list[int]) -> Callable[[Sequence[Value]], Sequence[Value]]:
+    """What picks the values of these numbers."""
+    if len(numbers) > 1:
+        return itemgetter(*numbers)
+    return lambda values: [values[number] for number in numbers]
 
 
 def _functions_of(cls: type) -> Iterable[Any]:
