@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +16,12 @@ _LIBRARIES = frozenset((_OURS, "torch"))
 _FORWARD_HOOKS: tuple[dict[int, Any], ...] = (
     nn_module._global_forward_pre_hooks,
     nn_module._global_forward_hooks,
+)
+#: How many modes and global hooks there are, nearly always none: all of C.
+COUNTERS: tuple[Callable[[], int], ...] = (
+    torch._C._len_torch_function_stack,
+    torch._C._len_torch_dispatch_stack,
+    *(hooks.__len__ for hooks in _FORWARD_HOOKS),
 )
 #: What is said of some hooks, by their numbers.
 _ABOUT_HOOKS: tuple[dict[int, Any], ...] = (

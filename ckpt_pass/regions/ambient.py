@@ -9,17 +9,19 @@ runs in some 100 microseconds.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_pass._torch import modes
-from ckpt_pass._torch.switches import set_switches, switches_now
+from ckpt_pass._torch.random_states import same_states
+from ckpt_pass._torch.switches import READERS, set_switches, switches_now
 
 AutocastState = tuple[bool, torch.dtype, bool]
-_CPU = ("cpu",)
 
 
 def accelerators(tensors: list[torch.Tensor]) -> tuple[torch.device, ...]:
@@ -40,28 +42,80 @@ def _autocast_state(device_type: str) -> AutocastState:
     )
 
 
-class Surroundings:
-    """Torch's switches, modes and global hooks, as they are when this is made, in a forward.
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """What is called to note what is around a region: functions of C, all of them, every time.
 
     Attributes:
-        switches: what decides which kernels run, and in which precision.
+        functions: how many modes and hooks there are, what decides which kernels run, and the state
+            of autocast.
+        kinds: the types of devices whose autocast that is.
+    """
+
+    functions: tuple[Callable[[], Any], ...]
+    kinds: tuple[str, ...] = ()
+
+
+_COUNTERS, _SWITCHES_END = len(modes.COUNTERS), len(modes.COUNTERS) + len(READERS)
+
+
+@functools.cache
+def _readers(*kinds: str) -> Readers:
+    autocast: list[Callable[[], Any]] = []
+    for kind in kinds:
+        autocast += (
+            functools.partial(torch.is_autocast_enabled, kind),
+            functools.partial(torch.get_autocast_dtype, kind),
+            torch.is_autocast_cache_enabled,
+        )
+    return Readers((*modes.COUNTERS, *READERS, *autocast), kinds)
+
+
+#: For a region whose autocast somebody else looks after.
+BARE = _readers()
+_ON_CPU = _readers("cpu")
+
+
+def readers_for(devices: tuple[torch.device, ...]) -> Readers:
+    """Those for a region whose arguments are on the CPU and on these devices."""
+    return _readers("cpu", *dict.fromkeys(d.type for d in devices)) if devices else _ON_CPU
+
+
+_NONE: tuple[Any, ...] = ()
+
+
+class Surroundings:
+    """Autocast, torch's switches, modes and global hooks, as they are when this is made.
+
+    Args:
+        readers: what tells.
+
+    Attributes:
         functions: the ``TorchFunctionMode``s around, a default device among them.
         dispatchers: the ``TorchDispatchMode``s of users' own around.
         hooks: users' hooks on all modules.
     """
 
-    __slots__ = ("dispatchers", "functions", "hooks", "switches")
+    __slots__ = ("_alone", "_read", "_readers", "dispatchers", "functions", "hooks")
 
-    def __init__(self) -> None:
-        self.switches = switches_now()
-        self.functions = modes.function_modes()
-        self.dispatchers = modes.dispatch_modes()
-        self.hooks = modes.global_hooks()
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+        self._read = read = [reader() for reader in readers.functions]
+        self.functions = self.dispatchers = self.hooks = _NONE
+        #: Whether there are no modes and hooks. The same numbers are the same surroundings then.
+        self._alone = not any(read[:_COUNTERS])
+        if not self._alone:
+            self.functions, self.hooks = modes.function_modes(), modes.global_hooks()
+            self.dispatchers = modes.dispatch_modes()
 
     def changed(self) -> bool:
         """Whether there is something to enter."""
+        now = [reader() for reader in self._readers.functions]
+        return not (self._alone and now == self._read) and self._changed(now)
+
+    def _changed(self, now: list[Any]) -> bool:
         return (
-            switches_now() != self.switches
+            now[_COUNTERS:] != self._read[_COUNTERS:]
             or modes.function_modes() != self.functions
             or modes.global_hooks() != self.hooks
             or bool(self._missing())
@@ -69,17 +123,23 @@ class Surroundings:
 
     def _missing(self) -> list[Any]:
         """What dispatched in the forward and does not now; what does only now may look on."""
-        if not self.dispatchers:
-            return []
-        now = {id(mode) for mode in modes.dispatch_modes()}
+        now = {id(mode) for mode in modes.dispatch_modes()} if self.dispatchers else ()
         return [mode for mode in self.dispatchers if id(mode) not in now]
 
     def restore(self, stack: contextlib.ExitStack) -> None:
         """Enter what is not the same now."""
+        autocast = iter(self._read[_SWITCHES_END:])
+        for kind, state in zip(self._readers.kinds, zip(*[autocast] * 3, strict=True), strict=True):
+            if _autocast_state(kind) != state:
+                enabled, dtype, cache = state
+                stack.enter_context(
+                    torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
+                )
         switches, functions, hooks = switches_now(), modes.function_modes(), modes.global_hooks()
-        if switches != self.switches:
+        before = self._read[_COUNTERS:_SWITCHES_END]
+        if switches != before:
             stack.callback(set_switches, switches)
-            set_switches(self.switches)
+            set_switches(before)
         if functions != self.functions:
             stack.callback(modes.set_function_modes, functions)
             modes.set_function_modes(self.functions)
@@ -90,40 +150,6 @@ class Surroundings:
             # Not by its own `__enter__`, which may do more: the user has entered it once.
             TorchDispatchMode.__enter__(mode)
             stack.callback(TorchDispatchMode.__exit__, mode, None, None, None)
-
-
-class Ambient(Surroundings):
-    """Autocast, and the surroundings of every region, as they are when this is made.
-
-    Args:
-        devices: those of the region's arguments, other than the CPU.
-
-    Attributes:
-        autocast: its state, by device type.
-    """
-
-    __slots__ = ("autocast",)
-
-    def __init__(self, devices: tuple[torch.device, ...]) -> None:
-        super().__init__()
-        kinds = ("cpu", *dict.fromkeys(d.type for d in devices)) if devices else _CPU
-        self.autocast = [(kind, _autocast_state(kind)) for kind in kinds]
-
-    def changed(self) -> bool:
-        """Whether there is something to enter."""
-        if super().changed():
-            return True
-        return any(_autocast_state(kind) != state for kind, state in self.autocast)
-
-    def restore(self, stack: contextlib.ExitStack) -> None:
-        """Enter what is not the same now."""
-        for kind, state in self.autocast:
-            if _autocast_state(kind) != state:
-                enabled, dtype, cache = state
-                stack.enter_context(
-                    torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
-                )
-        super().restore(stack)
 
 
 class RandomState:
@@ -145,10 +171,10 @@ class RandomState:
 
     def moved(self) -> bool:
         """Whether any random number was drawn since."""
-        if not torch.equal(self.cpu, torch.get_rng_state()):
+        if not same_states(self.cpu, torch.get_rng_state()):
             return True
-        return any(
-            not torch.equal(state, torch.get_device_module(device).get_rng_state(device))
+        return bool(self.devices) and any(
+            not same_states(state, torch.get_device_module(device).get_rng_state(device))
             for device, state in self.devices
         )
 

@@ -25,6 +25,7 @@ from ckpt_pass.regions.keeps import Keeps, Moves
 from ckpt_pass.regions.sac import context_fn as make_context_fn
 from ckpt_pass.regions.writes import known_of
 
+_TENSORS = frozenset((torch.Tensor, nn.Parameter))
 DETERMINISM_CHECKS = ("default", "none")
 
 
@@ -248,7 +249,7 @@ def run_region(
         chosen = () if options.moves is None else (options.moves.numbers, options.moves.ahead)
         with offloaded_inside(root, (args, kwargs), options.offload, *chosen):
             return fn(*args, **kwargs)
-    if args or kwargs:
+    if kwargs or not _TENSORS.issuperset(map(type, args)):
         root = fn if options.root is None else options.root
         run, args, kwargs = with_empty_caches(root, fn, args, kwargs)
         if run is not fn:

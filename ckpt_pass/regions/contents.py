@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import types
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -13,26 +12,10 @@ from typing import Any
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.holders import Holders, Spot
 from ckpt_pass.regions.module_dicts import FORWARD_HOOKS, read_by_runs
+from ckpt_pass.regions.steps import Inner
 from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import Keeper
 from ckpt_pass.state.spots import read_spot, write_spot
-
-_NOTHING: list[Any] = []
-
-
-@dataclass(slots=True)
-class Flat:
-    """What plain dicts hold, where their keys are known from before.
-
-    Attributes:
-        names: the keys of each dict, as far as they are held.
-        values: what the dicts hold there.
-        marks: of the dicts.
-    """
-
-    names: list[tuple[str, ...]]
-    values: list[tuple[Any, ...]]
-    marks: list[int]
 
 
 class Contents:
@@ -40,16 +23,20 @@ class Contents:
 
     Args:
         holders: those.
-        flat: what their dicts hold; looked at where ``None``. If it is given, the holders were
-            found just now, and no module among them has a hook.
+
+    Attributes:
+        copies: of the holders' dicts, in their order (:meth:`Holders.dicts`); of modules without
+            hooks only what runs read.
+        maps, lists, sets, cells, spots: what the containers and names held.
+        hooks: those on modules that had none; ``None`` where they had none.
+        states: of the objects that have one.
     """
 
     __slots__ = (
-        "_copies",
-        "_flat",
         "_is_all",
         "_marks",
         "cells",
+        "copies",
         "hooks",
         "lists",
         "maps",
@@ -58,42 +45,37 @@ class Contents:
         "states",
     )
 
-    def __init__(self, holders: Holders, flat: Flat | None = None) -> None:
-        self._flat = flat
-        self._copies: list[dict[str, Any]] | None = None
-        if flat is not None:
-            self.spots = [value for _, _, value in holders.spots]
-            self._marks: list[int] | None = flat.marks
-            self.hooks = None
-            self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps)) or _NOTHING
-            self.lists: list[list[Any]] = list(map(list, holders.lists)) or _NOTHING
-            self.sets: list[set[Any]] = list(map(set, holders.sets)) or _NOTHING
-            self.cells: list[tuple[Any, ...]] = _NOTHING
-            self.states: list[Any] = _NOTHING
-            self._is_all = not (self.spots or self.maps or self.lists or self.sets)
-            return
-        self.spots = _read_all(holders.spots)
+    def __init__(self, holders: Holders) -> None:
         dicts = holders.dicts()
         read = len(holders.hookless)
-        self._copies = [*map(read_by_runs, dicts[:read]), *(own.copy() for own in dicts[read:])]
-        self.maps = list(map(dict, holders.maps))
-        self.hooks = _hooks_on(holders.hookless)
-        self.lists = list(map(list, holders.lists))
-        self.sets = list(map(set, holders.sets))
+        self.copies = [*map(read_by_runs, dicts[:read]), *(own.copy() for own in dicts[read:])]
+        self.spots = _read_all(holders.spots)
+        self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
+        self.lists: list[list[Any]] = list(map(list, holders.lists))
+        self.sets: list[set[Any]] = list(map(set, holders.sets))
         self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
         self.states = [keeper.read(value) for value, keeper in holders.objects]
+        self.hooks = _hooks_on(holders.hookless)
         # Of dicts alone: those of derived classes may have an order of their own.
         self._marks = holders.marks() if {dict}.issuperset(map(type, dicts)) else None
         others = self.maps or self.lists or self.sets or self.cells or self.spots or self.states
         self._is_all = not others
 
-    def copies(self) -> list[dict[str, Any]]:
-        """Of the holders' dicts, in their order (:meth:`Holders.dicts`)."""
-        if self._copies is None:
-            assert self._flat is not None
-            pairs = zip(self._flat.names, self._flat.values, strict=True)
-            self._copies = [dict(zip(names, values, strict=True)) for names, values in pairs]
-        return self._copies
+    @classmethod
+    def known(cls, copies: list[dict[str, Any]], spots: list[Any], inner: Inner | None) -> Contents:
+        """Contents that were noted before, in part: there were no hooks, and nothing else.
+
+        Args:
+            copies, spots: as the attributes of these names.
+            inner: maps, lists and sets, as they were.
+        """
+        made = cls.__new__(cls)
+        made.copies, made.spots = copies, spots
+        inner = Inner() if inner is None else inner
+        made.maps, made.lists, made.sets = inner.maps, inner.lists, inner.sets
+        made.cells, made.states, made.hooks, made._marks = [], [], None, None
+        made._is_all = False
+        return made
 
     def held_by(self, holders: Holders) -> bool:
         """Whether they hold the same now, object by object."""
@@ -114,7 +96,7 @@ class Contents:
         )
 
     def _same_dicts(self, now: Holders) -> bool:
-        dicts, copies, read = now.dicts(), self.copies(), len(now.hookless)
+        dicts, copies, read = now.dicts(), self.copies, len(now.hookless)
         attributes = map(read_by_runs, now.hookless)
         return all(map(_same_attributes, attributes, copies[:read])) and _same_values(
             dicts[read:], copies[read:]
@@ -129,7 +111,7 @@ class Contents:
     def put_into(self, holders: Holders) -> None:
         """Make them hold this again."""
         read, tensors = len(holders.hookless), len(holders.parameters) + len(holders.buffers)
-        dicts = list(zip(holders.dicts(), self.copies(), strict=True))
+        dicts = list(zip(holders.dicts(), self.copies, strict=True))
         for own, held in dicts[:read]:
             now = read_by_runs(own)
             if not _same_attributes(now, held):

@@ -23,7 +23,7 @@ from ckpt_pass._torch import autograd, functorch, modules
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.offloading.window import AHEAD, Window
 from ckpt_pass.policy.rules import Policy
-from ckpt_pass.regions.ambient import Ambient, RandomState, drawing_from
+from ckpt_pass.regions.ambient import RandomState, Surroundings, drawing_from, readers_for
 from ckpt_pass.regions.arguments import Arguments
 from ckpt_pass.regions.keeps import Moves
 from ckpt_pass.regions.outside import Outside
@@ -144,7 +144,7 @@ class Frame:
         if self._arguments.mutable:
             outside.add(*self._arguments.mutable)
         devices = self._arguments.devices
-        self._ambient = Ambient(devices)
+        self._ambient = Surroundings(readers_for(devices))
         # Kept to the end of the forward, for backwards inside it; longer where numbers were drawn.
         before = self._random = None if options.draws is False else RandomState(devices)
         around = self._contexts = self._made_contexts((args, kwargs))
@@ -200,12 +200,14 @@ class Frame:
             autograd.pop_saved_hooks()
 
     def _unpack(self, number: int) -> torch.Tensor:
-        value = self._store[number] if number < len(self._store) else None
+        store = self._store
+        value = store[number] if number < len(store) else None
         if value is None:  # not yet recomputed, or used by a backward before this one
             self._fill_again()
-            value = self._store[number]
+            store = self._store
+            value = store[number]
             assert value is not None
-        self._store[number] = None
+        store[number] = None
         return value
 
     def _fill_again(self) -> None:

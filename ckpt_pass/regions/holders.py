@@ -115,14 +115,13 @@ class Holders:
         Args:
             modules, tensors, spots, norms: as the attributes of these names.
             dicts: ``hookless``, ``attributes``, ``parameters`` and ``buffers``.
-            inner: the plain objects and containers that these lead to.
+            inner: the containers that these lead to.
         """
         made = cls.__new__(cls)
         made.modules, made.tensors, made.spots, made.norms = modules, tensors, spots, norms
         made.hookless, made.attributes, made.parameters, made.buffers = dicts
         made.maps = made.lists = made.sets = made.cells = made.objects = _NOTHING
         if inner is not None:
-            made.attributes += inner.fields
             made.maps, made.lists, made.sets = inner.maps, list(inner.lists), inner.sets
         made.lasting = made.simple = True
         made._movable = None

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders
+from ckpt_pass.regions.noted import Noted, Searched
 from ckpt_pass.regions.tracks import Track, track_of
 from ckpt_pass.state.objects import global_generators
 
@@ -52,11 +52,10 @@ class Known:
         self._track: Track | None = None
         self._found = self._lost = 0
 
-    def look(self, root: Any) -> tuple[Holders, Contents]:
-        """The holders of a region's state, and what they hold now."""
+    def look(self, root: Any) -> Noted:
+        """The state of a region now."""
         if not isinstance(root, nn.Module):  # a partial or a method leads to more than its module
-            holders = Holders(root, *self.generators)
-            return holders, Contents(holders)
+            return Searched(Holders(root, *self.generators))
         found = None if self._track is None else self._track.found()
         if found is not None:
             self._found += 1
@@ -66,7 +65,7 @@ class Known:
         worth = self.watched and self._lost < self._found + _PATIENCE
         self._track = track_of(holders) if worth else None
         self._lost += worth
-        return holders, Contents(holders)
+        return Searched(holders)
 
     def learnt(self, quiet: bool, generators: tuple[Any, ...]) -> None:
         """Note what a run that was looked at has done."""

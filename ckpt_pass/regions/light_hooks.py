@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.profiler import record_function
 
 from ckpt_pass._torch import autograd, functorch
-from ckpt_pass.regions.ambient import Surroundings
+from ckpt_pass.regions.ambient import BARE, Surroundings
 from ckpt_pass.regions.arguments import Copier
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
@@ -84,7 +84,7 @@ class LightHooks:
             return False
         self._stops_early = bool(frame.early_stop)
         self._in_use = True
-        self._surroundings = Surroundings()
+        self._surroundings = Surroundings(BARE)
         self._look_around(frame)
         asked = _asking(self, frame, hooks[1], hooks[0](_VALUE))
         # What torch has noted of our value, if it checks any.

@@ -40,7 +40,7 @@ def name_of(thing: Any, roots: tuple[Any, ...], holders: Holders, held: Contents
         for key, value in entries.items():
             if value is thing:
                 return f"Entry {key!r} of a {type(mapping).__name__}"
-    for own in held.copies():
+    for own in held.copies:
         for key, value in own.items():
             if value is thing:
                 return f"Attribute {key!r}"

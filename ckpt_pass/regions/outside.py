@@ -11,7 +11,8 @@ changed is an error with the tensor's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.behind import modules_behind
-from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders, has_memory
 from ckpt_pass.regions.known import Known
 from ckpt_pass.regions.naming import name_of
+from ckpt_pass.regions.noted import Noted, Searched
 from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import SpentIteratorError
 from ckpt_pass.state.spots import read_spot, write_spot
@@ -38,7 +39,11 @@ class MutatedStateError(CkptPassError, RuntimeError):
     """
 
 
+Look = tuple[int, bool]
+
 _address = torch.Tensor.data_ptr
+_first = operator.itemgetter(0)
+_look: Callable[[torch.Tensor], Look] = operator.attrgetter("_version", "requires_grad")
 
 
 class Outside:
@@ -50,30 +55,29 @@ class Outside:
     """
 
     __slots__ = (
+        "_addresses",
         "_before",
         "_copies",
-        "_flags",
-        "_held",
-        "_holders",
         "_known",
+        "_looks",
         "_roots",
         "_start_by_id",
         "_starts",
+        "_state",
         "_switched",
-        "_versions",
         "suspects",
     )
 
     def __init__(self, root: Any, known: Known) -> None:
         self._roots: tuple[Any, ...] = (root,)
         self._known = known
-        self._holders, self._held = known.look(root)
+        self._state = known.look(root)
         #: What tensors looked at when the forward began: aliases keep it.
         self._starts: list[torch.Tensor] = []
         self._start_by_id: dict[int, torch.Tensor] | None = None
         #: Copies of storages as they were when the forward began, by the storage's address.
         self._copies: dict[int, torch.UntypedStorage] = {}
-        self._before: Contents | None = None
+        self._before: Noted | None = None
         self._switched: list[torch.Tensor] = []
         #: What has moved and has no copy, by its storage: the recomputation must not read it.
         self.suspects: dict[int, torch.Tensor] = {}
@@ -82,28 +86,29 @@ class Outside:
     def add(self, *arguments: Any) -> None:
         """Hold what arguments lead to as well."""
         self._roots += arguments
-        self._holders = Holders(*self._roots, *self._known.generators)
-        self._held = Contents(self._holders)
+        self._state = Searched(Holders(*self._roots, *self._known.generators))
         self._note_tensors()
 
     def _note_tensors(self) -> None:
-        known, tensors = self._known, self._holders.tensors
-        self._versions, self._flags = _versions(tensors), [t.requires_grad for t in tensors]
+        known, state = self._known, self._state
+        #: How often each tensor was written to, and whether it requires a gradient.
+        self._looks = _looks_of(state.tensors)
         if known.overwritten:
             for tensor in self.storages().values():
                 if self.name_of(tensor) in known.overwritten:
                     self.about_to_change(tensor)
-        self._starts = autograd.data_of_all(self._holders.movable())
+        movable = state.movable()
+        self._starts, self._addresses = autograd.data_of_all(movable), list(map(_address, movable))
         self._start_by_id = None
 
     def learn(self) -> None:
         """Let later runs know what the forward has done, which was looked at and ends now."""
-        known, holders = self._known, self._holders
-        for tensor in holders.tensors:
+        known, state = self._known, self._state
+        for tensor in state.tensors:
             self.about_to_read(tensor)
         known.overwritten.update(self.overwritten())
-        quiet = not self._tensors_moved() and self._held.held_by(holders)
-        moved = {id(value) for value, _, _ in self._held.moved(holders)}
+        quiet = not self._tensors_moved(_looks_of(state.tensors)) and state.is_still_held()
+        moved = {id(value) for value, _, _ in state.contents.moved(state.holders)}
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
 
     def owners_of_statistics(self, *arguments: Any) -> tuple[nn.Module, ...]:
@@ -114,7 +119,7 @@ class Outside:
         """
         root = self._roots[0]
         if isinstance(root, nn.Module):
-            return (root,) if self._holders.norms and _has_statistics(root) else ()
+            return (root,) if self._state.norms and _has_statistics(root) else ()
         return tuple(filter(_has_statistics, modules_behind(*self._roots, *arguments)))
 
     def check_iterators(self) -> None:
@@ -123,9 +128,9 @@ class Outside:
         Raises:
             SpentIteratorError: it has.
         """
-        if not self._holders.objects:
+        if not self._state.objects:
             return
-        for thing, keeper, _ in self._held.moved(self._holders):
+        for thing, keeper, _ in self._state.contents.moved(self._state.holders):
             if keeper.write is None and keeper.copy is None:
                 raise SpentIteratorError(
                     f"{self.name_of(thing)} (a {type(thing).__name__}) has moved on in the forward "
@@ -137,11 +142,11 @@ class Outside:
 
     def has(self, container: Any) -> bool:
         """Whether a container's contents are put back."""
-        return self._holders.has(container)
+        return self._state.holders.has(container)
 
     def storages(self) -> dict[int, torch.Tensor]:
         """One tensor for each storage that is held, by the storage's address."""
-        found = filter(has_memory, self._holders.tensors)
+        found = filter(has_memory, self._state.tensors)
         return {t.untyped_storage()._cdata: t for t in found}
 
     def about_to_change(self, tensor: torch.Tensor) -> None:
@@ -152,7 +157,7 @@ class Outside:
 
     def overwritten(self) -> Iterator[str]:
         """The names of the tensors that are copied."""
-        for tensor in self._holders.tensors:
+        for tensor in self._state.tensors:
             if self._copied(tensor) is not None:
                 yield self.name_of(tensor)
 
@@ -164,7 +169,7 @@ class Outside:
     def _start(self, tensor: torch.Tensor) -> torch.Tensor | None:
         found = self._start_by_id
         if found is None:
-            tensors = map(id, self._holders.movable())
+            tensors = map(id, self._state.movable())
             found = self._start_by_id = dict(zip(tensors, self._starts, strict=True))
         return found.get(id(tensor))
 
@@ -177,14 +182,17 @@ class Outside:
         is_there = start.numel() > 0 and start.untyped_storage().nbytes() > 0
         return is_there or not isinstance(tensor, nn.Parameter)
 
-    def _tensors_moved(self) -> bool:
-        """Whether anything has become of the tensors since the forward began."""
+    def _tensors_moved(self, looks: list[Look]) -> bool:
+        """Whether anything has become of the tensors, which look so now, since the forward began.
+
+        A switched flag alone is nothing.
+        """
         if self._copies or self._known.repointed:
             return True
-        if _versions(self._holders.tensors) != self._versions:
+        if looks != self._looks and list(map(_first, looks)) != list(map(_first, self._looks)):
             return True
-        movable = self._holders.movable()
-        if list(map(_address, movable)) == list(map(_address, self._starts)):
+        movable = self._state.movable()
+        if list(map(_address, movable)) == self._addresses:
             return False
         return any(map(self._looks_elsewhere, movable))
 
@@ -202,19 +210,21 @@ class Outside:
         Raises:
             MutatedStateError: a tensor has other values now, and no copy of it is there.
         """
-        holders, held = self._holders, self._held
-        moved = self._tensors_moved()
-        if [t.requires_grad for t in holders.tensors] != self._flags:
+        state = self._state
+        looks = _looks_of(state.tensors)
+        moved = self._tensors_moved(looks)
+        if looks != self._looks:
             self._switch_flags()
-        if not moved and held.held_by(holders):
+        if not moved and state.is_still_held():
             # What has changed nothing will not, this time.
-            self._before = None if self._known.quiet else held
+            self._before = None if self._known.quiet else state
             return
         self._known.quiet = False
-        before = Contents(holders)
-        held.put_into(holders)
+        holders = state.holders
+        before = Searched(holders)
+        state.contents.put_into(holders)
         self._before = before
-        stand_ins = self._copied_iterators() if holders.objects else {}
+        stand_ins = self._copied_iterators() if state.objects else {}
         if moved:
             try:
                 stand_ins |= self._substitutes(differentiable)
@@ -226,7 +236,7 @@ class Outside:
 
     def _switch_flags(self) -> None:
         """Let leaves require gradients as they did; :meth:`put_back` ends that."""
-        for tensor, flag in zip(self._holders.tensors, self._flags, strict=True):
+        for tensor, (_, flag) in zip(self._state.tensors, self._looks, strict=True):
             if tensor.is_leaf and tensor.requires_grad is not flag:
                 tensor.requires_grad_(flag)
                 self._switched.append(tensor)
@@ -235,7 +245,7 @@ class Outside:
         """Iterators that have moved on, by their id, and what takes their places."""
         return {
             id(thing): keeper.copy(state)
-            for thing, keeper, state in self._held.moved(self._holders)
+            for thing, keeper, state in self._state.contents.moved(self._state.holders)
             if keeper.copy is not None
         }
 
@@ -245,15 +255,15 @@ class Outside:
         switched, self._switched, self.suspects = self._switched, [], {}
         for tensor in switched:
             tensor.requires_grad_(not tensor.requires_grad)
-        if before is not None and not before.held_by(self._holders):
-            before.put_into(self._holders)
+        if before is not None and not before.is_still_held():
+            before.contents.put_into(before.holders)
 
     def _substitutes(self, differentiable: bool) -> dict[int, Any]:
         """What takes the places of tensors that were changed in place, by their id."""
         copies = {address: _copy(storage) for address, storage in self._copies.items()}
         stand_ins: dict[int, Any] = {}
         present = {id(value) for value in self._present()}
-        for tensor, version in zip(self._holders.tensors, self._versions, strict=True):
+        for tensor, (version, _) in zip(self._state.tensors, self._looks, strict=True):
             if id(tensor) not in present or id(tensor) in stand_ins:
                 continue
             start = self._start_of(tensor)
@@ -295,7 +305,7 @@ class Outside:
 
     def _present(self) -> Iterator[Any]:
         """What the holders hold now, those that FSDP2 has taken away excepted."""
-        holders = self._holders
+        holders = self._state.holders
         for mapping in holders.mappings():
             yield from dict.values(mapping)
         for sequence in (*holders.lists, *holders.sets):
@@ -306,7 +316,7 @@ class Outside:
             yield read_spot(space, name)
 
     def _replace(self, stand_ins: dict[int, Any]) -> None:
-        holders = self._holders
+        holders = self._state.holders
         for mapping in holders.mappings():
             found = {k: stand_ins[id(v)] for k, v in dict.items(mapping) if id(v) in stand_ins}
             for key, value in found.items():
@@ -337,7 +347,7 @@ class Outside:
 
     def name_of(self, thing: Any) -> str:
         """A name for a tensor or an object that is held."""
-        return name_of(thing, self._roots, self._holders, self._held)
+        return name_of(thing, self._roots, self._state.holders, self._state.contents)
 
 
 def _has_statistics(module: nn.Module) -> bool:
@@ -349,11 +359,11 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _versions(tensors: list[torch.Tensor]) -> list[int]:
+def _looks_of(tensors: list[torch.Tensor]) -> list[Look]:
     try:
-        return [tensor._version for tensor in tensors]
-    except RuntimeError:  # inference tensors have none
-        return list(map(_version, tensors))
+        return list(map(_look, tensors))
+    except RuntimeError:  # inference tensors have no versions
+        return [(_version(tensor), tensor.requires_grad) for tensor in tensors]
 
 
 def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 from ckpt_pass.regions.kinds import ATOMS, Kind, kind_of
@@ -31,6 +32,19 @@ class Inner:
     maps: list[dict[Any, Any]] = field(default_factory=list)
     lists: list[list[Any]] = field(default_factory=list)
     sets: list[set[Any]] = field(default_factory=list)
+
+    def copied(self) -> Inner:
+        """What the containers hold now."""
+        return Inner(
+            [], list(map(dict, self.maps)), list(map(list, self.lists)), [*map(set, self.sets)]
+        )
+
+    def holds(self, was: Inner) -> bool:
+        """Whether lists and sets hold what they held, object by object; maps have marks."""
+        lists = zip(self.lists, was.lists, strict=True)
+        return self.sets == was.sets and all(
+            len(now) == len(held) and all(map(is_, now, held)) for now, held in lists
+        )
 
 
 @dataclass(frozen=True, slots=True)

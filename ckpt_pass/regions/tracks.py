@@ -2,27 +2,43 @@
 
 To look for them costs as much as a region's small ops do. What was found is not kept, for it may
 lead back to the module, which would then never be let go: the way to it is kept, by weak references
-to modules, functions and classes.
+to modules, functions and classes. What is noted along the way is what tells that nothing has
+changed, and what would be put back if it had: holders are made of it then, not before.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from operator import itemgetter
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, chain, pairwise
+from operator import attrgetter, itemgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ckpt_pass._torch.dicts import marks_of
 from ckpt_pass.regions.classes import class_of
-from ckpt_pass.regions.contents import Contents, Flat
+from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders
+from ckpt_pass.regions.layouts import Layout
 from ckpt_pass.regions.module_dicts import INTERNAL, read_by_runs
-from ckpt_pass.regions.steps import inner_of, steps_from
+from ckpt_pass.regions.steps import Inner, inner_of, steps_from
 from ckpt_pass.state.code_names import FUNCTION
-from ckpt_pass.state.spots import Owner, read_spot, space_of
+from ckpt_pass.state.objects import Keeper
+from ckpt_pass.state.spots import MISSING, Owner, space_of
+
+Value = TypeVar("Value")
+Space = Mapping[str, Any]
+_NO_OBJECTS: list[tuple[Any, Keeper]] = []
+
+_own = attrgetter("__dict__")
+_globals_of = attrgetter("__globals__")
+#: What is looked at of each module: what it is made of, and hooks, of which there are to be none.
+_PARTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_parts = itemgetter(*_PARTS)
+_EACH = len(_PARTS)
+_PARAMETERS, _BUFFERS = 1, 2
 
 
 class Track:
@@ -32,47 +48,78 @@ class Track:
 
     Args:
         holders: what was found.
+
+    Attributes:
+        marks: of the dicts along the way (:attr:`OnTrack.dicts`), when it was found.
+        layout: of the same dicts: where the marks are the same, it is.
+        modules: how many there are.
+        own: how many modules and functions there are, that is dicts of their own.
+        filled: how many of the modules' parts hold children, parameters and buffers, in this order.
+        names: single names in namespaces, each with the number of its namespace.
+        values: what these hold, by ``id``, for it may lead to the module.
+        steps: from there to plain objects and containers.
+        norms: as of the holders.
+        all_move: whether all tensors may be given other memory and are seen to be.
     """
 
     __slots__ = (
-        "_all_move",
-        "_classes",
-        "_functions",
-        "_getters",
-        "_inner_marks",
-        "_marks",
-        "_modules",
-        "_names",
-        "_norms",
-        "_spots",
-        "_steps",
-        "_values",
+        "_closed",
+        "_empty",
+        "_filled",
+        "_read",
+        "_references",
+        "_types",
+        "all_move",
+        "filled",
+        "layout",
+        "marks",
+        "modules",
+        "names",
+        "norms",
+        "own",
+        "steps",
+        "values",
     )
 
     def __init__(self, holders: Holders) -> None:
         modules = holders.modules
-        self._modules = [(weakref.ref(m), class_of(type(m)).norm) for m in modules]
-        self._classes = [id(type(module)) for module in modules]
-        self._norms = holders.norms
-        owned = zip(holders.owners, holders.spots, strict=True)
-        self._spots: list[tuple[weakref.ref[Owner], str]] = [
-            (weakref.ref(owner), name) for owner, (_, name, _) in owned if owner is not None
-        ]
-        #: By ``id``, for they may lead to the module.
-        self._values = [id(value) for _, _, value in holders.spots]
-        own = {id(d) for m in modules for d in (m.__dict__, m.__dict__.get("_modules"))}
-        own |= {id(tensor.__dict__) for tensor in holders.tensors}
-        users = {f for m in modules for f in _functions_of(type(m))}
-        self._functions = [weakref.ref(f) for f in users if id(f.__dict__) not in own]
-        begin: list[dict[Any, Any]] = [*holders.hookless]
-        begin.append(_by_number(value for _, _, value in holders.spots))
+        self._note_parts(modules)
+        self.norms = holders.norms
+        self.all_move = len(holders.movable()) == len(holders.tensors)
+        names: dict[int, dict[str, Any]] = {}
+        owners: dict[int, Owner] = {}
+        for owner, (_, name, value) in zip(holders.owners, holders.spots, strict=True):
+            if owner is not None:
+                owners[id(owner)] = owner
+                names.setdefault(id(owner), {})[name] = value
+        # Functions, whose names are those of their files, come last.
+        order = sorted(owners, key=lambda number: type(owners[number]) is FUNCTION)
+        self._closed = sum(type(owner) is FUNCTION for owner in owners.values())
+        self.names = [(n, name) for n, number in enumerate(order) for name in names[number]]
+        spots = [value for number in order for value in names[number].values()]
+        self.values = list(map(id, spots))
+        known = {id(d) for m in modules for d in (m.__dict__, m.__dict__.get("_modules"))}
+        known |= {id(tensor.__dict__) for tensor in holders.tensors}
+        users = {f for m in modules for f in _functions_of(type(m)) if id(f.__dict__) not in known}
+        self.modules, self.own = len(modules), len(modules) + len(users)
+        led_by = [*modules, *users, *(owners[number] for number in order)]
+        self._references = list(map(weakref.ref, led_by))
+        self._types = list(map(id, map(type, led_by)))
         internal = {id(own[name]) for own in holders.hookless for name in INTERNAL if name in own}
-        self._steps = steps_from(begin, internal)
-        self._inner_marks: list[int] = []
-        self._all_move = len(holders.movable()) == len(holders.tensors)
-        self._marks: list[int] = []
-        self._getters: list[itemgetter[Any]] = []
-        self._names: list[tuple[str, ...]] = []
+        self.steps = steps_from([*holders.hookless, dict(enumerate(spots))], internal)
+        self.marks: list[int] = []
+        self.layout = Layout()
+
+    def _note_parts(self, modules: list[nn.Module]) -> None:
+        """Note which parts of modules hold something, and which of these hold tensors."""
+        parts = [module.__dict__[name] for module in modules for name in _PARTS]
+        filled = [[n for n in range(k, len(parts), _EACH) if parts[n]] for k in range(_BUFFERS + 1)]
+        self.filled = tuple(map(len, filled))
+        order = list(chain.from_iterable(filled))
+        self._filled = _picker(order)
+        self._empty = _picker([n for n in range(len(parts)) if n not in order])
+        read = [n for n in filled[_BUFFERS] if _reads_buffers(modules[n // _EACH])]
+        self._read = _picker(filled[_PARAMETERS] + read)
 
     def leads_to(self, holders: Holders) -> bool:
         """Whether all of the holders, and no others, are found again by it."""
@@ -80,13 +127,13 @@ class Track:
             return False
         if any(owner is None for owner in holders.owners):
             return False
-        again = self._holders()
-        if again is None or not {dict}.issuperset(map(type, again.dicts())):
+        found = self._look()
+        if found is None or not {dict}.issuperset(map(type, found.dicts)):
             return False
-        self._marks, self._inner_marks = again.marks(), marks_of(again.maps)
-        read = [tuple(read_by_runs(own)) for own in again.hookless]
-        self._getters = [itemgetter(*names) for names in read]
-        self._names = read + [tuple(d) for d in again.dicts()[len(read) :]]
+        own = map(read_by_runs, found.dicts[: self.modules])
+        self.layout = Layout.of([*own, *found.dicts[self.modules :]], found.at_hand())
+        self.marks = found.marks()
+        again = found.holders
         return (
             _ids(again.hookless) == _ids(holders.hookless)
             and _ids(again.attributes) == _ids(holders.attributes)
@@ -98,81 +145,196 @@ class Track:
             and _ids(again.sets) == _ids(holders.sets)
         )
 
-    def found(self) -> tuple[Holders, Contents] | None:
-        """The holders, and what they hold; ``None`` where it is not certain that these are all."""
-        holders = self._holders()
-        if holders is None:
+    def found(self) -> OnTrack | None:
+        """The state as it is now; ``None`` where it is not certain that this is all of it."""
+        found = self._look()
+        if found is None or found.marks() != self.marks:
             return None
-        if holders.marks() != self._marks or (
-            holders.maps and marks_of(holders.maps) != self._inner_marks
-        ):
-            return None
-        read = len(holders.hookless)
-        values = [get(own) for get, own in zip(self._getters, holders.hookless, strict=True)]
-        values += [tuple(d.values()) for d in holders.dicts()[read:]]
-        contents = Contents(holders, Flat(self._names, values, self._marks))
-        return holders, contents
+        if self.layout.taken or self.steps:
+            found.hold()
+        return found
 
-    def _forget_replaced(self, modules: list[nn.Module], values: list[Any]) -> None:
+    def _look(self) -> OnTrack | None:
+        """The state, where modules, functions and names are those that were found.
+
+        Few calls, most of them loops of C: this comes for every region that runs, and what runs
+        between has put the code of each call out of the processor's caches.
+        """
+        things = [of() for of in self._references]
+        try:
+            dicts = list(map(_own, things))
+            spaces = dicts[self.own :]
+            if self._closed:
+                spaces[-self._closed :] = map(_globals_of, things[-self._closed :])
+        except AttributeError:  # what is gone is None, and has no such thing
+            return None
+        if list(map(id, map(type, things))) != self._types:
+            return None
+        parts = list(chain.from_iterable(map(_parts, dicts[: self.modules])))
+        empty = self._empty(parts)
+        if any(empty):
+            return None
+        values = [spaces[number].get(name, MISSING) for number, name in self.names]
+        if list(map(id, values)) != self.values:
+            self._forget_replaced(things, values)
+            return None
+        tensors = [t for held in self._read(parts) for t in held.values() if t is not None]
+        dicts[self.own :] = self._filled(parts)
+        dicts += map(_own, tensors)
+        found = OnTrack(self, things, dicts, empty, tensors, spaces, values)
+        return found if not self.steps or found.goes_on() else None
+
+    def _forget_replaced(self, things: list[Any], values: list[Any]) -> None:
         """Have looked anew for what is read by the methods of classes that have other ones now."""
-        for value, number in zip(values, self._values, strict=True):
+        for value, number in zip(values, self.values, strict=True):
             if type(value) is FUNCTION and id(value) != number:
-                for module in modules:
+                for module in things[: self.modules]:
                     class_of.forget(type(module))
 
-    def _holders(self) -> Holders | None:
-        modules: list[nn.Module] = []
-        hookless: list[dict[str, Any]] = []
-        attributes: list[dict[str, Any]] = []
-        parameters: list[dict[str, Any]] = []
-        buffers: list[dict[str, Any]] = []
-        tensors: list[torch.Tensor] = []
-        for ref, norm in self._modules:
-            module = ref()
-            if module is None:
-                return None
-            own = module.__dict__
-            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                return None
-            modules.append(module)
-            hookless.append(own)
-            if children := own["_modules"]:
-                attributes.append(children)
-            if held := own["_parameters"]:
-                parameters.append(held)
-                tensors += [p for p in held.values() if p is not None]
-            if held := own["_buffers"]:
-                buffers.append(held)
-                if not (norm and own["training"]):
-                    tensors += [b for b in held.values() if b is not None]
-        if list(map(id, map(type, modules))) != self._classes:
-            return None
-        attributes += [tensor.__dict__ for tensor in tensors]
-        functions = [fn.__dict__ for of in self._functions if (fn := of()) is not None]
-        owned = [(owner, n) for of, n in self._spots if (owner := of()) is not None]
-        if len(functions) < len(self._functions) or len(owned) < len(self._spots):
-            return None
-        attributes += functions
-        spaces = [(space_of(owner), name) for owner, name in owned]
-        values = [read_spot(space, name) for space, name in spaces]
-        if list(map(id, values)) != self._values:
-            self._forget_replaced(modules, values)
-            return None
-        inner = None
-        if self._steps:
-            inner = inner_of(self._steps, [*hookless, _by_number(values)])
-            if inner is None:
-                return None
-        spots = [(*place, value) for place, value in zip(spaces, values, strict=True)]
-        dicts = (hookless, attributes, parameters, buffers)
-        holders = Holders.known(modules, dicts, tensors, spots, self._norms, inner)
-        if self._all_move:
-            holders.let_all_move()
-        return holders
+
+class OnTrack:
+    """The state at the end of a track (:class:`ckpt_pass.regions.noted.Noted`).
+
+    Args:
+        track: the way.
+        things: what it leads by: modules, functions, and what namespaces are found by.
+        dicts: of modules and functions, of the modules' parts, of tensors; in the end of objects.
+        empty: dicts of the modules' hooks, and parts of which there are none.
+        tensors: those that are held.
+        spaces: namespaces.
+        spots: what single names in them hold.
+    """
+
+    _contents: Contents | None
+    _held_inside: Inner | None
+    _holders: Holders | None
+    _inner: Inner | None
+    _taken: Sequence[Any]
+
+    __slots__ = (
+        "_contents",
+        "_empty",
+        "_held_inside",
+        "_holders",
+        "_inner",
+        "_spaces",
+        "_spots",
+        "_taken",
+        "_things",
+        "_track",
+        "dicts",
+        "norms",
+        "objects",
+        "tensors",
+    )
+
+    def __init__(
+        self,
+        track: Track,
+        things: list[Any],
+        dicts: list[dict[str, Any]],
+        empty: Sequence[dict[Any, Any]],
+        tensors: list[torch.Tensor],
+        spaces: list[Space],
+        spots: list[Any],
+    ) -> None:
+        self._track, self._things, self._empty = track, things, empty
+        self._spaces, self._spots = spaces, spots
+        self.dicts, self.tensors = dicts, tensors
+        self.norms, self.objects = track.norms, _NO_OBJECTS
+        self._holders = self._contents = self._inner = self._held_inside = None
+        self._taken = ()
+
+    def goes_on(self) -> bool:
+        """Follow the track to plain objects and containers; whether it leads there."""
+        begin: list[dict[Any, Any]] = [*self.dicts[: self._track.modules]]
+        begin.append(dict(enumerate(self._spots)))
+        inner = self._inner = inner_of(self._track.steps, begin)
+        if inner is None:
+            return False
+        self.dicts += inner.fields
+        return True
+
+    def marks(self) -> list[int]:
+        """What tells whether any of the dicts has been changed since, or along the track."""
+        inner = self._inner
+        return marks_of(self.dicts if inner is None else [*self.dicts, *inner.maps])
+
+    def at_hand(self) -> list[Any]:
+        """What is held anyway, of all that the dicts hold."""
+        return [*self._things[: self._track.modules], *self.tensors, *self.dicts]
+
+    def hold(self) -> None:
+        """Hold the rest of it, and what containers hold."""
+        dicts = self.dicts
+        self._taken = [dicts[number][key] for number, key in self._track.layout.taken]
+        if self._inner is not None:
+            self._held_inside = self._inner.copied()
+
+    @property
+    def holders(self) -> Holders:
+        """The holders; made when they are asked for."""
+        if self._holders is None:
+            track = self._track
+            spaces = list(map(space_of, self._things[track.own :]))
+            named = zip(track.names, self._spots, strict=True)
+            spots = [(spaces[number], name, value) for (number, name), value in named]
+            modules = self._things[: track.modules]
+            self._holders = Holders.known(
+                modules, self._sorted(self.dicts), self.tensors, spots, self.norms, self._inner
+            )
+            if track.all_move:
+                self._holders.let_all_move()
+        return self._holders
+
+    @property
+    def contents(self) -> Contents:
+        """What they held; likewise."""
+        if self._contents is None:
+            copies = self._track.layout.copies([*self.at_hand(), *self._taken])
+            flat = list(chain.from_iterable(self._sorted(copies)))
+            self._contents = Contents.known(flat, self._spots, self._held_inside)
+        return self._contents
+
+    def _sorted(self, found: Sequence[Value]) -> tuple[list[Value], ...]:
+        """What was found of each dict, in the order of the holders."""
+        modules, own = self._track.modules, self._track.own
+        ends = list(accumulate(self._track.filled, initial=own))
+        children, parameters, buffers = (list(found[a:b]) for a, b in pairwise(ends))
+        others = [*found[ends[-1] :], *found[modules:own]]
+        return list(found[:modules]), children + others, parameters, buffers
+
+    def movable(self) -> list[torch.Tensor]:
+        """The tensors that may be given other memory (``.data = ...``), and are seen to be."""
+        return self.tensors if self._track.all_move else self.holders.movable()
+
+    def is_still_held(self) -> bool:
+        """Whether the holders hold the same now, object by object."""
+        track, inner, held, spaces = self._track, self._inner, self._held_inside, self._spaces
+        spots = [spaces[number].get(name, MISSING) for number, name in track.names]
+        unchanged = (
+            self.marks() == track.marks
+            and not any(self._empty)
+            and list(map(id, spots)) == track.values
+            and (inner is None or held is None or inner.holds(held))
+        )
+        # Nearly always. What was changed and changed back is looked at value by value.
+        return unchanged or self.contents.held_by(self.holders)
 
 
-def _by_number(values: Iterable[Any]) -> dict[int, Any]:
-    return dict(enumerate(values))
+def _reads_buffers(module: nn.Module) -> bool:
+    """Whether a module reads its buffers: running statistics are only written in training.
+
+    Marks of dicts tell whether it is training still.
+    """
+    return not (class_of(type(module)).norm and module.__dict__["training"])
+
+
+def _picker(numbers: list[int]) -> Callable[[Sequence[Value]], Sequence[Value]]:
+    """What picks the values of these numbers."""
+    if len(numbers) > 1:
+        return itemgetter(*numbers)
+    return lambda values: [values[number] for number in numbers]
 
 
 def _functions_of(cls: type) -> Iterable[Any]:

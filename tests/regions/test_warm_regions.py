@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 import ckpt_pass
 from ckpt_pass._torch import dicts
 from ckpt_pass.regions import holders as regions_holders
+from ckpt_pass.regions import tracks
 from tests.regions.test_state_of_objects import WIDTH, Around, every_way, gradients, plain, same
 
 GAIN = 1.5
@@ -110,7 +111,8 @@ every_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def marks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to see whether a dict was changed."""
     if request.param == "identities":
-        monkeypatch.setattr(regions_holders, "marks_of", dicts._identities)
+        for module in (regions_holders, tracks):
+            monkeypatch.setattr(module, "marks_of", dicts._identities)
     elif sys.version_info >= (3, 12):
         pytest.skip("dicts have versions up to Python 3.11")
 
