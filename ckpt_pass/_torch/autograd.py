@@ -43,6 +43,11 @@ hooks_enabled: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_e
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
+def keeps_graph() -> bool:
+    """Whether the backward that runs leaves what was saved for another one."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]
+
+
 def forward_derivatives_active() -> bool:
     """Whether a level of ``torch.autograd.forward_ad`` is open."""
     return forward_ad._current_level >= 0

@@ -43,8 +43,10 @@ class NamedPartitioner(CustomPartitionerFn):
         return self
 
 
-#: Called around each run of a half: ``around(is_backward, run)`` returns what ``run()`` does.
-Around = Callable[[bool, Callable[[], Any]], Any]
+#: Runs a half on the list of what it is given, which it empties.
+RunHalf = Callable[[list[Any]], Any]
+#: Called for each run of a half: ``around(is_backward, run, args)`` returns what that returns.
+Around = Callable[[bool, RunHalf, list[Any]], Any]
 
 
 def compile_eager(
@@ -78,12 +80,18 @@ def _half(is_backward: bool, around: Around | None) -> Callable[..., CompiledFn]
         run = boxed_nop(half, list(inputs))
 
         def run_told(args: list[Any]) -> Any:
-            return told(is_backward, lambda: run(args))
+            return told(is_backward, run, args)
 
         run_told._boxed_call = True  # type: ignore[attr-defined]  # it may empty the list
         return run_told
 
     return compiler
+
+
+def half_as_it_is(half: fx.GraphModule) -> RunHalf:
+    """What runs a half op by op, as ``aot_eager`` does."""
+    run: RunHalf = boxed_nop(half, [])
+    return run
 
 
 def compile_inductor(

@@ -18,6 +18,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
 from torch._functorch._aot_autograd.functional_utils import _is_functional_graph
 from torch._functorch.compile_utils import raise_getitems
+from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, is_sym_node
@@ -26,6 +27,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = ["FakeTensor", "FakeTensorMode", "is_sym_node"]
+
+
+@contextlib.contextmanager
+def as_compiling(module: fx.GraphModule) -> Iterator[None]:
+    """Inside, a graph may be cut as while torch compiles it: what makes fakes asks for the mode."""
+    values = (node.meta.get("val") for node in module.graph.nodes)
+    modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))
+    with tracing(TracingContext(next(modes, None))):
+        yield
+
 
 # --- roles of the joint graph's inputs and outputs ------------------------------------------
 

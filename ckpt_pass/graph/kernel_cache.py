@@ -102,13 +102,13 @@ def default_folder() -> Path:
 class KernelCache:
     """Facts by environment and call, with the file behind them.
 
-    It is read when made; :meth:`add` writes. A file that is not one of these is warned of once,
-    and replaced.
+    It is read when made, unless it is as this process has seen it last; :meth:`add` writes. A file
+    that is not one of these is warned of once, and replaced.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.path = (default_folder() if folder is None else folder) / FILE_NAME
-        self._entries, wrong = _read(self.path)
+        self._entries, wrong = _FILES.read(self.path)
         if wrong:
             _warn(f"{self.path} holds no measured kernels ({wrong}). It is ignored and replaced.")
 
@@ -120,13 +120,16 @@ class KernelCache:
         """Remember facts, and write them beside what the file holds by now."""
         if not found:
             return
-        entries, _ = _read(self.path)
-        for known in (self._entries, {environment: dict(found)}):
+        there, _ = _FILES.read(self.path)
+        added = {environment: dict(found)}
+        more = (added,) if there is self._entries else (self._entries, added)
+        entries = {place: dict(calls) for place, calls in there.items()}
+        for known in more:
             for place, calls in known.items():
                 _merge(entries.setdefault(place, {}), calls)
         self._entries = entries
         try:
-            _write(self.path, entries)
+            _FILES.write(self.path, entries)
         except OSError as error:
             _warn(
                 f"Measured kernels cannot be written to {self.path} ({error}), so that they are "
@@ -141,6 +144,44 @@ def _warn(message: str) -> None:
 def _merge(known: dict[str, KernelFacts], more: Mapping[str, KernelFacts]) -> None:
     for call, facts in more.items():
         known[call] = known.get(call, KernelFacts()).joined(facts)
+
+
+class _Files:
+    """Files as they were read or written last: a graph after the other asks for the same one.
+
+    Entries are not changed once they are here.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, ...], Entries]] = {}
+
+    def read(self, path: Path) -> tuple[Entries, str]:
+        """The file's entries, and what is wrong with it."""
+        version = _version(path)
+        known = self._known.get(path)
+        if known is not None and known[0] == version:
+            return known[1], ""
+        entries, wrong = _read(path)
+        if version and not wrong:  # what is wrong is told of every time
+            self._known[path] = version, entries
+        return entries, wrong
+
+    def write(self, path: Path, entries: Entries) -> None:
+        """Put a file in the place of the one that is there."""
+        version = _write(path, entries)
+        self._known[path] = version, entries
+
+
+_FILES = _Files()
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What changes with a file that is replaced; nothing without one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read(path: Path) -> tuple[Entries, str]:
@@ -215,8 +256,8 @@ def _as_json(facts: KernelFacts) -> dict[str, Any]:
     return found if facts.outputs is None else found | {"outputs": outputs_as_json(facts.outputs)}
 
 
-def _write(path: Path, entries: Entries) -> None:
-    """Write a file beside the old one and put it in its place."""
+def _write(path: Path, entries: Entries) -> tuple[int, ...]:
+    """Write a file beside the old one and put it in its place; return its version."""
     data = {
         "format": FORMAT,
         "environments": {
@@ -228,8 +269,10 @@ def _write(path: Path, entries: Entries) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, separators=(",", ":"))
+            file.write(json.dumps(data, separators=(",", ":")))  # faster than json.dump
+        version = _version(Path(name))
         os.replace(name, path)
     except OSError:
         Path(name).unlink(missing_ok=True)
         raise
+    return version

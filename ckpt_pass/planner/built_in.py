@@ -42,7 +42,7 @@ def layers(
     link: Link | None = None,
 ) -> Solution:
     """The layered solver; with a link, and moves beside."""
-    pool = Pool(problem, borders)
+    pool = Pool.of(problem, borders)
     if link is None:
         return solve_from(pool, budget_bytes)
     return solve_with_link(pool, budget_bytes, link, _layered(pool, budget_bytes)[0])
@@ -77,7 +77,7 @@ def exact(
     """
     if link is not None:
         return exact_with_link(problem, budget_bytes, link)
-    known, least_bytes = _layered(Pool(problem, borders), budget_bytes)
+    known, least_bytes = _layered(Pool.of(problem, borders), budget_bytes)
     known_bytes = least_bytes if least_bytes > budget_bytes else None
     return solve_exact(problem, budget_bytes, time_limit_s, known=known, known_bytes=known_bytes)
 
@@ -108,7 +108,7 @@ class Auto:
         link: Link | None = None,
     ) -> Solution:
         """Solve (:class:`LinkSolver`)."""
-        pool = Pool(problem, borders)
+        pool = Pool.of(problem, borders)
         if link is None:
             return self._without_link(pool, budget_bytes, time_limit_s)
         known: Solution | None = None

@@ -16,6 +16,9 @@ _PRICE_STEPS = 24
 #: below it: a factor of two a step was enough with 16 steps and the roofline's times.
 _HIGHEST_PRICE = 4.0
 _LOWEST_PRICE = 2.0**-15
+#: Of the prices at which single regions pay, so many at most beside those, each a little higher.
+_MOST_ABOVE = 8
+_JUST_ABOVE = 1.001
 #: Limits on the bytes that one region may make again.
 _LIMIT_STEPS = 10
 #: How many values may be fetched ahead: none needs the least memory, two hide copies.
@@ -74,14 +77,26 @@ class Tree:
         return {op: self._problem.ops[op].time_s / self._made[op] for op in sorted(ops)}
 
     def prices(self) -> list[float]:
-        """Prices of a held byte, from more than any op is worth to nearly nothing."""
+        """Prices of a held byte, from more than any op or region is worth to nearly nothing."""
         if not self._ratios:
-            return [1.0]
+            return self._paying_above(0.0) or [1.0]
         dearest, cheapest = max(self._ratios.values()), min(self._ratios.values())
         lowest = min(cheapest, dearest * _LOWEST_PRICE)
         highest = dearest * _HIGHEST_PRICE
         step = (lowest / highest) ** (1 / (_PRICE_STEPS - 1))
-        return [highest * step**number for number in range(_PRICE_STEPS)]
+        above = self._paying_above(highest)
+        return above + [highest * step**number for number in range(_PRICE_STEPS)]
+
+    def _paying_above(self, price: float) -> list[float]:
+        """Some of the prices above one at which regions begin to pay, the highest among them.
+
+        A region is dearer than all ops that may be kept where those that take time may not be: a
+        product that is written into later, say.
+        """
+        freed = [a - b for a, b in zip(self._saved_bytes, self._argument_bytes, strict=True)]
+        pays = (self._rerun_time(i, ()) / nbytes for i, nbytes in enumerate(freed) if nbytes > 0)
+        found = sorted({_JUST_ABOVE * one for one in pays if one >= price}, reverse=True)
+        return found[:: -(-len(found) // _MOST_ABOVE) or 1]
 
     def limits(self) -> list[int]:
         """Limits on what one region makes again, among the regions' own sizes."""

@@ -11,6 +11,7 @@ Each is simulated; the cheapest ones within the budget are improved
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import copy
 from dataclasses import replace
 
 from ckpt_pass.planner.bound import lower_bound
@@ -68,7 +69,7 @@ def solve(problem: Problem, budget_bytes: int, borders: Collection[int] = ()) ->
     Raises:
         InfeasibleBudgetError: nothing that was found fits.
     """
-    return solve_from(Pool(problem, borders), budget_bytes)
+    return solve_from(Pool.of(problem, borders), budget_bytes)
 
 
 def solve_from(pool: Pool, budget_bytes: int) -> Solution:
@@ -133,6 +134,14 @@ class Pool:
         for plan in lowest[:_DESCENTS]:
             for lower in lowered(self.problem, plan, _LOWER_WORK // max(len(self.problem.ops), 1)):
                 self._add(lower)
+
+    @classmethod
+    def of(cls, problem: Problem, borders: Collection[int]) -> Pool:
+        """The pool of a problem that is asked for several budgets: what these add is not shared."""
+        name = f"pool {sorted(borders)}"
+        found = copy(problem.derived(name, lambda one: cls(one, borders)))
+        found.plans = dict(found.plans)
+        return found
 
     @property
     def least_bytes(self) -> int:

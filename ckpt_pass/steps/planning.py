@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_pass.compile.engine import OPEN, Partitioner, decide, opened
@@ -27,7 +27,8 @@ from ckpt_pass.steps.choosing import (
     level_of,
     moments_of,
 )
-from ckpt_pass.steps.running import FakeStep, SeenGraph, StepRun
+from ckpt_pass.steps.graphs import SeenGraph, StepRun
+from ckpt_pass.steps.running import FakeStep, StepRuns
 
 #: More than any step takes: nothing is recomputed.
 _AMPLE = 1 << 60
@@ -49,19 +50,21 @@ def plan_graphs(step: FakeStep, policy: Policy, goal: Goal | None) -> StepPlan:
         InfeasibleBudgetError: no plan of the graphs brings the step within the budget.
         NotTraceableError: dynamo makes no graph of it.
         NothingToDifferentiateError, OtherPathError: see
-            :meth:`ckpt_pass.steps.running.FakeStep.run`.
+            :meth:`ckpt_pass.steps.running.FakeStep.opened`.
         InvalidBudgetError and others: as of a single graph.
     """
     ample = as_goal(_AMPLE)
-    plain = step.run(_partitioner(OPEN, step, goal=ample))
-    if not plain.graphs:
-        raise no_graph(step.model)
-    planning = _Planning(step, policy, goal, plain)
-    if goal is None:
-        # Seen anew: for a budget the sizes of values were set to what kernels really return.
-        seen = step.run(_partitioner(policy, step)).graphs
-        return planning.finished([planning.plan(graph, None) for graph in seen], None)
-    return planning.within(resolve_budget(goal.budget, plain.curve.most()))
+    with step.opened(_partitioner(OPEN, step, goal=ample)) as runs:
+        plain = runs.first
+        if not plain.graphs:
+            raise no_graph(step.model)
+        if goal is not None:
+            planning = _Planning(step, policy, goal, plain, runs)
+            return planning.within(resolve_budget(goal.budget, plain.curve.most()))
+    # Seen anew: for a budget the sizes of values were set to what kernels really return.
+    with step.opened(_partitioner(policy, step)) as runs:
+        planning = _Planning(step, policy, None, plain, runs)
+        return planning.finished([planning.plan(graph, None) for graph in runs.first.graphs], None)
 
 
 def _partitioner(policy: Policy, step: FakeStep, **how: Any) -> Partitioner:
@@ -76,6 +79,8 @@ class _Planning:
     policy: Policy
     goal: Goal | None
     plain: StepRun
+    runs: StepRuns
+    _made: dict[tuple[int, Level], Plan] = field(default_factory=dict)
 
     def plan(self, graph: SeenGraph, budget_bytes: int | None, waiting_bytes: int = 0) -> Plan:
         """The plan of one graph; without a budget as the policy says."""
@@ -98,7 +103,7 @@ class _Planning:
     def finished(self, parts: Sequence[Plan], budget_bytes: int | None) -> StepPlan:
         """The plan of the step, with the peak of a run on fake tensors."""
         plans = tuple(parts)
-        run = self.step.run(_partitioner(OPEN, self.step, plans=plans))
+        run = self.runs.again(_partitioner(OPEN, self.step, plans=plans))
         words = describe(self.policy)
         outside = [m.nbytes for m in moments_of(run) if m.running is None]
         return StepPlan(
@@ -145,18 +150,20 @@ class _Planning:
     def _chosen(
         self, levels: Sequence[Sequence[Level]], chosen: Sequence[int], budget_bytes: int
     ) -> StepPlan:
-        parts = [
-            self._plan_at(graph, some[number])
-            for graph, some, number in zip(self.plain.graphs, levels, chosen, strict=True)
-        ]
+        picked = (some[number] for some, number in zip(levels, chosen, strict=True))
+        parts = [self._plan_at(index, level) for index, level in enumerate(picked)]
         return self.finished(parts, budget_bytes)
 
-    def _plan_at(self, graph: SeenGraph, level: Level) -> Plan:
+    def _plan_at(self, index: int, level: Level) -> Plan:
         """A graph's plan at a level; of graphs that are alike the least may differ a little."""
-        try:
-            return self.plan(graph, level.budget_bytes, level.waiting_bytes)
-        except InfeasibleBudgetError as error:
-            return self.plan(graph, error.least_feasible_bytes, level.waiting_bytes)
+        if (index, level) not in self._made:
+            graph = self.plain.graphs[index]
+            try:
+                made = self.plan(graph, level.budget_bytes, level.waiting_bytes)
+            except InfeasibleBudgetError as error:
+                made = self.plan(graph, error.least_feasible_bytes, level.waiting_bytes)
+            self._made[index, level] = made
+        return self._made[index, level]
 
     def _levels(self) -> list[list[Level]]:
         """What each graph may do; graphs that are alike can do the same."""

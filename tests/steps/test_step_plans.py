@@ -14,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import ckpt_pass
 from ckpt_pass.steps.choosing import Level, choose, least, moments_of
-from ckpt_pass.steps.running import GraphCall, StepRun
+from ckpt_pass.steps.graphs import GraphCall, StepRun
 from tests.zoo import Built, run_step, seeded
 
 

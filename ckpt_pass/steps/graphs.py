@@ -1,0 +1,312 @@
+"""The graphs of a step that runs, as a backend of ``torch.compile`` sees them, and what they hold.
+
+Dynamo and AOTAutograd make each graph once. For other plans its halves alone are made again and run
+in the place of those that it was compiled with (:mod:`ckpt_pass.steps.halves`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from ckpt_pass._torch import ahead, compilers, functorch
+from ckpt_pass._torch.random_states import told_of_states
+from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
+from ckpt_pass.compile.breaks import graph_break
+from ckpt_pass.compile.engine import Partitioner
+from ckpt_pass.eager.answers import Answers, asks
+from ckpt_pass.eager.trace_ops import HeldNumbers, Sums, as_really, saved_numbers_bytes
+from ckpt_pass.graph.gradients import leaves_among
+from ckpt_pass.graph.held import Curve, HeldBytes
+from ckpt_pass.graph.joint import JointGraph, read_joint
+from ckpt_pass.graph.kernels import Kernels
+from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.policy.sites import output_tensors
+from ckpt_pass.steps.halves import Halves, Layout, LostValuesError, halves_of, layout_of
+
+
+@dataclass(frozen=True)
+class SeenGraph:
+    """One of dynamo's graphs of a step, that has a backward.
+
+    Attributes:
+        module: its joint graph, before anything was decided.
+        num_fwd_outputs, static_inputs: what AOTAutograd says of it.
+        input_names: what goes in, in the user's words.
+        graph_break: where dynamo cut the step after it, and why; empty where it did not.
+        leaves: which inputs are leaves that require gradients.
+    """
+
+    module: fx.GraphModule
+    num_fwd_outputs: int
+    static_inputs: tuple[int, ...]
+    input_names: tuple[str, ...]
+    graph_break: str
+    leaves: frozenset[int]
+
+    @cached_property
+    def looks(self) -> str:
+        """A hash of its ops, edges, shapes and dtypes; names of modules do not matter."""
+        nodes = list(self.module.graph.nodes)
+        number = {node: index for index, node in enumerate(nodes)}
+        digest = hashlib.sha256(
+            f"{self.num_fwd_outputs}/{self.static_inputs}/{sorted(self.leaves)}".encode()
+        )
+        for node in nodes:
+            args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+            target = op_name(node.target) if node.op == "call_function" else node.op
+            value = node.meta.get("val")
+            looks = (getattr(value, "dtype", ""), list(getattr(value, "shape", ())))
+            digest.update(f"{target}{args}{looks}\n".encode())
+        return digest.hexdigest()
+
+    def partitioned(self, partitioner: Partitioner) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Forward and backward, of a copy, as AOTAutograd would have them made."""
+        chosen = replace(partitioner, input_names=self.input_names, leaves=self.leaves)
+        with functorch.as_compiling(self.module):
+            return chosen(
+                compilers.with_copied_graph(self.module),
+                (),
+                num_fwd_outputs=self.num_fwd_outputs,
+                static_lifetime_input_indices=list(self.static_inputs),
+            )
+
+    def joint(self, regions: tuple[str, ...] | None) -> JointGraph:
+        """The graph, read anew: what is decided for it changes a copy."""
+        module = compilers.with_copied_graph(self.module)
+        module.graph.eliminate_dead_code()
+        names, outputs = list(self.input_names), self.num_fwd_outputs
+        return read_joint(module, outputs, self.static_inputs, regions, names, self.leaves)
+
+
+@dataclass
+class GraphCall:
+    """A run of a graph: from which op of the step to which, in either half.
+
+    Attributes:
+        graph: its number among those that were seen.
+        forward, backward: moments; ``backward`` is ``None`` where none runs.
+    """
+
+    graph: int
+    forward: tuple[int, int]
+    backward: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """A step that ran.
+
+    Attributes:
+        graphs: the graphs with a backward, in the order in which dynamo made them.
+        calls: their runs, in order.
+        curve: the bytes held at each op, between the graphs too.
+        breaks: where dynamo cut the step, and why.
+    """
+
+    graphs: tuple[SeenGraph, ...]
+    calls: tuple[GraphCall, ...]
+    curve: Curve
+    breaks: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Graphs:
+    """The backend of a run; watches it, too.
+
+    Attributes:
+        partitioner: decides for each graph.
+        mode: tells of the ops that run.
+        fake: for tensors without data; the same where the step runs on such.
+        words: what the inputs are, by ``id``.
+        answers: what code between the graphs is told of values, if it must be.
+    """
+
+    partitioner: Partitioner
+    mode: WatchedFakeMode | WatchedMode
+    fake: functorch.FakeTensorMode
+    words: Mapping[int, str]
+    answers: Answers | None
+    seen: list[SeenGraph | None] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)
+    calls: list[GraphCall] = field(default_factory=list)
+    layouts: list[Layout | None] = field(default_factory=list)
+    instead: dict[int, Halves] = field(default_factory=dict)
+    kernels: Kernels = field(default_factory=Kernels)
+    backward: bool = False
+
+    compiler_name = "ckpt_ahead"
+
+    def begin(self, device_type: str) -> None:
+        """Count anew."""
+        self.held = HeldBytes(self.fake, device_type)
+        self._left = self.answers.anew() if self.answers is not None else None
+        self.calls = []
+        self.backward = self._inside = False
+        self._sums = Sums()
+        self._numbers = HeldNumbers()
+
+    @property
+    def _is_real(self) -> bool:
+        return isinstance(self.mode, WatchedMode)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, what runs is seen."""
+        self.mode.watcher = self._watch
+        seen = self.mode if isinstance(self.mode, WatchedMode) else contextlib.nullcontext()
+        try:
+            with seen, told_of_states(self._state_read):
+                yield
+        finally:
+            self.mode.watcher = None
+
+    def _state_read(self, state: torch.Tensor) -> None:
+        """A region between graphs, say, keeps a state of random numbers; graphs count theirs."""
+        if self._inside:
+            return
+        storage = state.untyped_storage()
+        weakref.finalize(storage, self.held.hold(storage.nbytes())).atexit = False
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        watcher, self.mode.watcher = self.mode.watcher, None  # a compilation is no part of a step
+        try:
+            return self._compiled(gm, inputs)
+        finally:
+            self.mode.watcher = watcher
+
+    def _compiled(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        names = tuple(
+            self.words.get(id(ahead.example(node))) or compilers.placeholder_source(node)
+            for node in placeholders
+        )
+        leaves = leaves_among(inputs)
+        cut = graph_break(gm)
+        # Others may be seen before AOTAutograd is done with this one.
+        index = len(self.seen)
+        self.seen.append(None)
+        self.layouts.append(None)
+        chosen = replace(self.partitioner, input_names=names, leaves=leaves)
+
+        def partition(joint: fx.GraphModule, given: Any, **options: Any) -> Any:
+            static = tuple(options.get("static_lifetime_input_indices") or ())
+            kept = compilers.with_copied_graph(joint)
+            outputs = options["num_fwd_outputs"]
+            self.seen[index] = SeenGraph(kept, outputs, static, names, cut, leaves)
+            halves = chosen(joint, given, **options)
+            self.layouts[index] = layout_of(halves[0], outputs)
+            return halves
+
+        def around(is_backward: bool, run: compilers.RunHalf, args: list[Any]) -> Any:
+            return self._half(index, is_backward, run, args)
+
+        compiled = compilers.compile_eager(gm, inputs, partition, around)
+        self.breaks += [cut] if cut else []
+        return compiled
+
+    def decide_again(self, partitioner: Partitioner) -> None:
+        """Run other halves of the graphs from now on.
+
+        Args:
+            partitioner: decides for each graph; for what is compiled from now on as well.
+
+        Raises:
+            LostValuesError: they cannot stand in for those that were compiled.
+        """
+        self.partitioner, self.instead = partitioner, {}
+        for index, graph in enumerate(self.seen):
+            if graph is None:
+                continue
+            forward, backward = graph.partitioned(partitioner)
+            layout = layout_of(forward, graph.num_fwd_outputs)
+            if layout is None or self.layouts[index] is None:
+                raise LostValuesError
+            self.instead[index] = halves_of(forward, backward, layout)
+
+    def _half(self, index: int, is_backward: bool, run: compilers.RunHalf, args: list[Any]) -> Any:
+        if self.seen[index] is None:  # it has no backward
+            return run(args)
+        before, self._inside = self._inside, True
+        start = self.held.moment
+        try:
+            result = self._run_half(index, is_backward, run, args)
+        finally:
+            self._inside = before
+        span = start, self.held.moment
+        if not is_backward:
+            self.calls.append(GraphCall(index, span))
+            return result
+        open_calls = [c for c in self.calls if c.graph == index and c.backward is None]
+        if open_calls:
+            open_calls[-1].backward = span
+        return result
+
+    def _run_half(
+        self, index: int, is_backward: bool, run: compilers.RunHalf, args: list[Any]
+    ) -> Any:
+        halves, compiled = self.instead.get(index), self.layouts[index]
+        if halves is None or compiled is None:
+            return run(args)
+        if is_backward:
+            return halves.run_backward(args, compiled)
+        watcher, self.mode.watcher = self.mode.watcher, None  # the carrier is none of the step's
+        try:
+            carrier = torch.empty(0, device="cpu")
+        finally:
+            self.mode.watcher = watcher
+        return halves.run_forward(args, compiled, carrier)
+
+    def _watch(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[Any], Any]
+    ) -> Any:
+        if op_name(func).startswith("prim."):
+            return run(func)
+        self._numbers.begins()
+        if self._left is not None and not self.backward and asks(func):
+            with self.fake:
+                result = self._left.next(func)
+        else:
+            between = self.backward and not self._inside and not self._is_real
+            joins = between and self._sums.adds_up(func, args, kwargs)
+            result = run(torch.ops.aten.add_.Tensor if joins else func)
+        if not self._inside:
+            numbers = saved_numbers_bytes(func, args, output_tensors((*args, *kwargs.values())))
+            let_go = self.held.hold(numbers) if numbers else None
+            if let_go is not None and self.backward:
+                self._numbers.hold(let_go)
+        looks = None if self._inside or self._is_real else self._as_really
+        result = self.held.note(func, args, kwargs, result, self._where(func), looks)
+        self._sums.note(result)
+        return result
+
+    def _as_really(self, call: fx.Node, result: Any, given: set[int]) -> Any:
+        """What an op between the graphs returns, made to look as its kernel's: others see it."""
+        with self.fake:
+            return as_really(call, result, self.kernels, given)
+
+    def _where(self, func: Any) -> str:
+        half = "backward" if self.backward else "forward"
+        place = f"a graph's {half}" if self._inside else f"the {half}, outside of the graphs"
+        return f"in {place}, at {op_name(func)}"
+
+    def found(self) -> StepRun:
+        """What the last run was."""
+        found = {index: graph for index, graph in enumerate(self.seen) if graph is not None}
+        called = {call.graph for call in self.calls}
+        # Dynamo makes some anew once it has learnt what changes from step to step.
+        known = {graph.looks for index, graph in found.items() if index in called}
+        kept = [i for i, graph in found.items() if i in called or graph.looks not in known]
+        renamed = {index: number for number, index in enumerate(kept)}
+        calls = tuple(replace(call, graph=renamed[call.graph]) for call in self.calls)
+        graphs = tuple(found[index] for index in kept)
+        breaks = tuple(dict.fromkeys(self.breaks))
+        return StepRun(graphs, calls, self.held.curve(), breaks)
