@@ -47,6 +47,26 @@ class Layout:
         )
 
 
+#: How a tensor lies in its storage: offset, size and stride, in elements, and bytes of an element.
+Part = tuple[int, torch.Size, tuple[int, ...], int]
+
+
+def counted_part(tensor: torch.Tensor) -> Part | None:
+    """The part of its storage whose changes a tensor's version counter tells; ``None``: all of it.
+
+    The counter is that of the tensor and of what autograd knows as its views. The pieces that
+    ``unsafe_chunk`` and ``unsafe_split`` make, in LSTMs and GRUs say, are no views to autograd: they
+    lie in one storage, and each has a counter of its own.
+    """
+    whole = tensor if tensor._base is None else tensor._base
+    offset, size, stride = int(whole.storage_offset()), whole.size(), whole.stride()
+    itemsize = whole.element_size()
+    last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if not offset and (last + 1) * itemsize >= whole.untyped_storage().nbytes():
+        return None
+    return offset, size, stride, itemsize
+
+
 def is_movable(tensor: torch.Tensor) -> bool:
     """Whether a tensor has plain values in one storage: no subclass, not sparse, not fake."""
     kind = type(tensor)

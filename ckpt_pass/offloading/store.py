@@ -99,6 +99,7 @@ class Ticket:
     __slots__ = (
         "__weakref__",
         "_changed",
+        "_closed",
         "_held",
         "_latest",
         "_layout",
@@ -111,7 +112,7 @@ class Ticket:
         self._layout = Layout.of(tensor)
         alias = storages.detached(tensor)
         self._version = storages.version_of(alias)
-        self._changed = False
+        self._changed = self._closed = False
         self._storage = storages.WeakStorage(tensor.untyped_storage())
         #: What was handed out to be shared, as long as somebody holds it.
         self._latest: storages.WeakStorage | None = None
@@ -149,6 +150,10 @@ class Ticket:
         self._changed = storages.version_of(source) != self._version
         held.source = None
 
+    def close(self) -> None:
+        """Stand for no other tensor from now on: its storage is about to be written to."""
+        self._closed = True
+
     def fetch(self) -> None:
         """Take memory on the tensor's device now, and begin to copy the value back; once.
 
@@ -166,9 +171,13 @@ class Ticket:
         return int(self._storage.cdata)
 
     def is_of(self, tensor: torch.Tensor) -> bool:
-        """Whether it is this tensor's storage, unchanged since, that was put away."""
+        """Whether it is this tensor's storage, unchanged since, that was put away.
+
+        Asked of tensors with one version counter only (:func:`~.layout.counted_part`).
+        """
         return (
-            tensor.untyped_storage()._cdata == self._storage.cdata
+            not self._closed
+            and tensor.untyped_storage()._cdata == self._storage.cdata
             and not self._storage.expired()
             and tensor.untyped_storage().nbytes() == self._layout.storage_bytes
             and storages.version_of(tensor) == self._version

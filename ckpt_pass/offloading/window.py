@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckpt_pass.offloading.layout import Layout, is_movable
+from ckpt_pass.offloading.layout import Layout, Part, counted_part, is_movable
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.store import Ticket
 from ckpt_pass.offloading.stores import OffloadLike, store_for
@@ -40,8 +40,10 @@ class _Lane(threading.local):
     def __init__(self) -> None:
         #: The window that was made last.
         self.latest: weakref.ref[Window] | None = None
-        #: By the address of the storage that was put away.
-        self.tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
+        #: By the address of the storage that was put away, and the part that was known unchanged.
+        self.tickets: weakref.WeakValueDictionary[tuple[int, Part | None], Ticket] = (
+            weakref.WeakValueDictionary()
+        )
 
 
 _lane = _Lane()
@@ -84,11 +86,13 @@ class Window:
     def put(self, tensor: torch.Tensor) -> Moved:
         """Begin to move a tensor; what shares its storage and was moved already is not moved again.
 
+        Unless it has a version counter of its own: then nobody knows whether it has changed since.
+
         Raises:
             StoreFullError: it does not fit.
             StoreWriteError: one before it could not be written.
         """
-        key = tensor.untyped_storage()._cdata
+        key = tensor.untyped_storage()._cdata, counted_part(tensor)
         ticket = _lane.tickets.get(key)
         if ticket is None or not ticket.is_of(tensor):
             while len(self._on_the_way) >= max(self._in_flight, 1):

@@ -64,16 +64,16 @@ class MovedOutput(Saved):
         self._hold(value)
 
     def storages(self) -> Iterator[int]:
-        """The storages that this output holds, or that are still read by their copies out."""
+        """The storages that this output holds, and those that were put away."""
         yield from super().storages()
         for moved in _moved_in(self._value):
-            if not moved.ticket.released:
-                yield moved.ticket.storage_address
+            yield moved.ticket.storage_address
 
     def copy(self) -> None:
         """Hold copies from now on; what is on its way is waited for."""
         for moved in _moved_in(self._value):
             moved.ticket.release()
+            moved.ticket.close()
         self._hold(tree_map_only(torch.Tensor, torch.clone, self._value))
 
     def take(self, op: Any, again: bool = False) -> Any:
