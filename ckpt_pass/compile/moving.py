@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from ckpt_pass._torch import functorch
+from ckpt_pass.graph.joint import is_multi_output_access
 from ckpt_pass.graph.problem import GraphProblem
 from ckpt_pass.offloading import graph_ops
 from ckpt_pass.offloading.options import Offload
@@ -134,15 +135,21 @@ def write_moves(
     last = max(at)
     for move, fetched_before in moves:
         after = forward_order[place_of[move.released_after] + 1 :]
-        next_one = next((named[n.name] for n in after if n.name in named), None)
+        next_one = next((named[n.name] for n in after if n.name in named and _stays(n)), None)
         value = named[move.value.name]
         before = next_one or forward.graph.output_node()
         _leaves(forward.graph, value, before, where, reuses_memory)
-        place = next(p for p in range(fetched_before, last + 1) if p in at)
-        _comes_back(backward.graph, given[move.value.name], at[place])
+        places = range(fetched_before, last + 1)
+        next_one = next(at[place] for place in places if place in at and _stays(at[place]))
+        _comes_back(backward.graph, given[move.value.name], next_one)
     for half in (forward, backward):
         half.graph.lint()
         half.recompile()
+
+
+def _stays(node: fx.Node) -> bool:
+    """Whether a node stands where its order says: torch moves ``getitem`` up to what it reads."""
+    return not is_multi_output_access(node)
 
 
 def _leaves(

@@ -83,6 +83,16 @@ LINKS = tuple(
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=HEALTH)
 @given(**EXAMPLES, offload=st.sampled_from(LINKS))
+# A value is asked for before the second output of an op, which stands with the first one.
+@example(
+    steps=(
+        ("batch-norm", 0, 2), ("mul", 1, 2), ("sorted", 2, 0), ("softmax", 0, 3),
+        ("softmax", 5, 4), ("in-place", 2, 1), ("softmax", 5, 1), ("views", 5, 1),
+        ("softmax", 2, 3), ("batch-norm", 0, 5), ("normalise", 4, 2), ("perceptron", 3, 1),
+    ),
+    fraction=0.7,
+    offload=LINKS[1],
+)  # fmt: skip
 def test_random_programs_with_a_link(
     steps: tuple[Step, ...], fraction: float, offload: ckpt_pass.Offload
 ) -> None:
