@@ -22,6 +22,8 @@ LINKS = {
     "kept": None,
     "host": ckpt_pass.Offload("host", d2h_bytes_per_s=2e10, h2d_bytes_per_s=2e10),
 }
+#: What is left of a large block is handed out with it below 1 MiB (c10's CUDACachingAllocator).
+UNSPLIT = 2**20
 #: Of the plain peak; 0 is the least that a refusal names.
 PARTS = (0.0, 0.5, 0.7)
 
@@ -83,5 +85,7 @@ def test_a_step_with_dropout(mode: str, link: str, part: float) -> None:
         measured = ckpt_pass.measure_step(
             lambda: loss_of(step(tokens)), repeats=1, params=list(model.parameters())
         )
-    assert plan.budget_bytes is not None and measured.peak_bytes <= plan.budget_bytes
-    assert abs(measured.peak_bytes / plan.peak_bytes - 1) < 0.002
+    # Besides what the allocator hands out of a block that it does not split, at most once here.
+    assert plan.budget_bytes is not None
+    assert measured.peak_bytes <= plan.budget_bytes + UNSPLIT
+    assert abs(measured.peak_bytes - plan.peak_bytes) <= UNSPLIT
