@@ -9,6 +9,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.compile.moving import MovedNode, moved_nodes, with_immovable
+from ckpt_pass.graph.device_rates import with_device_times
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernels import (
@@ -118,9 +119,11 @@ def open_up(joint: JointGraph, goal: Goal) -> Opened:
     check_sizes(joint)
     kernels = Kernels()
     what = WORKSPACE_AND_TIME if goal.cost == "measured" else WORKSPACE
-    facts = kernels.facts([n for n in joint.nodes if n.op == "call_function"], what)
+    calls = [n for n in joint.nodes if n.op == "call_function"]
+    facts = kernels.facts(calls, what)
     tell_real_sizes(facts)
-    described = build_problem(joint, facts)
+    linked = goal.offload is not None
+    described = build_problem(joint, with_device_times(facts, calls) if linked else facts)
     link = None
     if goal.offload is not None:
         described = with_immovable(described, goal.offload)

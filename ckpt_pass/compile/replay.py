@@ -16,6 +16,7 @@ from ckpt_pass.compile.moving import MovedNode, moves_of
 from ckpt_pass.compile.symbolic import BudgetExceededWarning
 from ckpt_pass.compile.tagging import Tag
 from ckpt_pass.graph.cost import node_flops, own_bytes
+from ckpt_pass.graph.device_rates import with_device_times
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.problem import build_problem
@@ -194,7 +195,8 @@ def replay(
     nodes = [node for node in joint.nodes if node.op == "call_function"]
     facts = kernels.facts(nodes, what) if plan.budget_bytes is not None else {}
     tell_real_sizes(facts)
-    described = build_problem(joint, facts)
+    linked = goal is not None and goal.offload is not None
+    described = build_problem(joint, with_device_times(facts, nodes) if linked else facts)
     named = {label: node for node, label in labels.items()}
     script = plan.replay if plan.replay is not None else _script(plan, tags, labels)
     saved = [named[label] for label in script.saved]

@@ -14,6 +14,7 @@ from ckpt_pass.eager.step_record import EagerTrace
 from ckpt_pass.eager.trace import trace_step
 from ckpt_pass.eager.writing import Writer
 from ckpt_pass.graph.capture import raise_for
+from ckpt_pass.graph.device_rates import with_device_times
 from ckpt_pass.graph.kernels import (
     WORKSPACE,
     WORKSPACE_AND_TIME,
@@ -106,6 +107,7 @@ def described(
     if offload is None:
         return eager_problem(trace, facts, formulas)
     least = offload.min_bytes if isinstance(offload, Offload) else 0
+    facts = with_device_times(facts, calls)
     return eager_problem(trace, facts, formulas, link_of(offload, _device_of(trace)), least)
 
 
