@@ -203,19 +203,16 @@ class Frame:
         store = self._store
         value = store[number] if number < len(store) else None
         if value is None:  # not yet recomputed, or used by a backward before this one
-            self._fill_again()
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):  # a backward in there; the forward was not
+                    self._fill()
+            else:
+                self._fill()
             store = self._store
             value = store[number]
             assert value is not None
         store[number] = None
         return value
-
-    def _fill_again(self) -> None:
-        if not torch.is_inference_mode_enabled():
-            self._fill()
-            return
-        with torch.inference_mode(False):  # a backward in there; the forward was not
-            self._fill()
 
     def _fill(self) -> None:
         """Make the values that autograd saved again."""
@@ -241,7 +238,6 @@ class Frame:
             self._options.name, self._saved.looks, complete, self._options.checked
         )
         output = None
-        self._arguments.check()
         self._outside.put_in(differentiable=torch.is_grad_enabled())
         try:
             if self._needs_nothing_around():
