@@ -94,24 +94,25 @@ class Surroundings:
         functions: the ``TorchFunctionMode``s around, a default device among them.
         dispatchers: the ``TorchDispatchMode``s of users' own around.
         hooks: users' hooks on all modules.
+        alone: whether there are no modes, nor hooks on all modules.
     """
 
-    __slots__ = ("_alone", "_read", "_readers", "dispatchers", "functions", "hooks")
+    __slots__ = ("_read", "_readers", "alone", "dispatchers", "functions", "hooks")
 
     def __init__(self, readers: Readers) -> None:
         self._readers = readers
         self._read = read = [reader() for reader in readers.functions]
         self.functions = self.dispatchers = self.hooks = _NONE
-        #: Whether there are no modes and hooks. The same numbers are the same surroundings then.
-        self._alone = not any(read[:_COUNTERS])
-        if not self._alone:
+        # The same numbers are the same surroundings then.
+        self.alone = not any(read[:_COUNTERS])
+        if not self.alone:
             self.functions, self.hooks = modes.function_modes(), modes.global_hooks()
             self.dispatchers = modes.dispatch_modes()
 
     def changed(self) -> bool:
         """Whether there is something to enter."""
         now = [reader() for reader in self._readers.functions]
-        return not (self._alone and now == self._read) and self._changed(now)
+        return not (self.alone and now == self._read) and self._changed(now)
 
     def _changed(self, now: list[Any]) -> bool:
         return (

@@ -205,6 +205,7 @@ class OnTrack:
         spots: what single names in them hold.
     """
 
+    has_no_hooks = True
     _contents: Contents | None
     _held_inside: Inner | None
     _holders: Holders | None
