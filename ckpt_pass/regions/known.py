@@ -8,7 +8,7 @@ from torch import nn
 
 from ckpt_pass.regions.holders import Holders
 from ckpt_pass.regions.noted import Noted, Searched
-from ckpt_pass.regions.tails import Look
+from ckpt_pass.regions.saved_values import Looks
 from ckpt_pass.regions.tracks import Track, track_of
 from ckpt_pass.state.objects import global_generators
 
@@ -52,7 +52,7 @@ class Known:
         self.overwritten: set[str] = set()
         self.repointed: set[str] = set()
         self.generators = global_generators()
-        self.short_tail: tuple[int, Look] | None = None
+        self.short_tail: tuple[int, Looks] | None = None
         self.name: str | None = None
         self._track: Track | None = None
         self._found = self._lost = 0
@@ -72,7 +72,7 @@ class Known:
         self._lost += worth
         return Searched(holders)
 
-    def ends_shortly(self, looks: list[Look]) -> bool:
+    def ends_shortly(self, looks: list[Looks]) -> bool:
         """Whether little is left to be run after values that look like that."""
         return self.short_tail == (len(looks), looks[-1])
 

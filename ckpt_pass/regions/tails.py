@@ -10,17 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ckpt_pass.policy.sites import output_tensors
 from ckpt_pass.regions.actions import is_free
+from ckpt_pass.regions.saved_values import Looks
 
 #: So many elements are read and written in some ten microseconds of a CPU's thread.
 _FEW_ELEMENTS = 1 << 14
 _FEW_OPS = 4
-
-#: What a saved value looks like.
-Look = tuple[torch.Size, torch.dtype]
 
 
 class Tail:
@@ -32,7 +28,7 @@ class Tail:
 
     __slots__ = ("_elements", "_looks", "_ops", "_saved")
 
-    def __init__(self, looks: Sequence[Look]) -> None:
+    def __init__(self, looks: Sequence[Looks]) -> None:
         self._looks = looks
         self._saved = self._ops = self._elements = 0
 
