@@ -323,9 +323,8 @@ def resize_fake_storage(tensor: torch.Tensor, nbytes: int | torch.SymInt) -> Non
     torch.ops.inductor.resize_storage_bytes_(tensor, nbytes)
 
 
-def profiler_is_running() -> bool:
-    """Whether a profiler session is open in this thread; a second one inside would break both."""
-    return bool(torch.autograd._profiler_enabled())
+#: Whether a profiler session is open in this thread; a second one inside would break both.
+profiler_is_running: Callable[[], bool] = torch.autograd._profiler_enabled
 
 
 def selective_ignored_ops() -> frozenset[Any]:

@@ -256,9 +256,10 @@ class Outside:
     def put_back(self) -> None:
         """Make the holders hold what they held before :meth:`put_in`."""
         before, self._before = self._before, None
-        switched, self._switched, self.suspects = self._switched, [], {}
-        for tensor in switched:
-            tensor.requires_grad_(not tensor.requires_grad)
+        if self._switched or self.suspects:
+            switched, self._switched, self.suspects = self._switched, [], {}
+            for tensor in switched:
+                tensor.requires_grad_(not tensor.requires_grad)
         if before is not None and not before.is_still_held():
             before.contents.put_into(before.holders)
 
