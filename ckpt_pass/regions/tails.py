@@ -17,6 +17,7 @@ from ckpt_pass.regions.saved_values import Looks
 #: So many elements are read and written in some ten microseconds of a CPU's thread.
 _FEW_ELEMENTS = 1 << 14
 _FEW_OPS = 4
+_MANY = _FEW_ELEMENTS + 1
 
 
 class Tail:
@@ -37,8 +38,10 @@ class Tail:
         self._begin_anew()
         if not is_free(op):
             self._ops += 1
-            touched = output_tensors((*args, *kwargs.values(), output))
-            self._elements += sum(tensor.numel() for tensor in touched)
+            for tensor in output_tensors((*args, *kwargs.values(), output)):
+                size = tensor.numel()
+                # A size that is left open is not looked at: that would fix it.
+                self._elements += size if type(size) is int else _MANY
 
     def _begin_anew(self) -> None:
         if len(self._looks) != self._saved:
