@@ -176,10 +176,9 @@ def recompute_anew(frame: Any) -> None:
         known.pop(task, None)
 
 
-def stops_early(wanted: bool) -> bool:
-    """Whether a region stops early: what ``set_checkpoint_early_stop`` says, else as wanted."""
-    enabled = torch.utils.checkpoint._enable_checkpoint_early_stop
-    return wanted if enabled is None else enabled
+def early_stop_asked() -> bool | None:
+    """What ``set_checkpoint_early_stop`` says of all regions; ``None`` where it says nothing."""
+    return torch.utils.checkpoint._enable_checkpoint_early_stop
 
 
 def debugs(wanted: bool) -> bool:

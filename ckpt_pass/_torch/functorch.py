@@ -290,6 +290,22 @@ def below_autograd_views() -> contextlib.AbstractContextManager[None]:
     return _EXCLUDE(_VIEWS, False)
 
 
+def shared_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """An alias without history that shares the version counter, made below autograd.
+
+    As ``tensor.detach()`` inside :func:`below_autograd_views`, but with no context to be made: this
+    comes for each output that a region saves.
+    """
+    was_left_out = _IS_EXCLUDED(_VIEWS)
+    _SET_EXCLUDED(_VIEWS, False)
+    try:
+        return tensor.detach()
+    finally:
+        _SET_EXCLUDED(_VIEWS, was_left_out)
+
+
+_IS_EXCLUDED: Callable[[Any], bool] = torch._C._dispatch_tls_is_dispatch_key_excluded
+_SET_EXCLUDED: Callable[[Any, bool], None] = torch._C._dispatch_tls_set_dispatch_key_excluded
 _EXCLUDE: Callable[[Any, bool], contextlib.AbstractContextManager[None]] = (
     torch._C._SetExcludeDispatchKeyGuard
 )
@@ -336,9 +352,8 @@ def resize_fake_storage(tensor: torch.Tensor, nbytes: int | torch.SymInt) -> Non
     torch.ops.inductor.resize_storage_bytes_(tensor, nbytes)
 
 
-def profiler_is_running() -> bool:
-    """Whether a profiler session is open in this thread; a second one inside would break both."""
-    return bool(torch.autograd._profiler_enabled())
+#: Whether a profiler session is open in this thread; a second one inside would break both.
+profiler_is_running: Callable[[], bool] = torch.autograd._profiler_enabled
 
 
 def selective_ignored_ops() -> frozenset[Any]:

@@ -24,11 +24,12 @@ _memcmp = _find_memcmp()
 def same_states(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two states, as generators give them (bytes in a row on the host), are the same.
 
-    ``torch.equal`` is an op, which modes of dispatch around would see, and takes longer than to
-    read both states.
+    A mode of dispatch is to see that this is asked: where a step is recorded on fake tensors, which
+    draw nothing, the answer is that of the step as it is run for real. Where there is none the
+    bytes are compared, for the op takes longer than to read both states.
     """
     nbytes = one.nbytes
-    if _memcmp is None or nbytes != other.nbytes:
+    if _memcmp is None or nbytes != other.nbytes or torch._C._len_torch_dispatch_stack():
         return torch.equal(one, other)
     return _memcmp(one.data_ptr(), other.data_ptr(), nbytes) == 0
 

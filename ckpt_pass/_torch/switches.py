@@ -51,6 +51,8 @@ _OF_CUDA: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 )
 if torch.backends.cuda.is_built():
     _SWITCHES += _OF_CUDA
+#: Whether autocast is on for the CPU or another type of device, whose name need not be read.
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 #: What tells what they are: half a microsecond for all.
 READERS = tuple(read for read, _ in _SWITCHES)
 

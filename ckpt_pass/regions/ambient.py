@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_pass._torch import modes
 from ckpt_pass._torch.random_states import same_states
-from ckpt_pass._torch.switches import READERS, set_switches, switches_now
+from ckpt_pass._torch.switches import READERS, any_autocast, set_switches, switches_now
 
 AutocastState = tuple[bool, torch.dtype, bool]
 
@@ -44,7 +44,7 @@ def _autocast_state(device_type: str) -> AutocastState:
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """What is called to note what is around a region: functions of C, all of them, every time.
+    """What is called to note what is around a region: functions of C, nearly all, every time.
 
     Attributes:
         functions: how many modes and hooks there are, what decides which kernels run, and the state
@@ -59,12 +59,20 @@ class Readers:
 _COUNTERS, _SWITCHES_END = len(modes.COUNTERS), len(modes.COUNTERS) + len(READERS)
 
 
+_is_enabled = torch.is_autocast_enabled
+
+
+def _autocast_on_cpu() -> bool:
+    return _is_enabled("cpu") if any_autocast() else False
+
+
 @functools.cache
 def _readers(*kinds: str) -> Readers:
     autocast: list[Callable[[], Any]] = []
     for kind in kinds:
         autocast += (
-            functools.partial(torch.is_autocast_enabled, kind),
+            # Of other devices than the CPU torch may not know whether it is on for any.
+            _autocast_on_cpu if kind == "cpu" else functools.partial(_is_enabled, kind),
             functools.partial(torch.get_autocast_dtype, kind),
             torch.is_autocast_cache_enabled,
         )
@@ -94,24 +102,25 @@ class Surroundings:
         functions: the ``TorchFunctionMode``s around, a default device among them.
         dispatchers: the ``TorchDispatchMode``s of users' own around.
         hooks: users' hooks on all modules.
+        alone: whether there are no modes, nor hooks on all modules.
     """
 
-    __slots__ = ("_alone", "_read", "_readers", "dispatchers", "functions", "hooks")
+    __slots__ = ("_read", "_readers", "alone", "dispatchers", "functions", "hooks")
 
     def __init__(self, readers: Readers) -> None:
         self._readers = readers
         self._read = read = [reader() for reader in readers.functions]
         self.functions = self.dispatchers = self.hooks = _NONE
-        #: Whether there are no modes and hooks. The same numbers are the same surroundings then.
-        self._alone = not any(read[:_COUNTERS])
-        if not self._alone:
+        # The same numbers are the same surroundings then.
+        self.alone = not any(read[:_COUNTERS])
+        if not self.alone:
             self.functions, self.hooks = modes.function_modes(), modes.global_hooks()
             self.dispatchers = modes.dispatch_modes()
 
     def changed(self) -> bool:
         """Whether there is something to enter."""
         now = [reader() for reader in self._readers.functions]
-        return not (self._alone and now == self._read) and self._changed(now)
+        return not (self.alone and now == self._read) and self._changed(now)
 
     def _changed(self, now: list[Any]) -> bool:
         return (

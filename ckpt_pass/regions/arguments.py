@@ -221,48 +221,45 @@ class Arguments:
         self.mutable = [value for value in self.mutable if id(value) in leaves]
 
     def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as the forward got them.
+        """The arguments as the forward got them; containers hold what they held.
 
         Raises:
             MutatedArgumentError: one was changed in place in the meantime.
         """
-        args, kwargs = self._held() if self._unpack is None else self._unpacked()
+        switched = None
+        for tensor, version, flag in self._tensors:
+            if tensor._version != version:
+                raise self._mutated(tensor, version)
+            if tensor.requires_grad is not flag:
+                switched = {id(t): flag for t, _, flag in self._tensors}
+        args, kwargs = self._args, self._kwargs
+        if self._unpack is not None:
+            args, kwargs = self._unpacked()
+        elif switched is not None:
+            args, kwargs = self._with_flags(switched)
         if not self._iterators:
             return args, kwargs
         return _with_new_iterators(args), {k: _with_new_iterators(v) for k, v in kwargs.items()}
-
-    def _held(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        switched = {id(t): flag for t, _, flag in self._tensors if t.requires_grad is not flag}
-        if switched:
-            return self._with_flags(switched)
-        return self._args, self._kwargs
 
     def _with_flags(self, flags: dict[int, bool]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, but leaves that require gradients as they did."""
 
         def flagged(value: torch.Tensor) -> torch.Tensor:
-            flag = flags.get(id(value))
-            return value if flag is None else value.detach().requires_grad_(flag)
+            flag = flags.get(id(value), value.requires_grad)
+            return value if flag is value.requires_grad else value.detach().requires_grad_(flag)
 
         args, kwargs = tree_map_only(torch.Tensor, flagged, (self._args, self._kwargs))
         return args, kwargs
 
-    def check(self) -> None:
-        """Raise unless the tensors are what they were; containers hold what they held.
-
-        Raises:
-            MutatedArgumentError: one was changed in place in the meantime.
-        """
-        for tensor, version, _ in self._tensors:
-            if tensor._version != version:
-                named = _named(self._args, self._kwargs)
-                where = next((f", {name}" for name, value in named if value is tensor), "")
-                raise MutatedArgumentError(
-                    f"An argument of {self._name}{where} (shape {list(tensor.shape)}), was "
-                    f"changed in place {tensor._version - version} times after the region's "
-                    "forward began, so it cannot be recomputed. Clone the argument before the "
-                    "in-place op, or take the op out of the region."
-                )
+    def _mutated(self, tensor: torch.Tensor, version: int) -> MutatedArgumentError:
+        named = _named(self._args, self._kwargs)
+        where = next((f", {name}" for name, value in named if value is tensor), "")
+        return MutatedArgumentError(
+            f"An argument of {self._name}{where} (shape {list(tensor.shape)}), was changed in "
+            f"place {tensor._version - version} times after the region's forward began, so it "
+            "cannot be recomputed. Clone the argument before the in-place op, or take the op out "
+            "of the region."
+        )
 
     def _unpacked(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert self._unpack is not None

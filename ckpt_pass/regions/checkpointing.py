@@ -118,7 +118,8 @@ def checkpoint(
         determinism_check: ``default`` compares shapes and dtypes, ``none`` nothing.
         debug: log the ops of both runs, for an error that says where they part. The region is
             then torch's own.
-        early_stop: end the recomputation with the last value that the backward needs.
+        early_stop: end the recomputation with the last value that the backward needs, unless so
+            little comes after it that to stop would take longer.
         preserve_rng_state: draw the same random numbers in both runs.
         offload: where values go that the policy offloads; to the host where ``None``.
         offload_inputs: also move the activations among the arguments (tensors that have a history;
@@ -336,7 +337,7 @@ def _options_with(name: str, policy: Policy) -> RegionOptions:
 @functools.lru_cache(maxsize=256)
 def _options_without_policy(name: str) -> RegionOptions:
     # What it runs is its root, too.
-    return RegionOptions(name)
+    return RegionOptions(name, runs_on=True)
 
 
 def _shown(fn: Callable[..., Any], name: str | None) -> str:

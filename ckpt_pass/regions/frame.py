@@ -31,6 +31,7 @@ from ckpt_pass.regions.region import RegionMemory
 from ckpt_pass.regions.rerun_mode import RecomputeMode
 from ckpt_pass.regions.sac import selective_contexts
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
+from ckpt_pass.regions.tails import Tail
 from ckpt_pass.regions.writes import ReadWatch, WriteWatch, known_of
 
 Contexts = tuple[
@@ -50,6 +51,8 @@ class RegionOptions:
         traced: makes them where the region is traced under ``torch.compile``.
         draws: whether it draws random numbers; ``None`` to find out, run by run.
         stops_early: whether its recomputation ends with the last value that the backward needs.
+        runs_on: whether it may go on to its end where that costs less than to stop, and holds a few
+            values more for a moment: not where a plan says what it holds.
         checked: whether recomputed values must look like those of the forward.
         root: the module or function whose state the region reads; what it runs where ``None``.
         policy: what it keeps, where there are no ``contexts``.
@@ -64,6 +67,7 @@ class RegionOptions:
     traced: Callable[[], Any] | None = None
     draws: bool | None = None
     stops_early: bool = True
+    runs_on: bool = False
     checked: bool = True
     root: Any = None
     policy: Policy | None = None
@@ -107,10 +111,12 @@ class Frame:
         "_complete",
         "_contexts",
         "_fn",
+        "_known",
         "_memory",
         "_options",
         "_outside",
         "_random",
+        "_runs_on",
         "_saved",
         "_stops_early",
         "_store",
@@ -121,7 +127,9 @@ class Frame:
         self._fn = fn
         self._options = options
         self._saved = SavedLooks()
-        self._stops_early = autograd.stops_early(options.stops_early)
+        asked = autograd.early_stop_asked()
+        self._stops_early = options.stops_early if asked is None else asked
+        self._runs_on = options.runs_on and asked is None
         self._store: list[torch.Tensor | None] = []
         self._complete = False
         self._random: RandomState | None = None
@@ -133,7 +141,7 @@ class Frame:
         """Run the region; what autograd saves inside is not kept."""
         options = self._options
         root = self._fn if options.root is None else options.root
-        known = known_of(root, *args, *kwargs.values())
+        known = self._known = known_of(root, *args, *kwargs.values())
         self._outside = outside = Outside(root, known)
         if options.offload_inputs or options.policy is not None:
             ahead = AHEAD if options.moves is None else options.moves.ahead
@@ -148,17 +156,20 @@ class Frame:
         # Kept to the end of the forward, for backwards inside it; longer where numbers were drawn.
         before = self._random = None if options.draws is False else RandomState(devices)
         around = self._contexts = self._made_contexts((args, kwargs))
+        tail = None if known.watched else Tail(self._saved.looks)
         if known.watched and around[0] is None:
             output = self._run(args, kwargs)
         else:
             with contextlib.ExitStack() as stack:
                 if around[0] is not None:
                     stack.enter_context(around[0])
-                if not known.watched:
-                    stack.enter_context(WriteWatch(outside))
+                if tail is not None:
+                    stack.enter_context(WriteWatch(outside, tail))
                 output = self._run(args, kwargs)
-            if not known.watched:
+            if tail is not None:
                 outside.learn()
+                looks = self._saved.looks
+                known.short_tail = (len(looks), looks[-1]) if looks and tail.is_short() else None
         outside.check_iterators()
         if self._memory is not None and self._memory.window is not None:
             self._memory.window.finish()
@@ -203,19 +214,16 @@ class Frame:
         store = self._store
         value = store[number] if number < len(store) else None
         if value is None:  # not yet recomputed, or used by a backward before this one
-            self._fill_again()
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):  # a backward in there; the forward was not
+                    self._fill()
+            else:
+                self._fill()
             store = self._store
             value = store[number]
             assert value is not None
         store[number] = None
         return value
-
-    def _fill_again(self) -> None:
-        if not torch.is_inference_mode_enabled():
-            self._fill()
-            return
-        with torch.inference_mode(False):  # a backward in there; the forward was not
-            self._fill()
 
     def _fill(self) -> None:
         """Make the values that autograd saved again."""
@@ -235,16 +243,19 @@ class Frame:
         # A backward inside the region's own forward needs what was saved until now, and the forward
         # goes no further: it must not be overtaken.
         stops = not self._complete or (self._stops_early and not to_end)
-        complete = _stop if stops else _go_on
         self._store = []
         rerun = Recomputation(
-            self._options.name, self._saved.looks, complete, self._options.checked
+            self._options.name,
+            self._saved.looks,
+            _stop if stops else _go_on,
+            self._options.checked,
         )
         output = None
-        self._arguments.check()
-        self._outside.put_in(differentiable=torch.is_grad_enabled())
+        untouched = self._outside.put_in(differentiable=torch.is_grad_enabled())
         try:
             if self._needs_nothing_around():
+                if stops and untouched and self._goes_to_its_end():
+                    rerun.complete = _go_on
                 output = self._run_again(rerun, args, kwargs)
             else:
                 with contextlib.ExitStack() as stack:
@@ -258,6 +269,14 @@ class Frame:
         if self._window is not None:
             self._window.fetch_before()
         return output
+
+    def _goes_to_its_end(self) -> bool:
+        """Whether a run does more than it has to, where to stop would cost more.
+
+        Nobody is to see it: not where a mode or a hook looks on, or where the run writes anything.
+        """
+        may = self._runs_on and self._complete and self._ambient.alone
+        return may and self._known.ends_shortly(self._saved.looks)
 
     def _run_again(
         self, rerun: Recomputation, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -8,6 +8,7 @@ from torch import nn
 
 from ckpt_pass.regions.holders import Holders
 from ckpt_pass.regions.noted import Noted, Searched
+from ckpt_pass.regions.saved_values import Looks
 from ckpt_pass.regions.tracks import Track, track_of
 from ckpt_pass.state.objects import global_generators
 
@@ -26,6 +27,8 @@ class Known:
         repointed: of those that it makes look at other memory (``tensor.data = ...``).
         generators: those of the global random generators that it draws from; all of them until
             that is known.
+        short_tail: how many values that run had saved, and what the last looks like, if little was
+            left to be run then.
         name: of the module's class or of the function, once it is needed.
     """
 
@@ -39,6 +42,7 @@ class Known:
         "overwritten",
         "quiet",
         "repointed",
+        "short_tail",
         "watched",
     )
 
@@ -48,6 +52,7 @@ class Known:
         self.overwritten: set[str] = set()
         self.repointed: set[str] = set()
         self.generators = global_generators()
+        self.short_tail: tuple[int, Looks] | None = None
         self.name: str | None = None
         self._track: Track | None = None
         self._found = self._lost = 0
@@ -66,6 +71,10 @@ class Known:
         self._track = track_of(holders) if worth else None
         self._lost += worth
         return Searched(holders)
+
+    def ends_shortly(self, looks: list[Looks]) -> bool:
+        """Whether little is left to be run after values that look like that."""
+        return self.short_tail == (len(looks), looks[-1])
 
     def learnt(self, quiet: bool, generators: tuple[Any, ...]) -> None:
         """Note what a run that was looked at has done."""

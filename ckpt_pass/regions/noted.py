@@ -18,6 +18,7 @@ class Noted(Protocol):
         holders: of the state; of some kinds they are made when they are asked for.
         contents: what these held; likewise.
         tensors, objects, norms: as of the holders.
+        has_no_hooks: whether it is certain that none of the modules had hooks around its forward.
     """
 
     @property
@@ -34,6 +35,9 @@ class Noted(Protocol):
 
     @property
     def norms(self) -> bool: ...
+
+    @property
+    def has_no_hooks(self) -> bool: ...
 
     def movable(self) -> list[torch.Tensor]:
         """Those of the tensors that may be given other memory and are seen to be."""
@@ -52,6 +56,7 @@ class Searched:
     """
 
     __slots__ = ("contents", "holders")
+    has_no_hooks = False
 
     def __init__(self, holders: Holders) -> None:
         self.holders = holders

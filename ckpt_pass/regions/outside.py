@@ -201,11 +201,14 @@ class Outside:
             return None
         return self._copies.get(tensor.untyped_storage()._cdata)
 
-    def put_in(self, differentiable: bool = False) -> None:
+    def put_in(self, differentiable: bool = False) -> bool:
         """Make the holders hold what the forward began with; :meth:`put_back` ends that.
 
         Args:
             differentiable: whether the recomputation's own history is differentiated.
+
+        Returns:
+            Whether nothing has changed, nor does the region change anything, or call hooks.
 
         Raises:
             MutatedStateError: a tensor has other values now, and no copy of it is there.
@@ -218,7 +221,7 @@ class Outside:
         if not moved and state.is_still_held():
             # What has changed nothing will not, this time.
             self._before = None if self._known.quiet else state
-            return
+            return self._known.quiet and state.has_no_hooks
         self._known.quiet = False
         holders = state.holders
         before = Searched(holders)
@@ -233,6 +236,7 @@ class Outside:
                 raise
         if stand_ins:
             self._replace(stand_ins)
+        return False
 
     def _switch_flags(self) -> None:
         """Let leaves require gradients as they did; :meth:`put_back` ends that."""
@@ -252,9 +256,10 @@ class Outside:
     def put_back(self) -> None:
         """Make the holders hold what they held before :meth:`put_in`."""
         before, self._before = self._before, None
-        switched, self._switched, self.suspects = self._switched, [], {}
-        for tensor in switched:
-            tensor.requires_grad_(not tensor.requires_grad)
+        if self._switched or self.suspects:
+            switched, self._switched, self.suspects = self._switched, [], {}
+            for tensor in switched:
+                tensor.requires_grad_(not tensor.requires_grad)
         if before is not None and not before.is_still_held():
             before.contents.put_into(before.holders)
 

@@ -60,12 +60,6 @@ def changed_in_place(name: str) -> str:
     )
 
 
-def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    """An alias without autograd history that shares the version counter."""
-    with functorch.below_autograd_views():
-        return tensor.detach()
-
-
 def _versions(value: Any) -> int | tuple[int, ...]:
     if isinstance(value, torch.Tensor):
         return storages.version_of(value)
@@ -81,12 +75,11 @@ class Saved:
         self.taken = False
         self._draw = draw
         if isinstance(output, torch.Tensor):  # nearly always: no pytree for one tensor
-            with functorch.below_autograd_views():
-                alias = output.detach()
+            alias = functorch.shared_alias(output)
             self._value: Any = alias
             self._versions: int | tuple[int, ...] = storages.version_of(alias)
         else:
-            self._hold(tree_map_only(torch.Tensor, _detached, output))
+            self._hold(tree_map_only(torch.Tensor, functorch.shared_alias, output))
 
     def _hold(self, value: Any) -> None:
         self._value = value

@@ -62,7 +62,7 @@ class Recomputation:
         checked: whether looks are compared.
     """
 
-    __slots__ = ("_checked", "_complete", "_count", "_expected", "_name", "_seen", "_store")
+    __slots__ = ("_checked", "_count", "_expected", "_name", "_seen", "_store", "complete")
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Recomputation:
         self._name = name
         self._expected = expected
         self._count = len(expected)
-        self._complete = complete
+        self.complete = complete
         self._checked = checked
 
     def pack(self, value: torch.Tensor) -> int:
@@ -94,7 +94,7 @@ class Recomputation:
                 raise self._mismatch(number, value)
         store.append(value)
         if number + 1 == self._count:
-            self._complete()
+            self.complete()
         return number
 
     def unpack(self, number: int) -> torch.Tensor:

@@ -47,7 +47,7 @@ class Track:
     Made of holders that were looked for; of use only where :meth:`leads_to` the same.
 
     Args:
-        holders: what was found.
+        holders: what was found, without cells and objects, and with an owner for each spot.
 
     Attributes:
         marks: of the dicts along the way (:attr:`OnTrack.dicts`), when it was found.
@@ -89,9 +89,9 @@ class Track:
         names: dict[int, dict[str, Any]] = {}
         owners: dict[int, Owner] = {}
         for owner, (_, name, value) in zip(holders.owners, holders.spots, strict=True):
-            if owner is not None:
-                owners[id(owner)] = owner
-                names.setdefault(id(owner), {})[name] = value
+            assert owner is not None
+            owners[id(owner)] = owner
+            names.setdefault(id(owner), {})[name] = value
         # Functions, whose names are those of their files, come last.
         order = sorted(owners, key=lambda number: type(owners[number]) is FUNCTION)
         self._closed = sum(type(owner) is FUNCTION for owner in owners.values())
@@ -116,20 +116,18 @@ class Track:
         filled = [[n for n in range(k, len(parts), _EACH) if parts[n]] for k in range(_BUFFERS + 1)]
         self.filled = tuple(map(len, filled))
         order = list(chain.from_iterable(filled))
-        self._filled = _picker(order)
-        self._empty = _picker([n for n in range(len(parts)) if n not in order])
+        others = set(range(len(parts))).difference(order)
+        self._filled, self._empty = _picker(order), _picker(sorted(others))
         read = [n for n in filled[_BUFFERS] if _reads_buffers(modules[n // _EACH])]
         self._read = _picker(filled[_PARAMETERS] + read)
 
     def leads_to(self, holders: Holders) -> bool:
         """Whether all of the holders, and no others, are found again by it."""
-        if not holders.lasting or holders.cells or holders.objects:
-            return False
-        if any(owner is None for owner in holders.owners):
-            return False
         found = self._look()
         if found is None or not {dict}.issuperset(map(type, found.dicts)):
             return False
+        if not {str}.issuperset(map(type, chain.from_iterable(found.dicts))):
+            return False  # keys are kept, and any others may lead to the module
         own = map(read_by_runs, found.dicts[: self.modules])
         self.layout = Layout.of([*own, *found.dicts[self.modules :]], found.at_hand())
         self.marks = found.marks()
@@ -205,6 +203,7 @@ class OnTrack:
         spots: what single names in them hold.
     """
 
+    has_no_hooks = True
     _contents: Contents | None
     _held_inside: Inner | None
     _holders: Holders | None
@@ -348,5 +347,9 @@ def _ids(values: Iterable[Any]) -> set[int]:
 
 def track_of(holders: Holders) -> Track | None:
     """The way to a module's holders; ``None`` where it is too long to be worth keeping."""
+    if not holders.lasting or holders.cells or holders.objects:
+        return None
+    if any(owner is None for owner in holders.owners):
+        return None
     track = Track(holders)
     return track if track.leads_to(holders) else None

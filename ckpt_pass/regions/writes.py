@@ -22,6 +22,7 @@ from ckpt_pass.regions.actions import is_free, is_mutable, overwritten, statisti
 from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.known import Known
 from ckpt_pass.regions.outside import Outside
+from ckpt_pass.regions.tails import Tail
 from ckpt_pass.state.remembered import Remembered
 
 #: Of functions, by their code (a lambda is made anew for every run), by the module that they run.
@@ -68,11 +69,17 @@ def _of_code(fn: Any, module: nn.Module | None) -> Known:
 
 
 class WriteWatch(QuickMode):
-    """Copies tensors around a region before the region's forward overwrites them."""
+    """Copies tensors around a region before the region's forward overwrites them.
 
-    def __init__(self, outside: Outside) -> None:
+    Args:
+        outside: those.
+        tail: is told of each op.
+    """
+
+    def __init__(self, outside: Outside, tail: Tail | None = None) -> None:
         super().__init__()
         self._outside = outside
+        self._tail = tail
         self._storages = outside.storages()
 
     def __torch_dispatch__(
@@ -80,7 +87,10 @@ class WriteWatch(QuickMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.look(func, args, kwargs)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if self._tail is not None:
+            self._tail.ran(func, args, kwargs, output)
+        return output
 
     def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Copy what an op is about to overwrite, note what it reads."""

@@ -45,9 +45,10 @@ def made() -> Any:
             self.level = 0.5
             self.extras = [1.0]
             self.settings = Settings()
+            self.act, self.sizes = torch.tanh, (1.0, None)
 
         def forward(self, x: Tensor) -> Tensor:
-            hidden = torch.tanh(self.up(x) * self.level + self.offset)
+            hidden = self.act(self.up(x) * self.level + self.offset) * self.sizes[0]
             extra = self.extras[0] * self.settings.scale * self.settings.table["a"]
             own = getattr(self.up.weight, "strength", 1.0)
             out = self.down(self.scaled(hidden) * own) + hidden * GAIN * extra
@@ -84,6 +85,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "a number": lambda m: setattr(m, "level", 4.0),
     "a number that is gone": lambda m: delattr(m, "level"),
     "a number in a list": lambda m: m.extras.__setitem__(0, 5.0),
+    "a function": lambda m: setattr(m, "act", torch.sin),
+    "a tuple": lambda m: setattr(m, "sizes", (3.0, None)),
     "a list that is new": lambda m: setattr(m, "extras", [7.0]),
     "settings": lambda m: setattr(m, "settings", Settings(5.0)),
     "a setting": lambda m: setattr(m.settings, "scale", 7.0),
