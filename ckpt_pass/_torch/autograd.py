@@ -45,7 +45,7 @@ transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_activ
 
 def keeps_graph() -> bool:
     """Whether the backward that runs leaves what was saved for another one."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def forward_derivatives_active() -> bool:

@@ -17,7 +17,7 @@ from scipy import sparse
 from scipy.optimize import LinearConstraint, milp
 
 from ckpt_pass.planner.solution import Solution
-from ckpt_pass.steps.running import StepRun
+from ckpt_pass.steps.graphs import StepRun
 
 #: What a second of copying that nothing waits for is taken to cost: of two plans that are as fast,
 #: the one that moves less.
