@@ -17,7 +17,7 @@ from ckpt_pass._torch import compilers
 from ckpt_pass.compile.engine import OPEN, Partitioner
 from ckpt_pass.plans.goal import as_goal
 from ckpt_pass.policy.named import as_policy
-from ckpt_pass.steps.choosing import Level, choose, least, moments_of
+from ckpt_pass.steps.choosing import Level, choose, least, moments_of, peak_of
 from ckpt_pass.steps.graphs import GraphCall, StepRun
 from ckpt_pass.steps.running import FakeStep
 from tests.zoo import Built, run_step, seeded
@@ -243,11 +243,7 @@ def test_sharing_a_budget_is_as_good_as_trying_all() -> None:
     ]
 
     def peak(choice: tuple[int, int]) -> int:
-        return max(
-            moment.nbytes
-            + sum(n for graph, level, n in moment.changes(levels) if choice[graph] == level)
-            for moment in moments
-        )
+        return peak_of(moments, levels, choice)
 
     choices = [(one, other) for one in range(3) for other in range(3)]
     lowest = min(map(peak, choices))
