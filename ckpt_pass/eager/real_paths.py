@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ class RealPaths(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.one_hot:
             return self._one_hot(*args, **kwargs)
+        if func in (torch.nn.functional.ctc_loss, torch.ctc_loss):
+            return _ctc_loss(func, *args, **kwargs)
         if func is torch.Tensor.__format__ and autograd.is_fake(args[0]) and not args[0].ndim:
             return format(args[0].item(), *args[1:])
         return func(*args, **kwargs)
@@ -43,3 +46,43 @@ class RealPaths(TorchFunctionMode):
             num_classes = largest + 1 if num_classes == -1 else num_classes
         found = torch.zeros(*tensor.shape, num_classes, dtype=tensor.dtype, device=tensor.device)
         return found.scatter_(-1, tensor.unsqueeze(-1), 1)
+
+
+def _ctc_loss(
+    func: Callable[..., Any],
+    log_probs: torch.Tensor,
+    targets: torch.Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: int | str = "mean",
+    zero_infinity: bool = False,
+) -> torch.Tensor:
+    """``at::ctc_loss``: it writes lengths that are numbers into memory, of which fakes have none.
+
+    With lengths in tensors, and where cuDNN may compute it, it goes on as it is.
+    """
+    numbers, counts = _numbers(input_lengths), _numbers(target_lengths)
+    goes_on = not autograd.is_fake(log_probs) or log_probs.device.type == "cuda"
+    found: torch.Tensor
+    if goes_on or numbers is None or counts is None:
+        given = input_lengths, target_lengths, blank, reduction, zero_infinity
+        found = func(log_probs, targets, *given)
+        return found
+    rows = log_probs if log_probs.dim() == 3 else log_probs.unsqueeze(1)
+    indices = targets.to(rows.device, torch.long)
+    losses: torch.Tensor = torch._ctc_loss(rows, indices, numbers, counts, blank, zero_infinity)[0]
+    if zero_infinity:
+        zero = torch.zeros((), dtype=losses.dtype, device=losses.device)
+        losses = torch.where(losses == math.inf, zero, losses)
+    if reduction in (1, "mean"):
+        lengths = torch.tensor(counts, dtype=losses.dtype, device=losses.device)
+        return (losses / lengths.clamp_min(1)).mean()
+    if reduction in (2, "sum"):
+        return losses.sum()
+    return losses if log_probs.dim() == 3 else losses.squeeze(0)
+
+
+def _numbers(lengths: Any) -> list[int] | None:
+    """Lengths in a tuple or a list; ``None`` for those in a tensor."""
+    return None if isinstance(lengths, torch.Tensor) else [*map(int, lengths)]

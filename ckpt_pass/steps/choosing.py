@@ -116,6 +116,18 @@ def moments_of(run: StepRun) -> list[_Moment]:
     return [*found, _Moment(run.curve.most(before), tuple(held))]
 
 
+def peak_of(
+    moments: Sequence[_Moment], levels: Sequence[Sequence[Level]], chosen: Sequence[int]
+) -> int:
+    """The peak of the step with a level of each graph, by what each changes alone."""
+
+    def bytes_at(moment: _Moment) -> int:
+        changed = moment.changes(levels)
+        return moment.nbytes + sum(n for graph, level, n in changed if chosen[graph] == level)
+
+    return max(map(bytes_at, moments), default=0)
+
+
 def choose(
     moments: Sequence[_Moment], levels: Sequence[Sequence[Level]], budget_bytes: int
 ) -> list[int] | None:

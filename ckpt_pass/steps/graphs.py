@@ -176,12 +176,18 @@ class Graphs:
         storage = state.untyped_storage()
         weakref.finalize(storage, self.held.hold(storage.nbytes())).atexit = False
 
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        watcher, self.mode.watcher = self.mode.watcher, None  # a compilation is no part of a step
+    @contextlib.contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Inside, what runs is no part of the step."""
+        watcher, self.mode.watcher = self.mode.watcher, None
         try:
-            return self._compiled(gm, inputs)
+            yield
         finally:
             self.mode.watcher = watcher
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        with self._unseen():
+            return self._compiled(gm, inputs)
 
     def _compiled(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         placeholders = gm.graph.find_nodes(op="placeholder")
@@ -258,12 +264,7 @@ class Graphs:
             return run(args)
         if is_backward:
             return halves.run_backward(args, compiled)
-        watcher, self.mode.watcher = self.mode.watcher, None  # the carrier is none of the step's
-        try:
-            carrier = torch.empty(0, device="cpu")
-        finally:
-            self.mode.watcher = watcher
-        return halves.run_forward(args, compiled, carrier)
+        return halves.run_forward(args, compiled, self._unseen)
 
     def _watch(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[Any], Any]

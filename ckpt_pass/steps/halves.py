@@ -8,9 +8,12 @@ each of them: it is held, and let go of, by whom they would be.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ckpt_pass._torch import autograd, compilers, functorch
@@ -54,16 +57,18 @@ class Halves:
     layout: Layout
     backward_inputs: int
 
-    def run_forward(self, args: list[Any], compiled: Layout, carrier: Tensor) -> tuple[Any, ...]:
+    def run_forward(
+        self, args: list[Any], compiled: Layout, unseen: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Any, ...]:
         """Run the forward where the one of another layout was compiled.
 
         Args:
             args: what the forward is given.
             compiled: the layout that is waited for.
-            carrier: stands for the saved values.
+            unseen: inside it, ops are none of the step's.
 
         Raises:
-            LostValuesError: they cannot be handed on, or other values are given.
+            LostValuesError: what it saves cannot be handed on, or other values are given.
         """
         mine = self.layout
         carries = compiled.tensors or not (mine.tensors or mine.sizes)
@@ -71,7 +76,15 @@ class Halves:
             raise LostValuesError
         made = list(self.forward(args))
         saved = made[mine.outputs :]
-        vars(carrier)[_SAVED] = [*saved[mine.tensors :], *saved[: mine.tensors]]
+        returned = {id(value) for value in made[: mine.outputs]}
+        with unseen():
+            carrier = torch.empty(0, device="cpu")
+            # An output, or what is a view of one, holds its node, which holds the carrier.
+            tensors = [
+                value.detach() if id(value) in returned or value._is_view() else value
+                for value in saved[: mine.tensors]
+            ]
+        vars(carrier)[_SAVED] = [*saved[mine.tensors :], *tensors]
         return (
             *made[: mine.outputs],
             *([carrier] * compiled.tensors),

@@ -26,6 +26,7 @@ from ckpt_pass.steps.choosing import (
     least,
     level_of,
     moments_of,
+    peak_of,
 )
 from ckpt_pass.steps.graphs import SeenGraph, StepRun
 from ckpt_pass.steps.running import FakeStep, StepRuns
@@ -134,8 +135,9 @@ class _Planning:
             if found.peak_bytes <= budget_bytes:
                 return found
             # What a plan changes is known of its graph alone; beside others it may be a little
-            # less, and what was over is asked for as well.
-            aim -= found.peak_bytes - budget_bytes
+            # less. What was seen to be lacking is asked for as well, so that others are chosen.
+            lacking = found.peak_bytes - peak_of(moments, levels, chosen)
+            aim = min(aim - 1, budget_bytes - lacking)
         found = self._chosen(levels, least(moments, levels), budget_bytes)
         if found.peak_bytes <= budget_bytes:
             return found

@@ -313,3 +313,29 @@ def test_a_refusal_names_what_cannot_be_a_region() -> None:
     least = caught.value.least_feasible_bytes
     plan = ckpt_pass.plan(_Refused(), torch.randn(64, 32), budget=least, mode="eager")
     assert plan.peak_bytes <= least
+
+
+class WritesIntoProducts(nn.Module):
+    """All that takes time is written into later, so that no op of it may be kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 128), nn.Linear(128, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        hidden[:, ::2].mul_(1.5)
+        hidden[:, :32].add_(x)
+        found: Tensor = x + self.down(hidden.tanh())
+        return found
+
+
+def test_regions_that_are_dearer_than_all_ops_that_may_be_kept() -> None:
+    model, args = nn.Sequential(*(WritesIntoProducts() for _ in range(6))), (torch.randn(256, 32),)
+    loss = torch.sum
+    plain = ckpt_pass.plan(model, *args, budget=1.0, mode="eager", loss_fn=loss).peak_bytes
+    plan = ckpt_pass.plan(model, *args, budget=0.6, mode="eager", loss_fn=loss)
+    assert plan.regions and plan.peak_bytes <= 0.6 * plain
+    with plan.applied(model):
+        measured = ckpt_pass.measure_step(lambda: loss(model(*args)), repeats=1)
+    assert abs(measured.peak_bytes - plan.peak_bytes) <= 64

@@ -167,3 +167,34 @@ def test_a_gradient_inside_a_forward_that_looks_at_values() -> None:
     model, x = nn.Sequential(Slope(), Slope()), torch.randn(4, 8)
     plan = ckpt_pass.plan(model, x, loss_fn=torch.sum, budget=1.0, mode="eager")
     assert plan.peak_bytes > 0
+
+
+class Aligned(nn.Module):
+    """A CTC loss; of a batch or of one sequence."""
+
+    def __init__(self, reduction: str, zero_infinity: bool, batch: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.loss = nn.CTCLoss(reduction=reduction, zero_infinity=zero_infinity)
+        self.batch = batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.fc(x).log_softmax(-1)
+        count = max(self.batch, 1)
+        targets = torch.ones(count, 3, dtype=torch.long)
+        if not self.batch:
+            targets = targets[0]
+        else:
+            rows = rows[:, None].repeat(1, self.batch, 1)
+        found: Tensor = self.loss(rows, targets, (12,) * count, [3] * count)
+        return found.sum()
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("reduction", "zero_infinity"), [("mean", False), ("sum", True), ("none", False)]
+)
+def test_lengths_that_are_numbers(reduction: str, zero_infinity: bool, batch: int) -> None:
+    model, x = Aligned(reduction, zero_infinity, batch), torch.randn(12, 16)
+    plan = ckpt_pass.plan(model, x, budget=1.0, mode="eager")
+    assert ckpt_pass.measure_step(lambda: model(x), repeats=1).peak_bytes == plan.peak_bytes

@@ -389,6 +389,21 @@ def test_two_writers_keep_what_the_other_wrote(tmp_path: Path) -> None:
     json.loads((tmp_path / "kernels.json").read_text())
 
 
+def test_a_file_is_read_again_once_another_process_has_replaced_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    KernelCache(tmp_path).add("here", {"a": KernelFacts(workspace_bytes=1)})
+    text, read = (tmp_path / "kernels.json").read_text(), list[str]()
+    real = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: read.append(text) or real(text))
+    first = KernelCache(tmp_path)
+    assert not read and first.get("here", "a") == KernelFacts(1)
+    (tmp_path / "other").write_text(text.replace(":1}", ":20}"))
+    (tmp_path / "other").replace(tmp_path / "kernels.json")
+    assert KernelCache(tmp_path).get("here", "a") == KernelFacts(20)
+    assert len(read) == 1 and first.get("here", "a") == KernelFacts(1)
+
+
 def test_a_folder_that_cannot_be_written_is_warned_of(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(KernelCacheWarning):

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import ckpt_pass
-from ckpt_pass.steps.choosing import Level, choose, least, moments_of
+from ckpt_pass._torch import compilers
+from ckpt_pass.compile.engine import OPEN, Partitioner
+from ckpt_pass.plans.goal import as_goal
+from ckpt_pass.policy.named import as_policy
+from ckpt_pass.steps.choosing import Level, choose, least, moments_of, peak_of
 from ckpt_pass.steps.graphs import GraphCall, StepRun
+from ckpt_pass.steps.running import FakeStep
 from tests.zoo import Built, run_step, seeded
 
 
@@ -161,6 +166,43 @@ def test_it_says_what_it_is() -> None:
         ckpt_pass.StepPlan.from_json(plan.to_json().replace('"peak_bytes": ', '"peak_bytes": 1'))
 
 
+def test_other_plans_take_no_other_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = cut("apart")()
+    step, compiled = FakeStep(model, inputs, {}), list[object]()
+    real = compilers.compile_eager
+    monkeypatch.setattr(compilers, "compile_eager", lambda *a: compiled.append(a) or real(*a))
+    plain = Partitioner(OPEN, in_place=True, goal=as_goal(1 << 40))
+    tight = Partitioner(as_policy("save-nothing"), in_place=True)
+    with step.opened(plain) as runs:
+        before = len(compiled)
+        again, other, back = runs.again(plain), runs.again(tight), runs.again(plain)
+        assert len(compiled) == before
+    with step.opened(tight) as alone:
+        assert other.curve.most() == alone.first.curve.most() != runs.first.curve.most()
+    for run in (again, back):
+        assert run.curve.bytes_at == runs.first.curve.bytes_at
+
+
+class Copies(nn.Module):
+    """The user's own hooks copy what the graphs save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.Tensor.contiguous):
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x).square().mean()
+
+
+def test_values_that_hooks_of_the_user_take() -> None:
+    make = seeded(lambda: (Copies(), (torch.randn(256, 32),)))
+    plan = planned(make, 0.9)
+    assert measured(make, plan) == plan.peak_bytes
+
+
 def test_the_same_on_every_run() -> None:
     assert planned.__wrapped__(cut("apart"), 0.5) == planned(cut("apart"), 0.5)
 
@@ -201,11 +243,7 @@ def test_sharing_a_budget_is_as_good_as_trying_all() -> None:
     ]
 
     def peak(choice: tuple[int, int]) -> int:
-        return max(
-            moment.nbytes
-            + sum(n for graph, level, n in moment.changes(levels) if choice[graph] == level)
-            for moment in moments
-        )
+        return peak_of(moments, levels, choice)
 
     choices = [(one, other) for one in range(3) for other in range(3)]
     lowest = min(map(peak, choices))
