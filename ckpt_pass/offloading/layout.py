@@ -55,7 +55,7 @@ def counted_part(tensor: torch.Tensor) -> Part | None:
     """The part of its storage whose changes a tensor's version counter tells; ``None``: all of it.
 
     The counter is that of the tensor and of what autograd knows as its views. The pieces that
-    ``unsafe_chunk`` and ``unsafe_split`` make, in LSTMs and GRUs say, are no views to autograd: they
+    ``unsafe_chunk`` and ``unsafe_split`` make, in LSTMs say, are no views to autograd: they
     lie in one storage, and each has a counter of its own.
     """
     whole = tensor if tensor._base is None else tensor._base
