@@ -150,6 +150,11 @@ class Ticket:
         self._changed = storages.version_of(source) != self._version
         held.source = None
 
+    def recount(self) -> None:
+        """Take the tensor's version as it is now, after a change that changed no value."""
+        if self._held.source is not None:
+            self._version = storages.version_of(self._held.source)
+
     def close(self) -> None:
         """Stand for no other tensor from now on: its storage is about to be written to."""
         self._closed = True
