@@ -69,6 +69,16 @@ def must_be_in_backward(node: fx.Node) -> bool:
     return bool(partitioners._must_be_in_backward(node))
 
 
+def save_like_any_other(node: fx.Node) -> None:
+    """Have AOTAutograd save a value as autograd does, whatever a Function wrote to its ``ctx``.
+
+    Values that a Function keeps on ``ctx``, without ``save_for_backward``, lie on AOTAutograd's own
+    ``ctx`` as well, so that their versions are not looked at; there they stay when the backward has
+    read them, until the graph goes (``runtime_wrappers.py``, ``_tensors_no_vc_check``).
+    """
+    node.meta.pop("saved_tensor_with_no_vc_check", None)
+
+
 def joint_outputs(
     module: fx.GraphModule, num_fwd_outputs: int
 ) -> tuple[list[Any], list[Any], list[Any]]:

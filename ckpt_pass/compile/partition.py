@@ -206,6 +206,18 @@ def random_recomputed(saved: SavedSet) -> list[fx.Node]:
     ]
 
 
+def _free_after_use(joint: JointGraph, saved: SavedSet) -> None:
+    """Have all saved values let go of when the backward has read them, as a plan says.
+
+    Inputs and outputs are others' as well, who may change them; the graph's own values nobody does,
+    so that no version of theirs needs to be left unseen.
+    """
+    for node in saved.values:
+        owner = joint.owner(node)
+        if owner not in joint.returned and owner.op != "placeholder":
+            functorch.save_like_any_other(node)
+
+
 def split(
     joint: JointGraph,
     saved: SavedSet,
@@ -224,6 +236,7 @@ def split(
             which each is asked for.
         where: the store that they go to (:mod:`ckpt_pass.offloading.graph_ops`).
     """
+    _free_after_use(joint, saved)
     forward, backward, num_symbols = functorch.extract_forward_backward(
         joint.module,
         [

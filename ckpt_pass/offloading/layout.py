@@ -59,10 +59,12 @@ def counted_part(tensor: torch.Tensor) -> Part | None:
     they lie in one storage, and each has a counter of its own.
     """
     whole = tensor if tensor._base is None else tensor._base
-    offset, size, stride = int(whole.storage_offset()), whole.size(), whole.stride()
-    itemsize = whole.element_size()
+    offset, nbytes = int(whole.storage_offset()), whole.untyped_storage().nbytes()
+    if not offset and whole.nbytes == nbytes:  # nearly always
+        return None
+    size, stride, itemsize = whole.size(), whole.stride(), whole.element_size()
     last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if not offset and (last + 1) * itemsize >= whole.untyped_storage().nbytes():
+    if not offset and (last + 1) * itemsize >= nbytes:
         return None
     return offset, size, stride, itemsize
 

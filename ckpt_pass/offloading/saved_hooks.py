@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,15 @@ from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.store import MovedValueChangedError, changed_on_its_way
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.offloading.window import AHEAD, Moved, Window
+
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+def _untraced(fn: _Fn) -> _Fn:
+    """What dynamo does not trace: it meets hooks where what it compiles calls what it does not."""
+    return cast(
+        _Fn, torch.compiler.disable(fn, reason="what autograd saves is offloaded in eager mode")
+    )
 
 
 @dataclass(slots=True)
@@ -67,6 +76,12 @@ class SavedHooks:
             if isinstance(value, torch.Tensor) and self._window.is_worth_moving(value):
                 self._kept.add(value.untyped_storage()._cdata)
 
+    @_untraced
+    def keep_arguments(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The same for a module's arguments: a hook that comes before its forward."""
+        self.keep((args, kwargs))
+
+    @_untraced
     def pack(self, tensor: torch.Tensor) -> _Stayed | _Packed:
         """What autograd holds instead of a tensor.
 
@@ -100,6 +115,7 @@ class SavedHooks:
             if isinstance(tensor, torch.Tensor) and not _changed(packed, tensor):
                 self._put(packed, tensor)
 
+    @_untraced
     def unpack(self, packed: _Stayed | _Packed) -> torch.Tensor:
         """The tensor, as it was.
 
@@ -153,18 +169,18 @@ def _changed(packed: _Packed, tensor: torch.Tensor) -> bool:
     return storages.version_of(tensor) != packed.version
 
 
-@contextlib.contextmanager
 def offload_activations(
     model: nn.Module | None = None,
     offload: OffloadLike | None = None,
     *,
     in_flight: int = Offload.IN_FLIGHT,
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Offload what autograd saves inside the ``with`` block; run the forward in it.
 
     As TRL's and torchtune's ``OffloadActivations``. Nothing is recomputed. A saved tensor's whole
     storage is moved, once, whoever shares it, and comes back with size and stride; the next are
     fetched ahead. The last ``in_flight`` values stay where they are: the backward begins with them.
+    Inside a function that ``torch.compile`` compiles, dynamo cuts the graph at the block.
 
     Args:
         model: its parameters, buffers and inputs stay. Without it inputs that require no gradient
@@ -178,14 +194,19 @@ def offload_activations(
         StoreWriteError: a value could not be written.
         StoreReadError, MovedValueChangedError: come in the backward.
     """
+    return _Offloaded(model, offload, in_flight)
+
+
+@contextlib.contextmanager
+def _offloaded(
+    model: nn.Module | None, offload: OffloadLike | None, in_flight: int
+) -> Iterator[None]:
     window = Window(Offload() if offload is None else offload, in_flight=in_flight, last_first=True)
     hooks = SavedHooks(window)
     handle = None
     if model is not None:
         hooks.keep([*model.parameters(), *model.buffers()])
-        handle = model.register_forward_pre_hook(
-            lambda _module, args, kwargs: hooks.keep((args, kwargs)), with_kwargs=True
-        )
+        handle = model.register_forward_pre_hook(hooks.keep_arguments, with_kwargs=True)
     try:
         with hooks.active():
             yield
@@ -193,6 +214,26 @@ def offload_activations(
         window.forget()
         if handle is not None:
             handle.remove()
+
+
+class _Offloaded(contextlib.ContextDecorator, contextlib.AbstractContextManager[None]):
+    """A block of :func:`offload_activations`, of which dynamo traces nothing."""
+
+    def __init__(
+        self, model: nn.Module | None, offload: OffloadLike | None, in_flight: int
+    ) -> None:
+        self._options = model, offload, in_flight
+        self._blocks: list[contextlib.AbstractContextManager[None]] = []
+
+    @_untraced
+    def __enter__(self) -> None:
+        block = _offloaded(*self._options)
+        block.__enter__()
+        self._blocks.append(block)
+
+    @_untraced
+    def __exit__(self, *exc: Any) -> bool | None:
+        return self._blocks.pop().__exit__(*exc)
 
 
 @contextlib.contextmanager

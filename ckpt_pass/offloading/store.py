@@ -103,6 +103,7 @@ class Ticket:
         "_held",
         "_latest",
         "_layout",
+        "_process",
         "_storage",
         "_version",
         "was_taken",
@@ -113,6 +114,7 @@ class Ticket:
         alias = storages.detached(tensor)
         self._version = storages.version_of(alias)
         self._changed = self._closed = False
+        self._process = os.getpid()
         self._storage = storages.WeakStorage(tensor.untyped_storage())
         #: What was handed out to be shared, as long as somebody holds it.
         self._latest: storages.WeakStorage | None = None
@@ -126,6 +128,11 @@ class Ticket:
     def nbytes(self) -> int:
         """Bytes of the tensor's storage."""
         return self._layout.storage_bytes
+
+    @property
+    def is_anothers(self) -> bool:
+        """Whether it was put away in another process, which this one was forked from."""
+        return os.getpid() != self._process
 
     @property
     def released(self) -> bool:
@@ -149,6 +156,11 @@ class Ticket:
         # Looked at after the wait: nobody can have written to what was on its way, unseen.
         self._changed = storages.version_of(source) != self._version
         held.source = None
+
+    def recount(self) -> None:
+        """Take the tensor's version as it is now, after a change that changed no value."""
+        if self._held.source is not None:
+            self._version = storages.version_of(self._held.source)
 
     def close(self) -> None:
         """Stand for no other tensor from now on: its storage is about to be written to."""
@@ -176,7 +188,7 @@ class Ticket:
         Asked of tensors with one version counter only (:func:`~.layout.counted_part`).
         """
         return (
-            not self._closed
+            not (self._closed or self.is_anothers)
             and tensor.untyped_storage()._cdata == self._storage.cdata
             and not self._storage.expired()
             and tensor.untyped_storage().nbytes() == self._layout.storage_bytes

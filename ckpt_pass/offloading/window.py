@@ -157,7 +157,7 @@ class Window:
     def _fetch(self, index: int) -> bool:
         """Begin to fetch one; whether there is one to be fetched."""
         ticket = self._tickets[index]()
-        if ticket is None or ticket.was_taken:
+        if ticket is None or ticket.was_taken or ticket.is_anothers:
             return False
         ticket.fetch()
         return True

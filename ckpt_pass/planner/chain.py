@@ -152,7 +152,8 @@ class Chain:
         return links
 
     def _compose(self, links: Sequence[_Link]) -> Mix:
-        saved: set[int] = set()
+        # A region may run again what takes a bound value of another one, whose own way leaves it.
+        saved: set[int] = set(self._problem.bound)
         drops: set[Drop] = set()
         regions = self._menus.regions
         for link in links:

@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import replace
 
 from ckpt_pass.planner.bound import lower_bound
-from ckpt_pass.planner.chain import Chain
+from ckpt_pass.planner.chain import Chain, Mix
 from ckpt_pass.planner.cut import CutGraph, mean_price
 from ckpt_pass.planner.improve import improved
 from ckpt_pass.planner.lower import lowered
@@ -101,6 +101,7 @@ class Pool:
         self.problem = problem
         self.plans: dict[object, Solution] = {}
         self._cuts: dict[frozenset[int], Solution] = {}  # many prices give the same
+        self._mixes: dict[Mix, Solution] = {}
         plain = without_recompute(problem)
         self._add(plain)
         price = mean_price(problem)
@@ -171,8 +172,10 @@ class Pool:
             mix = self._chain.best_mix(peak_bytes, spans=True)
         if mix is None:
             return None
-        known = self.plans.get((mix.saved, mix.drops))
-        return known or self._add(evaluate(self.problem, mix.saved, "chain of layers", mix.drops))
+        if mix not in self._mixes:
+            made = evaluate(self.problem, mix.saved, "chain of layers", mix.drops)
+            self._mixes[mix] = self._add(made)
+        return self._mixes[mix]
 
     def _add(self, plan: Solution) -> Solution:
         return self.plans.setdefault((plan.saved, plan.drops), plan)

@@ -30,6 +30,8 @@ class Action(Enum):
     ASK = auto()
     CHANGE = auto()
     MOVE = auto()
+    #: Pass it, though autograd counts a change: of how a tensor lies, and of no value.
+    RESHAPE = auto()
     #: SAVE, and nothing about a single execution can change that.
     STORE = auto()
 
@@ -54,7 +56,7 @@ class Actions:
         """Find out about an op that is met for the first time."""
         report_unclassified(op)
         action = self._find(op)
-        if action is not Action.PASS and draws_random(op):
+        if action not in (Action.PASS, Action.RESHAPE) and draws_random(op):
             self.drawing.add(op)
         elif action is Action.SAVE and classify(op) is not OpClass.CAST and hasattr(op, "_schema"):
             action = Action.STORE
@@ -65,10 +67,12 @@ class Actions:
         return action
 
     def _find(self, op: Any) -> Action:
-        if op in IGNORED or is_free(op):
+        if op in IGNORED:
             return Action.PASS
         if is_mutable(op):
-            return Action.CHANGE
+            return Action.RESHAPE if is_free(op) and changes_in_place(op) else Action.CHANGE
+        if is_free(op):
+            return Action.PASS
         found = settled(self.policy, SiteCounter().visit(op, ()))
         if found is None:
             return Action.ASK
@@ -134,6 +138,11 @@ def is_cached_cast(op: Any, args: tuple[Any, ...]) -> bool:
 def is_mutable(op: Any) -> bool:
     schema = getattr(op, "_schema", None)
     return bool(schema is not None and schema.is_mutable)
+
+
+def changes_in_place(op: Any) -> bool:
+    """Whether an op is one such as ``add_`` or ``transpose_``, and none with an ``out``."""
+    return bool(op._schema.name.endswith("_"))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -70,7 +70,7 @@ class DeterminismCheckError(CkptPassError, ValueError):
 
 
 class CompiledOffloadError(CkptPassError, RuntimeError):
-    """A region in a compiled graph is to offload what only an eager region can."""
+    """A region in a traced graph is to offload what only an eager region can."""
 
 
 class RegionPlan(Protocol):
@@ -134,7 +134,7 @@ def checkpoint(
         UnknownRegionError: ``plan`` knows no module of that ``name``.
         StoreFullError, StoreWriteError: a value cannot be offloaded.
         StoreReadError: comes in the backward.
-        CompiledOffloadError: ``offload_inputs`` in a graph.
+        CompiledOffloadError: ``offload_inputs`` in a graph that is traced as a whole.
         RecomputeMismatchError, MutatedArgumentError, MutatedActivationError, BackwardTwiceError:
             come in the backward.
     """
@@ -229,11 +229,7 @@ def run_region(
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling() or functorch.proxy_graph() is not None:
         if options.moves_its_own:
-            raise CompiledOffloadError(
-                f"{options.name} offloads its inputs or what is saved inside, which is not "
-                "supported in a compiled graph. Leave offload_inputs out, or run the region in "
-                "eager mode."
-            )
+            return _outside_graphs(fn, args, kwargs, options, link)
         traced: dict[str, Any] = {} if options.traced is None else {"context_fn": options.traced}
         return torch.utils.checkpoint.checkpoint(
             fn,
@@ -257,6 +253,29 @@ def run_region(
             fn, options = run, replace(options, root=root)
     frame = Frame(fn, options) if link is None else link.frame(fn, options)
     return frame.forward(args, kwargs)
+
+
+def _in_eager_mode(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: RegionOptions,
+    link: Link | None,
+) -> Any:
+    if torch.compiler.is_compiling() or functorch.proxy_graph() is not None:
+        raise CompiledOffloadError(
+            f"{options.name} offloads its inputs or what is saved inside, which is not supported "
+            "in a graph that is traced as a whole. Leave offload_inputs out, or trace the model "
+            "without its regions."
+        )
+    return run_region(fn, args, kwargs, options, link)
+
+
+#: The same for a region that dynamo meets: it cuts the graph there, and traces nothing of it.
+_outside_graphs = torch.compiler.disable(
+    _in_eager_mode,
+    reason="a region that offloads its inputs, or what is saved inside, runs in eager mode",
+)
 
 
 def _leaves_no_region() -> bool:

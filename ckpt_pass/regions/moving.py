@@ -51,6 +51,12 @@ class MovedOutput(Saved):
         super().settle()
         self._put()
 
+    def recount(self) -> None:
+        """Take the versions of what is held, and of what is on its way."""
+        super().recount()
+        for moved in _moved_in(self._value):
+            moved.ticket.recount()
+
     def _put(self) -> None:
         def put(tensor: torch.Tensor) -> Any:
             if not self._window.is_worth_moving(tensor):

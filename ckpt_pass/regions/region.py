@@ -91,6 +91,10 @@ class Saved:
         Autograd counts an in-place op's change after the op has returned to it, that is after a
         dispatch mode has seen the result; so versions are taken again when the next op comes.
         """
+        self.recount()
+
+    def recount(self) -> None:
+        """Take the versions as they are now, after a change that changed no value."""
         self._versions = _versions(self._value)
 
     def storages(self) -> Iterator[int]:
@@ -128,6 +132,21 @@ class Saved:
         if not again:
             self._value, self._draw, self.taken = None, None, True
         return value
+
+
+class Reshaped:
+    """Saved outputs of which an op such as ``transpose_`` changes how they lie, and no value.
+
+    What is held is an alias that lies as before; autograd counts the change all the same.
+    """
+
+    def __init__(self, entries: list[Saved]) -> None:
+        self._entries = entries
+
+    def settle(self) -> None:
+        """Take the versions as they are, now that autograd has counted (:meth:`Saved.settle`)."""
+        for entry in self._entries:
+            entry.recount()
 
 
 class RegionMemory:
@@ -197,14 +216,23 @@ class RegionMemory:
 
     def about_to_change(self, tensors: Iterator[torch.Tensor]) -> None:
         """Copy what is saved of tensors that an op is about to overwrite."""
-        for entry in self._unindexed:  # looked up only here: most regions overwrite nothing
-            for storage in entry.storages():
-                self._by_storage.setdefault(storage, []).append(entry)
-        self._unindexed.clear()
+        self._index()
         for tensor in tensors:
             for entry in self._by_storage.pop(tensor.untyped_storage()._cdata, ()):
                 entry.copy()
                 self._unindexed.append(entry)  # a run inside the forward may write to the copy
+
+    def reshaped(self, tensors: Iterator[torch.Tensor]) -> Reshaped:
+        """What is saved of tensors that an op has made lie otherwise."""
+        self._index()
+        addresses = [tensor.untyped_storage()._cdata for tensor in tensors]
+        return Reshaped([e for address in addresses for e in self._by_storage.get(address, ())])
+
+    def _index(self) -> None:
+        for entry in self._unindexed:  # looked up only here: most regions overwrite nothing
+            for storage in entry.storages():
+                self._by_storage.setdefault(storage, []).append(entry)
+        self._unindexed.clear()
 
     def start_recompute(self) -> None:
         """Count occurrences from the beginning again."""

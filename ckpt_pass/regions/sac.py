@@ -47,7 +47,7 @@ from ckpt_pass.regions.draws import Draw, DrawWatch
 from ckpt_pass.regions.light_hooks import LightHooks
 from ckpt_pass.regions.moving import MovedOutput
 from ckpt_pass.regions.outside import Outside
-from ckpt_pass.regions.region import RegionMemory, Saved
+from ckpt_pass.regions.region import RegionMemory, Reshaped, Saved
 from ckpt_pass.regions.rerun_mode import RecomputeMode, key_of
 from ckpt_pass.regions.statistics import Owners, state_addresses
 from ckpt_pass.regions.watch import RegionRecord, new_record
@@ -55,6 +55,7 @@ from ckpt_pass.regions.watch import RegionRecord, new_record
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
 
 _SETTLED = frozenset((Action.SAVE, Action.STORE, Action.MOVE))
+_PASSED = frozenset((Action.PASS, Action.RESHAPE))
 NOT_SAVED = Opinion(CheckpointPolicy.PREFER_RECOMPUTE, "made again from what it shows")
 
 
@@ -129,7 +130,7 @@ class ForwardMode(QuickMode):
     _record: RegionRecord | None = None
     _tracing = False
     _by_op_alone = False
-    _unsettled: Saved | None = None
+    _unsettled: Saved | Reshaped | None = None
     _paused = False
     _state: frozenset[int] | None = None
 
@@ -231,6 +232,8 @@ class ForwardMode(QuickMode):
         if func in IGNORED:
             return output
         self._keep(action, func, args, kwargs, output, watch)
+        if action is Action.RESHAPE:
+            self._unsettled = self._memory.reshaped(overwritten(func, args, kwargs))
         return output
 
     def _settle(self) -> None:
@@ -253,7 +256,7 @@ class ForwardMode(QuickMode):
         else:
             asked = self._ask(func, args, kwargs, output)
             saves, moves = asked.saves, asked.offloads
-        if action is Action.PASS or is_cached_cast(func, args):
+        if action in _PASSED or is_cached_cast(func, args):
             return
         if action is Action.CHANGE and not returns_what_it_changes(func, args, output):
             return

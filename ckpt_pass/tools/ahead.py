@@ -250,9 +250,15 @@ def step_arguments(
         kwargs, named: its keyword arguments, as a mapping and by name.
 
     Raises:
-        StepArgumentError: the model's forward does not take them.
+        StepArgumentError: the model's forward does not take them, or it is no model.
     """
     found = {**named, **(kwargs or {})}
+    if not isinstance(model, nn.Module):
+        raise StepArgumentError(
+            f"{tool.__name__} got {model!r} of type {type(model).__name__}, expected a model: an "
+            "nn.Module. A function becomes one as the forward of a class of yours; a loss goes "
+            "into loss_fn=..."
+        )
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # code without a signature

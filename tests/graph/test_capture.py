@@ -240,6 +240,15 @@ def test_keyword_arguments() -> None:
         ckpt_pass.plan(model, x, polcy="save-matmul")
 
 
+def test_what_is_no_model_is_told_so() -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    for mode in ("compiled", "eager"):
+        with pytest.raises(
+            ckpt_pass.StepArgumentError, match=r"of type function, expected a model"
+        ):
+            ckpt_pass.plan(lambda x: layer(x).sum(), x, budget=0.9, mode=mode)  # type: ignore[arg-type]
+
+
 class Halves(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -323,3 +323,30 @@ def test_a_process_that_forks(make: Any) -> None:
     status, said = in_a_child(work)
     assert said == ("there forked" if make is host_store else "forked forked")
     assert status == 0 and torch.equal(ticket.take(), torch.ones(1000))
+
+
+@forks
+@pytest.mark.parametrize("make", [host_store, disk_store])
+def test_a_forked_process_has_steps_of_its_own(make: Any) -> None:
+    """While a graph of the process that it was forked from waits for its backward.
+
+    Of small ops only: kernels with threads hang in a process that was forked.
+    """
+    weights, store = [torch.rand(50, requires_grad=True) for _ in range(4)], make()
+    begun = weights[0].exp()  # moved in both processes
+
+    def loss() -> Tensor:
+        y = begun
+        for weight in weights[1:]:
+            y = ckpt_pass.checkpoint(
+                lambda y, weight=weight: (y * weight).sin(), y, offload=store, offload_inputs=True
+            )
+        return (y * y).sum()
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, weights[1:]))
+
+    wanted, waiting = gradients(loss()), loss()
+    status, said = in_a_child(lambda: str(all(map(torch.equal, gradients(loss()), wanted))))
+    assert (status, said) == (0, "True")
+    assert all(map(torch.equal, gradients(waiting), wanted))
