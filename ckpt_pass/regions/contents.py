@@ -124,10 +124,7 @@ class Contents:
                     del own[key]
                 own.update(held)
         for parameters, held in dicts[len(dicts) - tensors :]:
-            for key, value in held.items():
-                found = parameters.get(key)
-                if found is not value and not _sharded(found, value):
-                    parameters[key] = value
+            _fill_tensors(parameters, held)
         if _hooks_on(holders.hookless) != self.hooks:
             for number, own in enumerate(holders.hookless):
                 for name in FORWARD_HOOKS:
@@ -195,6 +192,17 @@ def _same(now: Iterable[Iterable[Any]], was: Iterable[Iterable[Any]]) -> bool:
 def _sharded(*values: Any) -> bool:
     """Whether a parameter's place is FSDP2's, which puts whole and sharded ones there in turn."""
     return any(autograd.is_distributed(value) for value in values)
+
+
+def _fill_tensors(own: dict[str, Any], held: dict[str, Any]) -> None:
+    """Have a module's dict of parameters or buffers hold what it held, but for sharded ones."""
+    added = [key for key in own.keys() - held.keys() if not _sharded(own[key])]
+    for key in added:
+        del own[key]
+    for key, value in held.items():
+        found = own.get(key)
+        if found is not value and not _sharded(found, value):
+            own[key] = value
 
 
 def _read_all(spots: list[Spot]) -> list[Any]:

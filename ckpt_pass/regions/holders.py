@@ -212,14 +212,15 @@ class Holders:
                 self._scripted(module)
             if known.managed:
                 continue
-            if children:
+            # Those that hold nothing, too: something may be put there before the backward.
+            if children or type(children) is dict:
                 attributes.append(children)
             parameters = own["_parameters"]
-            if parameters:
+            if parameters or type(parameters) is dict:
                 self.parameters.append(parameters)
                 self.tensors += [p for p in parameters.values() if p is not None]
             buffers = own["_buffers"]
-            if buffers:
+            if buffers or type(buffers) is dict:
                 self.buffers.append(buffers)
                 # Running statistics are written in training, and not read: each run moves them on.
                 if not (known.norm and own["training"]):

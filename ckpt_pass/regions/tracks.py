@@ -54,7 +54,6 @@ class Track:
         layout: of the same dicts: where the marks are the same, it is.
         modules: how many there are.
         own: how many modules and functions there are, that is dicts of their own.
-        filled: how many of the modules' parts hold children, parameters and buffers, in this order.
         names: single names in namespaces, each with the number of its namespace.
         values: what these hold, by ``id``, for it may lead to the module.
         steps: from there to plain objects and containers.
@@ -65,12 +64,11 @@ class Track:
     __slots__ = (
         "_closed",
         "_empty",
-        "_filled",
+        "_held",
         "_read",
         "_references",
         "_types",
         "all_move",
-        "filled",
         "layout",
         "marks",
         "modules",
@@ -111,15 +109,14 @@ class Track:
         self.layout = Layout()
 
     def _note_parts(self, modules: list[nn.Module]) -> None:
-        """Note which parts of modules hold something, and which of these hold tensors."""
+        """Note where the parts of modules are, and which of them hold tensors."""
         parts = [module.__dict__[name] for module in modules for name in _PARTS]
-        filled = [[n for n in range(k, len(parts), _EACH) if parts[n]] for k in range(_BUFFERS + 1)]
-        self.filled = tuple(map(len, filled))
-        order = list(chain.from_iterable(filled))
+        held = [[*range(k, len(parts), _EACH)] for k in range(_BUFFERS + 1)]
+        order = list(chain.from_iterable(held))
         others = set(range(len(parts))).difference(order)
-        self._filled, self._empty = _picker(order), _picker(sorted(others))
-        read = [n for n in filled[_BUFFERS] if _reads_buffers(modules[n // _EACH])]
-        self._read = _picker(filled[_PARAMETERS] + read)
+        self._held, self._empty = _picker(order), _picker(sorted(others))
+        read = [n for n in held[_BUFFERS] if _reads_buffers(modules[n // _EACH])]
+        self._read = _picker([n for n in held[_PARAMETERS] + read if parts[n]])
 
     def leads_to(self, holders: Holders) -> bool:
         """Whether all of the holders, and no others, are found again by it."""
@@ -177,7 +174,7 @@ class Track:
             self._forget_replaced(things, values)
             return None
         tensors = [t for held in self._read(parts) for t in held.values() if t is not None]
-        dicts[self.own :] = self._filled(parts)
+        dicts[self.own :] = self._held(parts)
         dicts += map(_own, tensors)
         found = OnTrack(self, things, dicts, empty, tensors, spaces, values)
         return found if not self.steps or found.goes_on() else None
@@ -197,7 +194,7 @@ class OnTrack:
         track: the way.
         things: what it leads by: modules, functions, and what namespaces are found by.
         dicts: of modules and functions, of the modules' parts, of tensors; in the end of objects.
-        empty: dicts of the modules' hooks, and parts of which there are none.
+        empty: dicts of the modules' hooks, of which there are none.
         tensors: those that are held.
         spaces: namespaces.
         spots: what single names in them hold.
@@ -298,7 +295,8 @@ class OnTrack:
     def _sorted(self, found: Sequence[Value]) -> tuple[list[Value], ...]:
         """What was found of each dict, in the order of the holders."""
         modules, own = self._track.modules, self._track.own
-        ends = list(accumulate(self._track.filled, initial=own))
+        # Children, parameters and buffers of all modules, in this order.
+        ends = list(accumulate([modules] * (_BUFFERS + 1), initial=own))
         children, parameters, buffers = (list(found[a:b]) for a, b in pairwise(ends))
         others = [*found[ends[-1] :], *found[modules:own]]
         return list(found[:modules]), children + others, parameters, buffers

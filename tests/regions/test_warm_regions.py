@@ -289,3 +289,56 @@ def test_a_way_is_taken_where_nothing_changes(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(STEPS):
         ckpt_pass.checkpoint(module, x).square().sum().backward()
     assert searched == []
+
+
+class Grows(nn.Module):
+    """Reads what may be put on it later: it has neither buffers nor children of its own."""
+
+    def __init__(self, buffers: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, WIDTH))
+        if buffers:
+            self.register_buffer("other", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x * self.weight).tanh()
+        for shift in self._buffers.values():
+            h = h + shift
+        for child in self._modules.values():
+            assert child is not None
+            h = child(h)
+        for parameter in list(self._parameters.values())[1:]:
+            h = h * parameter
+        return (h * h).sin()
+
+
+ADDED: dict[str, Callable[[nn.Module], object]] = {
+    "buffer": lambda module: module.register_buffer("late", torch.full((WIDTH,), 2.0)),
+    "parameter": lambda module: module.register_parameter("late", nn.Parameter(torch.ones(WIDTH))),
+    "child": lambda module: module.add_module("late", nn.Tanh()),
+}
+
+
+@every_way
+@pytest.mark.parametrize("steps", [1, STEPS])
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("added", ADDED)
+def test_what_is_put_on_a_module_before_the_backward(
+    around: Around, steps: int, buffers: bool, added: str, marks: None
+) -> None:
+    """The recomputation does not read it; afterwards it is there."""
+
+    def run(way: Around) -> tuple[list[Tensor], list[str]]:
+        module, x = Grows(buffers), torch.linspace(-1, 1, 3 * WIDTH).view(3, WIDTH)
+        for number in range(steps):
+            module.zero_grad()
+            loss = way(module, x).square().sum()
+            if number == steps - 1:
+                ADDED[added](module)
+            loss.backward()
+        assert module.weight.grad is not None
+        held = [*module._parameters, *module._buffers, *module._modules]
+        return [module.weight.grad], held
+
+    (mine, there), (wanted, expected) = run(around), run(plain)
+    assert same(mine, wanted) and there == expected and "late" in there
