@@ -292,36 +292,6 @@ def traces_before_autograd() -> bool:
     return torch._ops.mode_stack_state_for_pre_dispatch().get(0) is not None
 
 
-def below_autograd_views() -> contextlib.AbstractContextManager[None]:
-    """Let a view made below autograd share its base's version counter.
-
-    torch's selective checkpointing does the same around its ``detach`` (``_detach_helper``).
-    """
-    return _EXCLUDE(_VIEWS, False)
-
-
-def shared_alias(tensor: torch.Tensor) -> torch.Tensor:
-    """An alias without history that shares the version counter, made below autograd.
-
-    As ``tensor.detach()`` inside :func:`below_autograd_views`, but with no context to be made: this
-    comes for each output that a region saves.
-    """
-    was_left_out = _IS_EXCLUDED(_VIEWS)
-    _SET_EXCLUDED(_VIEWS, False)
-    try:
-        return tensor.detach()
-    finally:
-        _SET_EXCLUDED(_VIEWS, was_left_out)
-
-
-_IS_EXCLUDED: Callable[[Any], bool] = torch._C._dispatch_tls_is_dispatch_key_excluded
-_SET_EXCLUDED: Callable[[Any, bool], None] = torch._C._dispatch_tls_set_dispatch_key_excluded
-_EXCLUDE: Callable[[Any, bool], contextlib.AbstractContextManager[None]] = (
-    torch._C._SetExcludeDispatchKeyGuard
-)
-_VIEWS = torch._C.DispatchKey.ADInplaceOrView
-
-
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
     """Real tensors and kernels, as a compiled graph runs them, whatever is active outside.

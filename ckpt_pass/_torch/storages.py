@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-
-from ckpt_pass._torch import functorch
 
 #: Tells whether a storage is still there, and keeps its address from being used again meanwhile.
 WeakStorage = StorageWeakRef
@@ -17,13 +18,32 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
     return bool(is_functorch_wrapped_tensor(tensor))
 
 
-def detached(tensor: torch.Tensor) -> torch.Tensor:
-    """An alias without autograd history that shares the version counter."""
-    if torch._C._len_torch_dispatch_stack():
-        with torch._C._DisableTorchDispatch(), functorch.below_autograd_views():
-            return tensor.detach()
-    with functorch.below_autograd_views():
+def shared_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """An alias without autograd history that shares the version counter.
+
+    So is a view that is made below autograd: torch's selective checkpointing does the same around
+    its ``detach`` (``_detach_helper``), with a context. This comes for each output that a region
+    saves, and makes none.
+    """
+    was_left_out = _IS_EXCLUDED(_VIEWS)
+    _SET_EXCLUDED(_VIEWS, False)
+    try:
         return tensor.detach()
+    finally:
+        _SET_EXCLUDED(_VIEWS, was_left_out)
+
+
+_IS_EXCLUDED: Callable[[Any], bool] = torch._C._dispatch_tls_is_dispatch_key_excluded
+_SET_EXCLUDED: Callable[[Any, bool], None] = torch._C._dispatch_tls_set_dispatch_key_excluded
+_VIEWS = torch._C.DispatchKey.ADInplaceOrView
+
+
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, whatever modes dispatch now: none sees it."""
+    if torch._C._len_torch_dispatch_stack():
+        with torch._C._DisableTorchDispatch():
+            return shared_alias(tensor)
+    return shared_alias(tensor)
 
 
 def version_of(tensor: torch.Tensor) -> int:

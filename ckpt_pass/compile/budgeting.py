@@ -123,7 +123,7 @@ def open_up(joint: JointGraph, goal: Goal) -> Opened:
     facts = kernels.facts(calls, what)
     tell_real_sizes(facts)
     linked = goal.offload is not None
-    described = build_problem(joint, with_device_times(facts, calls) if linked else facts)
+    described = build_problem(joint, with_device_times(facts, calls, kernels) if linked else facts)
     link = None
     if goal.offload is not None:
         described = with_immovable(described, goal.offload)

@@ -107,7 +107,7 @@ def described(
     if offload is None:
         return eager_problem(trace, facts, formulas)
     least = offload.min_bytes if isinstance(offload, Offload) else 0
-    facts = with_device_times(facts, calls)
+    facts = with_device_times(facts, calls, kernels)
     return eager_problem(trace, facts, formulas, link_of(offload, _device_of(trace)), least)
 
 

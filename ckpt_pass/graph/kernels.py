@@ -31,7 +31,8 @@ from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.policy.sites import output_tensors
 
 WORKSPACE = frozenset({"workspace"})
-WORKSPACE_AND_TIME = frozenset({"workspace", "time"})
+TIME = frozenset({"time"})
+WORKSPACE_AND_TIME = WORKSPACE | TIME
 _OUTPUTS = frozenset({"outputs"})
 
 

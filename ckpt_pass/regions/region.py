@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointError
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import functorch, storages
+from ckpt_pass._torch import storages
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.offloading.window import AHEAD, Window
@@ -75,11 +75,11 @@ class Saved:
         self.taken = False
         self._draw = draw
         if isinstance(output, torch.Tensor):  # nearly always: no pytree for one tensor
-            alias = functorch.shared_alias(output)
+            alias = storages.shared_alias(output)
             self._value: Any = alias
             self._versions: int | tuple[int, ...] = storages.version_of(alias)
         else:
-            self._hold(tree_map_only(torch.Tensor, functorch.shared_alias, output))
+            self._hold(tree_map_only(torch.Tensor, storages.shared_alias, output))
 
     def _hold(self, value: Any) -> None:
         self._value = value

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import ckpt_pass
+from ckpt_pass import InfeasibleBudgetError
+from ckpt_pass.compile import replan
+from ckpt_pass.plans.goal import Goal
 from tests.zoo import Built, hf, loss_of, modular
 
 MODELS = ("gpt2", "llama", "mixtral", "bert", "vit", "resnet", "unet", "t5")
@@ -195,3 +200,21 @@ def test_the_models_keep_to_their_budgets(name: str, part: float) -> None:
     assert peak_bytes <= budget
     room = 0.005 * peak_bytes if name in CONVOLUTIONAL else 64
     assert peak_bytes <= plan.peak_bytes <= peak_bytes + room
+
+
+def test_a_link_never_raises_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no plan that moves values fits, those that move none are tried; the lower least."""
+    asked = []
+
+    def refused(step: object, partitioner: object, goal: Goal) -> Never:
+        asked.append(goal.offload)
+        raise InfeasibleBudgetError(1, 300 if goal.offload else 200)
+
+    monkeypatch.setattr(replan, "_best_of", refused)
+    link = ckpt_pass.Offload("host", d2h_bytes_per_s=1e9, h2d_bytes_per_s=1e9)
+    backend = ckpt_pass.make_backend(budget=1, inner="inductor", offload=link)
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(nn.Linear(8, 8), backend=backend)(torch.randn(4, 8))
+    why = caught.value.inner_exception
+    assert isinstance(why, InfeasibleBudgetError) and why.least_feasible_bytes == 200
+    assert asked == [link, None]
