@@ -176,6 +176,7 @@ from ckpt_pass.errors import NotFunctionalError as NotFunctionalError
 from ckpt_pass.errors import NotSequentialError as NotSequentialError
 from ckpt_pass.errors import NotTraceableError as NotTraceableError
 from ckpt_pass.errors import NothingChosenError as NothingChosenError
+from ckpt_pass.errors import NotAModuleError as NotAModuleError
 from ckpt_pass.errors import NothingCompiledError as NothingCompiledError
 from ckpt_pass.errors import NothingRecordedError as NothingRecordedError
 from ckpt_pass.errors import NothingToDifferentiateError as NothingToDifferentiateError

@@ -96,6 +96,7 @@ from ckpt_pass.regions.wrapping import NotAppliedError as NotAppliedError
 from ckpt_pass.regions.wrapping import SegmentError as SegmentError
 from ckpt_pass.regions.wrapping import UnknownRegionError as UnknownRegionError
 from ckpt_pass.report.strategy_rows import UnknownStrategyError as UnknownStrategyError
+from ckpt_pass.state.given import NotAModuleError as NotAModuleError
 from ckpt_pass.state.holders import UninitializedParameterError as UninitializedParameterError
 from ckpt_pass.state.objects import SpentIteratorError as SpentIteratorError
 from ckpt_pass.tools.ahead import NothingCompiledError as NothingCompiledError

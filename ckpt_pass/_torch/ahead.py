@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ckpt_pass._torch import compilers
+from ckpt_pass._torch.collector import quiet_collector
 
 
 @dataclass(frozen=True)
@@ -201,20 +201,8 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
     """Inside, fake tensors of a mode are what there is, and dynamo remembers nothing of it."""
     quick = dynamo_config.patch(run_gc_after_compile=False)  # the caller's heap may be large
     alone = compilers.own_profile()
-    with _disable_current_modes(), mode, alone, quick, _resting_collector():
+    with _disable_current_modes(), mode, alone, quick, quiet_collector(collect_first=False):
         yield
-
-
-@contextlib.contextmanager
-def _resting_collector() -> Iterator[None]:
-    """A trace makes objects by the million, nearly all of which stay until it is over."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 # --- stand-ins ------------------------------------------------------------------------------

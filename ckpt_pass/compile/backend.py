@@ -201,7 +201,7 @@ class Backend:
         how = ("budget", "solver", "time_limit_s", "cost", "offload")
         as_goal(*(changed.get(key, getattr(self, key)) for key in how))
         if "regions" in changed:
-            changed["regions"] = _as_patterns(changed["regions"])
+            changed["regions"] = as_patterns(changed["regions"])
         inner = changed.get("inner", self.inner)
         _check_inner(inner, changed.get("inner_options", {}))
         return replace(self, **changed) if changed else self
@@ -227,7 +227,12 @@ def _told_of_skip(skipped: frames.SkippedFunction) -> None:
         backend.coverage.tell_of_skip(skipped, backend.budget)
 
 
-def _as_patterns(regions: Any) -> tuple[str, ...] | None:
+def as_patterns(regions: Any) -> tuple[str, ...] | None:
+    """What was given as ``regions=``.
+
+    Raises:
+        UnknownOptionError: it is no list of patterns.
+    """
     patterns = (regions,) if isinstance(regions, str) else regions
     if patterns is None:
         return None
@@ -338,7 +343,7 @@ def make_backend(
         return made.with_options(options)
     check_offload(offload, budget, policy)
     options |= {**how, "solver": solver, "cost": cost, "offload": offload}
-    return Backend(regions=_as_patterns(regions)).with_options(options)
+    return Backend(regions=as_patterns(regions)).with_options(options)
 
 
 #: The default backend: ``torch.compile(model, backend=ckpt_backend)``.

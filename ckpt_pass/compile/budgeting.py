@@ -122,9 +122,10 @@ def open_up(joint: JointGraph, goal: Goal) -> Opened:
     calls = [n for n in joint.nodes if n.op == "call_function"]
     facts = kernels.facts(calls, what)
     tell_real_sizes(facts)
-    linked = goal.offload is not None
-    described = build_problem(joint, with_device_times(facts, calls, kernels) if linked else facts)
     link = None
+    if goal.offload is not None:
+        facts = with_device_times(facts, calls, kernels)
+    described = build_problem(joint, facts)
     if goal.offload is not None:
         described = with_immovable(described, goal.offload)
         link = link_of(goal.offload, device_of(joint))

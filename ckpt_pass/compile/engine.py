@@ -13,6 +13,7 @@ from torch import fx
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers, functorch
+from ckpt_pass._torch.collector import quiet_collector
 from ckpt_pass.compile.budgeting import Met, Opened, meet_budget, open_up
 from ckpt_pass.compile.dedupe import merge_equal, merge_listed
 from ckpt_pass.compile.moving import moves_of, sent_away
@@ -96,12 +97,13 @@ def decide(
             f"Node {culprit.name} ({culprit.target}) mutates an intermediate value of the joint "
             "graph; expected a functional graph. Compile without disabling functionalisation."
         )
-    signature, labels = signature_of(joint), node_labels(joint)
-    if plans:
-        decided, script = _again(joint, plans, labels, offload)
-    else:
-        decided, merged = _anew(joint, policy, goal, part, waiting_bytes, offload)
-        script = _script(decided, labels, merged)
+    with quiet_collector(collect_first=False):
+        signature, labels = signature_of(joint), node_labels(joint)
+        if plans:
+            decided, script = _again(joint, plans, labels, offload)
+        else:
+            decided, merged = _anew(joint, policy, goal, part, waiting_bytes, offload)
+            script = _script(decided, labels, merged)
     return replace(decided, signature=signature, script=script)
 
 

@@ -195,8 +195,9 @@ def replay(
     nodes = [node for node in joint.nodes if node.op == "call_function"]
     facts = kernels.facts(nodes, what) if plan.budget_bytes is not None else {}
     tell_real_sizes(facts)
-    linked = goal is not None and goal.offload is not None
-    described = build_problem(joint, with_device_times(facts, nodes, kernels) if linked else facts)
+    if goal is not None and goal.offload is not None:
+        facts = with_device_times(facts, nodes, kernels)
+    described = build_problem(joint, facts)
     named = {label: node for node, label in labels.items()}
     script = plan.replay if plan.replay is not None else _script(plan, tags, labels)
     saved = [named[label] for label in script.saved]

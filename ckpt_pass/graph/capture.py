@@ -17,6 +17,7 @@ from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import ahead, autograd, compilers
+from ckpt_pass._torch.collector import quiet_collector
 from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.state.holders import Reached
@@ -85,8 +86,14 @@ def capture(
         NothingToDifferentiateError: there is no backward to look at.
     """
     named = dict(kwargs or {})
-    fakes = ahead.Fakes(Reached((model, loss_fn, args, named)).tensors)
-    with untouched(model, loss_fn, args, named, stand_in=fakes) as (_, _, fake_args, fake_named):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_collector(collect_first=False))
+        roots = (model, loss_fn, args, named)
+        reached = Reached(roots)
+        fakes = ahead.Fakes(reached.tensors)
+        _, _, fake_args, fake_named = stack.enter_context(
+            untouched(*roots, stand_in=fakes, reached=reached)
+        )
         words = input_words(model, fake_args, fake_named)
 
         def names_of(placeholders: Sequence[fx.Node], examples: Iterable[Any]) -> list[str]:

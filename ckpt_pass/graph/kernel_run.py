@@ -12,10 +12,11 @@ import torch
 from torch.profiler import record_function
 
 from ckpt_pass._torch import functorch
+from ckpt_pass._torch.collector import quiet_collector
 from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernel_cache import KernelFacts, OutputFacts
 from ckpt_pass.graph.kernel_call import Call, Run
-from ckpt_pass.measure.allocations import profiled, quiet_collector, read_recording
+from ckpt_pass.measure.allocations import profiled, read_recording
 from ckpt_pass.policy.sites import output_tensors
 
 #: What a kernel may raise that is given made-up data, or a device that is missing or full.

@@ -6,7 +6,6 @@ allocator as an event named ``[memory]``; ``record_function`` puts named spans b
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,21 +96,3 @@ def read_recording(
         elif is_span(name):
             spans.setdefault(name, (event.start_ns(), event.end_ns()))
     return Recording(tuple(allocations), spans)
-
-
-@contextmanager
-def quiet_collector(*, collect_first: bool = True) -> Iterator[None]:
-    """No collection of cyclic garbage inside: one would free at random.
-
-    Args:
-        collect_first: collect what there is now, before.
-    """
-    was_enabled = gc.isenabled()
-    if collect_first:
-        gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -18,6 +18,7 @@ import torch
 from torch.profiler import profile, record_function
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch.collector import quiet_collector
 from ckpt_pass.drawing.figures import (
     COLOURS,
     GREY,
@@ -27,7 +28,7 @@ from ckpt_pass.drawing.figures import (
     memory_axes,
     write,
 )
-from ckpt_pass.measure.allocations import Recording, profiled, quiet_collector, read_recording
+from ckpt_pass.measure.allocations import Recording, profiled, read_recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,7 +191,7 @@ class MemoryProfiler:
             )
         self._record, self._names = None, []
         with contextlib.ExitStack() as stack:
-            stack.enter_context(quiet_collector())
+            stack.enter_context(quiet_collector(collect_first=True))
             if self._device.type == "cuda":
                 stack.enter_context(self._on_cuda())
             self._session = stack.enter_context(profiled())

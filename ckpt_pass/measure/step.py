@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.profiler import profile, record_function
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass.measure.allocations import profiled, quiet_collector, read_recording
+from ckpt_pass._torch.collector import quiet_collector
+from ckpt_pass.measure.allocations import profiled, read_recording
 from ckpt_pass.measure.gradients import GradientComparison as GradientComparison
 from ckpt_pass.measure.gradients import GradientMismatchError as GradientMismatchError
 from ckpt_pass.measure.gradients import NoLossError as NoLossError
@@ -192,7 +193,7 @@ class _Runner:
     def _prepared(self) -> Iterator[None]:
         for leaf in self.leaves:
             leaf.grad = None
-        with rng_restored(self.device), quiet_collector():
+        with rng_restored(self.device), quiet_collector(collect_first=True):
             self._synchronise()
             yield
             for leaf in self.leaves:

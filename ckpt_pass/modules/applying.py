@@ -30,6 +30,7 @@ from ckpt_pass.regions.wrapping import (
     regions_of,
     remove_regions,
 )
+from ckpt_pass.state.given import check_module
 
 # Where an applied choice lives: a plain attribute of the model, which is pickled and copied with
 # it and is no part of its state_dict.
@@ -96,12 +97,14 @@ def apply(
         What was chosen, as :func:`is_checkpointed` shows it.
 
     Raises:
+        NotAModuleError: the model is none.
         AlreadyAppliedError: the model has regions already.
         PlacementError: the placement does not fit the model, or arguments contradict each other.
         SharedModuleError: one module would be two regions.
         NoLayersError: the placement needs layers, and there are none.
         InfeasibleBudgetError and others: see :func:`ckpt_pass.plan`.
     """
+    check_module(model, "apply")
     _refuse_twice(model)
     if budget is None:
         choice = choose(model, placement, policy, example_inputs, loss_fn)
@@ -195,8 +198,10 @@ def remove(model: nn.Module) -> None:
     """Undo :func:`apply`: the model is as it was.
 
     Raises:
+        NotAModuleError: it is no model.
         NotAppliedError: nothing is applied to it.
     """
+    check_module(model, "remove")
     holders = [module for module in model.modules() if _ATTRIBUTE in module.__dict__]
     if not holders and not regions_of(model):
         raise NotAppliedError(

@@ -31,6 +31,8 @@ _LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 
 #: The entry number and the length of the span for each state; -1 where there is no way.
 _Choices: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32]]
+#: Length of the span, number of the entry, bytes that it saves, that it needs besides, seconds.
+_Option: TypeAlias = tuple[int, int, int, int, float]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Chain:
 
     def __init__(self, problem: Problem, menus: Menus) -> None:
         self._problem, self._menus = problem, menus
+        self._options: dict[tuple[int, bool], list[_Option]] = {}  # the same for all budgets
 
     def best_mix(self, budget_bytes: int, *, spans: bool) -> Mix | None:
         """The mix of least recompute time within a budget; ``None`` if none fits.
@@ -99,13 +102,10 @@ class Chain:
         after = np.full(width, np.inf)
         number = np.full(width, -1, dtype=np.int32)
         length = np.ones(width, dtype=np.int32)
-        menus, region = self._menus, self._menus.regions[position]
-        options = [(1, k, e) for k, e in enumerate(menus.entries[region.kind])]
-        for size in self._lengths(position) if spans else ():
-            options += [(size, k, e) for k, e in enumerate(menus.lean[region.kind])]
-        for size, k, entry in options:
-            step = round(entry.saved_bytes / unit)
-            needs, time_s = self._cost(position, size, entry)
+        if (position, spans) not in self._options:
+            self._options[position, spans] = self._options_at(position, spans)
+        for size, k, saved_bytes, needs, time_s in self._options[position, spans]:
+            step = round(saved_bytes / unit)
             top = min(width - 1, (budget_bytes - needs) // unit)  # on the sum, this region in it
             if top < step:
                 continue
@@ -115,6 +115,14 @@ class Chain:
             number[step : top + 1][better] = k
             length[step : top + 1][better] = size
         return after, (number, length)
+
+    def _options_at(self, position: int, spans: bool) -> list[_Option]:
+        """What a region may do, alone or as the last of a span, and what that costs."""
+        menus, kind = self._menus, self._menus.regions[position].kind
+        found = [(1, k, e) for k, e in enumerate(menus.entries[kind])]
+        for size in self._lengths(position) if spans else ():
+            found += [(size, k, e) for k, e in enumerate(menus.lean[kind])]
+        return [(n, k, e.saved_bytes, *self._cost(position, n, e)) for n, k, e in found]
 
     def _lengths(self, position: int) -> list[int]:
         """How long a span may be that ends at a region: all of it is of one kind."""

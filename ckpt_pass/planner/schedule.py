@@ -50,8 +50,16 @@ def schedule(problem: Problem, saved: Collection[int], drops: Collection[Drop] =
     order, transient = unroll(problem, anchors, keep, drops)
     read = set().union(*map(inputs.__getitem__, set(order)), problem.backward_outputs)
     keep &= read
-    forward = sorted(needed_by(ops, [*problem.forward_roots, *keep], frozenset()))
-    return Schedule(keep, tuple(forward), tuple(order), frozenset(transient))
+    whole, its_ops = problem.derived("forward", _forward)
+    beside = needed_by(ops, keep, its_ops)  # what runs only to be saved
+    forward = tuple(sorted(beside | its_ops)) if beside else whole
+    return Schedule(keep, forward, tuple(order), frozenset(transient))
+
+
+def _forward(problem: Problem) -> tuple[tuple[int, ...], frozenset[int]]:
+    """What the forward runs whatever is saved, in order and as a set."""
+    found = needed_by(problem.ops, problem.forward_roots, frozenset())
+    return tuple(sorted(found)), frozenset(found)
 
 
 def unroll(

@@ -129,13 +129,13 @@ def solution_of(
 
 def repeated(problem: Problem, order: Iterable[int]) -> list[int]:
     """The ops of a backward that are recomputation: the forward's, and what runs once more."""
-    once = set(problem.forward_ops)
+    forward, ran = problem.forward_ops, set[int]()
     found = []
     for index in order:
-        if index in once:
+        if index in forward or index in ran:
             found.append(index)
         else:
-            once.add(index)
+            ran.add(index)
     return found
 
 

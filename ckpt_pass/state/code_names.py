@@ -21,6 +21,7 @@ FUNCTION = types.FunctionType
 CODE = frozenset((type, types.ModuleType, types.BuiltinFunctionType, FUNCTION))
 _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"))
 _STORE_OPS = frozenset(("STORE_ATTR", "STORE_GLOBAL"))
+_NAMING_OPS = _GLOBAL_OPS | _STORE_OPS | {"IMPORT_NAME"}
 #: What stands for code in closures, and holds no state.
 _FIXED = (type, types.ModuleType, types.BuiltinFunctionType, FUNCTION)
 #: Libraries whose globals, classes and objects are no state of a step.
@@ -260,9 +261,19 @@ def _attributes_in(code: types.CodeType) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
+def _namings_in(code: types.CodeType) -> tuple[tuple[str, str], ...]:
+    """The instructions of a function's own code that name globals, attributes it writes, modules.
+
+    Read once for all who ask: to disassemble is what takes the time.
+    """
+    found = ((i.opname, i.argval) for i in dis.get_instructions(code) if i.opname in _NAMING_OPS)
+    return tuple(dict.fromkeys(found))
+
+
+@functools.lru_cache(maxsize=4096)
 def _globals_in(code: types.CodeType) -> tuple[str, ...]:
     """The globals that a function's code reads, and that of the functions that it makes."""
-    own = [i.argval for i in dis.get_instructions(code) if i.opname in _GLOBAL_OPS]
+    own = [name for op, name in _namings_in(code) if op in _GLOBAL_OPS]
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     return tuple(dict.fromkeys([*own, *(name for c in inner for name in _globals_in(c))]))
 
@@ -270,7 +281,7 @@ def _globals_in(code: types.CodeType) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=4096)
 def stored_in(code: types.CodeType) -> frozenset[str]:
     """The attributes and globals that a function's code writes, and what it may give setattr."""
-    found = {i.argval for i in dis.get_instructions(code) if i.opname in _STORE_OPS}
+    found = {name for op, name in _namings_in(code) if op in _STORE_OPS}
     if "setattr" in code.co_names:
         found |= {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
@@ -280,6 +291,6 @@ def stored_in(code: types.CodeType) -> frozenset[str]:
 @functools.lru_cache(maxsize=4096)
 def _imports_in(code: types.CodeType) -> tuple[str, ...]:
     """The modules that a function imports each time it runs."""
-    own = [i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"]
+    own = [name for op, name in _namings_in(code) if op == "IMPORT_NAME"]
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     return tuple(dict.fromkeys([*own, *(name for c in inner for name in _imports_in(c))]))

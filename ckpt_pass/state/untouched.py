@@ -24,7 +24,10 @@ StandIn = Callable[[torch.Tensor], torch.Tensor]
 
 @contextlib.contextmanager
 def untouched(
-    *roots: Any, stand_in: StandIn | None = None, values: bool = False
+    *roots: Any,
+    stand_in: StandIn | None = None,
+    values: bool = False,
+    reached: Reached | None = None,
 ) -> Iterator[tuple[Any, ...]]:
     """Give everything back at the end as it was at the beginning.
 
@@ -33,12 +36,13 @@ def untouched(
         stand_in: makes what stands in for each tensor inside the ``with`` block: once for each, so
             that tied tensors stay tied.
         values: also give tensors their contents back, parameters apart: for steps on real tensors.
+        reached: what is reached from the roots, where that is known already.
 
     Yields:
         The roots; a tensor, or a tuple with tensors, is replaced by its stand-in. Whatever else has
         tensors has their stand-ins while the block runs.
     """
-    reached = Reached(roots)
+    reached = Reached(roots) if reached is None else reached
     grads = [(tensor, tensor.grad) for tensor in reached.tensors if tensor.is_leaf]
     flags = [(t, t.requires_grad) for t in reached.tensors if t.is_leaf]
     written = [tensor for tensor in reached.tensors if values and _may_change(tensor)]

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import compilers
-from ckpt_pass.compile.backend import INNER, Backend
+from ckpt_pass.compile.backend import INNER, Backend, as_patterns
 from ckpt_pass.compile.engine import Partitioner, decide, policy_for
 from ckpt_pass.compile.record import record_plan
 from ckpt_pass.compile.replan import plan_within
@@ -31,6 +32,7 @@ from ckpt_pass.plans.parts import SavedActivations
 from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import Policy, PolicyLike
+from ckpt_pass.state.given import check_module
 from ckpt_pass.steps.planning import plan_graphs
 from ckpt_pass.steps.running import FakeStep
 
@@ -100,7 +102,8 @@ def plan(
 
     Raises:
         PlanModeError: an unknown mode, or arguments that it does not take.
-        StepArgumentError: the model's forward does not take these arguments.
+        NotAModuleError, StepArgumentError: there is no model, or its forward does not take these
+            arguments.
         SeveralGraphsError: dynamo cuts the step, and ``dynamic`` or ``inner="inductor"`` is set.
         NotTraceableError, NothingToDifferentiateError: see
             :func:`ckpt_pass.graph.capture.capture`.
@@ -110,7 +113,7 @@ def plan(
     goal = as_goal(budget, solver, time_limit_s, cost, offload)
     wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload), inner)
     inputs = step_arguments(model, plan, args, kwargs, named)
-    step = FakeStep(model, args, inputs, loss_fn, regions)
+    step = FakeStep(model, args, inputs, loss_fn, as_patterns(regions))
     if mode != "compiled":
         return _eager_plan(step, wanted)
     if inner != "aot_eager":
@@ -137,7 +140,8 @@ def plan_one(
     goal = as_goal(options.pop("budget", None), **how)
     loss_fn, regions = options.pop("loss_fn", None), options.pop("regions", None)
     inputs = step_arguments(model, plan, args, kwargs, named)
-    step, wanted = FakeStep(model, args, inputs, loss_fn, regions), _Wanted(goal=goal, **options)
+    step = FakeStep(model, args, inputs, loss_fn, as_patterns(regions))
+    wanted = _Wanted(goal=goal, **options)
     if wanted.mode != "compiled":
         return _eager_plan(step, wanted)
     if wanted.inner != "aot_eager":
@@ -250,15 +254,16 @@ def step_arguments(
         kwargs, named: its keyword arguments, as a mapping and by name.
 
     Raises:
-        StepArgumentError: the model's forward does not take them, or it is no model.
+        NotAModuleError: the model is none.
+        StepArgumentError: the model's forward does not take them.
     """
-    found = {**named, **(kwargs or {})}
-    if not isinstance(model, nn.Module):
+    check_module(model, tool.__name__)
+    if not isinstance(kwargs, (Mapping, NoneType)):
         raise StepArgumentError(
-            f"{tool.__name__} got {model!r} of type {type(model).__name__}, expected a model: an "
-            "nn.Module. A function becomes one as the forward of a class of yours; a loss goes "
-            "into loss_fn=..."
+            f"{tool.__name__} got kwargs={kwargs!r} of type {type(kwargs).__name__}, expected a "
+            "mapping of the model's keyword arguments, such as kwargs={'labels': labels}."
         )
+    found = {**named, **(kwargs or {})}
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # code without a signature
@@ -287,7 +292,7 @@ def _options_of(tool: Callable[..., Any]) -> list[str]:
 def _eager_goal(mode: str, goal: Goal | None, taken: Mapping[str, object]) -> Goal:
     if mode not in MODES:
         raise PlanModeError(
-            f"Got mode={mode!r}, expected one of {', '.join(MODES)}.{nearest(mode, MODES)}"
+            f"Got mode={mode!r}, expected one of {', '.join(MODES)}.{nearest(str(mode), MODES)}"
         )
     for name, value in taken.items():
         if value is not None:

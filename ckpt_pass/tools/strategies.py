@@ -41,6 +41,7 @@ from ckpt_pass.regions.wrapping import (
 )
 from ckpt_pass.report.strategy_rows import PLAIN, StrategyRow
 from ckpt_pass.report.strategy_table import Comparison
+from ckpt_pass.state.given import check_module
 from ckpt_pass.state.untouched import untouched
 from ckpt_pass.tools.ahead import plan_one as make_plan
 from ckpt_pass.tools.users_step import Progress, Told, UsersStep
@@ -170,12 +171,14 @@ def compare_strategies(
         progress: told about each part of the work.
 
     Raises:
+        NotAModuleError: the model is none.
         StrategyError: two strategies of one name, a model that has regions, no round, ``offload``
             without a budget.
         InvalidOffloadError: ``offload`` is no place.
         UnknownPlacementError, UnknownPolicyError, InvalidBudgetError: a strategy is misspelt.
         NoLossError: the step returns no scalar.
     """
+    check_module(model, "compare_strategies")
     chosen = _with_offload([as_strategy(given) for given in strategies], as_offload(offload))
     if all(strategy.name != PLAIN for strategy in chosen):
         chosen.insert(0, Strategy(PLAIN, PLAIN))

@@ -242,11 +242,31 @@ def test_keyword_arguments() -> None:
 
 def test_what_is_no_model_is_told_so() -> None:
     layer, x = nn.Linear(4, 4), torch.randn(2, 4)
-    for mode in ("compiled", "eager"):
-        with pytest.raises(
-            ckpt_pass.StepArgumentError, match=r"of type function, expected a model"
-        ):
-            ckpt_pass.plan(lambda x: layer(x).sum(), x, budget=0.9, mode=mode)  # type: ignore[arg-type]
+
+    def step(x: Tensor) -> Tensor:
+        loss: Tensor = layer(x).sum()
+        return loss
+
+    tools: list[Callable[[Any], Any]] = [
+        lambda given: ckpt_pass.plan(given, x, budget=0.9),
+        lambda given: ckpt_pass.plan(given, x, budget=0.9, mode="eager"),
+        lambda given: ckpt_pass.compare_strategies(given, x),
+        lambda given: ckpt_pass.apply(given, "all"),
+        ckpt_pass.remove,
+    ]
+    for tool in tools:
+        with pytest.raises(ckpt_pass.NotAModuleError, match=r"of type function, expected a model"):
+            tool(step)
+
+
+def test_options_of_a_wrong_kind_are_told_so() -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    with pytest.raises(ckpt_pass.StepArgumentError, match="got kwargs=3 of type int"):
+        ckpt_pass.plan(layer, x, kwargs=3)  # type: ignore[arg-type]
+    with pytest.raises(ckpt_pass.UnknownOptionError, match="Got regions=3"):
+        ckpt_pass.plan(layer, x, regions=3)  # type: ignore[arg-type]
+    with pytest.raises(ckpt_pass.PlanModeError, match="Got mode=3"):
+        ckpt_pass.plan(layer, x, budget=0.9, mode=3)  # type: ignore[arg-type]
 
 
 class Halves(nn.Module):
