@@ -42,6 +42,7 @@ class MutatedStateError(CkptPassError, RuntimeError):
 Look = tuple[int, bool]
 
 _address = torch.Tensor.data_ptr
+_stride = torch.Tensor.stride
 _first = operator.itemgetter(0)
 _look: Callable[[torch.Tensor], Look] = operator.attrgetter("_version", "requires_grad")
 
@@ -174,9 +175,14 @@ class Outside:
         return found.get(id(tensor))
 
     def _looks_elsewhere(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor looks at other memory than when the forward began (``.data = ...``)."""
+        """Whether a tensor looks at other memory than when the forward began (``.data = ...``).
+
+        Or at the same in another way, as a transposed view of it does.
+        """
         start = self._start(tensor)
-        if start is None or start.data_ptr() == tensor.data_ptr():
+        if start is None:
+            return False
+        if start.data_ptr() == tensor.data_ptr() and start.stride() == tensor.stride():
             return False
         # Sharded training gives parameters their memory, of another size, for a while.
         is_there = start.numel() > 0 and start.untyped_storage().nbytes() > 0
@@ -192,7 +198,9 @@ class Outside:
         if looks != self._looks and list(map(_first, looks)) != list(map(_first, self._looks)):
             return True
         movable = self._state.movable()
-        if list(map(_address, movable)) == self._addresses:
+        if list(map(_address, movable)) == self._addresses and (
+            list(map(_stride, movable)) == list(map(_stride, self._starts))
+        ):
             return False
         return any(map(self._looks_elsewhere, movable))
 

@@ -300,6 +300,20 @@ def test_memory_that_was_written_before_it_was_left_is_refused() -> None:
         loss.backward()
 
 
+def test_memory_that_is_looked_at_in_another_way_is_read_as_it_was() -> None:
+    model, x = Scaled(), torch.randn(ROWS, WIDTH)
+    grads = []
+    for run in (model, lambda x: ckpt_pass.checkpoint(model, x)):
+        loss = run(x).square().sum()
+        weight = model.first.weight
+        weight.data = weight.data.t()
+        loss.backward()
+        weight.data = weight.data.t()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])  # type: ignore[union-attr]
+        model.zero_grad()
+    assert all(map(torch.equal, *grads))
+
+
 class Tripled(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
