@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import fx
@@ -85,12 +86,15 @@ def eager_problem(
     if link is not None:
         goes = _movable(trace, overwritten, least_bytes)
         calls = {call.name: call for call in trace.calls}
+        times = Counter(call.name for call in trace.calls)
         regions = tuple(
             replace(
                 region,
                 moves=tuple(n for n in range(*region.values) if n in goes),
                 sent=_sent(trace, calls[region.name], overwritten, least_bytes),
             )
+            if times[region.name] == 1  # what moves is counted by module
+            else region
             for region in regions
         )
     return EagerProblem(
@@ -181,13 +185,13 @@ def _op(
 
 
 def _regions(trace: EagerTrace) -> list[EagerRegion]:
-    """The module calls that can be regions: modules called once, that may run twice."""
+    """The module calls that can be regions: of modules of which every call may run twice."""
     calls = trace.calls
-    times = Counter(call.name for call in calls)
+    out = _cannot_be_regions(trace)
     numbers: dict[int, int] = {}
     found: list[EagerRegion] = []
     for index, call in enumerate(calls):
-        if not call.name or times[call.name] > 1 or not _may_run_twice(trace, call):
+        if not call.name or call.name in out:
             continue
         parent = call.parent
         while parent >= 0 and parent not in numbers:
@@ -199,9 +203,34 @@ def _regions(trace: EagerTrace) -> list[EagerRegion]:
     return found
 
 
-def _may_run_twice(trace: EagerTrace, call: CallRecord) -> bool:
-    """Whether nothing inside has an effect or overwrites what came from outside."""
-    return not _why_once(trace, call)
+def _cannot_be_regions(trace: EagerTrace) -> dict[str, str]:
+    """The modules that cannot be regions, and why."""
+    by_name: dict[str, list[CallRecord]] = defaultdict(list)
+    for call in trace.calls:
+        by_name[call.name].append(call)
+    found = {}
+    for name, calls in by_name.items():
+        whys = (_why_once(trace, call) for call in calls)
+        why = next(filter(None, whys), "") or _why_not_tied(trace, calls)
+        if why:
+            found[name] = why
+    return found
+
+
+def _why_not_tied(trace: EagerTrace, calls: list[CallRecord]) -> str:
+    """Why the calls of a module cannot all be regions alike; empty where they can."""
+    if len(calls) == 1:
+        return ""
+    if any(one.ops[0] < other.ops[1] for other, one in pairwise(calls)):
+        return "it calls itself"
+    if len({_ops_of(trace, call) for call in calls}) > 1:
+        return f"it is called {len(calls)} times, and runs other ops each time"
+    asked = (any(n in trace.asked for n in range(*call.values)) for call in calls)
+    return "" if all(asked) else "the backward asks for nothing of some of its calls"
+
+
+def _ops_of(trace: EagerTrace, call: CallRecord) -> tuple[object, ...]:
+    return tuple(op.call.target for op in trace.ops[slice(*call.ops)])
 
 
 def _why_once(trace: EagerTrace, call: CallRecord) -> str:
@@ -224,16 +253,12 @@ def left_out(trace: EagerTrace) -> dict[str, str]:
 
     Those whose values the backward does not ask for would gain nothing, and are not told.
     """
-    calls = trace.calls
-    times = Counter(call.name for call in calls)
+    calls, out = trace.calls, _cannot_be_regions(trace)
     found: dict[int, str] = {}
     for index, call in enumerate(calls):
         asked = any(number in trace.asked for number in range(*call.values))
-        why = _why_once(trace, call)
-        if not why and times[call.name] > 1:
-            why = f"it is called {times[call.name]} times"
-        if why and asked and call.name:
-            found[index] = why
+        if call.name in out and asked and call.name:
+            found[index] = out[call.name]
     outer = {calls[index].parent for index in found}
     return {calls[index].name: why for index, why in found.items() if index not in outer}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,22 +39,29 @@ class Predictor:
                 that is ``None``.
 
         Returns:
-            The simulated step; ``None`` where the simulation does not know the case: a module that
-            is called more than once or saves nothing that a backward asks for, and a policy that
-            does not decide by the op alone or that offloads. Copies of running statistics are not
-            counted.
+            The simulated step; ``None`` where the simulation does not know the case: modules of
+            one region that are called more than once, a module that calls itself or saves nothing
+            that a backward asks for, and a policy that does not decide by the op alone or that
+            offloads. Copies of running statistics are not counted.
         """
         known: list[EagerRegion] = []
         kept: set[int] = set()
         for segment, policy in segments:
-            region = self._region(segment)
-            keeps = None if region is None else self._kept(region, policy)
-            if region is None or keeps is None:
-                return None
-            known.append(region)
-            kept |= keeps
+            for region in self._runs(segment):
+                keeps = None if region is None else self._kept(region, policy)
+                if region is None or keeps is None:
+                    return None
+                known.append(region)
+                kept |= keeps
         problem = replace(self.problem, regions=tuple(known))
         return problem.simulate(EagerPlan(frozenset(range(len(known))), frozenset(kept)))
+
+    def _runs(self, segment: Segment) -> list[EagerRegion | None]:
+        """Each run of a region; ``None`` for what is not known."""
+        calls = self._calls(segment[0]) if len(segment) == 1 else []
+        if len(calls) < 2 or any(one.ops[0] < other.ops[1] for other, one in pairwise(calls)):
+            return [self._region(segment)]
+        return [region_of(self.trace, call) for call in calls]
 
     def _region(self, segment: Segment) -> EagerRegion | None:
         calls = {name: self._calls(name) for name in segment}

@@ -69,7 +69,7 @@ class Writer:
             fingerprint=_fingerprint(self._trace, asked.words, str(asked.goal), __version__),
             decisions=tuple(self._decisions()),
             saved=SavedActivations(self._saved()),
-            regions=tuple(region.name for region in regions),
+            regions=tuple(dict.fromkeys(region.name for region in regions)),
             sites=frozenset(op.site for op in self._trace.ops if op.site is not None),
             asked=asked,
             predicted=self._predicted(plain, asked.goal),

@@ -19,6 +19,7 @@ from itertools import pairwise
 
 from ckpt_pass.planner.eager_parts import EagerPlan
 from ckpt_pass.planner.eager_problem import EagerProblem, EagerProfile
+from ckpt_pass.planner.eager_ties import Ties
 from ckpt_pass.planner.eager_tree import AHEAD, Tree
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 
@@ -74,6 +75,7 @@ class EagerPool:
     def __init__(self, problem: EagerProblem) -> None:
         self._problem = problem
         self._tree = Tree(problem)
+        self._ties = Ties(problem)
         self.plans: dict[EagerPlan, tuple[float, int]] = {}
         self._too_large: set[EagerPlan] = set()
         self._add(EagerPlan())
@@ -106,6 +108,7 @@ class EagerPool:
         return found
 
     def _add(self, plan: EagerPlan) -> tuple[float, int]:
+        plan = self._ties.tied(plan)
         known = self.plans.get(plan)
         if known is None:
             profile = self._problem.simulate(plan)
