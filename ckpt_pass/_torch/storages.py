@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,6 +99,32 @@ def viewed(
     with torch._C._DisableTorchDispatch(), torch.no_grad():
         made = torch.empty(0, dtype=dtype, device=data.device)
         return made.set_(data.untyped_storage(), offset, size, stride)
+
+
+@contextlib.contextmanager
+def told_of_resizes(told: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Inside, be told of each storage whose size this thread's Python has set.
+
+    FSDP takes the memory of gathered parameters, and gives it back, so. No mode sees it.
+    """
+    kind, thread = torch.UntypedStorage, threading.get_ident()
+    own = vars(kind).get("resize_")
+    resize: Callable[[torch.UntypedStorage, int], Any] = kind.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+        found = resize(storage, size)
+        if threading.get_ident() == thread:
+            told(storage)
+        return found
+
+    kind.resize_ = resize_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.resize_
+        else:
+            kind.resize_ = own  # type: ignore[method-assign]
 
 
 def _bytes_over(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:

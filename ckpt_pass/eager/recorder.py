@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass._torch.random_states import told_of_states
+from ckpt_pass._torch.storages import told_of_resizes
 from ckpt_pass.eager.answers import Answers, asks
 from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.held_objects import HeldObjects
@@ -52,6 +53,8 @@ from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
 
+#: Ops that compute nothing and hold no memory: questions, and marks for a profiler.
+_UNSEEN = ("prim.", "profiler.")
 #: What stands in a record until its call is written down.
 _NO_CALL = fx.Graph()._root
 
@@ -110,7 +113,8 @@ class Recorder(TorchDispatchMode):
         """
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         states = told_of_states(self._state_read)
-        with self._stack.followed(), self._calls(), states, self:
+        sizes = told_of_resizes(self._resized)
+        with self._stack.followed(), self._calls(), states, sizes, self:
             with hooks, RealPaths(asks=self._answers is not None):
                 value = step()
             self.trace.forward_length = self.moment
@@ -122,7 +126,9 @@ class Recorder(TorchDispatchMode):
             saved.released = min(saved.released, end)
         for storage in self.trace.storages:
             storage.dies = min(storage.dies, end)
+            storage.born = min(storage.born, max(end - 1, 0))
         self._refs.clear()
+        self.trace.leave_out_resized()
         return self.trace
 
     @contextlib.contextmanager
@@ -137,6 +143,10 @@ class Recorder(TorchDispatchMode):
             trains = all(part.training for part in module.modules())
             trace.calls.append(CallRecord(name, parent, *here, trains))
             self._objects.enter()
+
+        def begin(_module: nn.Module, _args: Any) -> None:
+            call = self.trace.calls[self._open[-1]]
+            call.ops, call.values = (self.moment,) * 2, (len(self.trace.saved),) * 2
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             call = self.trace.calls[self._open.pop()]
@@ -161,6 +171,8 @@ class Recorder(TorchDispatchMode):
                 part.register_forward_pre_hook(note_arguments, with_kwargs=True, prepend=True)
                 for part in self._model.modules()
             ),
+            # A region is the forward alone: what hooks before it do, FSDP's say, happens once.
+            *(part.register_forward_pre_hook(begin) for part in self._model.modules()),
         ]
         try:
             yield
@@ -223,7 +235,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._resting or op_name(func).startswith("prim."):
+        if self._resting or op_name(func).startswith(_UNSEEN):
             return func(*args, **kwargs)
         if self._sums.adds_up(func, args, kwargs):
             func = torch.ops.aten.add_.Tensor
@@ -271,6 +283,24 @@ class Recorder(TorchDispatchMode):
             record.dies = self.moment
 
         self._refs[len(self.trace.storages) - 1] = weakref.ref(state.untyped_storage(), died)
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """Memory that Python itself takes and gives back, whoever holds the storage (FSDP)."""
+        key, nbytes = storage._cdata, storage.nbytes()
+        before = self._live.pop(key, None)
+        if self._resting or (before is None and not nbytes):
+            if before is not None:
+                self._live[key] = before
+            return
+        if before is not None:
+            known = self.trace.storages[before]
+            known.dies, known.resized = self.moment, True
+        if nbytes:
+            number = len(self.trace.storages)
+            found = StorageRecord(nbytes, self.moment, resized=True)
+            self.trace.storages.append(found)
+            self._live[key] = number
+            self._refs[number] = weakref.ref(storage, self._death(key, number))
 
     def _hold(self, numbers: StorageRecord) -> None:
         """Count what autograd holds of Python's numbers; the graphs of the backward are run."""
@@ -373,8 +403,9 @@ class Recorder(TorchDispatchMode):
 
     def _death(self, key: int, number: int) -> Callable[[Any], None]:
         def died(_: Any) -> None:
-            self._live.pop(key, None)
-            self.trace.storages[number].dies = self.moment
+            if self._live.get(key) == number:  # it has another size since, and another number
+                del self._live[key]
+                self.trace.storages[number].dies = self.moment
 
         return died
 
