@@ -62,7 +62,9 @@ def eager_problem(
         _op(op, index < trace.forward_length, costs[op.call], overwritten)
         for index, op in enumerate(trace.ops)
     )
-    storages = tuple(EagerStorage(s.nbytes, s.born, s.dies, s.of_graph) for s in trace.storages)
+    storages = tuple(
+        EagerStorage(s.nbytes, s.born, s.dies, s.of_graph, s.resized) for s in trace.storages
+    )
     ops, storages = replaced(ops, storages, formulas)
     turns = {number: turn for turn, number in enumerate(trace.asked)}
     values = tuple(

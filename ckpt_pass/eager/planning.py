@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,9 +68,13 @@ def plan_eager(
         StoreFolderError, StoreFullError: nothing can be kept where values are to go.
     """
     kernels = Kernels()
-    trace = traced(model, args, loss_fn, kwargs, kernels=kernels)
+    trace = traced(model, args, loss_fn, kwargs, kernels, again=goal.gradients != "new")
     timed = goal.cost == "measured"
-    problem = described(trace, times=timed, kernels=kernels, offload=goal.offload)
+    problem = replace(
+        described(trace, times=timed, kernels=kernels, offload=goal.offload),
+        microbatches=goal.in_flight,
+        held_bytes=trace.found_bytes if goal.gradients == "accumulated" else 0,
+    )
     warn_of_unmeasured(kernels)
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
@@ -124,6 +129,7 @@ def traced(
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
     kernels: Kernels | None = None,
+    again: bool = False,
 ) -> EagerTrace:
     """The record of a step (:func:`ckpt_pass.eager.trace.trace_step`).
 
@@ -132,7 +138,7 @@ def traced(
         NothingToDifferentiateError: there is no backward.
     """
     try:
-        return trace_step(model, args, loss_fn, kwargs, kernels)
+        return trace_step(model, args, loss_fn, kwargs, kernels, again)
     except CkptPassError:
         raise
     except Exception as error:  # whatever the model's own code raises, with the place

@@ -121,6 +121,8 @@ class Recorder(TorchDispatchMode):
             self._objects.settle()
             self._backward = True
             differentiate(self._model, value)
+        del value
+        self.trace.left_bytes = sum(self.trace.storages[n].nbytes for n in self._live.values())
         end = self.moment
         for saved in self.trace.saved:
             saved.released = min(saved.released, end)

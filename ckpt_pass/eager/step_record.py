@@ -117,6 +117,9 @@ class EagerTrace:
     calls: list[CallRecord] = field(default_factory=list)
     formulas: list[FormulaRecord] = field(default_factory=list)
     forward_length: int = 0
+    #: What the step leaves behind (gradients), and what the one before it has left.
+    left_bytes: int = 0
+    found_bytes: int = 0
 
     def leave_out_resized(self) -> None:
         """Nobody holds the memory of a resized storage: as if its values had existed before."""

@@ -14,6 +14,7 @@ from ckpt_pass.eager.answers import Answers, real_answers
 from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.real_numbers import Maker, StaleNumbers, is_number
 from ckpt_pass.eager.recorder import Recorder
+from ckpt_pass.eager.replicas import replicas_alone
 from ckpt_pass.eager.step_record import EagerTrace
 from ckpt_pass.eager.trace_ops import statistics_of
 from ckpt_pass.graph.kernels import Kernels
@@ -27,6 +28,7 @@ def trace_step(
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
     kernels: Kernels | None = None,
+    again: bool = False,
 ) -> EagerTrace:
     """Record forward and backward of ``loss_fn(model(*args, **kwargs))`` on fake tensors.
 
@@ -41,8 +43,11 @@ def trace_step(
     left out), and would take another way if they were fake. Where the forward looks at other
     values, it is run once for real (:mod:`ckpt_pass.eager.answers`); the record is of the way that
     it goes with these inputs. Gradients that are there are not: the step makes its own.
+
+    With ``again`` the step runs twice, and the second time is recorded, which finds what the first
+    has left: gradients.
     """
-    step = _Step(model, args, loss_fn, dict(kwargs or {}), kernels or Kernels())
+    step = _Step(model, args, loss_fn, dict(kwargs or {}), kernels or Kernels(), again)
     answers: Answers | None = None
     faked: frozenset[Maker] = frozenset()
     while True:
@@ -65,6 +70,7 @@ class _Step:
     loss_fn: Callable[[Any], torch.Tensor] | None
     kwargs: Mapping[str, Any]
     kernels: Kernels
+    again: bool
 
     def recorded(self, answers: Answers | None, faked: frozenset[Maker]) -> EagerTrace:
         """The record of the step on fake tensors."""
@@ -86,11 +92,21 @@ class _Step:
             buffers = dict(self.model.named_buffers())
             moved = statistics_of(self.model)
             statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
-            recorder = Recorder(
-                self.model, fakes.mode, statistics, self.kernels, answers, faked, constants
-            )
-            with modules.converted_by_replacement(self.model):
+
+            def recorded(found: Answers | None) -> EagerTrace:
+                recorder = Recorder(
+                    self.model, fakes.mode, statistics, self.kernels, found, faked, constants
+                )
                 return recorder.record(lambda: self._run(args, kwargs))
+
+            with modules.converted_by_replacement(self.model), replicas_alone(self.model):
+                left = 0
+                if self.again:
+                    left = recorded(answers).left_bytes
+                    answers = None if answers is None else answers.anew()
+                trace = recorded(answers)
+                trace.found_bytes = left
+                return trace
 
     def real(self) -> Any:
         """The forward on real tensors."""

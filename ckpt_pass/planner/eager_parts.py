@@ -36,12 +36,14 @@ class EagerStorage:
         born: the op that allocates it.
         dies: the moment from which only autograd may hold it (the end, where something else does).
         of_graph: whether autograd's graph holds it itself, in a region until that is done with.
+        shared: whether all microbatches have it together (gathered parameters).
     """
 
     nbytes: int
     born: int
     dies: int
     of_graph: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,9 @@ class EagerProblem:
         link: what may move values; ``None`` where nothing can.
         in_flight: how many values of a module may be on their way out at once.
         away_unit: at the other place a value takes a multiple of so many bytes.
+        microbatches: how many have run forward and not yet backward, at the most, with this one.
+            What the others hold from forward to backward lies beside all of it.
+        held_bytes: held besides: gradients of earlier microbatches.
     """
 
     ops: tuple[EagerOp, ...]
@@ -110,6 +113,8 @@ class EagerProblem:
     link: Link | None = None
     in_flight: int = 1
     away_unit: int = 1
+    microbatches: int = 1
+    held_bytes: int = 0
 
     @cached_property
     def _table(self) -> _Table:
@@ -155,6 +160,7 @@ class _Table:
         self.born = _ints(s.born for s in problem.storages)
         self.dies = _ints(s.dies for s in problem.storages)
         self.of_graph = np.array([s.of_graph for s in problem.storages], dtype=bool)
+        self.shared = np.array([s.shared for s in problem.storages], dtype=bool)
         known = [(i, v) for i, v in enumerate(problem.values) if v.storage >= 0]
         self.value_number = _ints(i for i, _ in known)
         self.value_storage = _ints(v.storage for _, v in known)
@@ -243,11 +249,16 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
         delta[min(stay.fetched, length - 1)] += table.nbytes[stay.storage]
         delta[stay.end] -= table.nbytes[stay.storage]
     ran = _ran(problem, chosen, before_op, starts, length)
-    bytes_at = np.cumsum(delta)[:length] + table.workspace[ran]
+    bytes_at = np.cumsum(delta)[:length] + table.workspace[ran] + problem.held_bytes
     rerun = problem.rerun_ops(plan)
     keeping = {int(op_region[op]) for op in plan.kept}
     looked_at = sum(problem.regions[index].needed for index in keeping)
     begins = int(before_op[problem.forward_length])
+    if problem.microbatches > 1:
+        waits = (before_op[table.born] < begins) & (end_places > begins) & ~table.shared
+        states = sum(problem.regions[index].extra_bytes for index in chosen)
+        each = int(table.nbytes[waits].sum()) + states
+        bytes_at += (problem.microbatches - 1) * each
     copies = None
     if problem.link is not None and moved.leaving:
         copies = copying(moved, table.nbytes, table.seconds[ran], begins, problem.link)

@@ -278,6 +278,8 @@ def _asked_data(asked: Asked) -> dict[str, Any]:
             "time_limit_s": goal.time_limit_s,
             "cost": goal.cost,
             **({} if goal.offload is None else {"offload": _offload_data(goal.offload)}),
+            **({} if goal.in_flight == 1 else {"in_flight": goal.in_flight}),
+            **({} if goal.gradients == "new" else {"gradients": goal.gradients}),
         },
     }
 
