@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,12 @@ from ckpt_pass.graph.link import link_of
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.eager_parts import EagerPlan
-from ckpt_pass.planner.eager_problem import EagerProblem
+from ckpt_pass.planner.eager_problem import EagerProblem, EagerProfile
 from ckpt_pass.planner.eager_solve import EagerSolution, solve_eager
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import resolve_budget
 from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.parts import Signature
 from ckpt_pass.plans.record import Asked
 from ckpt_pass.plans.signature import eager_signature
 from ckpt_pass.plans.value import Plan
@@ -67,6 +68,54 @@ def plan_eager(
         InvalidOffloadError: values of the step's device cannot be moved.
         StoreFolderError, StoreFullError: nothing can be kept where values are to go.
     """
+    step = describe_step(model, args, policy, goal, loss_fn, kwargs)
+    return step.planned(step.budget_bytes)
+
+
+@dataclass(frozen=True)
+class EagerStep:
+    """A recorded step with what is asked of it, of which plans can be made.
+
+    Attributes:
+        trace, problem: the record, and what is made of it.
+        plain: the step with nothing recomputed.
+        budget_bytes: the budget as bytes of this step.
+        policy, goal, signature: what is asked, and what the step takes.
+    """
+
+    trace: EagerTrace
+    problem: EagerProblem
+    plain: EagerProfile
+    budget_bytes: int
+    policy: Policy
+    goal: Goal
+    signature: Signature
+
+    def planned(self, budget_bytes: int) -> Plan:
+        """The plan within a budget.
+
+        Raises:
+            InfeasibleBudgetError: no plan fits it.
+        """
+        try:
+            solution = _solved(self.problem, self.plain.peak_bytes, budget_bytes)
+        except InfeasibleBudgetError as error:
+            raise InfeasibleBudgetError(
+                budget_bytes, error.least_feasible_bytes, _left_out_words(self.trace)
+            ) from None
+        asked = Asked("open to the solver", self.policy, None, self.goal, budget_bytes)
+        return Writer(self.trace, self.problem, solution).plan(asked, self.signature, self.plain)
+
+
+def describe_step(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    policy: Policy,
+    goal: Goal,
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> EagerStep:
+    """Record a step, measure what has to be, and make the problem of it; as :func:`plan_eager`."""
     kernels = Kernels()
     trace = traced(model, args, loss_fn, kwargs, kernels, again=goal.gradients != "new")
     timed = goal.cost == "measured"
@@ -78,15 +127,8 @@ def plan_eager(
     warn_of_unmeasured(kernels)
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
-    try:
-        solution = _solved(problem, plain.peak_bytes, budget_bytes)
-    except InfeasibleBudgetError as error:
-        raise InfeasibleBudgetError(
-            budget_bytes, error.least_feasible_bytes, _left_out_words(trace)
-        ) from None
-    asked = Asked("open to the solver", policy, None, goal, budget_bytes)
     signature = eager_signature(model, args, kwargs)
-    return Writer(trace, problem, solution).plan(asked, signature, plain)
+    return EagerStep(trace, problem, plain, budget_bytes, policy, goal, signature)
 
 
 def described(

@@ -1,4 +1,4 @@
-"""DistributedDataParallel while a step is recorded: what it does to memory, without the other ranks.
+"""DistributedDataParallel while a step is recorded: what it holds, without the other ranks.
 
 Its reducer is C++ that counts real gradients, and exchanges them. In a record a replica runs alone:
 its buckets were there before the step, gradients that are views of them are copied there as they

@@ -40,8 +40,8 @@ def collective_workspace_bytes(node: fx.Node) -> int:
 
 
 def _padded_bytes(node: fx.Node) -> int:
-    """Of gradients whose rows the ranks cannot share out evenly padded copies are made, and of those
-    of another dtype than the buffer's one copy at a time.
+    """Gradients whose rows ranks cannot share out evenly are copied with padding; one at a time,
+    those of another dtype than the buffer's.
     """
     given = inspect.signature(_chunk_cat).bind(*node.args, **node.kwargs).arguments
     values = [one.meta["val"] for one in given["tensors"]]

@@ -327,8 +327,8 @@ def _check_microbatches(goal: Goal | None, mode: str) -> None:
         return
     raise PlanModeError(
         f"Got mode={mode!r} with in_flight={goal.in_flight} and gradients={goal.gradients!r}, "
-        "which are for eager plans. Give mode='eager', or leave them out: a compiled step's peak is "
-        "that of one microbatch whose gradients are new."
+        "which are for eager plans. Give mode='eager', or leave them out: the peak of a compiled "
+        "step is that of one microbatch whose gradients are new."
     )
 
 
