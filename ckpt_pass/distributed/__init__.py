@@ -13,3 +13,4 @@ from ckpt_pass.distributed.pipeline import in_flight_of as in_flight_of
 from ckpt_pass.distributed.together import RankFailedError as RankFailedError
 from ckpt_pass.distributed.together import RanksDifferError as RanksDifferError
 from ckpt_pass.distributed.together import plan_together as plan_together
+from ckpt_pass.plans.goal import InFlight as InFlight

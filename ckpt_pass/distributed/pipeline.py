@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass.plans.goal import InFlight
 
 #: A microbatch is let go of when the last part of its backward has run: the whole, or the weights'.
 _FORWARD, _LAST = "F", frozenset({"B", "W"})
@@ -15,12 +16,13 @@ class ScheduleError(CkptPassError):
     """A schedule that does not say what a stage runs when."""
 
 
-def in_flight_of(schedule: Any, stage_index: int | None = None) -> int:
+def in_flight_of(schedule: Any, stage_index: int | None = None) -> InFlight:
     """The most microbatches that have run forward and not yet backward, in one stage.
 
     For ``plan(stage_module, ..., in_flight=...)``, and any schedule of
     ``torch.distributed.pipelining`` that has an order of its actions: GPipe has all microbatches in
-    flight, 1F1B as many as there are stages from this one on.
+    flight, and one less once there are gradients; 1F1B as many as there are stages from this one
+    on, and as many later.
 
     Args:
         schedule: the schedule, as it is made on this rank.
@@ -44,14 +46,16 @@ def in_flight_of(schedule: Any, stage_index: int | None = None) -> int:
             f"Got stage_index={wanted} of a {kind} with the stages {sorted(stages)}, expected one "
             "of them."
         )
-    most = now = 0
+    first = later = now = 0
+    ended = False
     for actions in order.values():
         for action in _parts(actions):
             if action.stage_index == wanted:
                 what = action.computation_type.value
                 now += (what == _FORWARD) - (what in _LAST)
-                most = max(most, now)
-    return most
+                ended = ended or what in _LAST
+                first, later = max(first, now * (not ended)), max(later, now * ended)
+    return InFlight(first, later)
 
 
 def _parts(actions: Any) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from ckpt_pass.eager.step_record import EagerTrace
 from ckpt_pass.eager.writing import step_words
 from ckpt_pass.ops.taxonomy import OpClass, classify, op_name
 from ckpt_pass.plans.budget import BudgetLike
-from ckpt_pass.plans.goal import as_goal, with_microbatches
+from ckpt_pass.plans.goal import InFlight, as_goal, with_microbatches
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.version import __version__
@@ -45,7 +45,7 @@ def plan_together(
     *args: Any,
     budget: BudgetLike,
     loss_fn: Callable[[Any], Tensor] | None = None,
-    in_flight: int = 1,
+    in_flight: int | InFlight | None = None,
     gradients: str | None = None,
     cost: str = "roofline",
     name: str = "step",

@@ -62,8 +62,10 @@ def eager_problem(
         _op(op, index < trace.forward_length, costs[op.call], overwritten)
         for index, op in enumerate(trace.ops)
     )
+    added = _added(trace)
     storages = tuple(
-        EagerStorage(s.nbytes, s.born, s.dies, s.of_graph, s.resized) for s in trace.storages
+        EagerStorage(s.nbytes, s.born, s.dies, s.of_graph, s.resized, number in added)
+        for number, s in enumerate(trace.storages)
     )
     ops, storages = replaced(ops, storages, formulas)
     turns = {number: turn for turn, number in enumerate(trace.asked)}
@@ -106,6 +108,15 @@ def eager_problem(
         Offload.IN_FLIGHT,
         ALIGNMENT,
     )
+
+
+def _added(trace: EagerTrace) -> set[int]:
+    """The gradients that are added to what an earlier step has left."""
+    if not trace.found_bytes:
+        return set()
+    backward = trace.ops[trace.forward_length :]
+    adds = (op for op in backward if op.call.target is torch.ops.aten.add_.Tensor)
+    return {storage for op in adds if op.changes == (-1,) for storage in op.uses}
 
 
 def _sent(

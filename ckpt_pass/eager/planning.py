@@ -12,7 +12,7 @@ from torch import nn
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.eager.describe import eager_problem, left_out
 from ckpt_pass.eager.step_record import EagerTrace
-from ckpt_pass.eager.trace import trace_step
+from ckpt_pass.eager.trace import Surroundings, trace_step
 from ckpt_pass.eager.writing import Writer
 from ckpt_pass.graph.capture import raise_for
 from ckpt_pass.graph.device_rates import with_device_times
@@ -25,12 +25,12 @@ from ckpt_pass.graph.kernels import (
 from ckpt_pass.graph.link import link_of
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
-from ckpt_pass.planner.eager_parts import EagerPlan
+from ckpt_pass.planner.eager_parts import EagerPlan, Microbatches
 from ckpt_pass.planner.eager_problem import EagerProblem, EagerProfile
 from ckpt_pass.planner.eager_solve import EagerSolution, solve_eager
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import resolve_budget
-from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.goal import Goal, InFlight
 from ckpt_pass.plans.parts import Signature
 from ckpt_pass.plans.record import Asked
 from ckpt_pass.plans.signature import eager_signature
@@ -117,18 +117,29 @@ def describe_step(
 ) -> EagerStep:
     """Record a step, measure what has to be, and make the problem of it; as :func:`plan_eager`."""
     kernels = Kernels()
-    trace = traced(model, args, loss_fn, kwargs, kernels, again=goal.gradients != "new")
+    how = Surroundings(again=goal.gradients != "new", staged=goal.in_flight is not None)
+    trace = traced(model, args, loss_fn, kwargs, kernels, how)
     timed = goal.cost == "measured"
     problem = replace(
         described(trace, times=timed, kernels=kernels, offload=goal.offload),
-        microbatches=goal.in_flight,
-        held_bytes=trace.found_bytes if goal.gradients == "accumulated" else 0,
+        microbatches=_beside(trace, goal),
     )
     warn_of_unmeasured(kernels)
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     signature = eager_signature(model, args, kwargs)
     return EagerStep(trace, problem, plain, budget_bytes, policy, goal, signature)
+
+
+def _beside(trace: EagerTrace, goal: Goal) -> Microbatches | None:
+    """What lies in memory beside a step that is one of several."""
+    adds_up = goal.gradients == "accumulated"
+    if goal.in_flight is None and not adds_up:
+        return None
+    many = goal.in_flight or InFlight(1, 1)
+    if not adds_up:
+        return Microbatches(0, max(many.first, many.later), passed_bytes=trace.passed_bytes)
+    return Microbatches(many.first, many.later, trace.found_bytes, trace.passed_bytes)
 
 
 def described(
@@ -171,7 +182,7 @@ def traced(
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
     kernels: Kernels | None = None,
-    again: bool = False,
+    how: Surroundings | None = None,
 ) -> EagerTrace:
     """The record of a step (:func:`ckpt_pass.eager.trace.trace_step`).
 
@@ -180,7 +191,7 @@ def traced(
         NothingToDifferentiateError: there is no backward.
     """
     try:
-        return trace_step(model, args, loss_fn, kwargs, kernels, again)
+        return trace_step(model, args, loss_fn, kwargs, kernels, how)
     except CkptPassError:
         raise
     except Exception as error:  # whatever the model's own code raises, with the place

@@ -102,11 +102,11 @@ class Recorder(TorchDispatchMode):
         """How many ops have begun."""
         return len(self.trace.ops)
 
-    def record(self, step: Callable[[], Any]) -> EagerTrace:
+    def record(self, step: Callable[[], Any], received: bool = False) -> EagerTrace:
         """Run the step and record it.
 
         A scalar is a loss. Of anything else every output gets a gradient of its own size, as from
-        a loss that is computed elsewhere.
+        a loss that is computed elsewhere; one that is ``received`` lies where it lay before.
 
         Raises:
             NothingToDifferentiateError: nothing that it returns requires a gradient.
@@ -120,18 +120,20 @@ class Recorder(TorchDispatchMode):
             self.trace.forward_length = self.moment
             self._objects.settle()
             self._backward = True
-            differentiate(self._model, value)
-        del value
-        self.trace.left_bytes = sum(self.trace.storages[n].nbytes for n in self._live.values())
+            differentiate(self._model, value, self._rest() if received else None)
         end = self.moment
         for saved in self.trace.saved:
             saved.released = min(saved.released, end)
         for storage in self.trace.storages:
             storage.dies = min(storage.dies, end)
             storage.born = min(storage.born, max(end - 1, 0))
-        self._refs.clear()
         self.trace.leave_out_resized()
         return self.trace
+
+    @property
+    def left_bytes(self) -> int:
+        """What is still there of the memory that the step has made."""
+        return sum(self.trace.storages[number].nbytes for number in self._live.values())
 
     @contextlib.contextmanager
     def _calls(self) -> Iterator[None]:

@@ -117,9 +117,10 @@ class EagerTrace:
     calls: list[CallRecord] = field(default_factory=list)
     formulas: list[FormulaRecord] = field(default_factory=list)
     forward_length: int = 0
-    #: What the step leaves behind (gradients), and what the one before it has left.
-    left_bytes: int = 0
+    #: What an earlier step has left that this one finds: gradients.
     found_bytes: int = 0
+    #: What it hands to other stages of a pipeline: its outputs, and the gradients of its inputs.
+    passed_bytes: int = 0
 
     def leave_out_resized(self) -> None:
         """Nobody holds the memory of a resized storage: as if its values had existed before."""

@@ -28,6 +28,7 @@ from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import (
     Goal,
+    InFlight,
     as_goal,
     as_offload,
     check_offload,
@@ -69,7 +70,7 @@ def plan(
     dynamic: bool = False,
     mode: str = "compiled",
     inner: str = "aot_eager",
-    in_flight: int = 1,
+    in_flight: int | InFlight | None = None,
     gradients: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     **named: Any,
@@ -101,12 +102,13 @@ def plan(
         inner: what compiles the planned halves: ``aot_eager`` runs the ops of the graph one by one;
             of ``inductor`` the code is generated, and its peak is the plan's; that takes as long as
             a compilation without its kernels.
-        in_flight: how many microbatches of a pipeline have run forward and not yet backward, at
-            the most: what is saved counts once for each of them. Of eager plans.
+        in_flight: of a stage of a pipeline how many microbatches have run forward and not yet
+            backward, at the most: what is saved counts once for each of them. A number, or what
+            :func:`ckpt_pass.distributed.in_flight_of` reads from a schedule. Of eager plans.
         gradients: what the step finds: ``new``, none; ``kept``, those of an earlier step, which are
             not let go (``zero_grad(set_to_none=False)``) and do not count; ``accumulated``, those
-            of an earlier microbatch, which count. ``accumulated`` where several are in flight. Of
-            eager plans.
+            of an earlier microbatch, which count. ``accumulated`` with ``in_flight``. Of eager
+            plans.
 
     Returns:
         The plan; of a step that dynamo cuts in several graphs a :class:`StepPlan`, which has one
@@ -152,7 +154,7 @@ def plan_one(
     asked = ("solver", "time_limit_s", "cost", "offload")
     how = {key: options.pop(key) for key in asked if key in options}
     goal = as_goal(options.pop("budget", None), **how)
-    goal = with_microbatches(goal, options.pop("in_flight", 1), options.pop("gradients", None))
+    goal = with_microbatches(goal, options.pop("in_flight", None), options.pop("gradients", None))
     _check_microbatches(goal, options.get("mode", "compiled"))
     loss_fn, regions = options.pop("loss_fn", None), options.pop("regions", None)
     inputs = step_arguments(model, plan, args, kwargs, named)
@@ -323,7 +325,7 @@ def _eager_goal(mode: str, goal: Goal | None, taken: Mapping[str, object]) -> Go
 
 
 def _check_microbatches(goal: Goal | None, mode: str) -> None:
-    if goal is None or mode == "eager" or (goal.in_flight == 1 and goal.gradients == "new"):
+    if goal is None or mode == "eager" or (goal.in_flight is None and goal.gradients == "new"):
         return
     raise PlanModeError(
         f"Got mode={mode!r} with in_flight={goal.in_flight} and gradients={goal.gradients!r}, "
