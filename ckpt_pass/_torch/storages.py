@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 #: Tells whether a storage is still there, and keeps its address from being used again meanwhile.
 WeakStorage = StorageWeakRef
@@ -46,6 +47,13 @@ def detached(tensor: torch.Tensor) -> torch.Tensor:
         with torch._C._DisableTorchDispatch():
             return shared_alias(tensor)
     return shared_alias(tensor)
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether there are values to read: FSDP gives back the memory of tensors that stay."""
+    if not tensor.numel() or is_traceable_wrapper_subclass(tensor):
+        return True
+    return tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() > 0
 
 
 def version_of(tensor: torch.Tensor) -> int:
