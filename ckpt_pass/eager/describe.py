@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord
+from ckpt_pass.eager.step_record import LOCAL, CallRecord, EagerTrace, OpRecord
 from ckpt_pass.eager.two_ways import replaced
 from ckpt_pass.graph.cost import (
     at_traced_shape,
@@ -176,6 +176,7 @@ def _op(
     computes = bool(op.makes) or bool(op.changes)
     keepable = (
         forward
+        and not (op.site is not None and op.site.op.startswith(LOCAL))
         and bool(op.makes)
         and not op.changes
         and not op.draws

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,13 +25,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass._torch.random_states import told_of_states
 from ckpt_pass._torch.storages import told_of_resizes
+from ckpt_pass._torch.wrappers import awaited, shapes_of_the_whole_aside, wraps
 from ckpt_pass.eager.answers import Answers, asks
 from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.held_objects import HeldObjects
 from ckpt_pass.eager.packed import Packed
 from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
-from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
+from ckpt_pass.eager.step_record import LOCAL, CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
 from ckpt_pass.eager.trace_ops import (
     HeldNumbers,
     Sums,
@@ -57,6 +59,8 @@ from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_ten
 _UNSEEN = ("prim.", "profiler.")
 #: What stands in a record until its call is written down.
 _NO_CALL = fx.Graph()._root
+#: The call of an op that does nothing but come to others.
+_APART = fx.Graph().call_function(torch.ops.aten.detach.default)
 
 
 class Recorder(TorchDispatchMode):
@@ -86,6 +90,7 @@ class Recorder(TorchDispatchMode):
         self.trace = EagerTrace()
         self._stack = ModuleStack(model)
         self._sites = SiteCounter()
+        self._local_sites = SiteCounter()
         self._live: dict[int, int] = {}
         self._refs: dict[int, weakref.ref[Any]] = {}
         self._open: list[int] = []
@@ -96,6 +101,8 @@ class Recorder(TorchDispatchMode):
         self._formulas = Formulas(self.trace)
         self._resting = False
         self._backward = False
+        self._apart = 0  # ops on tensors that wrap others, in each other
+        self._begun = False
 
     @property
     def moment(self) -> int:
@@ -114,7 +121,8 @@ class Recorder(TorchDispatchMode):
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         states = told_of_states(self._state_read)
         sizes = told_of_resizes(self._resized)
-        with self._stack.followed(), self._calls(), states, sizes, self:
+        aside = shapes_of_the_whole_aside()
+        with self._stack.followed(), self._calls(), states, sizes, aside, self:
             with hooks, RealPaths(asks=self._answers is not None):
                 value = step()
             self.trace.forward_length = self.moment
@@ -208,6 +216,8 @@ class Recorder(TorchDispatchMode):
         """
         if is_number(value) or autograd.is_fake(value) or value.layout is not torch.strided:
             return None
+        if wraps([type(value)]):
+            return None
         with self._rest():
             return value.detach().clone()
 
@@ -219,9 +229,8 @@ class Recorder(TorchDispatchMode):
         self.trace.asked.setdefault(packed.number, self.moment)
         if packed.real is not None:
             return packed.real
-        shape, stride, dtype, device = packed.spec
         with self._rest(), self._fakes:  # the value is described again, not allocated
-            value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            value = packed.look()
         if packed.made_by is not None:
             self._written.note_maker(value, packed.made_by)
         return value
@@ -241,7 +250,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._resting or op_name(func).startswith(_UNSEEN):
             return func(*args, **kwargs)
-        if self._sums.adds_up(func, args, kwargs):
+        if wraps(types):
+            return self._taken_apart(func, args, kwargs)
+        if not self._apart and self._sums.adds_up(func, args, kwargs):
             func = torch.ops.aten.add_.Tensor
         elif is_taken_over(func, args):
             func, kwargs = torch.ops.aten.detach.default, {}
@@ -274,6 +285,26 @@ class Recorder(TorchDispatchMode):
         record.effects = self._has_effects(func, record, args, kwargs)
         self._numbers.note(record.makes, func, self._module)
         return output
+
+    def _taken_apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an op on tensors that wrap others, as the ops that it comes to on those.
+
+        A region sees the op itself, and counts it: so there is a record of it, which does nothing.
+        """
+        if self._begun:
+            self._begun = False
+            return NotImplemented  # the class of the tensors goes on
+        site = self._site(func)
+        self.trace.ops.append(OpRecord(site, _APART, (), (), (), False, False))
+        numbers = saved_numbers_bytes(func, args, list(output_tensors((*args, *kwargs.values()))))
+        if numbers:
+            self._hold(StorageRecord(numbers, self.moment - 1, of_graph=not self._backward))
+        self._begun, self._apart = True, self._apart + 1
+        try:
+            with self:
+                return func(*args, **kwargs)
+        finally:
+            self._begun, self._apart = False, self._apart - 1
 
     def _state_read(self, state: Tensor) -> None:
         """Count a state of random numbers as long as a region, say, keeps it."""
@@ -334,6 +365,9 @@ class Recorder(TorchDispatchMode):
         if self._answers is not None and not self._backward and asks(func):
             return self._answered(self._answers, func, args, kwargs, given)
         if any(autograd.is_fake(tensor) for tensor in given):
+            found = awaited(op_name(func), given[0])
+            if found is not None:
+                return found
             if self._backward:  # no Python of the model's runs that could look at values
                 return with_known_shape(func, args, kwargs)
             return self._constants.run(func, args, kwargs, given)
@@ -375,6 +409,9 @@ class Recorder(TorchDispatchMode):
         if self._backward:
             return None
         path: ModulePath = self._stack.path
+        if self._apart:  # no op that a region sees
+            found = self._local_sites.visit(func, path).site
+            return replace(found, op=f"{LOCAL}{found.op}")
         return self._sites.visit(func, path).site
 
     def _changed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[int]:

@@ -8,6 +8,8 @@ from torch import fx
 
 from ckpt_pass.policy.sites import CallSite
 
+#: Stands before the name of an op that another one comes to on a rank's own part of a DTensor.
+LOCAL = "local "
 #: The moment of what never happens.
 NEVER = 1 << 60
 
