@@ -1,12 +1,10 @@
 """Plans on several ranks: compared, made together, and for the stages of a pipeline."""
 
 from ckpt_pass.distributed.agreement import (
-    NoProcessGroupError as NoProcessGroupError,
-)
-from ckpt_pass.distributed.agreement import (
     PlansDivergeError as PlansDivergeError,
 )
 from ckpt_pass.distributed.agreement import agree as agree
+from ckpt_pass.distributed.exchange import NoProcessGroupError as NoProcessGroupError
 from ckpt_pass.distributed.exchange import RankMissingError as RankMissingError
 from ckpt_pass.distributed.pipeline import ScheduleError as ScheduleError
 from ckpt_pass.distributed.pipeline import in_flight_of as in_flight_of
