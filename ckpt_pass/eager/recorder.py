@@ -32,7 +32,14 @@ from ckpt_pass.eager.held_objects import HeldObjects
 from ckpt_pass.eager.packed import Packed
 from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
-from ckpt_pass.eager.step_record import LOCAL, CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
+from ckpt_pass.eager.step_record import (
+    LOCAL,
+    CallRecord,
+    EagerTrace,
+    OpRecord,
+    SavedRecord,
+    StorageRecord,
+)
 from ckpt_pass.eager.trace_ops import (
     HeldNumbers,
     Sums,
