@@ -163,6 +163,7 @@ from ckpt_pass.errors import LayerProfileError as LayerProfileError
 from ckpt_pass.errors import LostStoreError as LostStoreError
 from ckpt_pass.errors import LostTicketError as LostTicketError
 from ckpt_pass.errors import MeasureArgumentError as MeasureArgumentError
+from ckpt_pass.errors import MicrobatchesError as MicrobatchesError
 from ckpt_pass.errors import MovedValueChangedError as MovedValueChangedError
 from ckpt_pass.errors import MutatedActivationError as MutatedActivationError
 from ckpt_pass.errors import MutatedArgumentError as MutatedArgumentError
@@ -189,8 +190,12 @@ from ckpt_pass.errors import PlanModeError as PlanModeError
 from ckpt_pass.errors import PolicyReturnError as PolicyReturnError
 from ckpt_pass.errors import ProfileError as ProfileError
 from ckpt_pass.errors import ProfilerInUseError as ProfilerInUseError
+from ckpt_pass.errors import RankFailedError as RankFailedError
+from ckpt_pass.errors import RanksDifferError as RanksDifferError
 from ckpt_pass.errors import RecomputeMismatchError as RecomputeMismatchError
 from ckpt_pass.errors import ReentrantRegionError as ReentrantRegionError
+from ckpt_pass.errors import ReplicaError as ReplicaError
+from ckpt_pass.errors import ScheduleError as ScheduleError
 from ckpt_pass.errors import SegmentCountError as SegmentCountError
 from ckpt_pass.errors import SegmentError as SegmentError
 from ckpt_pass.errors import SeveralGraphsError as SeveralGraphsError

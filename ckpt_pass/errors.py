@@ -17,11 +17,15 @@ from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
 from ckpt_pass.compile.remembered import PlanCacheWarning as PlanCacheWarning
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError
-from ckpt_pass.distributed import NoProcessGroupError as NoProcessGroupError
-from ckpt_pass.distributed import PlansDivergeError as PlansDivergeError
-from ckpt_pass.distributed import RankMissingError as RankMissingError
+from ckpt_pass.distributed.agreement import PlansDivergeError as PlansDivergeError
+from ckpt_pass.distributed.exchange import NoProcessGroupError as NoProcessGroupError
+from ckpt_pass.distributed.exchange import RankMissingError as RankMissingError
+from ckpt_pass.distributed.pipeline import ScheduleError as ScheduleError
+from ckpt_pass.distributed.together import RankFailedError as RankFailedError
+from ckpt_pass.distributed.together import RanksDifferError as RanksDifferError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
+from ckpt_pass.eager.replicas import ReplicaError as ReplicaError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.capture import SeveralGraphsError as SeveralGraphsError
@@ -73,6 +77,7 @@ from ckpt_pass.planner.solvers import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.planner.solvers import UnknownSolverError as UnknownSolverError
 from ckpt_pass.planner.solvers import WrongSolutionError as WrongSolutionError
 from ckpt_pass.plans.budget import InvalidBudgetError as InvalidBudgetError
+from ckpt_pass.plans.goal import MicrobatchesError as MicrobatchesError
 from ckpt_pass.plans.goal import UnknownCostError as UnknownCostError
 from ckpt_pass.plans.schema import PlanFileError as PlanFileError
 from ckpt_pass.plans.signature import PlanMismatchError as PlanMismatchError
@@ -99,6 +104,7 @@ from ckpt_pass.report.strategy_rows import UnknownStrategyError as UnknownStrate
 from ckpt_pass.state.given import NotAModuleError as NotAModuleError
 from ckpt_pass.state.holders import UninitializedParameterError as UninitializedParameterError
 from ckpt_pass.state.objects import SpentIteratorError as SpentIteratorError
+from ckpt_pass.steps.halves import LostValuesError as LostValuesError
 from ckpt_pass.tools.ahead import NothingCompiledError as NothingCompiledError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError
 from ckpt_pass.tools.ahead import StepArgumentError as StepArgumentError

@@ -23,7 +23,10 @@ from torch._inductor import config as inductor_config
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, is_sym_node
 from torch.utils._ordered_set import OrderedSet
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = ["FakeTensor", "FakeTensorMode", "is_sym_node"]
@@ -312,8 +315,13 @@ def real_tensors() -> Iterator[None]:
 def storages_of(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, ...]:
     """The memory behind a tensor: of a sparse one that of its indices and values.
 
-    Of other layouts (``mkldnn``, nested ones) nothing is known.
+    Of other layouts (``mkldnn``, nested ones) nothing is known. One that wraps others (``DTensor``)
+    has theirs.
     """
+    if is_traceable_wrapper_subclass(tensor):
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        inner = (part for part in parts if isinstance(part, torch.Tensor))
+        return tuple(storage for part in inner for storage in storages_of(part))
     if tensor.layout is torch.strided:
         return (tensor.untyped_storage(),)
     return tuple(part.untyped_storage() for part in parts_of(tensor))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 #: Tells whether a storage is still there, and keeps its address from being used again meanwhile.
 WeakStorage = StorageWeakRef
@@ -44,6 +47,13 @@ def detached(tensor: torch.Tensor) -> torch.Tensor:
         with torch._C._DisableTorchDispatch():
             return shared_alias(tensor)
     return shared_alias(tensor)
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether there are values to read: FSDP gives back the memory of tensors that stay."""
+    if not tensor.numel() or is_traceable_wrapper_subclass(tensor):
+        return True
+    return tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() > 0
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -97,6 +107,32 @@ def viewed(
     with torch._C._DisableTorchDispatch(), torch.no_grad():
         made = torch.empty(0, dtype=dtype, device=data.device)
         return made.set_(data.untyped_storage(), offset, size, stride)
+
+
+@contextlib.contextmanager
+def told_of_resizes(told: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Inside, be told of each storage whose size this thread's Python has set.
+
+    FSDP takes the memory of gathered parameters, and gives it back, so. No mode sees it.
+    """
+    kind, thread = torch.UntypedStorage, threading.get_ident()
+    own = vars(kind).get("resize_")
+    resize: Callable[[torch.UntypedStorage, int], Any] = kind.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+        found = resize(storage, size)
+        if threading.get_ident() == thread:
+            told(storage)
+        return found
+
+    kind.resize_ = resize_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.resize_
+        else:
+            kind.resize_ = own  # type: ignore[method-assign]
 
 
 def _bytes_over(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:

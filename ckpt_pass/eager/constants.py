@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ckpt_pass._torch import autograd
 from ckpt_pass._torch.operators import OpOverload
+from ckpt_pass._torch.storages import has_memory
 from ckpt_pass.eager.answers import asks
 from ckpt_pass.eager.real_numbers import is_number
 from ckpt_pass.eager.trace_ops import changed_tensors, with_known_shape
@@ -51,7 +52,8 @@ class Constants:
     def give(self, fake: torch.Tensor, real: torch.Tensor) -> None:
         """Say which values an argument or a buffer has, if it is small."""
         learns = real.requires_grad or isinstance(real, nn.Parameter)
-        if _is_strided(real) and not learns and real.numel() <= MOST_GIVEN_ELEMENTS:
+        small = _is_strided(real) and real.numel() <= MOST_GIVEN_ELEMENTS
+        if small and not learns and has_memory(real):
             self._values[fake] = real.detach().clone(memory_format=torch.preserve_format)
 
     def knows(self, tensor: torch.Tensor) -> bool:

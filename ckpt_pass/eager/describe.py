@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord
+from ckpt_pass.eager.step_record import LOCAL, CallRecord, EagerTrace, OpRecord
 from ckpt_pass.eager.two_ways import replaced
 from ckpt_pass.graph.cost import (
     at_traced_shape,
@@ -63,7 +63,11 @@ def eager_problem(
         _op(op, index < trace.forward_length, costs[op.call], overwritten)
         for index, op in enumerate(trace.ops)
     )
-    storages = tuple(EagerStorage(s.nbytes, s.born, s.dies, s.of_graph) for s in trace.storages)
+    added = _added(trace)
+    storages = tuple(
+        EagerStorage(s.nbytes, s.born, s.dies, s.of_graph, s.resized, number in added)
+        for number, s in enumerate(trace.storages)
+    )
     ops, storages = replaced(ops, storages, formulas)
     turns = {number: turn for turn, number in enumerate(trace.asked)}
     values = tuple(
@@ -108,6 +112,15 @@ def eager_problem(
         Offload.IN_FLIGHT,
         ALIGNMENT,
     )
+
+
+def _added(trace: EagerTrace) -> set[int]:
+    """The gradients that are added to what an earlier step has left."""
+    if not trace.found_bytes:
+        return set()
+    backward = trace.ops[trace.forward_length :]
+    adds = (op for op in backward if op.call.target is torch.ops.aten.add_.Tensor)
+    return {storage for op in adds if op.changes == (-1,) for storage in op.uses}
 
 
 def _sent(
@@ -167,6 +180,7 @@ def _op(
     computes = bool(op.makes) or bool(op.changes)
     keepable = (
         forward
+        and not (op.site is not None and op.site.op.startswith(LOCAL))
         and bool(op.makes)
         and not op.changes
         and not op.draws
@@ -243,6 +257,9 @@ def _why_once(trace: EagerTrace, call: CallRecord) -> str:
         for storage in op.changes:
             if storage >= 0 and trace.storages[storage].born < first:
                 return f"{op_name(op.call.target)} in it overwrites what came from outside"
+    inside = range(first + 1, call.ops[1])
+    if any(s.resized and (s.born in inside or s.dies in inside) for s in trace.storages):
+        return "parameters are gathered or freed in it"
     if not trace.asked_again.isdisjoint(range(*call.values)):
         return "a function in it asks for its saved tensors more than once"
     return ""

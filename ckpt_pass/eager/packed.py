@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ckpt_pass._torch.wrappers import look_of
 from ckpt_pass.eager.step_record import EagerTrace
 from ckpt_pass.graph.calls import MadeBy
 
@@ -19,7 +20,7 @@ class Packed:
         real: a copy of its values, where the backward will ask for them.
     """
 
-    __slots__ = ("_trace", "made_by", "number", "real", "spec")
+    __slots__ = ("_trace", "look", "made_by", "number", "real")
 
     def __init__(
         self,
@@ -31,7 +32,7 @@ class Packed:
     ) -> None:
         self._trace = trace
         self.number = number
-        self.spec = (tuple(value.shape), value.stride(), value.dtype, value.device)
+        self.look = look_of(value)
         self.made_by = made_by
         self.real = real
 

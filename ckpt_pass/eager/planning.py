@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.eager.describe import eager_problem, left_out
 from ckpt_pass.eager.step_record import EagerTrace
-from ckpt_pass.eager.trace import trace_step
+from ckpt_pass.eager.trace import Surroundings, trace_step
 from ckpt_pass.eager.writing import Writer
 from ckpt_pass.graph.capture import raise_for
 from ckpt_pass.graph.device_rates import with_device_times
@@ -24,12 +25,13 @@ from ckpt_pass.graph.kernels import (
 from ckpt_pass.graph.link import link_of
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
-from ckpt_pass.planner.eager_parts import EagerPlan
-from ckpt_pass.planner.eager_problem import EagerProblem
+from ckpt_pass.planner.eager_parts import EagerPlan, Microbatches
+from ckpt_pass.planner.eager_problem import EagerProblem, EagerProfile
 from ckpt_pass.planner.eager_solve import EagerSolution, solve_eager
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import resolve_budget
-from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.goal import Goal, InFlight
+from ckpt_pass.plans.parts import Signature
 from ckpt_pass.plans.record import Asked
 from ckpt_pass.plans.signature import eager_signature
 from ckpt_pass.plans.value import Plan
@@ -66,22 +68,78 @@ def plan_eager(
         InvalidOffloadError: values of the step's device cannot be moved.
         StoreFolderError, StoreFullError: nothing can be kept where values are to go.
     """
+    step = describe_step(model, args, policy, goal, loss_fn, kwargs)
+    return step.planned(step.budget_bytes)
+
+
+@dataclass(frozen=True)
+class EagerStep:
+    """A recorded step with what is asked of it, of which plans can be made.
+
+    Attributes:
+        trace, problem: the record, and what is made of it.
+        plain: the step with nothing recomputed.
+        budget_bytes: the budget as bytes of this step.
+        policy, goal, signature: what is asked, and what the step takes.
+    """
+
+    trace: EagerTrace
+    problem: EagerProblem
+    plain: EagerProfile
+    budget_bytes: int
+    policy: Policy
+    goal: Goal
+    signature: Signature
+
+    def planned(self, budget_bytes: int) -> Plan:
+        """The plan within a budget.
+
+        Raises:
+            InfeasibleBudgetError: no plan fits it.
+        """
+        try:
+            solution = _solved(self.problem, self.plain.peak_bytes, budget_bytes)
+        except InfeasibleBudgetError as error:
+            raise InfeasibleBudgetError(
+                budget_bytes, error.least_feasible_bytes, _left_out_words(self.trace)
+            ) from None
+        asked = Asked("open to the solver", self.policy, None, self.goal, budget_bytes)
+        return Writer(self.trace, self.problem, solution).plan(asked, self.signature, self.plain)
+
+
+def describe_step(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    policy: Policy,
+    goal: Goal,
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> EagerStep:
+    """Record a step, measure what has to be, and make the problem of it; as :func:`plan_eager`."""
     kernels = Kernels()
-    trace = traced(model, args, loss_fn, kwargs, kernels=kernels)
+    how = Surroundings(again=goal.gradients != "new", staged=goal.in_flight is not None)
+    trace = traced(model, args, loss_fn, kwargs, kernels, how)
     timed = goal.cost == "measured"
-    problem = described(trace, times=timed, kernels=kernels, offload=goal.offload)
+    problem = replace(
+        described(trace, times=timed, kernels=kernels, offload=goal.offload),
+        microbatches=_beside(trace, goal),
+    )
     warn_of_unmeasured(kernels)
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
-    try:
-        solution = _solved(problem, plain.peak_bytes, budget_bytes)
-    except InfeasibleBudgetError as error:
-        raise InfeasibleBudgetError(
-            budget_bytes, error.least_feasible_bytes, _left_out_words(trace)
-        ) from None
-    asked = Asked("open to the solver", policy, None, goal, budget_bytes)
     signature = eager_signature(model, args, kwargs)
-    return Writer(trace, problem, solution).plan(asked, signature, plain)
+    return EagerStep(trace, problem, plain, budget_bytes, policy, goal, signature)
+
+
+def _beside(trace: EagerTrace, goal: Goal) -> Microbatches | None:
+    """What lies in memory beside a step that is one of several."""
+    adds_up = goal.gradients == "accumulated"
+    if goal.in_flight is None and not adds_up:
+        return None
+    many = goal.in_flight or InFlight(1, 1)
+    if not adds_up:
+        return Microbatches(0, max(many.first, many.later), passed_bytes=trace.passed_bytes)
+    return Microbatches(many.first, many.later, trace.found_bytes, trace.passed_bytes)
 
 
 def described(
@@ -124,6 +182,7 @@ def traced(
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
     kernels: Kernels | None = None,
+    how: Surroundings | None = None,
 ) -> EagerTrace:
     """The record of a step (:func:`ckpt_pass.eager.trace.trace_step`).
 
@@ -132,7 +191,7 @@ def traced(
         NothingToDifferentiateError: there is no backward.
     """
     try:
-        return trace_step(model, args, loss_fn, kwargs, kernels)
+        return trace_step(model, args, loss_fn, kwargs, kernels, how)
     except CkptPassError:
         raise
     except Exception as error:  # whatever the model's own code raises, with the place

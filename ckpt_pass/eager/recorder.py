@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,13 +24,22 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass._torch.random_states import told_of_states
+from ckpt_pass._torch.storages import told_of_resizes
+from ckpt_pass._torch.wrappers import awaited, shapes_of_the_whole_aside, wraps
 from ckpt_pass.eager.answers import Answers, asks
 from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.held_objects import HeldObjects
 from ckpt_pass.eager.packed import Packed
 from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
-from ckpt_pass.eager.step_record import CallRecord, EagerTrace, OpRecord, SavedRecord, StorageRecord
+from ckpt_pass.eager.step_record import (
+    LOCAL,
+    CallRecord,
+    EagerTrace,
+    OpRecord,
+    SavedRecord,
+    StorageRecord,
+)
 from ckpt_pass.eager.trace_ops import (
     HeldNumbers,
     Sums,
@@ -52,8 +62,12 @@ from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
 
+#: Ops that compute nothing and hold no memory: questions, and marks for a profiler.
+_UNSEEN = ("prim.", "profiler.")
 #: What stands in a record until its call is written down.
 _NO_CALL = fx.Graph()._root
+#: The call of an op that does nothing but come to others.
+_APART = fx.Graph().call_function(torch.ops.aten.detach.default)
 
 
 class Recorder(TorchDispatchMode):
@@ -83,6 +97,7 @@ class Recorder(TorchDispatchMode):
         self.trace = EagerTrace()
         self._stack = ModuleStack(model)
         self._sites = SiteCounter()
+        self._local_sites = SiteCounter()
         self._live: dict[int, int] = {}
         self._refs: dict[int, weakref.ref[Any]] = {}
         self._open: list[int] = []
@@ -93,37 +108,47 @@ class Recorder(TorchDispatchMode):
         self._formulas = Formulas(self.trace)
         self._resting = False
         self._backward = False
+        self._apart = 0  # ops on tensors that wrap others, in each other
+        self._begun = False
 
     @property
     def moment(self) -> int:
         """How many ops have begun."""
         return len(self.trace.ops)
 
-    def record(self, step: Callable[[], Any]) -> EagerTrace:
+    def record(self, step: Callable[[], Any], received: bool = False) -> EagerTrace:
         """Run the step and record it.
 
         A scalar is a loss. Of anything else every output gets a gradient of its own size, as from
-        a loss that is computed elsewhere.
+        a loss that is computed elsewhere; one that is ``received`` lies where it lay before.
 
         Raises:
             NothingToDifferentiateError: nothing that it returns requires a gradient.
         """
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         states = told_of_states(self._state_read)
-        with self._stack.followed(), self._calls(), states, self:
+        sizes = told_of_resizes(self._resized)
+        aside = shapes_of_the_whole_aside()
+        with self._stack.followed(), self._calls(), states, sizes, aside, self:
             with hooks, RealPaths(asks=self._answers is not None):
                 value = step()
             self.trace.forward_length = self.moment
             self._objects.settle()
             self._backward = True
-            differentiate(self._model, value)
+            differentiate(self._model, value, self._rest() if received else None)
         end = self.moment
         for saved in self.trace.saved:
             saved.released = min(saved.released, end)
         for storage in self.trace.storages:
             storage.dies = min(storage.dies, end)
-        self._refs.clear()
+            storage.born = min(storage.born, max(end - 1, 0))
+        self.trace.leave_out_resized()
         return self.trace
+
+    @property
+    def left_bytes(self) -> int:
+        """What is still there of the memory that the step has made."""
+        return sum(self.trace.storages[number].nbytes for number in self._live.values())
 
     @contextlib.contextmanager
     def _calls(self) -> Iterator[None]:
@@ -137,6 +162,10 @@ class Recorder(TorchDispatchMode):
             trains = all(part.training for part in module.modules())
             trace.calls.append(CallRecord(name, parent, *here, trains))
             self._objects.enter()
+
+        def begin(_module: nn.Module, _args: Any) -> None:
+            call = self.trace.calls[self._open[-1]]
+            call.ops, call.values = (self.moment,) * 2, (len(self.trace.saved),) * 2
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             call = self.trace.calls[self._open.pop()]
@@ -161,6 +190,8 @@ class Recorder(TorchDispatchMode):
                 part.register_forward_pre_hook(note_arguments, with_kwargs=True, prepend=True)
                 for part in self._model.modules()
             ),
+            # A region is the forward alone: what hooks before it do, FSDP's say, happens once.
+            *(part.register_forward_pre_hook(begin) for part in self._model.modules()),
         ]
         try:
             yield
@@ -192,6 +223,8 @@ class Recorder(TorchDispatchMode):
         """
         if is_number(value) or autograd.is_fake(value) or value.layout is not torch.strided:
             return None
+        if wraps([type(value)]):
+            return None
         with self._rest():
             return value.detach().clone()
 
@@ -203,9 +236,8 @@ class Recorder(TorchDispatchMode):
         self.trace.asked.setdefault(packed.number, self.moment)
         if packed.real is not None:
             return packed.real
-        shape, stride, dtype, device = packed.spec
         with self._rest(), self._fakes:  # the value is described again, not allocated
-            value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            value = packed.look()
         if packed.made_by is not None:
             self._written.note_maker(value, packed.made_by)
         return value
@@ -223,9 +255,11 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._resting or op_name(func).startswith("prim."):
+        if self._resting or op_name(func).startswith(_UNSEEN):
             return func(*args, **kwargs)
-        if self._sums.adds_up(func, args, kwargs):
+        if wraps(types):
+            return self._taken_apart(func, args, kwargs)
+        if not self._apart and self._sums.adds_up(func, args, kwargs):
             func = torch.ops.aten.add_.Tensor
         elif is_taken_over(func, args):
             func, kwargs = torch.ops.aten.detach.default, {}
@@ -259,6 +293,26 @@ class Recorder(TorchDispatchMode):
         self._numbers.note(record.makes, func, self._module)
         return output
 
+    def _taken_apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an op on tensors that wrap others, as the ops that it comes to on those.
+
+        A region sees the op itself, and counts it: so there is a record of it, which does nothing.
+        """
+        if self._begun:
+            self._begun = False
+            return NotImplemented  # the class of the tensors goes on
+        site = self._site(func)
+        self.trace.ops.append(OpRecord(site, _APART, (), (), (), False, False))
+        numbers = saved_numbers_bytes(func, args, list(output_tensors((*args, *kwargs.values()))))
+        if numbers:
+            self._hold(StorageRecord(numbers, self.moment - 1, of_graph=not self._backward))
+        self._begun, self._apart = True, self._apart + 1
+        try:
+            with self:
+                return func(*args, **kwargs)
+        finally:
+            self._begun, self._apart = False, self._apart - 1
+
     def _state_read(self, state: Tensor) -> None:
         """Count a state of random numbers as long as a region, say, keeps it."""
         if self._resting:
@@ -271,6 +325,24 @@ class Recorder(TorchDispatchMode):
             record.dies = self.moment
 
         self._refs[len(self.trace.storages) - 1] = weakref.ref(state.untyped_storage(), died)
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """Memory that Python itself takes and gives back, whoever holds the storage (FSDP)."""
+        key, nbytes = storage._cdata, storage.nbytes()
+        before = self._live.pop(key, None)
+        if self._resting or (before is None and not nbytes):
+            if before is not None:
+                self._live[key] = before
+            return
+        if before is not None:
+            known = self.trace.storages[before]
+            known.dies, known.resized = self.moment, True
+        if nbytes:
+            number = len(self.trace.storages)
+            found = StorageRecord(nbytes, self.moment, resized=True)
+            self.trace.storages.append(found)
+            self._live[key] = number
+            self._refs[number] = weakref.ref(storage, self._death(key, number))
 
     def _hold(self, numbers: StorageRecord) -> None:
         """Count what autograd holds of Python's numbers; the graphs of the backward are run."""
@@ -300,6 +372,9 @@ class Recorder(TorchDispatchMode):
         if self._answers is not None and not self._backward and asks(func):
             return self._answered(self._answers, func, args, kwargs, given)
         if any(autograd.is_fake(tensor) for tensor in given):
+            found = awaited(op_name(func), given[0])
+            if found is not None:
+                return found
             if self._backward:  # no Python of the model's runs that could look at values
                 return with_known_shape(func, args, kwargs)
             return self._constants.run(func, args, kwargs, given)
@@ -341,6 +416,9 @@ class Recorder(TorchDispatchMode):
         if self._backward:
             return None
         path: ModulePath = self._stack.path
+        if self._apart:  # no op that a region sees
+            found = self._local_sites.visit(func, path).site
+            return replace(found, op=f"{LOCAL}{found.op}")
         return self._sites.visit(func, path).site
 
     def _changed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[int]:
@@ -373,8 +451,9 @@ class Recorder(TorchDispatchMode):
 
     def _death(self, key: int, number: int) -> Callable[[Any], None]:
         def died(_: Any) -> None:
-            self._live.pop(key, None)
-            self.trace.storages[number].dies = self.moment
+            if self._live.get(key) == number:  # it has another size since, and another number
+                del self._live[key]
+                self.trace.storages[number].dies = self.moment
 
         return died
 

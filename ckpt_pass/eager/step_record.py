@@ -8,18 +8,24 @@ from torch import fx
 
 from ckpt_pass.policy.sites import CallSite
 
+#: Stands before the name of an op that another one comes to on a rank's own part of a DTensor.
+LOCAL = "local "
 #: The moment of what never happens.
 NEVER = 1 << 60
 
 
 @dataclass
 class StorageRecord:
-    """A storage that an op of the step allocated, or autograd for its graph (``of_graph``)."""
+    """A storage that an op of the step allocated, or autograd for its graph (``of_graph``).
+
+    One that is ``resized`` has its memory taken and given back by Python, whoever refers to it.
+    """
 
     nbytes: int
     born: int
     dies: int = NEVER
     of_graph: bool = False
+    resized: bool = False
 
 
 @dataclass
@@ -113,3 +119,25 @@ class EagerTrace:
     calls: list[CallRecord] = field(default_factory=list)
     formulas: list[FormulaRecord] = field(default_factory=list)
     forward_length: int = 0
+    #: What an earlier step has left that this one finds: gradients.
+    found_bytes: int = 0
+    #: What it hands to other stages of a pipeline: its outputs, and the gradients of its inputs.
+    passed_bytes: int = 0
+
+    def leave_out_resized(self) -> None:
+        """Nobody holds the memory of a resized storage: as if its values had existed before."""
+        away = {number for number, storage in enumerate(self.storages) if storage.resized}
+        if not away:
+            return
+
+        def others(numbers: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(number for number in numbers if number not in away)
+
+        for op in self.ops:
+            op.uses = others(op.uses)
+        for saved in self.saved:
+            saved.storage = -1 if saved.storage in away else saved.storage
+        for call in self.calls:
+            call.outputs, call.given = others(call.outputs), others(call.given)
+            call.held, call.dropped = others(call.held), others(call.dropped)
+            call.tensors = tuple((-1 if s in away else s, goes) for s, goes in call.tensors)

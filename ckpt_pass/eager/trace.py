@@ -8,17 +8,34 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._torch import ahead, autograd, modules
 from ckpt_pass.eager.answers import Answers, real_answers
 from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.real_numbers import Maker, StaleNumbers, is_number
 from ckpt_pass.eager.recorder import Recorder
+from ckpt_pass.eager.replicas import replicas_alone
 from ckpt_pass.eager.step_record import EagerTrace
 from ckpt_pass.eager.trace_ops import statistics_of
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What there is around a step.
+
+    Attributes:
+        again: whether it is another microbatch, which finds what one before it has left: the step
+            runs twice then, and the second time is recorded.
+        staged: whether it is a stage of a pipeline: it holds its outputs until its backward has
+            run, and receives their gradients where there was room for them.
+    """
+
+    again: bool = False
+    staged: bool = False
 
 
 def trace_step(
@@ -27,6 +44,7 @@ def trace_step(
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
     kernels: Kernels | None = None,
+    how: Surroundings | None = None,
 ) -> EagerTrace:
     """Record forward and backward of ``loss_fn(model(*args, **kwargs))`` on fake tensors.
 
@@ -42,7 +60,8 @@ def trace_step(
     values, it is run once for real (:mod:`ckpt_pass.eager.answers`); the record is of the way that
     it goes with these inputs. Gradients that are there are not: the step makes its own.
     """
-    step = _Step(model, args, loss_fn, dict(kwargs or {}), kernels or Kernels())
+    how = how or Surroundings()
+    step = _Step(model, args, loss_fn, dict(kwargs or {}), kernels or Kernels(), how)
     answers: Answers | None = None
     faked: frozenset[Maker] = frozenset()
     while True:
@@ -65,6 +84,7 @@ class _Step:
     loss_fn: Callable[[Any], torch.Tensor] | None
     kwargs: Mapping[str, Any]
     kernels: Kernels
+    how: Surroundings
 
     def recorded(self, answers: Answers | None, faked: frozenset[Maker]) -> EagerTrace:
         """The record of the step on fake tensors."""
@@ -86,17 +106,56 @@ class _Step:
             buffers = dict(self.model.named_buffers())
             moved = statistics_of(self.model)
             statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
-            recorder = Recorder(
-                self.model, fakes.mode, statistics, self.kernels, answers, faked, constants
-            )
-            with modules.converted_by_replacement(self.model):
-                return recorder.record(lambda: self._run(args, kwargs))
+
+            held: list[Any] = []
+
+            def run() -> Any:
+                return self._run(args, kwargs, held if self.how.staged else None)
+
+            def recorder(found: Answers | None) -> Recorder:
+                return Recorder(
+                    self.model, fakes.mode, statistics, self.kernels, found, faked, constants
+                )
+
+            with modules.converted_by_replacement(self.model), replicas_alone(self.model):
+                left = 0
+                if self.how.again:
+                    before = recorder(answers)
+                    before.record(run, self.how.staged)
+                    held.clear()
+                    _let_go_of_gradients(args, kwargs)
+                    left = before.left_bytes
+                    answers = None if answers is None else answers.anew()
+                trace = recorder(answers).record(run, self.how.staged)
+                trace.found_bytes = left
+                if self.how.staged:
+                    trace.passed_bytes = _passed_bytes(trace, args, kwargs)
+                return trace
 
     def real(self) -> Any:
         """The forward on real tensors."""
         with untouched(self.model, self.loss_fn, self.args, self.kwargs, values=True):
             return self._run(self.args, self.kwargs)
 
-    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _run(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], held: list[Any] | None = None
+    ) -> Any:
         output = self.model(*args, **kwargs)
+        if held is not None:
+            held.append(output)
         return self.loss_fn(output) if self.loss_fn is not None else output
+
+
+def _passed_bytes(trace: EagerTrace, *given: Any) -> int:
+    leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+    back = sum(leaf.nbytes for leaf in leaves if leaf.is_leaf and leaf.requires_grad)
+    whole = (call for call in trace.calls if not call.name)
+    on = sum(trace.storages[s].nbytes for call in whole for s in call.outputs)
+    return back + on
+
+
+def _let_go_of_gradients(*given: Any) -> None:
+    """What a batch's own tensors got, the next one does not find."""
+    for leaf in tree_leaves(given):
+        if isinstance(leaf, torch.Tensor) and leaf.is_leaf:
+            leaf.grad = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -279,11 +281,13 @@ def _nothing() -> None:
     """What there is to let go elsewhere."""
 
 
-def differentiate(model: nn.Module, value: Any) -> None:
+def differentiate(
+    model: nn.Module, value: Any, received: AbstractContextManager[None] | None = None
+) -> None:
     """Run the backward of what a step returned.
 
     A scalar is a loss. Of anything else every output gets a gradient of its own size, as from a
-    loss that is computed elsewhere.
+    loss that is computed elsewhere; it is made inside of ``received``, if given.
 
     Raises:
         NothingToDifferentiateError: nothing in it requires a gradient.
@@ -296,4 +300,6 @@ def differentiate(model: nn.Module, value: Any) -> None:
     if len(outputs) == 1 and outputs[0].numel() == 1:
         outputs[0].backward()
     else:
-        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        with received or contextlib.nullcontext():
+            gradients = [torch.ones_like(output) for output in outputs]
+        torch.autograd.backward(outputs, gradients)

@@ -220,14 +220,19 @@ class Writer:
 
 def _fingerprint(trace: EagerTrace, *extra: str) -> str:
     """A hash of the step's ops, call sites, shapes, dtypes, and of ``extra``; always the same."""
-    digest = hashlib.sha256("\0".join(("eager", *extra)).encode())
+    return hashlib.sha256(step_words(trace, *extra).encode()).hexdigest()
+
+
+def step_words(trace: EagerTrace, *extra: str) -> str:
+    """A step's ops, call sites, shapes and dtypes as a text, after ``extra``; always the same."""
+    found = ["\0".join(("eager", *extra))]
     described: dict[Any, str] = {}
     for op in trace.ops:
         text = described.get(op.call)
         if text is None:
             text = described[op.call] = _described(op)
-        digest.update(f"{op.site}{text}{op.uses}{op.makes}\n".encode())
-    return digest.hexdigest()
+        found.append(f"{op.site}{text}{op.uses}{op.makes}\n")
+    return "".join(found)
 
 
 def _described(op: OpRecord) -> str:

@@ -12,6 +12,7 @@ from torch import fx
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import functorch
+from ckpt_pass.graph.collectives import collective_workspace_bytes
 from ckpt_pass.graph.joint import JointGraph, StorageKey
 from ckpt_pass.ops.flops import flop_formula
 from ckpt_pass.ops.taxonomy import op_name
@@ -123,7 +124,7 @@ def workspace_size(node: fx.Node) -> int | torch.SymInt:
     """Bytes that an op's kernel allocates and frees besides its outputs, where that is known."""
     name = op_name(node.target) if callable(node.target) else ""
     if name not in _OUTPUT_SIZED_WORKSPACE or device_type(node) != "cpu":
-        return 0
+        return collective_workspace_bytes(node)
     return next(iter(storage_sizes(node.meta.get("val")).values()), 0)
 
 

@@ -36,12 +36,17 @@ class EagerStorage:
         born: the op that allocates it.
         dies: the moment from which only autograd may hold it (the end, where something else does).
         of_graph: whether autograd's graph holds it itself, in a region until that is done with.
+        shared: whether all microbatches have it together (gathered parameters).
+        added: whether it is a gradient that is added to what an earlier microbatch has left. Of the
+            first microbatch it is what is left.
     """
 
     nbytes: int
     born: int
     dies: int
     of_graph: bool = False
+    shared: bool = False
+    added: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,24 @@ class EagerRegion:
     dropped: tuple[int, ...] = ()
     moves: tuple[int, ...] = ()
     sent: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatches:
+    """What lies in memory beside one microbatch.
+
+    Attributes:
+        first: how many have run forward and not yet backward, at the most, before a backward has
+            ended, with this one.
+        later: the same afterwards.
+        held_bytes: gradients, which are there afterwards.
+        passed_bytes: on the way to or from other stages.
+    """
+
+    first: int = 1
+    later: int = 1
+    held_bytes: int = 0
+    passed_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from ckpt_pass.planner.eager_parts import (
     EagerPlan,
     EagerRegion,
     EagerStorage,
+    Microbatches,
     SavedValue,
 )
 from ckpt_pass.planner.link import Link
@@ -99,6 +100,7 @@ class EagerProblem:
         link: what may move values; ``None`` where nothing can.
         in_flight: how many values of a module may be on their way out at once.
         away_unit: at the other place a value takes a multiple of so many bytes.
+        microbatches: what lies in memory beside this one, where it is one of several.
     """
 
     ops: tuple[EagerOp, ...]
@@ -110,6 +112,7 @@ class EagerProblem:
     link: Link | None = None
     in_flight: int = 1
     away_unit: int = 1
+    microbatches: Microbatches | None = None
 
     @cached_property
     def _table(self) -> _Table:
@@ -155,6 +158,8 @@ class _Table:
         self.born = _ints(s.born for s in problem.storages)
         self.dies = _ints(s.dies for s in problem.storages)
         self.of_graph = np.array([s.of_graph for s in problem.storages], dtype=bool)
+        self.shared = np.array([s.shared for s in problem.storages], dtype=bool)
+        self.added = np.array([s.added for s in problem.storages], dtype=bool)
         known = [(i, v) for i, v in enumerate(problem.values) if v.storage >= 0]
         self.value_number = _ints(i for i, _ in known)
         self.value_storage = _ints(v.storage for _, v in known)
@@ -248,6 +253,12 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     keeping = {int(op_region[op]) for op in plan.kept}
     looked_at = sum(problem.regions[index].needed for index in keeping)
     begins = int(before_op[problem.forward_length])
+    if problem.microbatches is not None:
+        waits = (before_op[table.born] < begins) & (end_places > begins) & ~table.shared
+        states = sum(problem.regions[index].extra_bytes for index in chosen)
+        each = int(table.nbytes[waits].sum()) + states
+        lives = before_op[table.born], end_places
+        bytes_at = _with_others(problem.microbatches, bytes_at, each, _left(table, *lives, length))
     copies = None
     if problem.link is not None and moved.leaving:
         copies = copying(moved, table.nbytes, table.seconds[ran], begins, problem.link)
@@ -262,6 +273,27 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
         moved if copies is not None else None,
         copies,
     )
+
+
+def _left(table: _Table, born: Ints, ends: Ints, length: int) -> Ints:
+    """Bytes of the gradients of a first microbatch that a later one has let go of."""
+    delta = np.zeros(length + 2, dtype=np.int64)
+    np.add.at(delta, ends[table.added], table.nbytes[table.added])
+    return np.cumsum(delta)[:length]
+
+
+def _with_others(beside: Microbatches, bytes_at: Ints, each: int, left: Ints) -> Ints:
+    """The most of a first microbatch and of later ones, at each place.
+
+    Args:
+        beside: what lies beside them.
+        bytes_at: of a later one alone.
+        each: what one holds from forward to backward.
+        left: what the first has made by then that a later one only adds.
+    """
+    first = bytes_at + left + (beside.first - 1) * each
+    later = bytes_at + beside.held_bytes + (beside.later - 1) * each
+    return np.maximum(first, later) + beside.passed_bytes
 
 
 def _goes(problem: EagerProblem, plan: EagerPlan) -> npt.NDArray[np.bool_]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.offloading.options import InvalidOffloadError, Offload
@@ -19,10 +19,34 @@ from ckpt_pass.planner.solvers import (
 from ckpt_pass.plans.budget import BudgetLike, check_budget
 
 COSTS = ("roofline", "measured")
+#: Whose gradients a step finds: nobody's; an earlier step's, which were there before; those of an
+#: earlier microbatch of its own, which count.
+GRADIENTS = ("new", "kept", "accumulated")
 
 
 class UnknownCostError(CkptPassError):
     """A cost model that there is not."""
+
+
+class MicrobatchesError(CkptPassError):
+    """Microbatches in flight, or gradients, that a step cannot have."""
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """How many microbatches of a pipeline's stage have run forward and not yet backward.
+
+    Attributes:
+        first: the most before a backward has ended, when there are no gradients yet.
+        later: the most afterwards.
+    """
+
+    first: int
+    later: int
+
+    def __str__(self) -> str:
+        later = "" if self.later == self.first else f", {self.later} once there are gradients"
+        return f"{self.first} microbatches in flight{later}"
 
 
 @dataclass(frozen=True)
@@ -35,6 +59,9 @@ class Goal:
         time_limit_s: seconds for the solver, if any.
         cost: ``roofline`` (modelled times) or ``measured`` (each kernel is run and timed once).
         offload: where values may be moved to, if they may.
+        in_flight: how many microbatches a stage of a pipeline has in flight; ``None`` where the
+            step is no such stage.
+        gradients: one of ``GRADIENTS``.
     """
 
     budget: BudgetLike
@@ -42,6 +69,8 @@ class Goal:
     time_limit_s: float | None = None
     cost: str = "roofline"
     offload: OffloadLike | None = None
+    in_flight: InFlight | None = None
+    gradients: str = "new"
 
     @property
     def is_plain_data(self) -> bool:
@@ -53,7 +82,10 @@ class Goal:
     def __str__(self) -> str:
         limit = "" if self.time_limit_s is None else f", {self.time_limit_s} s"
         moved = "" if self.offload is None else f", {self.offload}"
-        return f"budget {self.budget}, solver {self.solver.name}, cost {self.cost}{limit}{moved}"
+        many = "" if self.in_flight is None else f", {self.in_flight}"
+        grads = "" if self.gradients == "new" else f", gradients {self.gradients}"
+        asked = f"budget {self.budget}, solver {self.solver.name}, cost {self.cost}"
+        return f"{asked}{limit}{moved}{many}{grads}"
 
 
 def as_goal(
@@ -76,6 +108,54 @@ def as_goal(
             f"Got cost={cost!r}, expected one of {', '.join(COSTS)}.{nearest(str(cost), COSTS)}"
         )
     return None if budget is None else Goal(check_budget(budget), chosen, limit, cost, where)
+
+
+def with_microbatches(
+    goal: Goal | None, in_flight: int | InFlight | None, gradients: str | None
+) -> Goal | None:
+    """The goal of a step that is one of several microbatches.
+
+    Args:
+        goal: the goal of one alone; ``None`` without a budget.
+        in_flight: how many have run forward and not yet backward, at the most.
+        gradients: one of ``GRADIENTS``; where ``None``, ``accumulated`` for a stage of a pipeline,
+            and ``new`` for other steps.
+
+    Raises:
+        MicrobatchesError: there are none such, or they do not go with what else is asked.
+    """
+    many = _as_in_flight(in_flight)
+    if gradients is not None and gradients not in GRADIENTS:
+        raise MicrobatchesError(
+            f"Got gradients={gradients!r}, expected one of {', '.join(GRADIENTS)}."
+            f"{nearest(str(gradients), GRADIENTS)}"
+        )
+    found = gradients or ("new" if many is None else "accumulated")
+    if goal is None:
+        if many is not None or found != "new":
+            raise MicrobatchesError(
+                f"Got in_flight={in_flight} and gradients={found!r} without a budget, expected "
+                "one: they say what lies in memory besides a microbatch. Give budget=."
+            )
+        return None
+    if many is not None and goal.offload is not None:
+        raise MicrobatchesError(
+            f"Got in_flight={in_flight} with offload={goal.offload!r}, which is not supported: "
+            "copies of several microbatches share the link. Leave one of the two out."
+        )
+    return replace(goal, in_flight=many, gradients=found)
+
+
+def _as_in_flight(in_flight: int | InFlight | None) -> InFlight | None:
+    if in_flight is None or isinstance(in_flight, InFlight):
+        return in_flight
+    if not isinstance(in_flight, int) or isinstance(in_flight, bool) or in_flight < 1:
+        raise MicrobatchesError(
+            f"Got in_flight={in_flight!r}, expected how many microbatches have run forward and not "
+            "yet backward at the most, 1 or more, or what a schedule says: "
+            "ckpt_pass.distributed.in_flight_of(schedule)."
+        )
+    return InFlight(in_flight, in_flight)
 
 
 def check_offload(offload: object, budget: object, policy: object) -> None:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ckpt_pass.offloading.options import InvalidOffloadError, Offload
 from ckpt_pass.ops.taxonomy import OpClass
 from ckpt_pass.planner.solvers import SOLVERS, as_solver
-from ckpt_pass.plans.goal import COSTS, Goal
+from ckpt_pass.plans.goal import COSTS, GRADIENTS, Goal, InFlight
 from ckpt_pass.plans.record import Asked
 from ckpt_pass.plans.schema import CodePolicy, PlanFileError, Reader
 from ckpt_pass.policy.rules import FirstMatch, Policy, Rule
@@ -43,7 +43,19 @@ def _goal(reader: Reader) -> Goal:
     solver = as_solver(reader["solver"].one_of({name: name for name in SOLVERS}))
     limit = reader["time_limit_s"].maybe(Reader.number)
     cost = reader["cost"].one_of({name: name for name in COSTS})
-    return Goal(amount, solver, limit, cost, reader.get("offload").maybe(_offload))
+    offload = reader.get("offload").maybe(_offload)
+    in_flight = reader.get("in_flight").maybe(_in_flight)
+    gradients = reader.get("gradients").maybe(_gradients) or "new"
+    return Goal(amount, solver, limit, cost, offload, in_flight, gradients)
+
+
+def _in_flight(reader: Reader) -> InFlight:
+    first, later = reader.items(2)
+    return InFlight(first.whole(1), later.whole())
+
+
+def _gradients(reader: Reader) -> str:
+    return reader.one_of({name: name for name in GRADIENTS})
 
 
 def _offload(reader: Reader) -> Offload:

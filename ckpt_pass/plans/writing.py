@@ -264,6 +264,7 @@ def _timeline_data(timeline: Timeline) -> dict[str, Any]:
 
 def _asked_data(asked: Asked) -> dict[str, Any]:
     goal = asked.goal
+    many = None if goal is None else goal.in_flight
     named = goal is not None and any(goal.solver is solver for solver in SOLVERS.values())
     return {
         "words": asked.words,
@@ -278,6 +279,8 @@ def _asked_data(asked: Asked) -> dict[str, Any]:
             "time_limit_s": goal.time_limit_s,
             "cost": goal.cost,
             **({} if goal.offload is None else {"offload": _offload_data(goal.offload)}),
+            **({} if many is None else {"in_flight": [many.first, many.later]}),
+            **({} if goal.gradients == "new" else {"gradients": goal.gradients}),
         },
     }
 

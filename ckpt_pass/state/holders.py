@@ -3,10 +3,10 @@
 A *holder* is such a place: a dict, a list, a deque, a set, the attributes of an object, a closure's
 cell, a global that counts. Holders are found from the modules, by way of their attributes
 (parameters, buffers, hooks, submodules, the training flag and whatever else is there), containers
-in these, functions' closures, and objects of the user's own classes. Random generators, arrays and
-iterators have their states noted, those that a module's code names as globals too. Other objects of
-torch's and of Python's own library are not looked into, nor are other globals and what a
-``functools.cache`` keeps.
+in these, functions' closures, objects of the user's own classes, and what FSDP keeps of modules.
+Random generators, arrays and iterators have their states noted, those that a module's code names as
+globals too. Other objects of torch's and of Python's own library are not looked into, nor are other
+globals and what a ``functools.cache`` keeps.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ Replace = Callable[[Any], Any]
 
 _PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType)
 _OBJECTS_OF = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "numpy"}
+#: Torch's objects that keep a model's own tensors, or what running the model changes.
+_STATES_OF = ("torch.distributed.fsdp._fully_shard.",)
 
 
 class Holder:
@@ -277,4 +279,5 @@ def _is_open(value: Any) -> bool:
     if not hasattr(value, "__dict__"):
         return False
     container = isinstance(value, (nn.Module, dict, list, deque, set, types.SimpleNamespace))
-    return container or type(value).__module__.partition(".")[0] not in _OBJECTS_OF
+    module = type(value).__module__
+    return container or module.startswith(_STATES_OF) or module.partition(".")[0] not in _OBJECTS_OF

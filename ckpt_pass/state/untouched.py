@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ckpt_pass._torch import autograd
+from ckpt_pass._torch.storages import has_memory
 from ckpt_pass.state.holders import Reached, replaced
 from ckpt_pass.state.objects import Keeper, SpentIteratorError, keeper_for
 
@@ -124,7 +125,8 @@ class _Once:
 
 def _may_change(tensor: torch.Tensor) -> bool:
     plain = not isinstance(tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return plain and tensor.device.type != "meta" and not tensor.is_inference()
+    known = tensor.device.type != "meta" and not tensor.is_inference()
+    return plain and known and has_memory(tensor)
 
 
 @contextlib.contextmanager

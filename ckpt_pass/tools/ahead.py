@@ -27,7 +27,14 @@ from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
-from ckpt_pass.plans.goal import Goal, as_goal, as_offload, check_offload
+from ckpt_pass.plans.goal import (
+    Goal,
+    InFlight,
+    as_goal,
+    as_offload,
+    check_offload,
+    with_microbatches,
+)
 from ckpt_pass.plans.parts import SavedActivations
 from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
@@ -65,6 +72,8 @@ def plan(
     dynamic: bool = False,
     mode: str = "compiled",
     inner: str = "aot_eager",
+    in_flight: int | InFlight | None = None,
+    gradients: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> Plan | StepPlan:
@@ -95,6 +104,13 @@ def plan(
         inner: what compiles the planned halves: ``aot_eager`` runs the ops of the graph one by one;
             of ``inductor`` the code is generated, and its peak is the plan's; that takes as long as
             a compilation without its kernels.
+        in_flight: of a stage of a pipeline how many microbatches have run forward and not yet
+            backward, at the most: what is saved counts once for each of them. A number, or what
+            :func:`ckpt_pass.distributed.in_flight_of` reads from a schedule. Of eager plans.
+        gradients: what the step finds: ``new``, none; ``kept``, those of an earlier step, which are
+            not let go (``zero_grad(set_to_none=False)``) and do not count; ``accumulated``, those
+            of an earlier microbatch, which count. ``accumulated`` with ``in_flight``. Of eager
+            plans.
 
     Returns:
         The plan; of a step that dynamo cuts in several graphs a :class:`StepPlan`, which has one
@@ -108,9 +124,12 @@ def plan(
         NotTraceableError, NothingToDifferentiateError: see
             :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
+        MicrobatchesError: there are no such microbatches or gradients.
     """
     check_offload(offload, budget, policy)
     goal = as_goal(budget, solver, time_limit_s, cost, offload)
+    goal = with_microbatches(goal, in_flight, gradients)
+    _check_microbatches(goal, mode)
     wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload), inner)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, as_patterns(regions))
@@ -138,6 +157,8 @@ def plan_one(
     asked = ("solver", "time_limit_s", "cost", "offload")
     how = {key: options.pop(key) for key in asked if key in options}
     goal = as_goal(options.pop("budget", None), **how)
+    goal = with_microbatches(goal, options.pop("in_flight", None), options.pop("gradients", None))
+    _check_microbatches(goal, options.get("mode", "compiled"))
     loss_fn, regions = options.pop("loss_fn", None), options.pop("regions", None)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, as_patterns(regions))
@@ -306,6 +327,16 @@ def _eager_goal(mode: str, goal: Goal | None, taken: Mapping[str, object]) -> Go
             "a policy without a budget use ckpt_pass.checkpoint(..., policy=...)."
         )
     return goal
+
+
+def _check_microbatches(goal: Goal | None, mode: str) -> None:
+    if goal is None or mode == "eager" or (goal.in_flight is None and goal.gradients == "new"):
+        return
+    raise PlanModeError(
+        f"Got mode={mode!r} with in_flight={goal.in_flight} and gradients={goal.gradients!r}, "
+        "which are for eager plans. Give mode='eager', or leave them out: the peak of a compiled "
+        "step is that of one microbatch whose gradients are new."
+    )
 
 
 def plans_of(compiled: Any) -> tuple[Plan, ...]:

@@ -1,0 +1,69 @@
+"""What collectives of ranks allocate besides their outputs, which nobody can measure alone.
+
+Seen in allocation events (gloo, CPU, torch 2.13, two ranks): a gather and a reduce-scatter copy the
+larger of their two sides into one buffer; all-reduces, broadcasts and copies into buckets allocate
+nothing. gloo's thread lets go of the buffer when it gets to it, some microseconds later. Buffers of
+NCCL are not of torch's allocator.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.policy.sites import output_tensors
+
+_GATHERS = ("gather", "reduce_scatter")
+_SPACES = ("c10d.", "_c10d_functional.", "_c10d_functional_autograd.")
+_CHUNK_CAT = "fsdp.chunk_cat.default"
+
+
+def collective_workspace_bytes(node: fx.Node) -> int:
+    """Bytes that a collective allocates and frees besides its outputs; 0 for all other ops."""
+    name = op_name(node.target) if callable(node.target) else ""
+    if name == _CHUNK_CAT:
+        return _padded_bytes(node)
+    if not name.startswith(_SPACES) or not any(kind in name for kind in _GATHERS):
+        return 0
+    given = (one.meta.get("val") for one in node.all_input_nodes)
+    inputs = [tensor for value in given for tensor in output_tensors(value)]
+    if not inputs or not _by_gloo(inputs[0].device):
+        return 0
+    outputs = list(output_tensors(node.meta.get("val")))
+    return max(_bytes(inputs), _bytes(outputs))
+
+
+def _padded_bytes(node: fx.Node) -> int:
+    """Gradients whose rows ranks cannot share out evenly are copied with padding; one at a time,
+    those of another dtype than the buffer's.
+    """
+    given = inspect.signature(_chunk_cat).bind(*node.args, **node.kwargs).arguments
+    values = [one.meta["val"] for one in given["tensors"]]
+    ranks, whole = given["num_chunks"], given["out"].meta["val"]
+    uneven = [value for value in values if value.shape[0] % ranks]
+    padded = sum(
+        (value.nbytes // value.shape[0]) * -(-value.shape[0] // ranks) * ranks for value in uneven
+    )
+    cast = [value.nbytes for value in values if value.dtype is not whole.dtype]
+    return int(padded + max(cast, default=0))
+
+
+def _chunk_cat(tensors: Any, dim: int, num_chunks: int, *, out: Any) -> None:
+    """How the operator is called."""
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
+
+
+def _by_gloo(device: torch.device) -> bool:
+    """Whether gloo exchanges a device's tensors."""
+    if device.type != "cpu" or not (dist.is_available() and dist.is_initialized()):
+        return False
+    return "gloo" in dist.get_backend(dist.group.WORLD)

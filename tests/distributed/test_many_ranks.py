@@ -1,0 +1,281 @@
+"""Plans of models that are split over ranks: right gradients, right peaks, and nobody waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+import ckpt_pass
+from ckpt_pass import distributed
+from tests.distributed.ranks import Block, batch, made, on_ranks, peaks, trained
+
+pytestmark = pytest.mark.distributed
+BUDGETS = (0.95, 0.7)
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+# --- what runs on each rank -----------------------------------------------------------------
+
+
+def planned_and_trained(wrap: Wrap, rank: int, budget: float, **asked: Any) -> dict[str, Any]:
+    """A model that is wrapped, planned and trained, beside one without a plan."""
+    plain = trained(wrap(made()), rank)
+    model = wrap(made())
+    if rank == 1:
+        time.sleep(0.1)  # nobody waits for the others while it plans
+    try:
+        plan = ckpt_pass.plan(model, batch(0), budget=budget, mode="eager", **asked)
+    except ckpt_pass.InfeasibleBudgetError as error:
+        least = error.least_feasible_bytes
+        plan = ckpt_pass.plan(model, batch(0), budget=least, mode="eager", **asked)
+    plan.apply(model)
+    same = trained(model, rank) == plain
+    inputs = batch(0)
+    times = 3 if asked.get("gradients") == "accumulated" else 1
+
+    def step() -> None:
+        for _ in range(times):
+            model(inputs).backward()
+
+    measured = peaks(model, step)
+    return {
+        "same": same,
+        "predicted": plan.peak_bytes,
+        "measured": measured,
+        "budget": plan.budget_bytes,
+        "regions": len(plan.regions),
+    }
+
+
+def sharded(reshard: bool = True, **options: Any) -> Wrap:
+    def wrap(model: nn.Module) -> nn.Module:
+        for layer in model.layers:  # type: ignore[union-attr]
+            fully_shard(layer, reshard_after_forward=reshard, **options)
+        fully_shard(model, reshard_after_forward=reshard, **options)
+        return model
+
+    return wrap
+
+
+def replicated(**options: Any) -> Wrap:
+    return lambda model: DistributedDataParallel(model, **options)
+
+
+def split(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.layers:  # type: ignore[union-attr]
+        parallelize_module(layer, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return model
+
+
+def fsdp(rank: int) -> list[dict[str, Any]]:
+    return [planned_and_trained(sharded(), rank, budget) for budget in BUDGETS]
+
+
+def fsdp_kept(rank: int) -> list[dict[str, Any]]:
+    return [planned_and_trained(sharded(reshard=False), rank, BUDGETS[1])]
+
+
+def fsdp_mixed(rank: int) -> list[dict[str, Any]]:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return [planned_and_trained(sharded(mp_policy=policy), rank, BUDGETS[1])]
+
+
+def fsdp_accumulated(rank: int) -> list[dict[str, Any]]:
+    return [planned_and_trained(sharded(), rank, BUDGETS[1], gradients="accumulated")]
+
+
+def ddp(rank: int) -> list[dict[str, Any]]:
+    views, unused = {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}
+    budget = BUDGETS[1]
+    return [
+        planned_and_trained(replicated(), rank, budget, gradients="accumulated"),
+        planned_and_trained(replicated(**views), rank, budget),
+        planned_and_trained(replicated(**unused), rank, budget),
+    ]
+
+
+def tensor_parallel(rank: int) -> list[dict[str, Any]]:
+    return [planned_and_trained(split, 0, 0.97)]
+
+
+def planned_after_a_step(rank: int) -> bool:
+    """A plan leaves FSDP as it was, also once it has gathered parameters and let go of them."""
+    plain, model = sharded()(made()), sharded()(made())
+    before = trained(plain, rank) == trained(model, rank)
+    ckpt_pass.plan(model, batch(0), budget=0.95, mode="eager")
+    return before and trained(plain, rank) == trained(model, rank)
+
+
+def together(rank: int) -> tuple[Any, ...]:
+    """The same step with two budgets; then two steps of different sizes, under FSDP."""
+    budget = 0.9 - 0.15 * rank
+    plan = distributed.plan_together(made(), batch(rank), budget=budget, name="same")
+    distributed.agree(plan, name="same")
+    model, plain = sharded()(made()), sharded()(made())
+    rows = batch(rank, rows=64 + 64 * rank)
+    own = distributed.plan_together(model, rows, budget=0.8, name="different")
+    own.apply(model)
+    return plan.budget_bytes, own.budget_bytes, trained(model, rank) == trained(plain, rank)
+
+
+def without_room(rank: int) -> None:
+    distributed.plan_together(made(), batch(rank), budget=0.9 if rank else 1000)
+
+
+def without_a_way(rank: int) -> None:
+    model = made()
+    if rank == 1:
+        model.layers[1] = nn.Linear(7, 7)
+    distributed.plan_together(model, batch(rank), budget=0.9)
+
+
+def too_late(rank: int) -> None:
+    if rank == 0:
+        distributed.plan_together(made(), batch(rank), budget=0.9, timeout_s=1.0)
+    else:
+        time.sleep(3.0)
+
+
+def with_other_collectives(rank: int) -> None:
+    model = sharded()(made())
+    distributed.plan_together(model if rank else made(), batch(rank), budget=0.95)
+
+
+def _loss(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+def pipeline(rank: int) -> list[dict[str, Any]]:
+    return [stage(rank, ScheduleGPipe, BUDGETS[1]), stage(rank, Schedule1F1B, 1.0)]
+
+
+def stage(rank: int, kind: Any, budget: float) -> dict[str, Any]:
+    """One of two stages, four microbatches; with and without a plan."""
+    count, rows = 4, 32
+    inputs, target = batch(1, rows=count * rows), batch(2, rows=count * rows)
+    losses: list[Tensor] = []
+
+    def step() -> None:
+        losses.clear()
+        if rank == 0:
+            schedule.step(inputs, return_outputs=False)
+        else:
+            schedule.step(target=target, losses=losses, return_outputs=False)
+
+    found = []
+    for planned in (False, True):
+        torch.manual_seed(rank)
+        model = nn.Sequential(*(Block() for _ in range(3)))
+        schedule = kind(PipelineStage(model, rank, 2, torch.device("cpu")), count, loss_fn=_loss)
+        if planned:
+            plan = ckpt_pass.plan(
+                model,
+                batch(3, rows=rows).requires_grad_(rank > 0),
+                budget=budget,
+                mode="eager",
+                in_flight=distributed.in_flight_of(schedule),
+                loss_fn=(lambda output: _loss(output, target[:rows])) if rank else None,
+            )
+            plan.apply(model)
+        step()
+        gradients = [p.grad.numpy().tobytes() for p in model.parameters() if p.grad is not None]
+        found.append(([float(loss) for loss in losses], gradients))
+    return {
+        "same": found[0] == found[1],
+        "predicted": plan.peak_bytes,
+        "measured": peaks(model, step, times=2),
+        "budget": plan.budget_bytes,
+        "in_flight": str(plan.asked.goal.in_flight),  # type: ignore[union-attr]
+    }
+
+
+# --- tests ----------------------------------------------------------------------------------
+
+TRAINED = (fsdp, fsdp_kept, fsdp_mixed, fsdp_accumulated, ddp, tensor_parallel, pipeline)
+OTHERS = (
+    planned_after_a_step,
+    together,
+    without_room,
+    without_a_way,
+    too_late,
+    with_other_collectives,
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return on_ranks((*TRAINED, *OTHERS), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", [job.__name__ for job in TRAINED])
+def test_gradients_and_peaks(found: dict[str, list[Any]], name: str) -> None:
+    for rank in found[name]:
+        for one in rank:
+            assert one["same"], one
+            assert one["predicted"] <= one["budget"], one
+            # What stages hand to each other is counted whether it is on its way or not.
+            assert 0.97 <= one["measured"] / one["predicted"] <= 1.01, one
+
+
+def test_a_plan_leaves_fsdp_as_it_was(found: dict[str, list[Any]]) -> None:
+    assert found["planned_after_a_step"] == [True, True]
+
+
+def test_microbatches_in_flight(found: dict[str, list[Any]]) -> None:
+    words = [[one["in_flight"] for one in rank] for rank in found["pipeline"]]
+    gpipe = "4 microbatches in flight, 3 once there are gradients"
+    assert words == [[gpipe, "2 microbatches in flight"], [gpipe, "1 microbatches in flight"]]
+
+
+def test_one_plan_for_the_tightest_rank(found: dict[str, list[Any]]) -> None:
+    (same, own, right), (other_same, other_own, other_right) = found["together"]
+    assert same == other_same and own < other_own and right and other_right
+
+
+def test_a_rank_that_cannot_plan(found: dict[str, list[Any]]) -> None:
+    assert [kind for kind, *_ in found["without_room"]] == [
+        "InfeasibleBudgetError",
+        "RankFailedError",
+    ]
+    assert "Rank 0 could not plan its step: InfeasibleBudgetError" in found["without_room"][1][1]
+    assert [kind for kind, *_ in found["without_a_way"]] == [
+        "RankFailedError",
+        "NotTraceableError",
+    ]
+
+
+def test_a_rank_that_is_late(found: dict[str, list[Any]]) -> None:
+    kind, words, seconds = found["too_late"][0]
+    assert kind == "RankMissingError" and "Rank 1 did not bring its plan within 1 s" in words
+    assert seconds < 30
+
+
+def test_ranks_with_other_collectives(found: dict[str, list[Any]]) -> None:
+    for kind, words, _ in found["with_other_collectives"]:
+        assert kind == "RanksDifferError"
+        assert "number 0 is none on rank 0" in words
+
+
+def test_a_schedule_without_an_order() -> None:
+    with pytest.raises(distributed.ScheduleError, match="Got a str"):
+        distributed.in_flight_of("1f1b")
+
+
+def test_without_a_process_group() -> None:
+    with pytest.raises(distributed.NoProcessGroupError, match=r"plan_together\(\) compares"):
+        distributed.plan_together(made(), batch(0), budget=0.9)
