@@ -47,6 +47,7 @@ def plan_eager(
     goal: Goal,
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
+    keeps_gradients: bool = False,
 ) -> Plan:
     """Plan a step of ``loss_fn(model(*args, **kwargs))`` in eager mode.
 
@@ -57,6 +58,7 @@ def plan_eager(
         goal: the budget; its solver is not used, the eager one is. Where it names a place,
             modules may move what autograd saves in them instead of running again.
         loss_fn: applied to the model's output, where that is no loss.
+        keeps_gradients: whether gradients stand there before the step, which it adds to.
 
     Raises:
         NotTraceableError: the model's forward or backward fails on fake tensors.
@@ -67,7 +69,7 @@ def plan_eager(
         StoreFolderError, StoreFullError: nothing can be kept where values are to go.
     """
     kernels = Kernels()
-    trace = traced(model, args, loss_fn, kwargs, kernels=kernels)
+    trace = traced(model, args, loss_fn, kwargs, kernels, keeps_gradients)
     timed = goal.cost == "measured"
     problem = described(trace, times=timed, kernels=kernels, offload=goal.offload)
     warn_of_unmeasured(kernels)
@@ -124,6 +126,7 @@ def traced(
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
     kernels: Kernels | None = None,
+    keeps_gradients: bool = False,
 ) -> EagerTrace:
     """The record of a step (:func:`ckpt_pass.eager.trace.trace_step`).
 
@@ -132,7 +135,7 @@ def traced(
         NothingToDifferentiateError: there is no backward.
     """
     try:
-        return trace_step(model, args, loss_fn, kwargs, kernels)
+        return trace_step(model, args, loss_fn, kwargs, kernels, keeps_gradients)
     except CkptPassError:
         raise
     except Exception as error:  # whatever the model's own code raises, with the place

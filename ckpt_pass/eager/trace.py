@@ -27,6 +27,7 @@ def trace_step(
     loss_fn: Callable[[Any], torch.Tensor] | None,
     kwargs: Mapping[str, Any] | None = None,
     kernels: Kernels | None = None,
+    keeps_gradients: bool = False,
 ) -> EagerTrace:
     """Record forward and backward of ``loss_fn(model(*args, **kwargs))`` on fake tensors.
 
@@ -40,9 +41,10 @@ def trace_step(
     not depend on parameters are real: models look at them (an attention mask that masks nothing is
     left out), and would take another way if they were fake. Where the forward looks at other
     values, it is run once for real (:mod:`ckpt_pass.eager.answers`); the record is of the way that
-    it goes with these inputs. Gradients that are there are not: the step makes its own.
+    it goes with these inputs. Gradients that are there are not: the step makes its own. With
+    ``keeps_gradients`` every parameter has one before, which the step adds to.
     """
-    step = _Step(model, args, loss_fn, dict(kwargs or {}), kernels or Kernels())
+    step = _Step(model, args, loss_fn, dict(kwargs or {}), kernels or Kernels(), keeps_gradients)
     answers: Answers | None = None
     faked: frozenset[Maker] = frozenset()
     while True:
@@ -65,6 +67,7 @@ class _Step:
     loss_fn: Callable[[Any], torch.Tensor] | None
     kwargs: Mapping[str, Any]
     kernels: Kernels
+    keeps_gradients: bool
 
     def recorded(self, answers: Answers | None, faked: frozenset[Maker]) -> EagerTrace:
         """The record of the step on fake tensors."""
@@ -80,6 +83,8 @@ class _Step:
                 constants.give(found, tensor)
             if found.is_leaf:
                 found.grad = None  # a step begins without gradients: those that are there need less
+                if self.keeps_gradients and found.requires_grad and found._is_param:
+                    found.grad = torch.empty_like(found, requires_grad=False)
             return found
 
         with untouched(*roots, stand_in=stand_in) as (_, _, args, kwargs):

@@ -105,10 +105,11 @@ def _bound(plan: PlanRecord) -> str:
 def overview(plan: PlanRecord) -> str:
     """The summary; for a plan with a budget also amounts, dear decisions and the timeline."""
     if plan.budget_bytes is None:
-        return summary(plan)
+        return "\n\n".join([summary(plan), *([] if plan.account is None else [str(plan.account)])])
     found = plan.predicted.offloaded
     blocks = [
         summary(plan).splitlines(),
+        list(plan.account.lines() if plan.account is not None else ()),
         list(_amounts(plan)),
         list(found.listing_lines() if found is not None else ()),
         list(_dearest("recomputed, most time first", plan, "recomputed", _time, _time_words)),

@@ -16,6 +16,7 @@ from typing import Any
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solvers import SOLVERS
+from ckpt_pass.plans.account_file import account_to_data
 from ckpt_pass.plans.expressions import expression_to_data
 from ckpt_pass.plans.link_use import LinkUse
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivation, Signature
@@ -151,6 +152,7 @@ def _predicted_data(found: Predicted) -> dict[str, Any]:
         "step_time_s": found.step_time_s,
         "measured_workspaces": found.measured_workspaces,
         **({} if found.offloaded is None else {"offloaded": _offloaded_data(found.offloaded)}),
+        **({} if found.account is None else {"account": account_to_data(found.account)}),
     }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from ckpt_pass.eager.planning import plan_eager
 from ckpt_pass.graph.capture import Look, SeveralGraphsError, capture
 from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.job.counting import Around
+from ckpt_pass.job.jobs import JobLike
+from ckpt_pass.job.totals import TotalLike, asked_job
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
@@ -54,6 +58,8 @@ def plan(
     *args: Any,
     policy: PolicyLike | None = None,
     budget: BudgetLike | None = None,
+    total: TotalLike | None = None,
+    optimizer: JobLike | None = None,
     solver: SolverLike = DEFAULT_SOLVER,
     time_limit_s: float | None = None,
     cost: str = "roofline",
@@ -83,6 +89,12 @@ def plan(
         kwargs: further keyword arguments of the model, such as have the name of one of these.
         policy: as for :func:`ckpt_pass.make_backend`.
         budget, solver, time_limit_s, cost, offload: likewise.
+        total: the memory of the whole training job, parameters, gradients and optimizer states
+            with it: ``"24GiB"``, bytes, or ``"device"``. The step gets what is left.
+        optimizer: what steps: an optimizer, several, or a :class:`ckpt_pass.Job` that says more
+            (microbatches, clipping, a scaler). Copies of it step on fake tensors; the plan then has
+            an ``account`` of the whole job, and ``budget="device"`` leaves room for what it has yet
+            to allocate.
         loss_fn: applied to the model's output, where the model does not return a loss.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         dynamic: leave sizes symbolic; bytes are expressions then.
@@ -105,22 +117,55 @@ def plan(
         NotTraceableError, NothingToDifferentiateError: see
             :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
+        InvalidTotalError, InvalidJobError: a total or an optimizer that is none.
+        ForeignOptimizerError: the optimizer steps parameters of another model.
+        InfeasibleTotalError: the job does not fit the total.
     """
-    check_offload(offload, budget, policy)
-    goal = as_goal(budget, solver, time_limit_s, cost, offload)
-    wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload), inner)
+    check_offload(offload, budget if total is None else total, policy)
+    asked = asked_job(total, optimizer, budget)
+    goal_for = functools.partial(
+        as_goal, solver=solver, time_limit_s=time_limit_s, cost=cost, offload=offload
+    )
+    known = None if asked is not None and asked.total is not None else goal_for(budget)
+    wanted = _Wanted(policy, known, mode, dynamic, as_offload(offload), inner)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, regions)
-    if mode != "compiled":
+    if asked is None:
+        return _planned(step, wanted)
+    check_open_sizes(dynamic)
+    wanted = replace(wanted, keeps_gradients=asked.job.keeps_gradients)
+
+    def made(budget_bytes: int | None) -> Plan | StepPlan:
+        goal = known if budget_bytes is None else goal_for(budget_bytes)
+        return _planned(step, replace(wanted, goal=goal))
+
+    return asked.planned(Around.of_step(model, args, inputs, loss_fn), made)
+
+
+def _planned(step: FakeStep, wanted: _Wanted) -> Plan | StepPlan:
+    if wanted.mode != "compiled":
         return _eager_plan(step, wanted)
-    if inner != "aot_eager":
+    if wanted.inner != "aot_eager":
         return _of_inductor(step, wanted)
-    if dynamic:
+    if wanted.dynamic:
         return _of_one_graph(step, wanted)
     with contextlib.suppress(SeveralGraphsError), _captured(step, wanted) as joint:
         if not joint.graph_break:
             return _plan_of(joint, wanted)
     return plan_graphs(step, wanted.chosen, wanted.goal)
+
+
+def check_open_sizes(dynamic: bool) -> None:
+    """Refuse sizes that are left open beside an account.
+
+    Raises:
+        PlanModeError: they are.
+    """
+    if dynamic:
+        raise PlanModeError(
+            "Got dynamic=True together with an optimizer, expected sizes that are known: an "
+            "account is in bytes. Leave dynamic out, or give budget= without an optimizer."
+        )
 
 
 def plan_one(
@@ -155,6 +200,7 @@ class _Wanted:
     dynamic: bool = False
     offload: OffloadLike | None = None
     inner: str = "aot_eager"
+    keeps_gradients: bool = False
 
     @property
     def chosen(self) -> Policy:
@@ -171,7 +217,10 @@ def _eager_plan(step: FakeStep, wanted: _Wanted) -> Plan:
         "inner": wanted.inner if wanted.inner != "aot_eager" else None,
     }
     goal = _eager_goal(wanted.mode, wanted.goal, taken)
-    return plan_eager(step.model, step.args, wanted.chosen, goal, step.loss_fn, step.kwargs)
+    return plan_eager(
+        step.model, step.args, wanted.chosen, goal, step.loss_fn, step.kwargs,
+        wanted.keeps_gradients,
+    )  # fmt: skip
 
 
 def _of_one_graph(step: FakeStep, wanted: _Wanted) -> Plan:

@@ -1,0 +1,217 @@
+"""What a total means: the memory of a whole training job, of which a step gets what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, Self, TypeAlias, TypeVar
+
+import torch
+
+from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch import autograd
+from ckpt_pass.amounts import parsed_bytes
+from ckpt_pass.job.counting import Around, account_of
+from ckpt_pass.job.jobs import Job, JobLike, as_job
+from ckpt_pass.planner.solution import InfeasibleBudgetError
+from ckpt_pass.plans.account import Account
+from ckpt_pass.plans.budget import DEVICE_RESERVE, BudgetLike, free_device_bytes
+from ckpt_pass.plans.wording import format_bytes
+
+#: ``"24GiB"``, bytes, or ``"device"``.
+TotalLike: TypeAlias = str | int
+
+
+class InvalidTotalError(CkptPassError):
+    """A total that is no amount of memory, or that does not go with another argument."""
+
+
+class InfeasibleTotalError(CkptPassError):
+    """A training job does not fit the total that was asked for.
+
+    Attributes:
+        account: of the job, its forward and backward with the least peak that was found.
+        total_bytes: what was asked for.
+        needed_bytes: the least total that would do; planning with that number works.
+        cures: what else would make it fit, in words.
+    """
+
+    def __init__(self, account: Account, total_bytes: int, cures: tuple[str, ...] = ()) -> None:
+        self.account = account
+        self.total_bytes = total_bytes
+        self.needed_bytes = account.peak_bytes
+        self.cures = cures
+        missing = self.needed_bytes - total_bytes
+        where = account.peak_phase
+        rows = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in account.rows())
+        super().__init__(
+            f"The job does not fit {total_bytes:,} bytes on {account.device} ({account.job}): it "
+            f"needs {self.needed_bytes:,} at least, {missing:,} ({format_bytes(missing)}) are "
+            f"missing. The peak is in the {where.name}, which adds "
+            f"{format_bytes(where.above_bytes or 0)} to the {format_bytes(where.standing_bytes)} "
+            f"that stand there ({rows}). " + _as_words(cures)
+        )
+
+    def with_cures(self, cures: tuple[str, ...]) -> InfeasibleTotalError:
+        """The same, with what else would make it fit."""
+        return InfeasibleTotalError(self.account, self.total_bytes, cures)
+
+
+def _as_words(cures: tuple[str, ...]) -> str:
+    if not cures:
+        return "Give a larger total, smaller inputs, or an optimizer with less state."
+    return "What would make it fit: " + "; ".join(cures) + "."
+
+
+class _Planned(Protocol):
+    """A plan of a step."""
+
+    @property
+    def account(self) -> Account | None:
+        """Of the job that it belongs to."""
+
+    def with_account(self, account: Account) -> Self:
+        """It as a part of a job."""
+
+
+P = TypeVar("P", bound=_Planned)
+
+
+@dataclass(frozen=True)
+class JobAsked:
+    """A job to plan for, and the memory that it may take.
+
+    Attributes:
+        job: what happens around a step.
+        total: the memory of the whole job; ``None`` where there is a budget for the step, or none.
+    """
+
+    job: Job
+    total: TotalLike | None
+
+    def planned(self, around: Around, make: Callable[[int | None], P]) -> P:
+        """A plan for a step of the job.
+
+        Args:
+            around: what stands around the step.
+            make: plans the step within so many bytes; as it was asked for if ``None``.
+
+        Raises:
+            InfeasibleTotalError: no plan fits.
+            ForeignOptimizerError, OptimizerFailedError: see
+                :func:`ckpt_pass.job.counting.account_of`.
+        """
+        account = account_of(around, self.job)
+        if self.total is None:
+            return make(None).with_account(account)
+        total_bytes = resolve_total(self.total, around, self.job)
+        account = account.within(total_bytes)
+        budget_bytes = step_budget_bytes(account)
+        try:
+            made = make(max(budget_bytes, 1)).with_account(account)
+        except InfeasibleBudgetError as error:
+            least = account.with_step(error.least_feasible_bytes, 0)
+            raise InfeasibleTotalError(least, total_bytes) from None
+        found = made.account
+        assert found is not None
+        if found.peak_bytes > total_bytes:  # the optimizer's step does not fit
+            raise InfeasibleTotalError(found, total_bytes)
+        return made
+
+
+def step_budget_bytes(account: Account) -> int:
+    """What a total leaves for a forward and backward above what stands there; may be negative."""
+    assert account.total_bytes is not None
+    return account.total_bytes - account.pass_standing_bytes
+
+
+def asked_job(
+    total: TotalLike | None, optimizer: JobLike | None, budget: BudgetLike | None
+) -> JobAsked | None:
+    """The job that is asked for; ``None`` where no optimizer is given.
+
+    A budget of ``"device"`` is a total where there is an optimizer: what it has yet to allocate is
+    not free.
+
+    Raises:
+        InvalidTotalError: a total without an optimizer, beside a budget, or no amount of memory.
+        InvalidJobError: the optimizer is none.
+    """
+    if total is None and optimizer is None:
+        return None
+    if optimizer is None:
+        raise InvalidTotalError(
+            f"Got total={total!r} without an optimizer, expected one: optimizer=..., whose states "
+            "the total has to hold. For forward and backward alone give budget=."
+        )
+    job = as_job(optimizer)
+    if total is None:
+        return JobAsked(job, "device" if budget == "device" else None)
+    if budget is not None:
+        raise InvalidTotalError(
+            f"Got total={total!r} and budget={budget!r}, expected one of the two: a total is for "
+            "the whole job, and says what the step may take. Leave budget out."
+        )
+    return JobAsked(job, check_total(total))
+
+
+def check_total(total: TotalLike) -> TotalLike:
+    """Return a total if it can mean something.
+
+    Raises:
+        InvalidTotalError: it is no amount of memory.
+    """
+    if total != "device":
+        _bytes_of(total)
+    return total
+
+
+def _bytes_of(total: TotalLike) -> int:
+    nbytes = parsed_bytes(total) if isinstance(total, str) else total
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes <= 0:
+        raise InvalidTotalError(
+            f"Got total={total!r}, expected an amount such as '24GiB' or '500 MB', a positive "
+            "number of bytes, or 'device'."
+        )
+    return nbytes
+
+
+def resolve_total(total: TotalLike, around: Around, job: Job) -> int:
+    """A total in bytes; of ``"device"`` what is free, less a reserve, with what is the job's own.
+
+    Raises:
+        InvalidTotalError: it is no amount of memory, or there is no accelerator to ask.
+    """
+    if total != "device":
+        return _bytes_of(total)
+    free = free_device_bytes()
+    if free is None:
+        raise InvalidTotalError(
+            f"Got {total!r} as an amount of memory: there is no accelerator here. Expected one, or "
+            "an amount such as total='24GiB'."
+        )
+    return int(free * (1 - DEVICE_RESERVE)) + _own_bytes(around, job)
+
+
+def _own_bytes(around: Around, job: Job) -> int:
+    """What of the job is on an accelerator already."""
+    states = (value for one in job.optimizers for value in _tensors(list(one.state.values())))
+    gradients = (t.grad for t in around.parameters if t.is_leaf and t.grad is not None)
+    found = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in (*around.tensors, *states, *gradients)
+        if tensor.layout is torch.strided and not _is_elsewhere(tensor)
+    }
+    return sum(found.values())
+
+
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    return tensor.device.type in ("cpu", "meta") or autograd.is_fake(tensor)
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list) else []
