@@ -29,17 +29,21 @@ HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 def as_on_plain_tensors() -> Iterator[None]:
     """Inside, optimizers choose their kernels for fake tensors as for plain ones, hooks rest.
 
-    torch takes its multi-tensor kernels for two classes of tensors alone, and one loop for others.
+    torch takes its multi-tensor kernels for two classes of tensors alone, and one loop for others;
+    and while anything is compiled, what can be captured in a graph.
     """
     added = [names for names in _SUPPORTED if FakeTensor not in names]
+    compiling = torch.compiler._is_compiling_flag
     hooks = [(place, dict(place)) for place in _GLOBAL_HOOKS]
     for names in added:
         names.append(FakeTensor)
     for place, _ in hooks:
         place.clear()
+    torch.compiler._is_compiling_flag = False
     try:
         yield
     finally:
+        torch.compiler._is_compiling_flag = compiling
         for names in added:
             names.remove(FakeTensor)
         for place, before in hooks:

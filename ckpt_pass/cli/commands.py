@@ -23,6 +23,8 @@ from ckpt_pass.cli.parts import (
 from ckpt_pass.demo.model import ModelConfig
 from ckpt_pass.demo.training import DEFAULTS, DemoSettings, run_demo
 from ckpt_pass.drawing.memory import missing_extra
+from ckpt_pass.job.jobs import Job
+from ckpt_pass.job.named import optimizer_named
 from ckpt_pass.offloading.options import TARGETS, Offload
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, solver_names
 from ckpt_pass.plans.budget import BudgetLike, check_budget, parse_budget
@@ -32,13 +34,14 @@ from ckpt_pass.policy.named import DEFAULT_POLICY, POLICIES, as_policy
 from ckpt_pass.policy.rules import Rule
 from ckpt_pass.report.sweeps import sweep_table
 from ckpt_pass.tools.ahead import PlanModeError, plan
-from ckpt_pass.tools.fitting import NAMES as FIT_DIMENSIONS
+from ckpt_pass.tools.axis import NAMES as FIT_DIMENSIONS
 from ckpt_pass.tools.fitting import fit
 from ckpt_pass.tools.sweeping import ROUNDS, Sweep, sweep
 from ckpt_pass.tools.verification import verify
 
 if TYPE_CHECKING:
     import typer
+    from torch import nn
 
 
 def main() -> NoReturn:
@@ -94,6 +97,37 @@ def _budget_option() -> Any:
     )
 
 
+def _total_option() -> Any:
+    import typer
+
+    return typer.Option(None, help="Memory of the whole training job, instead: 24GiB, or bytes.")
+
+
+def _optimizer_option() -> Any:
+    import typer
+
+    return typer.Option(
+        None, help="What steps: AdamW, 'SGD(momentum=0.9)' or another class of torch.optim."
+    )
+
+
+def _accumulate_option() -> Any:
+    import typer
+
+    return typer.Option(1, min=1, help="Microbatches of an optimizer's step.")
+
+
+def _job(
+    model: nn.Module, total: str | None, optimizer: str | None, accumulate: int
+) -> dict[str, Any]:
+    """The options of a whole job; without a name the optimizer is AdamW."""
+    if total is None and optimizer is None:
+        return {}
+    stepped = optimizer_named(optimizer or "AdamW", model)
+    amount = None if total is None else parse_budget(total)
+    return {"total": amount, "optimizer": Job(stepped, accumulate)}
+
+
 def _checked(policy: str | None, budget: str | None) -> BudgetLike | None:
     """Say what is misspelt before the model is built; return the budget."""
     as_policy(policy or DEFAULT_POLICY)
@@ -140,6 +174,9 @@ def _plan_command() -> Callable[..., None]:
         target: str = target_argument(),
         policy: str | None = _policy_option(),
         budget: str | None = _budget_option(),
+        total: str | None = _total_option(),
+        optimizer: str | None = _optimizer_option(),
+        accumulate: int = _accumulate_option(),
         png: Path | None = png_option,
         solver: str = solver_option,
         time_limit: float | None = limit_option,
@@ -161,6 +198,7 @@ def _plan_command() -> Callable[..., None]:
                 *inputs,
                 policy=policy,
                 budget=amount,
+                **_job(model, total, optimizer, accumulate),
                 solver=solver,
                 time_limit_s=time_limit,
                 cost=cost,
@@ -193,6 +231,9 @@ def _verify_command() -> Callable[..., None]:
         plan_file: Path | None = plan_option,
         policy: str | None = _policy_option(),
         budget: str | None = _budget_option(),
+        total: str | None = _total_option(),
+        optimizer: str | None = _optimizer_option(),
+        accumulate: int = _accumulate_option(),
         eager: bool = eager_option,
     ) -> None:
         """Run a training step plain and planned, and compare: loss, gradients, peak, flops.
@@ -209,6 +250,7 @@ def _verify_command() -> Callable[..., None]:
                 plan=made,
                 policy=policy,
                 budget=amount,
+                **_job(model, total, optimizer, accumulate),
                 mode="eager" if eager else "compiled",
             )
             typer.echo(found)
@@ -283,15 +325,17 @@ def _show_sweep(found: Sweep, png: Path | None, json_: Path | None) -> None:
 def _fit_command() -> Callable[..., None]:
     import typer
 
-    # Two options of its own: a budget is a must here, and a policy only binds.
     budget_option = typer.Option(
-        ..., help="Peak to stay within: 6GiB, a number of bytes, or 'device'."
+        None, help="Peak to stay within: 6GiB, a number of bytes, or 'device'."
     )
     dim_option = typer.Option(FIT_DIMENSIONS[0], help=f"One of {', '.join(FIT_DIMENSIONS)}.")
 
     def fit_command(
         target: str = target_argument(),
-        budget: str = budget_option,
+        budget: str | None = budget_option,
+        total: str | None = _total_option(),
+        optimizer: str | None = _optimizer_option(),
+        accumulate: int = _accumulate_option(),
         dim: str = dim_option,
         policy: str | None = _policy_option(),
     ) -> None:
@@ -301,9 +345,9 @@ def _fit_command() -> Callable[..., None]:
         """
         with errors_as_exit_codes():
             amount = _checked(policy, budget)
-            assert amount is not None  # one is required
             model, inputs = build(target)
-            typer.echo(fit(model, *inputs, budget=amount, dim=dim, policy=policy))
+            job = _job(model, total, optimizer, accumulate)
+            typer.echo(fit(model, *inputs, budget=amount, **job, dim=dim, policy=policy))
 
     return fit_command
 

@@ -25,13 +25,17 @@ from ckpt_pass.plans.account import (
     UNSCALING,
     UPDATE,
     Account,
-    Phase,
+    JobPhase,
 )
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
 
 #: Steps that an optimizer is looked at: what it makes at its first and second step stays.
 _STEPS = 3
+_EXPECTED_OPTIMIZER = (
+    "Expected the optimizer that steps this model: made with model.parameters(), after the model "
+    "was moved or converted."
+)
 
 
 class ForeignOptimizerError(CkptPassError):
@@ -78,6 +82,27 @@ class Around:
         unused = without_gradient(model, args, kwargs, loss_fn)
         trained = tuple(t for t in parameters if t.requires_grad and id(t) not in unused)
         return cls(parameters, buffers, tuple(given.values()), trained)
+
+    @classmethod
+    def of_graph(cls, inputs: Iterable[Any], job: Job) -> Around:
+        """What the step of a graph has around it: what it takes, and what the optimizer steps.
+
+        Raises:
+            ForeignOptimizerError: the optimizer steps nothing of the graph's.
+        """
+        given = {id(value): value for value in inputs if isinstance(value, torch.Tensor)}
+        stepped = {
+            id(p): p for one in job.optimizers for g in one.param_groups for p in g["params"]
+        }
+        if given and not stepped.keys() & given.keys():
+            raise ForeignOptimizerError(
+                f"None of the {len(given)} tensors that the graph takes is a parameter of "
+                f"{job}. {_EXPECTED_OPTIMIZER}"
+            )
+        held = stepped | {key: t for key, t in given.items() if isinstance(t, nn.Parameter)}
+        others = tuple(t for key, t in given.items() if key not in held)
+        parameters = tuple(held.values())
+        return cls(parameters, (), others, tuple(t for t in parameters if t.requires_grad))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -137,20 +162,20 @@ class _Ledger:
         now = follower.hold(_tensors_in(self._optimizers))
         before = follower.live_bytes
         # Where gradients stand there later, nothing is higher in the first than in a later one.
-        phases = [] if self._job.keeps_gradients else [Phase(FIRST_PASS, before, None)]
+        phases = [] if self._job.keeps_gradients else [JobPhase(FIRST_PASS, before, None)]
         gradients = self._make_gradients()
         with optimizers.as_on_plain_tensors():
             phases += self._update(FIRST_UPDATE)
-            later: list[Phase] = []
+            later: list[JobPhase] = []
             for _ in range(1, _STEPS):
                 self._drop_gradients()
                 stands = follower.live_bytes
                 self._make_gradients()
-                later = _highest(later, [Phase(PASS, stands, None), *self._update(UPDATE)])
+                later = _highest(later, [JobPhase(PASS, stands, None), *self._update(UPDATE)])
         self._drop_gradients(to_none=True)
         states = follower.live_bytes - before + now
         if self._job.keeps_gradients:
-            later[0] = Phase(PASS, before - now + states + gradients, None)
+            later[0] = JobPhase(PASS, before - now + states + gradients, None)
         parameters, buffers, inputs = held
         return Account(
             device=str(self._device),
@@ -176,7 +201,7 @@ class _Ledger:
             for parameter in self._trained:
                 parameter.grad = None
 
-    def _update(self, name: str) -> list[Phase]:
+    def _update(self, name: str) -> list[JobPhase]:
         """What happens between a backward and the next forward."""
         found = []
         if self._scaler is not None:
@@ -188,10 +213,10 @@ class _Ledger:
         found.append(self._phase(name, self._step))
         return found
 
-    def _phase(self, name: str, part: Callable[[], None]) -> Phase:
+    def _phase(self, name: str, part: Callable[[], None]) -> JobPhase:
         stands = self._follower.live_bytes
         try:
-            return Phase(name, stands, self._follower.peak_of(part) - stands)
+            return JobPhase(name, stands, self._follower.peak_of(part) - stands)
         except CkptPassError:
             raise
         except Exception as error:  # whatever the optimizer's own code raises
@@ -227,7 +252,7 @@ def _tensors_in(things: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
     return Reached([vars(thing) for thing in things]).tensors
 
 
-def _highest(before: list[Phase], now: list[Phase]) -> list[Phase]:
+def _highest(before: list[JobPhase], now: list[JobPhase]) -> list[JobPhase]:
     """Of each part of a step the higher one."""
     if not before:
         return now
@@ -235,9 +260,9 @@ def _highest(before: list[Phase], now: list[Phase]) -> list[Phase]:
     return [max(pair, key=lambda phase: phase.peak_bytes) for pair in pairs]
 
 
-def _without_repeats(phases: list[Phase]) -> list[Phase]:
+def _without_repeats(phases: list[JobPhase]) -> list[JobPhase]:
     """Phases by name, of those with one name the highest; the first ones where they differ."""
-    found: dict[str, Phase] = {}
+    found: dict[str, JobPhase] = {}
     for phase in phases:
         known = found.get(phase.name)
         if known is None or phase.peak_bytes > known.peak_bytes:
@@ -247,7 +272,7 @@ def _without_repeats(phases: list[Phase]) -> list[Phase]:
     return [found[name] for name in PHASES if name in found and name not in same]
 
 
-def _alike(one: Phase, other: Phase) -> bool:
+def _alike(one: JobPhase, other: JobPhase) -> bool:
     return (one.standing_bytes, one.above_bytes) == (other.standing_bytes, other.above_bytes)
 
 
@@ -263,10 +288,8 @@ def _check_own(around: Around, given: Iterable[torch.optim.Optimizer]) -> None:
         for number, group in enumerate(optimizer.param_groups):
             for place, parameter in enumerate(group["params"]):
                 if id(parameter) not in known:
+                    where = f"Parameter {place} of group {number} of the {type(optimizer).__name__}"
                     raise ForeignOptimizerError(
-                        f"Parameter {place} of group {number} of the {type(optimizer).__name__}, "
-                        f"{list(parameter.shape)} of {parameter.dtype}, is none of the model's "
-                        f"{len(around.parameters)} parameters. Expected the optimizer that steps "
-                        "this model: made with model.parameters(), after the model was moved or "
-                        "converted."
+                        f"{where}, {list(parameter.shape)} of {parameter.dtype}, is none of the "
+                        f"model's {len(around.parameters)} parameters. {_EXPECTED_OPTIMIZER}"
                     )

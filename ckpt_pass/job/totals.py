@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeAlias, TypeVar
 
@@ -101,28 +102,62 @@ class JobAsked:
             ForeignOptimizerError, OptimizerFailedError: see
                 :func:`ckpt_pass.job.counting.account_of`.
         """
-        account = account_of(around, self.job)
-        if self.total is None:
+        account = self.account(around)
+        if account.total_bytes is None:
             return make(None).with_account(account)
-        total_bytes = resolve_total(self.total, around, self.job)
-        account = account.within(total_bytes)
-        budget_bytes = step_budget_bytes(account)
-        try:
-            made = make(max(budget_bytes, 1)).with_account(account)
-        except InfeasibleBudgetError as error:
-            least = account.with_step(error.least_feasible_bytes, 0)
-            raise InfeasibleTotalError(least, total_bytes) from None
+        with told_of_total(account):
+            made = make(step_budget_bytes(account)).with_account(account)
         found = made.account
         assert found is not None
-        if found.peak_bytes > total_bytes:  # the optimizer's step does not fit
-            raise InfeasibleTotalError(found, total_bytes)
+        if found.peak_bytes > account.total_bytes:  # the optimizer's step does not fit
+            raise InfeasibleTotalError(found, account.total_bytes)
         return made
+
+    def account(self, around: Around) -> Account:
+        """The account of the job, with its total, its forward and backward not planned yet.
+
+        Raises:
+            InvalidTotalError: the total is that of a device, and there is none.
+            ForeignOptimizerError, OptimizerFailedError: see
+                :func:`ckpt_pass.job.counting.account_of`.
+        """
+        found = account_of(around, self.job)
+        if self.total is None:
+            return found
+        return found.within(resolve_total(self.total, around, self.job))
+
+
+@contextlib.contextmanager
+def told_of_total(account: Account) -> Iterator[None]:
+    """Inside, a step that does not fit its budget is a job that does not fit its total.
+
+    Raises:
+        InfeasibleTotalError: it does not.
+    """
+    try:
+        yield
+    except InfeasibleBudgetError as error:
+        if account.total_bytes is None:
+            raise
+        least = account.with_step(error.least_feasible_bytes, 0)
+        raise InfeasibleTotalError(least, account.total_bytes) from None
+
+
+def check_updates(account: Account) -> None:
+    """Refuse a job whose parts beside forward and backward do not fit its total.
+
+    Raises:
+        InfeasibleTotalError: they do not.
+    """
+    highest = max((phase.peak_bytes for phase in account.updates), default=0)
+    if account.total_bytes is not None and highest > account.total_bytes:
+        raise InfeasibleTotalError(account, account.total_bytes)
 
 
 def step_budget_bytes(account: Account) -> int:
-    """What a total leaves for a forward and backward above what stands there; may be negative."""
+    """What a total leaves for a forward and backward above what stands there: 1 at the least."""
     assert account.total_bytes is not None
-    return account.total_bytes - account.pass_standing_bytes
+    return max(account.total_bytes - account.pass_standing_bytes, 1)
 
 
 def asked_job(

@@ -23,7 +23,7 @@ _STANDS, _ADDS, _EMPTY, _TOTAL = "█", "▒", " ", "│"
 
 
 @dataclass(frozen=True)
-class Phase:
+class JobPhase:
     """A part of a job.
 
     Attributes:
@@ -74,7 +74,7 @@ class Account:
     states_bytes: int
     states_now_bytes: int
     outputs_bytes: int
-    phases: tuple[Phase, ...]
+    phases: tuple[JobPhase, ...]
     total_bytes: int | None = None
 
     @property
@@ -99,12 +99,12 @@ class Account:
         return self.pass_standing_bytes >= self.standing_bytes + self.gradients_bytes
 
     @property
-    def updates(self) -> tuple[Phase, ...]:
+    def updates(self) -> tuple[JobPhase, ...]:
         """The parts between a backward and the next forward."""
         return tuple(phase for phase in self.phases if not phase.is_pass)
 
     @property
-    def peak_phase(self) -> Phase:
+    def peak_phase(self) -> JobPhase:
         """The part in which the job's peak is: the first of those that are as high."""
         return max(self.phases, key=lambda phase: phase.peak_bytes)
 
@@ -173,7 +173,7 @@ class Account:
             words = f"{format_bytes(abs(rest))} are {'left' if rest >= 0 else 'missing'}"
             yield f"  {'total':28} {format_bytes(self.total_bytes):>11}, of which {words}"
 
-    def _bar(self, phase: Phase) -> str:
+    def _bar(self, phase: JobPhase) -> str:
         """What stands and what is added, to the scale of the highest; where the total is."""
         total = self.total_bytes or 0
         most = max(self.peak_bytes, total, 1)

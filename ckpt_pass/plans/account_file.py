@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from ckpt_pass.plans.account import Account, Phase
+from ckpt_pass.plans.account import Account, JobPhase
 from ckpt_pass.plans.schema import Reader
 
 
@@ -37,6 +37,6 @@ def account_from_data(reader: Reader) -> Account:
     )
 
 
-def _phase(reader: Reader) -> Phase:
+def _phase(reader: Reader) -> JobPhase:
     name, standing, above = reader.items(3)
-    return Phase(name.text(), standing.whole(), above.maybe(Reader.whole))
+    return JobPhase(name.text(), standing.whole(), above.maybe(Reader.whole))

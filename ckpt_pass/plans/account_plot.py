@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ckpt_pass.drawing.figures import COLOURS, GREY, MEGABYTE, figure_of, open_frame, write
 
 if TYPE_CHECKING:
-    from ckpt_pass.plans.account import Account, Phase
+    from ckpt_pass.plans.account import Account, JobPhase
 
 _STEP, _OUTPUTS = "added while it runs", "outputs"
 _COLOUR_OF = {
@@ -57,7 +57,7 @@ def plot_account(account: Account, path: Path) -> Path:
     return write(figure, path)
 
 
-def _parts(account: Account, phase: Phase) -> list[tuple[str, int]]:
+def _parts(account: Account, phase: JobPhase) -> list[tuple[str, int]]:
     """What a part of a job has there, in the order of its bar."""
     rows = dict(account.rows())
     held = {name: rows.get(name, 0) for name in ("parameters", "buffers", "inputs")}
@@ -70,6 +70,6 @@ def _parts(account: Account, phase: Phase) -> list[tuple[str, int]]:
     return [(name, nbytes) for name, nbytes in held.items() if nbytes]
 
 
-def _alone(account: Account, phase: Phase) -> bool:
+def _alone(account: Account, phase: JobPhase) -> bool:
     """Whether a forward begins without gradients."""
     return phase.is_pass and not account.keeps_gradients

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -37,16 +36,13 @@ from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.steps.planning import plan_graphs
 from ckpt_pass.steps.running import FakeStep
+from ckpt_pass.tools.arguments import options_of, step_arguments
 
 MODES = ("compiled", "eager")
 
 
 class PlanModeError(CkptPassError):
     """A mode of planning that there is not, or that does not go with an argument."""
-
-
-class StepArgumentError(CkptPassError):
-    """The arguments of a step are not those that the model takes."""
 
 
 class NothingCompiledError(CkptPassError):
@@ -176,7 +172,7 @@ def plan_one(
     Raises:
         SeveralGraphsError: dynamo cuts the step.
     """
-    options = {key: named.pop(key) for key in _options_of(plan) if key in named}
+    options = {key: named.pop(key) for key in options_of(plan) if key in named}
     asked = ("solver", "time_limit_s", "cost", "offload")
     how = {key: options.pop(key) for key in asked if key in options}
     goal = as_goal(options.pop("budget", None), **how)
@@ -280,57 +276,6 @@ def _plan_of(joint: JointGraph, wanted: _Wanted) -> Plan:
     return record_plan(
         decide(joint, wanted.chosen, wanted.goal, offload=wanted.offload or Offload())
     )
-
-
-def step_arguments(
-    model: nn.Module,
-    tool: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    named: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The keyword arguments of a model, from a call of a function of ours.
-
-    Args:
-        model: it gets them.
-        tool: the function that was called; a name that is no argument of the model's may be an
-            option of it, misspelt.
-        args: the model's positional arguments.
-        kwargs, named: its keyword arguments, as a mapping and by name.
-
-    Raises:
-        StepArgumentError: the model's forward does not take them, or it is no model.
-    """
-    found = {**named, **(kwargs or {})}
-    if not isinstance(model, nn.Module):
-        raise StepArgumentError(
-            f"{tool.__name__} got {model!r} of type {type(model).__name__}, expected a model: an "
-            "nn.Module. A function becomes one as the forward of a class of yours; a loss goes "
-            "into loss_fn=..."
-        )
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # code without a signature
-        return found
-    try:
-        signature.bind(*args, **found)
-    except TypeError as error:
-        options = _options_of(tool)
-        unknown = [name for name in named if name not in signature.parameters]
-        near = nearest(unknown[0], [*options, *signature.parameters]) if unknown else ""
-        raise StepArgumentError(
-            f"{type(model).__name__}.forward{signature} does not take the arguments given: {error}."
-            f"{near} Expected the arguments of one call of the model; the options of "
-            f"{tool.__name__} are {', '.join(options)}. An argument of the model that has one of "
-            "these names goes into kwargs={...}."
-        ) from None
-    return found
-
-
-def _options_of(tool: Callable[..., Any]) -> list[str]:
-    """The names that a function of ours takes for itself, not for the model."""
-    parameters = inspect.signature(tool).parameters.values()
-    return [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
 
 
 def _eager_goal(mode: str, goal: Goal | None, taken: Mapping[str, object]) -> Goal:
