@@ -113,3 +113,5 @@ class EagerTrace:
     calls: list[CallRecord] = field(default_factory=list)
     formulas: list[FormulaRecord] = field(default_factory=list)
     forward_length: int = 0
+    #: What the step returns, and its caller holds.
+    output_bytes: int = 0

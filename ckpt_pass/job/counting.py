@@ -13,7 +13,7 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import ahead, autograd, optimizers
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.job.copies import Copier
-from ckpt_pass.job.follower import Follower
+from ckpt_pass.job.follower import Follower, device_of
 from ckpt_pass.job.gradients import without_gradient
 from ckpt_pass.job.jobs import Job
 from ckpt_pass.plans.account import (
@@ -274,12 +274,6 @@ def _without_repeats(phases: list[JobPhase]) -> list[JobPhase]:
 
 def _alike(one: JobPhase, other: JobPhase) -> bool:
     return (one.standing_bytes, one.above_bytes) == (other.standing_bytes, other.above_bytes)
-
-
-def device_of(tensors: Iterable[torch.Tensor]) -> torch.device:
-    """The device of a step: the first that is not the host, if there is one."""
-    devices = dict.fromkeys(tensor.device for tensor in tensors)
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def _check_own(around: Around, given: Iterable[torch.optim.Optimizer]) -> None:

@@ -17,7 +17,11 @@ from ckpt_pass._torch import autograd, functorch, optimizers
 from ckpt_pass.graph.calls import Calls
 from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels, warn_of_unmeasured
+from ckpt_pass.graph.reinplace import is_elementwise
 from ckpt_pass.ops.taxonomy import op_name
+
+#: What a kernel of the CPU's may allocate for two numbers that Python gives it.
+NUMBERS_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Follower(TorchDispatchMode):
         with self:
             part()
         moments = self._moments[first:]
-        calls = [moment.call for moment in moments if moment.call is not None]
+        here = self._device.type == "cpu" or torch.cuda.is_available()  # else nothing can be run
+        calls = [moment.call for moment in moments if moment.call is not None and here]
         with self._rest():
             facts = self._kernels.facts(list(dict.fromkeys(calls)), WORKSPACE)
         warn_of_unmeasured(self._kernels)
@@ -100,7 +105,10 @@ class Follower(TorchDispatchMode):
         output = self._run(func, args, kwargs, given)
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
         self.hold(made)
-        self._moments.append(_Moment(self.live_bytes, self._node(func, args, kwargs, output)))
+        plain = optimizers.is_fused_or_foreach(func) or _allocates_little(func, (*given, *made))
+        call = None if plain else self._node(func, args, kwargs, output)
+        numbers = NUMBERS_BYTES if plain and given and self._device.type == "cpu" else 0
+        self._moments.append(_Moment(self.live_bytes + numbers, call))
         return output
 
     def _run(
@@ -115,10 +123,8 @@ class Follower(TorchDispatchMode):
 
     def _node(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> fx.Node | None:
-        """The call, where its kernel may allocate besides its outputs; one over lists does not."""
-        if optimizers.is_fused_or_foreach(func):
-            return None
+    ) -> fx.Node:
+        """The call, whose kernel may allocate besides its outputs."""
         with self._rest():
             return self._calls.node(func, args, kwargs, output)
 
@@ -137,6 +143,12 @@ class Follower(TorchDispatchMode):
         self._refs[key] = weakref.ref(storage, died)
 
 
+def _allocates_little(func: Any, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether a kernel allocates its outputs, and at most a number that Python gave it."""
+    looks = {(t.dtype, t.stride(), t.layout) for t in tensors if t.numel() > 1}
+    return is_elementwise(func) and len(looks) <= 1
+
+
 def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """A tensor, or those that a wrapper of the user's holds."""
     if not is_traceable_wrapper_subclass(tensor):
@@ -152,3 +164,9 @@ def _made_up(dtype: torch.dtype) -> float | int | bool:
     if dtype is torch.bool:
         return False
     return 1.0 if dtype.is_floating_point else 1
+
+
+def device_of(tensors: Iterable[torch.Tensor]) -> torch.device:
+    """The device of a step: the first that is not the host, if there is one."""
+    devices = dict.fromkeys(tensor.device for tensor in tensors)
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

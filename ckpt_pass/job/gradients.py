@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._torch import ahead
+from ckpt_pass.job.follower import device_of
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
 
@@ -23,12 +24,15 @@ def without_gradient(
 ) -> frozenset[int]:
     """The ids of the parameters that ``loss_fn(model(*args, **kwargs))`` does not depend on.
 
-    Empty where that is not known: the forward looks at values, or a function of the user's own
-    (a reentrant checkpoint, say) hides what it runs.
+    Empty where that is not known: the forward looks at values, a function of the user's own (a
+    reentrant checkpoint, say) hides what it runs, or autograd has no such device here.
     """
     roots = model, loss_fn, args, dict(kwargs)
     tensors = Reached(roots).tensors
     fakes = ahead.Fakes(tensors)
+    device = device_of(map(fakes, tensors))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return frozenset()  # autograd would ask it for its stream, and end the process
     names = {id(p): p for p in tensors if isinstance(p, nn.Parameter) and p.requires_grad}
     stand_ins: dict[int, int] = {}
 
@@ -39,7 +43,8 @@ def without_gradient(
 
     reached: set[int] | None = None
     told = contextlib.suppress(Exception)  # whatever it raises, planning the step will tell
-    with told, untouched(*roots, stand_in=stand_in) as (_, _, given, named), fakes.mode:
+    quiet = ahead.without_log()
+    with quiet, told, untouched(*roots, stand_in=stand_in) as (_, _, given, named), fakes.mode:
         output = model(*given, **named)
         reached = _leaves_behind(output if loss_fn is None else loss_fn(output))
     if not reached:

@@ -105,13 +105,18 @@ class JobAsked:
         account = self.account(around)
         if account.total_bytes is None:
             return make(None).with_account(account)
-        with told_of_total(account):
-            made = make(step_budget_bytes(account)).with_account(account)
-        found = made.account
-        assert found is not None
-        if found.peak_bytes > account.total_bytes:  # the optimizer's step does not fit
-            raise InfeasibleTotalError(found, account.total_bytes)
-        return made
+        total_bytes, budget_bytes = account.total_bytes, step_budget_bytes(account)
+        for _ in range(2):  # what a step returns is known when it is planned
+            try:
+                made = make(budget_bytes).with_account(account)
+            except InfeasibleBudgetError as error:  # planned again, to know that it works
+                made = make(error.least_feasible_bytes).with_account(account)
+            found = made.account
+            assert found is not None
+            if found.peak_bytes <= total_bytes:
+                return made
+            budget_bytes = max(total_bytes - found.pass_standing_bytes, 1)
+        raise InfeasibleTotalError(found, total_bytes)
 
     def account(self, around: Around) -> Account:
         """The account of the job, with its total, its forward and backward not planned yet.

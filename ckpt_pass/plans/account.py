@@ -60,7 +60,7 @@ class Account:
         gradients_bytes: of all gradients, when the backward has run.
         states_bytes: of the optimizers' states, once they have stepped.
         states_now_bytes: of those that are there already.
-        outputs_bytes: what the step returns, there until the optimizer has stepped.
+        outputs_bytes: what the step returns, there until the next one has returned.
         phases: the parts of the job, in order; of parts that come again the highest.
         total_bytes: what was asked for, if anything.
     """
@@ -96,7 +96,8 @@ class Account:
     @property
     def keeps_gradients(self) -> bool:
         """Whether gradients stand there when a forward begins."""
-        return self.pass_standing_bytes >= self.standing_bytes + self.gradients_bytes
+        beside = self.standing_bytes + self.outputs_bytes
+        return self.pass_standing_bytes >= beside + self.gradients_bytes
 
     @property
     def updates(self) -> tuple[JobPhase, ...]:
@@ -121,12 +122,11 @@ class Account:
             outputs_bytes: what it returns.
         """
         more = outputs_bytes - self.outputs_bytes
-        phases = (
-            replace(phase, above_bytes=peak_bytes)
-            if phase.is_pass
-            else replace(phase, standing_bytes=phase.standing_bytes + more)
-            for phase in self.phases
-        )
+        phases = []
+        for phase in self.phases:
+            held = 0 if phase.name == FIRST_PASS else more
+            above = peak_bytes if phase.is_pass else phase.above_bytes
+            phases.append(JobPhase(phase.name, phase.standing_bytes + held, above))
         return replace(self, outputs_bytes=outputs_bytes, phases=tuple(phases))
 
     def within(self, total_bytes: int | None) -> Account:

@@ -63,7 +63,7 @@ def _parts(account: Account, phase: JobPhase) -> list[tuple[str, int]]:
     held = {name: rows.get(name, 0) for name in ("parameters", "buffers", "inputs")}
     rest = phase.standing_bytes - sum(held.values())
     gradients = account.gradients_bytes
-    outputs = 0 if phase.is_pass else account.outputs_bytes
+    outputs = 0 if phase.name.startswith("first forward") else account.outputs_bytes
     standing = gradients if rest - outputs >= gradients and not _alone(account, phase) else 0
     held |= {"optimizer states": rest - standing - outputs, "gradients": standing}
     held |= {_OUTPUTS: outputs, _STEP: phase.above_bytes or 0}
