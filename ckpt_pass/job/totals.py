@@ -106,13 +106,14 @@ class JobAsked:
         if account.total_bytes is None:
             return make(None).with_account(account)
         total_bytes, budget_bytes = account.total_bytes, step_budget_bytes(account)
+        found = account
         for _ in range(2):  # what a step returns is known when it is planned
             try:
                 made = make(budget_bytes).with_account(account)
             except InfeasibleBudgetError as error:  # planned again, to know that it works
                 made = make(error.least_feasible_bytes).with_account(account)
+            assert made.account is not None
             found = made.account
-            assert found is not None
             if found.peak_bytes <= total_bytes:
                 return made
             budget_bytes = max(total_bytes - found.pass_standing_bytes, 1)

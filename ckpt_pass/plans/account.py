@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ckpt_pass.drawing.bars import plot_bars
 from ckpt_pass.plans.wording import format_bytes
 
 #: The names of the phases, in the order of a job.
@@ -150,9 +151,25 @@ class Account:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        from ckpt_pass.plans.account_plot import plot_account
+        bars = {phase.name: self.parts(phase) for phase in self.phases}
+        title = f"memory of a training job on {self.device}"
+        return plot_bars(title, self.job, bars, self.total_bytes, Path(path))
 
-        return plot_account(self, Path(path))
+    def parts(self, phase: JobPhase) -> tuple[tuple[str, int], ...]:
+        """What is there in a part of the job, in order: name and bytes; they add up to its peak."""
+        held = self.parameters_bytes + self.buffers_bytes + self.inputs_bytes
+        outputs = 0 if phase.name == FIRST_PASS else self.outputs_bytes
+        stands = not phase.is_pass or self.keeps_gradients
+        gradients = self.gradients_bytes if stands else 0
+        return (
+            ("parameters", self.parameters_bytes),
+            ("buffers", self.buffers_bytes),
+            ("inputs", self.inputs_bytes),
+            ("optimizer states", phase.standing_bytes - held - gradients - outputs),
+            ("gradients", gradients),
+            ("outputs", outputs),
+            ("added while it runs", phase.above_bytes or 0),
+        )
 
     def lines(self) -> Iterator[str]:
         """The account as a table, and a bar for each part of the job."""
