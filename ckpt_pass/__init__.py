@@ -46,6 +46,7 @@ from ckpt_pass.offloading.saved_hooks import offload_activations as offload_acti
 
 # --- Budgets and plans --------------------------------------------------------------------
 from ckpt_pass.job.jobs import Job as Job
+from ckpt_pass.planner.device import Device as Device
 from ckpt_pass.plans.account import Account as Account
 from ckpt_pass.plans.account import JobPhase as JobPhase
 from ckpt_pass.plans.differences import plan_differences as plan_differences
@@ -159,6 +160,7 @@ from ckpt_pass.errors import InactiveRegionsWarning as InactiveRegionsWarning
 from ckpt_pass.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.errors import InfeasibleTotalError as InfeasibleTotalError
 from ckpt_pass.errors import InvalidBudgetError as InvalidBudgetError
+from ckpt_pass.errors import InvalidDeviceError as InvalidDeviceError
 from ckpt_pass.errors import InvalidJobError as InvalidJobError
 from ckpt_pass.errors import InvalidLinkError as InvalidLinkError
 from ckpt_pass.errors import InvalidMoveError as InvalidMoveError
@@ -220,6 +222,7 @@ from ckpt_pass.errors import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.errors import UncoveredBudgetWarning as UncoveredBudgetWarning
 from ckpt_pass.errors import UninitializedParameterError as UninitializedParameterError
 from ckpt_pass.errors import UnknownCostError as UnknownCostError
+from ckpt_pass.errors import UnknownDeviceError as UnknownDeviceError
 from ckpt_pass.errors import UnknownDimensionError as UnknownDimensionError
 from ckpt_pass.errors import UnknownOptimizerError as UnknownOptimizerError
 from ckpt_pass.errors import UnknownOptionError as UnknownOptionError

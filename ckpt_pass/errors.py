@@ -69,6 +69,8 @@ from ckpt_pass.offloading.store import MovedValueChangedError as MovedValueChang
 from ckpt_pass.offloading.workers import ForkedStoreError as ForkedStoreError
 from ckpt_pass.ops.taxonomy import NotAnOpError as NotAnOpError
 from ckpt_pass.planner.contract import UnsupportedProblemError as UnsupportedProblemError
+from ckpt_pass.planner.device import InvalidDeviceError as InvalidDeviceError
+from ckpt_pass.planner.devices import UnknownDeviceError as UnknownDeviceError
 from ckpt_pass.planner.exact import ExactSolverError as ExactSolverError
 from ckpt_pass.planner.link import InvalidLinkError as InvalidLinkError
 from ckpt_pass.planner.moves import InvalidMoveError as InvalidMoveError

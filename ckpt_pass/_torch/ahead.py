@@ -241,16 +241,24 @@ class Fakes:
     Args:
         tensors: all tensors of the step.
         mode: that of the fakes; a new one if not given.
+        device: where all of them are to be, whatever the tensors say; it need not be here.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], mode: FakeTensorMode | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        mode: FakeTensorMode | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
-        self._device = _device_of(tensors)
+        self._moved = device is not None
+        self._device = _device_of(tensors) if device is None else device
         self._bases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         with _disable_current_modes():
-            if tensor.device.type == "meta" and tensor.layout is torch.strided:
+            placed = self._moved or tensor.device.type == "meta"
+            if placed and tensor.layout is torch.strided:
                 return self._placed(tensor)
             return self.mode.from_tensor(tensor, static_shapes=True)
 

@@ -21,7 +21,8 @@ from ckpt_pass.graph.kernels import (
     Kernels,
     warn_of_unmeasured,
 )
-from ckpt_pass.graph.link import link_of
+from ckpt_pass.graph.link import link_for
+from ckpt_pass.graph.paper import kernels_for
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.eager_parts import EagerPlan
@@ -29,7 +30,7 @@ from ckpt_pass.planner.eager_problem import EagerProblem
 from ckpt_pass.planner.eager_solve import EagerSolution, solve_eager
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import resolve_budget
-from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.goal import CostLike, Goal
 from ckpt_pass.plans.record import Asked
 from ckpt_pass.plans.signature import eager_signature
 from ckpt_pass.plans.value import Plan
@@ -68,10 +69,10 @@ def plan_eager(
         InvalidOffloadError: values of the step's device cannot be moved.
         StoreFolderError, StoreFullError: nothing can be kept where values are to go.
     """
-    kernels = Kernels()
+    kernels = kernels_for(goal.cost)
     trace = traced(model, args, loss_fn, kwargs, kernels, keeps_gradients)
     timed = goal.cost == "measured"
-    problem = described(trace, times=timed, kernels=kernels, offload=goal.offload)
+    problem = described(trace, timed, kernels, goal.offload, goal.cost)
     warn_of_unmeasured(kernels)
     plain = problem.simulate(EagerPlan())
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
@@ -91,6 +92,7 @@ def described(
     times: bool = False,
     kernels: Kernels | None = None,
     offload: OffloadLike | None = None,
+    cost: CostLike = "roofline",
 ) -> EagerProblem:
     """A recorded step as a problem; kernels that may have a workspace are run once, alone.
 
@@ -99,6 +101,7 @@ def described(
         times: whether kernels are timed as well.
         kernels: what measures them.
         offload: where values may be moved to, if they may; its rates are measured once.
+        cost: a device on paper has rates of its own.
     """
     what = WORKSPACE_AND_TIME if times else WORKSPACE
     kernels = kernels or Kernels()
@@ -110,7 +113,8 @@ def described(
         return eager_problem(trace, facts, formulas)
     least = offload.min_bytes if isinstance(offload, Offload) else 0
     facts = with_device_times(facts, calls, kernels)
-    return eager_problem(trace, facts, formulas, link_of(offload, _device_of(trace)), least)
+    link = link_for(cost, offload, _device_of(trace))
+    return eager_problem(trace, facts, formulas, link, least)
 
 
 def _device_of(trace: EagerTrace) -> torch.device:

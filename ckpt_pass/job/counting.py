@@ -110,7 +110,12 @@ class Around:
         return (*self.parameters, *self.buffers, *self.inputs)
 
 
-def account_of(around: Around, job: Job, kernels: Kernels | None = None) -> Account:
+def account_of(
+    around: Around,
+    job: Job,
+    kernels: Kernels | None = None,
+    device: torch.device | None = None,
+) -> Account:
     """The account of a job, its forward and backward not planned yet.
 
     Copies of the optimizers step on fake tensors, three times; the optimizers, the model and the
@@ -121,6 +126,7 @@ def account_of(around: Around, job: Job, kernels: Kernels | None = None) -> Acco
         around: what stands around the step.
         job: what happens around it.
         kernels: what measures workspaces.
+        device: where it is counted; where the tensors are if ``None``.
 
     Raises:
         ForeignOptimizerError: an optimizer steps parameters that are not among those.
@@ -129,15 +135,17 @@ def account_of(around: Around, job: Job, kernels: Kernels | None = None) -> Acco
     _check_own(around, job.optimizers)
     states = [vars(optimizer) for optimizer in job.optimizers]
     with untouched(*states), torch.no_grad():
-        return _Ledger(around, job, kernels or Kernels()).account()
+        return _Ledger(around, job, kernels or Kernels(), device).account()
 
 
 class _Ledger:
     """Runs copies of a job's optimizers and writes down what there is."""
 
-    def __init__(self, around: Around, job: Job, kernels: Kernels) -> None:
+    def __init__(
+        self, around: Around, job: Job, kernels: Kernels, device: torch.device | None
+    ) -> None:
         self._job = job
-        self._fakes = ahead.Fakes(around.tensors)
+        self._fakes = ahead.Fakes(around.tensors, device=device)
         self._copy = Copier(self._stand_in)
         parts = (*_parts(around), around.trained)
         self._around = Around(*(tuple(map(self._copy, part)) for part in parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeAlias, TypeVar
 
 import torch
@@ -12,8 +12,10 @@ import torch
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
 from ckpt_pass.amounts import parsed_bytes
+from ckpt_pass.graph.paper import PaperKernels
 from ckpt_pass.job.counting import Around, account_of
 from ckpt_pass.job.jobs import Job, JobLike, as_job
+from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.account import Account
 from ckpt_pass.plans.budget import DEVICE_RESERVE, BudgetLike, free_device_bytes
@@ -85,10 +87,12 @@ class JobAsked:
     Attributes:
         job: what happens around a step.
         total: the memory of the whole job; ``None`` where there is a budget for the step, or none.
+        device: the device on paper that it is planned for, if it is.
     """
 
     job: Job
     total: TotalLike | None
+    device: Device | None = None
 
     def planned(self, around: Around, make: Callable[[int | None], P]) -> P:
         """A plan for a step of the job.
@@ -117,6 +121,8 @@ class JobAsked:
             if found.peak_bytes <= total_bytes:
                 return made
             budget_bytes = max(total_bytes - found.pass_standing_bytes, 1)
+            if all(p.peak_bytes <= total_bytes for p in found.phases if p.is_pass):
+                break  # it is the optimizer's step
         raise InfeasibleTotalError(found, total_bytes)
 
     def account(self, around: Around) -> Account:
@@ -127,9 +133,17 @@ class JobAsked:
             ForeignOptimizerError, OptimizerFailedError: see
                 :func:`ckpt_pass.job.counting.account_of`.
         """
-        found = account_of(around, self.job)
+        paper = self.device
+        if paper is None:
+            found = account_of(around, self.job)
+        else:
+            where = torch.device("cuda:0" if paper.kind == "cuda" else "cpu")
+            found = account_of(around, self.job, PaperKernels(paper), where)
+            found = replace(found, device=f"{paper}, on paper")
         if self.total is None:
             return found
+        if self.total == "device" and self.device is not None:
+            return found.within(int(self.device.memory_bytes * (1 - DEVICE_RESERVE)))
         return found.within(resolve_total(self.total, around, self.job))
 
 
@@ -167,7 +181,10 @@ def step_budget_bytes(account: Account) -> int:
 
 
 def asked_job(
-    total: TotalLike | None, optimizer: JobLike | None, budget: BudgetLike | None
+    total: TotalLike | None,
+    optimizer: JobLike | None,
+    budget: BudgetLike | None,
+    device: Device | None = None,
 ) -> JobAsked | None:
     """The job that is asked for; ``None`` where no optimizer is given.
 
@@ -187,13 +204,13 @@ def asked_job(
         )
     job = as_job(optimizer)
     if total is None:
-        return JobAsked(job, "device" if budget == "device" else None)
+        return JobAsked(job, "device" if budget == "device" else None, device)
     if budget is not None:
         raise InvalidTotalError(
             f"Got total={total!r} and budget={budget!r}, expected one of the two: a total is for "
             "the whole job, and says what the step may take. Leave budget out."
         )
-    return JobAsked(job, check_total(total))
+    return JobAsked(job, check_total(total), device)
 
 
 def check_total(total: TotalLike) -> TotalLike:

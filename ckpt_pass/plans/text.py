@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ckpt_pass.graph.shapes import shape_lines
+from ckpt_pass.planner.device import Device
 from ckpt_pass.plans.audit import warning_lines
 from ckpt_pass.plans.parts import Decision
 from ckpt_pass.plans.record import CompiledExecution, PlanRecord
@@ -79,6 +80,13 @@ def _inner(plan: PlanRecord) -> list[str]:
         lines.append(
             f"inductor     the peak is its generated code's; of the graph alone {alone}{again}"
         )
+    goal = plan.asked.goal
+    if goal is not None and isinstance(goal.cost, Device):
+        lines.append(
+            f"on paper     for {goal.cost}: times by its rates; what its kernels allocate besides "
+            "their outputs is not known here, and not in the peak"
+        )
+        return lines
     measured = plan.predicted.measured_workspaces
     if measured:
         lines.append(f"workspaces   of {measured} kernels, measured on this machine")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, fields
+from dataclasses import asdict, astuple, fields
 from itertools import groupby
 from typing import Any
 
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.solvers import SOLVERS
 from ckpt_pass.plans.account_file import account_to_data
 from ckpt_pass.plans.expressions import expression_to_data
@@ -278,7 +279,7 @@ def _asked_data(asked: Asked) -> dict[str, Any]:
             "budget": goal.budget,
             "solver": goal.solver.name if named else "auto",
             "time_limit_s": goal.time_limit_s,
-            "cost": goal.cost,
+            "cost": asdict(goal.cost) if isinstance(goal.cost, Device) else goal.cost,
             **({} if goal.offload is None else {"offload": _offload_data(goal.offload)}),
         },
     }

@@ -27,9 +27,11 @@ from ckpt_pass.job.jobs import JobLike
 from ckpt_pass.job.totals import TotalLike, asked_job
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.planner.device import Device
+from ckpt_pass.planner.devices import DeviceLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
-from ckpt_pass.plans.goal import Goal, as_goal, as_offload, check_offload
+from ckpt_pass.plans.goal import Goal, as_goal, as_offload, check_offload, cost_on
 from ckpt_pass.plans.parts import SavedActivations
 from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
@@ -59,6 +61,7 @@ def plan(
     solver: SolverLike = DEFAULT_SOLVER,
     time_limit_s: float | None = None,
     cost: str = "roofline",
+    device: DeviceLike | None = None,
     offload: OffloadLike | bool | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     regions: tuple[str, ...] | None = None,
@@ -91,6 +94,9 @@ def plan(
             (microbatches, clipping, a scaler). Copies of it step on fake tensors; the plan then has
             an ``account`` of the whole job, and ``budget="device"`` leaves room for what it has yet
             to allocate.
+        device: plan for a device that is not here: a name such as ``"h100"``, or a
+            :class:`ckpt_pass.Device`. Its rates stand for times, its memory for
+            ``total="device"``; no kernel is run.
         loss_fn: applied to the model's output, where the model does not return a loss.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         dynamic: leave sizes symbolic; bytes are expressions then.
@@ -114,13 +120,15 @@ def plan(
             :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
         InvalidTotalError, InvalidJobError: a total or an optimizer that is none.
+        UnknownDeviceError, InvalidDeviceError: a device that is none.
         ForeignOptimizerError: the optimizer steps parameters of another model.
         InfeasibleTotalError: the job does not fit the total.
     """
     check_offload(offload, budget if total is None else total, policy)
-    asked = asked_job(total, optimizer, budget)
+    costs = cost_on(cost, device)
+    asked = asked_job(total, optimizer, budget, costs if isinstance(costs, Device) else None)
     goal_for = functools.partial(
-        as_goal, solver=solver, time_limit_s=time_limit_s, cost=cost, offload=offload
+        as_goal, solver=solver, time_limit_s=time_limit_s, cost=costs, offload=offload
     )
     known = None if asked is not None and asked.total is not None else goal_for(budget)
     wanted = _Wanted(policy, known, mode, dynamic, as_offload(offload), inner)
@@ -175,6 +183,7 @@ def plan_one(
     options = {key: named.pop(key) for key in options_of(plan) if key in named}
     asked = ("solver", "time_limit_s", "cost", "offload")
     how = {key: options.pop(key) for key in asked if key in options}
+    how["cost"] = cost_on(how.get("cost", "roofline"), options.pop("device", None))
     goal = as_goal(options.pop("budget", None), **how)
     loss_fn, regions = options.pop("loss_fn", None), options.pop("regions", None)
     inputs = step_arguments(model, plan, args, kwargs, named)
