@@ -10,6 +10,7 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.optim import optimizer as torch_optimizer
 from torch.utils import _foreach_utils
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: Where torch writes down which classes of tensors its multi-tensor kernels take.
 _SUPPORTED: tuple[list[Any], ...] = (
@@ -48,6 +49,10 @@ def as_on_plain_tensors() -> Iterator[None]:
             names.remove(FakeTensor)
         for place, before in hooks:
             place.update(before)
+
+
+#: Inside, ops run as without any mode.
+outside_modes = _disable_current_modes
 
 
 def is_fused_or_foreach(func: Any) -> bool:

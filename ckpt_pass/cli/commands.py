@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckpt_pass.cli.compare import compare_command
 from ckpt_pass.cli.factory import build
+from ckpt_pass.cli.job import accumulate_option, job_options, optimizer_option, total_option
 from ckpt_pass.cli.parts import (
     console_for_tables,
     errors_as_exit_codes,
@@ -23,9 +24,8 @@ from ckpt_pass.cli.parts import (
 from ckpt_pass.demo.model import ModelConfig
 from ckpt_pass.demo.training import DEFAULTS, DemoSettings, run_demo
 from ckpt_pass.drawing.memory import missing_extra
-from ckpt_pass.job.jobs import Job
-from ckpt_pass.job.named import optimizer_named
 from ckpt_pass.offloading.options import TARGETS, Offload
+from ckpt_pass.planner.devices import DEVICES
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, solver_names
 from ckpt_pass.plans.budget import BudgetLike, check_budget, parse_budget
 from ckpt_pass.plans.goal import COSTS
@@ -41,7 +41,6 @@ from ckpt_pass.tools.verification import verify
 
 if TYPE_CHECKING:
     import typer
-    from torch import nn
 
 
 def main() -> NoReturn:
@@ -97,37 +96,6 @@ def _budget_option() -> Any:
     )
 
 
-def _total_option() -> Any:
-    import typer
-
-    return typer.Option(None, help="Memory of the whole training job, instead: 24GiB, or bytes.")
-
-
-def _optimizer_option() -> Any:
-    import typer
-
-    return typer.Option(
-        None, help="What steps: AdamW, 'SGD(momentum=0.9)' or another class of torch.optim."
-    )
-
-
-def _accumulate_option() -> Any:
-    import typer
-
-    return typer.Option(1, min=1, help="Microbatches of an optimizer's step.")
-
-
-def _job(
-    model: nn.Module, total: str | None, optimizer: str | None, accumulate: int
-) -> dict[str, Any]:
-    """The options of a whole job; without a name the optimizer is AdamW."""
-    if total is None and optimizer is None:
-        return {}
-    stepped = optimizer_named(optimizer or "AdamW", model)
-    amount = None if total is None else parse_budget(total)
-    return {"total": amount, "optimizer": Job(stepped, accumulate)}
-
-
 def _checked(policy: str | None, budget: str | None) -> BudgetLike | None:
     """Say what is misspelt before the model is built; return the budget."""
     as_policy(policy or DEFAULT_POLICY)
@@ -169,18 +137,20 @@ def _plan_command() -> Callable[..., None]:
     eager_option = typer.Option(False, "--eager", help="For a step without torch.compile.")
     inner_option = typer.Option("aot_eager", help="What compiles it: aot_eager or inductor.")
     save_option = typer.Option(None, help="Write the plan here, as JSON.")
+    device_option = typer.Option(None, help=f"On paper: {', '.join(DEVICES)}.")
 
     def plan_(
         target: str = target_argument(),
         policy: str | None = _policy_option(),
         budget: str | None = _budget_option(),
-        total: str | None = _total_option(),
-        optimizer: str | None = _optimizer_option(),
-        accumulate: int = _accumulate_option(),
+        total: str | None = total_option(),
+        optimizer: str | None = optimizer_option(),
+        accumulate: int = accumulate_option(),
         png: Path | None = png_option,
         solver: str = solver_option,
         time_limit: float | None = limit_option,
         cost: str = cost_option,
+        device: str | None = device_option,
         offload: str | None = offload_option,
         eager: bool = eager_option,
         inner: str = inner_option,
@@ -198,10 +168,11 @@ def _plan_command() -> Callable[..., None]:
                 *inputs,
                 policy=policy,
                 budget=amount,
-                **_job(model, total, optimizer, accumulate),
+                **job_options(model, total, optimizer, accumulate),
                 solver=solver,
                 time_limit_s=time_limit,
                 cost=cost,
+                device=device,
                 offload=None if offload is None else Offload(to=offload),
                 mode="eager" if eager else "compiled",
                 inner=inner,
@@ -231,9 +202,9 @@ def _verify_command() -> Callable[..., None]:
         plan_file: Path | None = plan_option,
         policy: str | None = _policy_option(),
         budget: str | None = _budget_option(),
-        total: str | None = _total_option(),
-        optimizer: str | None = _optimizer_option(),
-        accumulate: int = _accumulate_option(),
+        total: str | None = total_option(),
+        optimizer: str | None = optimizer_option(),
+        accumulate: int = accumulate_option(),
         eager: bool = eager_option,
     ) -> None:
         """Run a training step plain and planned, and compare: loss, gradients, peak, flops.
@@ -250,7 +221,7 @@ def _verify_command() -> Callable[..., None]:
                 plan=made,
                 policy=policy,
                 budget=amount,
-                **_job(model, total, optimizer, accumulate),
+                **job_options(model, total, optimizer, accumulate),
                 mode="eager" if eager else "compiled",
             )
             typer.echo(found)
@@ -333,9 +304,9 @@ def _fit_command() -> Callable[..., None]:
     def fit_command(
         target: str = target_argument(),
         budget: str | None = budget_option,
-        total: str | None = _total_option(),
-        optimizer: str | None = _optimizer_option(),
-        accumulate: int = _accumulate_option(),
+        total: str | None = total_option(),
+        optimizer: str | None = optimizer_option(),
+        accumulate: int = accumulate_option(),
         dim: str = dim_option,
         policy: str | None = _policy_option(),
     ) -> None:
@@ -346,7 +317,7 @@ def _fit_command() -> Callable[..., None]:
         with errors_as_exit_codes():
             amount = _checked(policy, budget)
             model, inputs = build(target)
-            job = _job(model, total, optimizer, accumulate)
+            job = job_options(model, total, optimizer, accumulate)
             typer.echo(fit(model, *inputs, budget=amount, **job, dim=dim, policy=policy))
 
     return fit_command

@@ -69,10 +69,11 @@ class Follower(TorchDispatchMode):
         """Run a part of a job; return the most bytes while it ran."""
         first = len(self._moments)
         self._moments.append(_Moment(self.live_bytes, None))
-        with self:
+        here = self._device.type == "cpu" or torch.cuda.is_available()
+        # Without a mode for fake tensors torch looks for a device before anything is dispatched.
+        with contextlib.nullcontext() if here else self._fakes, self:
             part()
         moments = self._moments[first:]
-        here = self._device.type == "cpu" or torch.cuda.is_available()  # else nothing can be run
         calls = [moment.call for moment in moments if moment.call is not None and here]
         with self._rest():
             facts = self._kernels.facts(list(dict.fromkeys(calls)), WORKSPACE)
@@ -114,12 +115,18 @@ class Follower(TorchDispatchMode):
     def _run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]
     ) -> Any:
-        if given:
+        if any(map(autograd.is_fake, given)):
             return func(*args, **kwargs)
+        if given:
+            with optimizers.outside_modes():
+                return func(*args, **kwargs)
         with self._rest(), self._fakes:
             output = func(*args, **kwargs)
         is_number = isinstance(output, torch.Tensor) and output.numel() <= 1
-        return func(*args, **kwargs) if is_number and output.device.type == "cpu" else output
+        if not is_number or output.device.type != "cpu":
+            return output
+        with optimizers.outside_modes():
+            return func(*args, **kwargs)
 
     def _node(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -29,6 +29,24 @@ class InvalidTotalError(CkptPassError):
     """A total that is no amount of memory, or that does not go with another argument."""
 
 
+@dataclass(frozen=True)
+class Cure:
+    """A change that would make a job fit.
+
+    Attributes:
+        words: what is changed.
+        needed_bytes: what the job needs then.
+        is_device: whether it is another device, and the total that of it.
+    """
+
+    words: str
+    needed_bytes: int
+    is_device: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.words} (needs {format_bytes(self.needed_bytes)})"
+
+
 class InfeasibleTotalError(CkptPassError):
     """A training job does not fit the total that was asked for.
 
@@ -36,10 +54,10 @@ class InfeasibleTotalError(CkptPassError):
         account: of the job, its forward and backward with the least peak that was found.
         total_bytes: what was asked for.
         needed_bytes: the least total that would do; planning with that number works.
-        cures: what else would make it fit, in words.
+        cures: what else would make it fit, each computed; where ``plan`` raises it.
     """
 
-    def __init__(self, account: Account, total_bytes: int, cures: tuple[str, ...] = ()) -> None:
+    def __init__(self, account: Account, total_bytes: int, cures: tuple[Cure, ...] = ()) -> None:
         self.account = account
         self.total_bytes = total_bytes
         self.needed_bytes = account.peak_bytes
@@ -55,15 +73,15 @@ class InfeasibleTotalError(CkptPassError):
             f"that stand there ({rows}). " + _as_words(cures)
         )
 
-    def with_cures(self, cures: tuple[str, ...]) -> InfeasibleTotalError:
+    def with_cures(self, cures: tuple[Cure, ...]) -> InfeasibleTotalError:
         """The same, with what else would make it fit."""
         return InfeasibleTotalError(self.account, self.total_bytes, cures)
 
 
-def _as_words(cures: tuple[str, ...]) -> str:
+def _as_words(cures: tuple[Cure, ...]) -> str:
     if not cures:
         return "Give a larger total, smaller inputs, or an optimizer with less state."
-    return "What would make it fit: " + "; ".join(cures) + "."
+    return "What would make it fit: " + "; ".join(map(str, cures)) + "."
 
 
 class _Planned(Protocol):

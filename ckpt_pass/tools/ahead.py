@@ -24,7 +24,7 @@ from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.job.counting import Around
 from ckpt_pass.job.jobs import JobLike
-from ckpt_pass.job.totals import TotalLike, asked_job
+from ckpt_pass.job.totals import InfeasibleTotalError, JobAsked, TotalLike, asked_job
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.device import Device
@@ -39,6 +39,7 @@ from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.steps.planning import plan_graphs
 from ckpt_pass.steps.running import FakeStep
 from ckpt_pass.tools.arguments import options_of, step_arguments
+from ckpt_pass.tools.cures import cures_of
 
 MODES = ("compiled", "eager")
 
@@ -127,23 +128,29 @@ def plan(
     check_offload(offload, budget if total is None else total, policy)
     costs = cost_on(cost, device)
     asked = asked_job(total, optimizer, budget, costs if isinstance(costs, Device) else None)
-    goal_for = functools.partial(
-        as_goal, solver=solver, time_limit_s=time_limit_s, cost=costs, offload=offload
-    )
-    known = None if asked is not None and asked.total is not None else goal_for(budget)
-    wanted = _Wanted(policy, known, mode, dynamic, as_offload(offload), inner)
+    goal_for = functools.partial(as_goal, solver=solver, time_limit_s=time_limit_s, cost=costs)
+    known = None if asked is not None and asked.total is not None else budget
+    goal = goal_for(known, offload=offload)
+    wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload), inner)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, regions)
     if asked is None:
         return _planned(step, wanted)
     check_open_sizes(dynamic)
-    wanted = replace(wanted, keeps_gradients=asked.job.keeps_gradients)
 
-    def made(budget_bytes: int | None) -> Plan | StepPlan:
-        goal = known if budget_bytes is None else goal_for(budget_bytes)
-        return _planned(step, replace(wanted, goal=goal))
+    def tried(one: FakeStep, job: JobAsked, place: OffloadLike | bool | None) -> Plan | StepPlan:
+        how = replace(wanted, offload=as_offload(place), keeps_gradients=job.job.keeps_gradients)
 
-    return asked.planned(Around.of_step(model, args, inputs, loss_fn), made)
+        def made(budget_bytes: int | None) -> Plan | StepPlan:
+            limit = known if budget_bytes is None else budget_bytes
+            return _planned(one, replace(how, goal=goal_for(limit, offload=place)))
+
+        return job.planned(Around.of_step(one.model, one.args, one.kwargs, one.loss_fn), made)
+
+    try:
+        return tried(step, asked, offload)
+    except InfeasibleTotalError as error:
+        raise error.with_cures(cures_of(error, step, asked, offload, tried)) from None
 
 
 def _planned(step: FakeStep, wanted: _Wanted) -> Plan | StepPlan:

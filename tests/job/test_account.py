@@ -57,7 +57,17 @@ def check(made: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]) -> Ac
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in optimizer_names() if name != "Muon"])
+FEW = ("SGD", "AdamW", "Adafactor", "NAdam", "ASGD")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in FEW else pytest.param(name, marks=pytest.mark.slow)
+        for name in optimizer_names()
+        if name != "Muon"
+    ],
+)
 def test_every_optimizer_of_torch_by_its_own_step(name: str) -> None:
     check(lambda parameters: getattr(torch.optim, name)(parameters))
 
