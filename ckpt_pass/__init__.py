@@ -45,6 +45,10 @@ from ckpt_pass.offloading.options import Offload as Offload
 from ckpt_pass.offloading.saved_hooks import offload_activations as offload_activations
 
 # --- Budgets and plans --------------------------------------------------------------------
+from ckpt_pass.job.jobs import Job as Job
+from ckpt_pass.planner.device import Device as Device
+from ckpt_pass.plans.account import Account as Account
+from ckpt_pass.plans.account import JobPhase as JobPhase
 from ckpt_pass.plans.differences import plan_differences as plan_differences
 from ckpt_pass.plans.parts import Decision as Decision
 from ckpt_pass.plans.parts import SavedActivation as SavedActivation
@@ -149,19 +153,25 @@ from ckpt_pass.errors import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.errors import DryRunError as DryRunError
 from ckpt_pass.errors import EndedRecomputationError as EndedRecomputationError
 from ckpt_pass.errors import EstimateArgumentError as EstimateArgumentError
+from ckpt_pass.errors import ForeignOptimizerError as ForeignOptimizerError
 from ckpt_pass.errors import ForkedStoreError as ForkedStoreError
 from ckpt_pass.errors import GradientMismatchError as GradientMismatchError
 from ckpt_pass.errors import InactiveRegionsWarning as InactiveRegionsWarning
 from ckpt_pass.errors import InfeasibleBudgetError as InfeasibleBudgetError
+from ckpt_pass.errors import InfeasibleTotalError as InfeasibleTotalError
 from ckpt_pass.errors import InvalidBudgetError as InvalidBudgetError
+from ckpt_pass.errors import InvalidDeviceError as InvalidDeviceError
+from ckpt_pass.errors import InvalidJobError as InvalidJobError
 from ckpt_pass.errors import InvalidLinkError as InvalidLinkError
 from ckpt_pass.errors import InvalidMoveError as InvalidMoveError
 from ckpt_pass.errors import InvalidOffloadError as InvalidOffloadError
 from ckpt_pass.errors import InvalidRuleError as InvalidRuleError
 from ckpt_pass.errors import InvalidTimeLimitError as InvalidTimeLimitError
+from ckpt_pass.errors import InvalidTotalError as InvalidTotalError
 from ckpt_pass.errors import LayerProfileError as LayerProfileError
 from ckpt_pass.errors import LostStoreError as LostStoreError
 from ckpt_pass.errors import LostTicketError as LostTicketError
+from ckpt_pass.errors import LostValuesError as LostValuesError
 from ckpt_pass.errors import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.errors import MicrobatchesError as MicrobatchesError
 from ckpt_pass.errors import MovedValueChangedError as MovedValueChangedError
@@ -181,6 +191,7 @@ from ckpt_pass.errors import NotAModuleError as NotAModuleError
 from ckpt_pass.errors import NothingCompiledError as NothingCompiledError
 from ckpt_pass.errors import NothingRecordedError as NothingRecordedError
 from ckpt_pass.errors import NothingToDifferentiateError as NothingToDifferentiateError
+from ckpt_pass.errors import OptimizerFailedError as OptimizerFailedError
 from ckpt_pass.errors import OtherPathError as OtherPathError
 from ckpt_pass.errors import PlacementError as PlacementError
 from ckpt_pass.errors import PlanCacheWarning as PlanCacheWarning
@@ -217,7 +228,9 @@ from ckpt_pass.errors import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.errors import UncoveredBudgetWarning as UncoveredBudgetWarning
 from ckpt_pass.errors import UninitializedParameterError as UninitializedParameterError
 from ckpt_pass.errors import UnknownCostError as UnknownCostError
+from ckpt_pass.errors import UnknownDeviceError as UnknownDeviceError
 from ckpt_pass.errors import UnknownDimensionError as UnknownDimensionError
+from ckpt_pass.errors import UnknownOptimizerError as UnknownOptimizerError
 from ckpt_pass.errors import UnknownOptionError as UnknownOptionError
 from ckpt_pass.errors import UnknownParametersError as UnknownParametersError
 from ckpt_pass.errors import UnknownPlacementError as UnknownPlacementError

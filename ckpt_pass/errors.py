@@ -34,6 +34,12 @@ from ckpt_pass.graph.kernel_cache import KernelCacheWarning as KernelCacheWarnin
 from ckpt_pass.graph.kernel_call import KernelError as KernelError
 from ckpt_pass.graph.kernels import WorkspaceWarning as WorkspaceWarning
 from ckpt_pass.graph.shapes import SizeError as SizeError
+from ckpt_pass.job.counting import ForeignOptimizerError as ForeignOptimizerError
+from ckpt_pass.job.counting import OptimizerFailedError as OptimizerFailedError
+from ckpt_pass.job.jobs import InvalidJobError as InvalidJobError
+from ckpt_pass.job.named import UnknownOptimizerError as UnknownOptimizerError
+from ckpt_pass.job.totals import InfeasibleTotalError as InfeasibleTotalError
+from ckpt_pass.job.totals import InvalidTotalError as InvalidTotalError
 from ckpt_pass.measure.gradients import GradientMismatchError as GradientMismatchError
 from ckpt_pass.measure.gradients import NoLossError as NoLossError
 from ckpt_pass.measure.memory_profiler import NothingRecordedError as NothingRecordedError
@@ -67,6 +73,8 @@ from ckpt_pass.offloading.store import MovedValueChangedError as MovedValueChang
 from ckpt_pass.offloading.workers import ForkedStoreError as ForkedStoreError
 from ckpt_pass.ops.taxonomy import NotAnOpError as NotAnOpError
 from ckpt_pass.planner.contract import UnsupportedProblemError as UnsupportedProblemError
+from ckpt_pass.planner.device import InvalidDeviceError as InvalidDeviceError
+from ckpt_pass.planner.devices import UnknownDeviceError as UnknownDeviceError
 from ckpt_pass.planner.exact import ExactSolverError as ExactSolverError
 from ckpt_pass.planner.link import InvalidLinkError as InvalidLinkError
 from ckpt_pass.planner.moves import InvalidMoveError as InvalidMoveError
@@ -107,8 +115,8 @@ from ckpt_pass.state.objects import SpentIteratorError as SpentIteratorError
 from ckpt_pass.steps.halves import LostValuesError as LostValuesError
 from ckpt_pass.tools.ahead import NothingCompiledError as NothingCompiledError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError
-from ckpt_pass.tools.ahead import StepArgumentError as StepArgumentError
-from ckpt_pass.tools.fitting import UnknownDimensionError as UnknownDimensionError
+from ckpt_pass.tools.arguments import StepArgumentError as StepArgumentError
+from ckpt_pass.tools.axis import UnknownDimensionError as UnknownDimensionError
 from ckpt_pass.tools.strategies import StrategyError as StrategyError
 from ckpt_pass.tools.sweeping import SweepArgumentError as SweepArgumentError
 from ckpt_pass.tools.verification import NoRegionsError as NoRegionsError

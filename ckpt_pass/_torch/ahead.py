@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -205,6 +206,17 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_log() -> Iterator[None]:
+    """Inside, an op that fails on fake tensors raises, and is not logged as well."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 # --- stand-ins ------------------------------------------------------------------------------
 
 
@@ -217,16 +229,24 @@ class Fakes:
     Args:
         tensors: all tensors of the step.
         mode: that of the fakes; a new one if not given.
+        device: where all of them are to be, whatever the tensors say; it need not be here.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], mode: FakeTensorMode | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        mode: FakeTensorMode | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
-        self._device = _device_of(tensors)
+        self._moved = device is not None
+        self._device = _device_of(tensors) if device is None else device
         self._bases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         with _disable_current_modes():
-            if tensor.device.type == "meta" and tensor.layout is torch.strided:
+            placed = self._moved or tensor.device.type == "meta"
+            if placed and tensor.layout is torch.strided:
                 return self._placed(tensor)
             return self.mode.from_tensor(tensor, static_shapes=True)
 

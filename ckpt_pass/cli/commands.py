@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckpt_pass.cli.compare import compare_command
 from ckpt_pass.cli.factory import build
+from ckpt_pass.cli.job import accumulate_option, job_options, optimizer_option, total_option
 from ckpt_pass.cli.parts import (
     console_for_tables,
     errors_as_exit_codes,
@@ -24,6 +25,7 @@ from ckpt_pass.demo.model import ModelConfig
 from ckpt_pass.demo.training import DEFAULTS, DemoSettings, run_demo
 from ckpt_pass.drawing.memory import missing_extra
 from ckpt_pass.offloading.options import TARGETS, Offload
+from ckpt_pass.planner.devices import DEVICES
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, solver_names
 from ckpt_pass.plans.budget import BudgetLike, check_budget, parse_budget
 from ckpt_pass.plans.goal import COSTS
@@ -32,7 +34,7 @@ from ckpt_pass.policy.named import DEFAULT_POLICY, POLICIES, as_policy
 from ckpt_pass.policy.rules import Rule
 from ckpt_pass.report.sweeps import sweep_table
 from ckpt_pass.tools.ahead import PlanModeError, plan
-from ckpt_pass.tools.fitting import NAMES as FIT_DIMENSIONS
+from ckpt_pass.tools.axis import NAMES as FIT_DIMENSIONS
 from ckpt_pass.tools.fitting import fit
 from ckpt_pass.tools.sweeping import ROUNDS, Sweep, sweep
 from ckpt_pass.tools.verification import verify
@@ -135,15 +137,20 @@ def _plan_command() -> Callable[..., None]:
     eager_option = typer.Option(False, "--eager", help="For a step without torch.compile.")
     inner_option = typer.Option("aot_eager", help="What compiles it: aot_eager or inductor.")
     save_option = typer.Option(None, help="Write the plan here, as JSON.")
+    device_option = typer.Option(None, help=f"On paper: {', '.join(DEVICES)}.")
 
     def plan_(
         target: str = target_argument(),
         policy: str | None = _policy_option(),
         budget: str | None = _budget_option(),
+        total: str | None = total_option(),
+        optimizer: str | None = optimizer_option(),
+        accumulate: int = accumulate_option(),
         png: Path | None = png_option,
         solver: str = solver_option,
         time_limit: float | None = limit_option,
         cost: str = cost_option,
+        device: str | None = device_option,
         offload: str | None = offload_option,
         eager: bool = eager_option,
         inner: str = inner_option,
@@ -161,9 +168,11 @@ def _plan_command() -> Callable[..., None]:
                 *inputs,
                 policy=policy,
                 budget=amount,
+                **job_options(model, total, optimizer, accumulate),
                 solver=solver,
                 time_limit_s=time_limit,
                 cost=cost,
+                device=device,
                 offload=None if offload is None else Offload(to=offload),
                 mode="eager" if eager else "compiled",
                 inner=inner,
@@ -193,6 +202,9 @@ def _verify_command() -> Callable[..., None]:
         plan_file: Path | None = plan_option,
         policy: str | None = _policy_option(),
         budget: str | None = _budget_option(),
+        total: str | None = total_option(),
+        optimizer: str | None = optimizer_option(),
+        accumulate: int = accumulate_option(),
         eager: bool = eager_option,
     ) -> None:
         """Run a training step plain and planned, and compare: loss, gradients, peak, flops.
@@ -209,6 +221,7 @@ def _verify_command() -> Callable[..., None]:
                 plan=made,
                 policy=policy,
                 budget=amount,
+                **job_options(model, total, optimizer, accumulate),
                 mode="eager" if eager else "compiled",
             )
             typer.echo(found)
@@ -283,15 +296,17 @@ def _show_sweep(found: Sweep, png: Path | None, json_: Path | None) -> None:
 def _fit_command() -> Callable[..., None]:
     import typer
 
-    # Two options of its own: a budget is a must here, and a policy only binds.
     budget_option = typer.Option(
-        ..., help="Peak to stay within: 6GiB, a number of bytes, or 'device'."
+        None, help="Peak to stay within: 6GiB, a number of bytes, or 'device'."
     )
     dim_option = typer.Option(FIT_DIMENSIONS[0], help=f"One of {', '.join(FIT_DIMENSIONS)}.")
 
     def fit_command(
         target: str = target_argument(),
-        budget: str = budget_option,
+        budget: str | None = budget_option,
+        total: str | None = total_option(),
+        optimizer: str | None = optimizer_option(),
+        accumulate: int = accumulate_option(),
         dim: str = dim_option,
         policy: str | None = _policy_option(),
     ) -> None:
@@ -301,9 +316,9 @@ def _fit_command() -> Callable[..., None]:
         """
         with errors_as_exit_codes():
             amount = _checked(policy, budget)
-            assert amount is not None  # one is required
             model, inputs = build(target)
-            typer.echo(fit(model, *inputs, budget=amount, dim=dim, policy=policy))
+            job = job_options(model, total, optimizer, accumulate)
+            typer.echo(fit(model, *inputs, budget=amount, **job, dim=dim, policy=policy))
 
     return fit_command
 

@@ -12,15 +12,25 @@ import torch
 from torch import fx
 
 from ckpt_pass._errors import CkptPassError, nearest
-from ckpt_pass._torch import compilers, frames
+from ckpt_pass._torch import compilers, frames, functorch
 from ckpt_pass.compile.breaks import Coverage, graph_break
 from ckpt_pass.compile.engine import Partitioner, policy_for
 from ckpt_pass.compile.replan import compile_planned, compile_within
 from ckpt_pass.compile.symbolic import watch_sizes
 from ckpt_pass.graph.gradients import leaves_among
+from ckpt_pass.job.counting import Around
+from ckpt_pass.job.jobs import JobLike
+from ckpt_pass.job.totals import (
+    TotalLike,
+    asked_job,
+    check_updates,
+    step_budget_bytes,
+    told_of_total,
+)
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
+from ckpt_pass.plans.account import Account
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import as_goal, as_offload, check_offload
 from ckpt_pass.plans.step_plan import StepPlan, load_plan
@@ -35,6 +45,8 @@ OPTIONS = (
     "regions",
     "inner_options",
     "budget",
+    "total",
+    "optimizer",
     "solver",
     "time_limit_s",
     "cost",
@@ -61,6 +73,7 @@ class Backend:
         regions: FQN patterns of the layers; found from the module names where ``None``.
         inner_options: inductor's own options, as ``torch.compile(options=...)`` takes them.
         budget: the peak to stay within (:func:`make_backend`), if any.
+        total, optimizer: the memory of the whole job instead, and what steps, if any.
         solver, time_limit_s, cost, offload: how it is to be met (:func:`make_backend`).
         plan: a plan whose decisions are carried out, if any; another graph is an error.
         plans: the plans made so far, one for each graph, oldest first (1,024 at most).
@@ -72,6 +85,8 @@ class Backend:
     regions: tuple[str, ...] | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
     budget: BudgetLike | None = None
+    total: TotalLike | None = None
+    optimizer: JobLike | None = None
     solver: SolverLike = DEFAULT_SOLVER
     time_limit_s: float | None = None
     cost: str = "roofline"
@@ -110,6 +125,25 @@ class Backend:
             UnknownOptionError: an unknown option, or ``mode`` with an inner other than inductor.
         """
         backend = self.with_options(options or {})
+        asked = asked_job(backend.total, backend.optimizer, backend.budget)
+        if asked is None or backend.plan is not None or not torch.is_grad_enabled():
+            return self._compiled(backend, gm, example_inputs, mode)
+        with functorch.real_tensors():
+            account = asked.account(Around.of_graph(example_inputs, asked.job))
+        check_updates(account)
+        if account.total_bytes is not None:
+            backend = replace(backend, budget=step_budget_bytes(account))
+        with told_of_total(account):
+            return self._compiled(backend, gm, example_inputs, mode, account)
+
+    def _compiled(
+        self,
+        backend: Backend,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        mode: str | None,
+        account: Account | None = None,
+    ) -> Callable[..., Any]:
         names = tuple(
             compilers.placeholder_source(node) for node in gm.graph.find_nodes(op="placeholder")
         )
@@ -160,6 +194,8 @@ class Backend:
         cut = graph_break(gm)
         if cut:
             made = [plan.cut_at(cut) for plan in made]
+        if account is not None:
+            made = [plan.with_account(account) for plan in made]
         self.plans.extend(made)
         if part and backend.budget is not None:
             for plan in made:
@@ -182,8 +218,8 @@ class Backend:
         """This backend with some options changed; the list of plans stays shared.
 
         Args:
-            options: ``policy``, ``inner``, ``regions``, ``inner_options``, ``budget``,
-                ``solver``, ``time_limit_s``, ``cost``, ``offload``.
+            options: ``policy``, ``inner``, ``regions``, ``inner_options``, ``budget``, ``total``,
+                ``optimizer``, ``solver``, ``time_limit_s``, ``cost``, ``offload``.
 
         Raises:
             UnknownOptionError: an option is unknown or has a value that it does not take.
@@ -200,14 +236,21 @@ class Backend:
             changed["policy"] = as_policy(changed["policy"])
         how = ("budget", "solver", "time_limit_s", "cost", "offload")
         as_goal(*(changed.get(key, getattr(self, key)) for key in how))
+        of_job = ("total", "optimizer", "budget")
+        asked_job(*(changed.get(key, getattr(self, key)) for key in of_job))
         if "regions" in changed:
             changed["regions"] = as_patterns(changed["regions"])
         inner = changed.get("inner", self.inner)
         _check_inner(inner, changed.get("inner_options", {}))
         return replace(self, **changed) if changed else self
 
+    @property
+    def limit(self) -> BudgetLike | None:
+        """The budget or the total, if any."""
+        return self.budget if self.total is None else self.total
+
     def __str__(self) -> str:
-        return f"ckpt backend: {describe(policy_for(self.policy, self.budget))}; inner {self.inner}"
+        return f"ckpt backend: {describe(policy_for(self.policy, self.limit))}; inner {self.inner}"
 
 
 def parts_of(plan: Plan | StepPlan) -> tuple[Plan, ...]:
@@ -223,8 +266,8 @@ def _told_of_skip(skipped: frames.SkippedFunction) -> None:
         backend = skipped.backend.with_options(skipped.options)
     except CkptPassError:
         return  # wrong options: an error once anything is compiled
-    if backend.budget is not None and not isinstance(backend.plan, StepPlan):
-        backend.coverage.tell_of_skip(skipped, backend.budget)
+    if backend.limit is not None and not isinstance(backend.plan, StepPlan):
+        backend.coverage.tell_of_skip(skipped, backend.limit)
 
 
 def as_patterns(regions: Any) -> tuple[str, ...] | None:
@@ -267,6 +310,8 @@ def make_backend(
     policy: PolicyLike | None = None,
     *,
     budget: BudgetLike | None = None,
+    total: TotalLike | None = None,
+    optimizer: JobLike | None = None,
     plan: Plan | StepPlan | str | Path | None = None,
     solver: SolverLike = DEFAULT_SOLVER,
     time_limit_s: float | None = None,
@@ -287,6 +332,9 @@ def make_backend(
             ``"device"`` (what the accelerator has free). The plan's peak is exact for
             ``inner="aot_eager"``. Inductor fuses and reorders afterwards: the peak is that of
             the code that it generates, and plans are made until one is within the budget.
+        total, optimizer: the memory of the whole training job instead, and what steps, as for
+            :func:`ckpt_pass.plan`. What stands around a step is what its graph takes and what the
+            optimizer steps; a parameter that is in neither is not known here.
         plan: a plan that :func:`ckpt_pass.plan` made ahead of time, or the path of its file: its
             decisions are carried out, nothing is solved again, and another graph is an error.
         solver: what looks for the plan: a name (``ckpt_pass.solver_names()``), a solver, or a
@@ -308,14 +356,17 @@ def make_backend(
             not one of these; so UnknownSolverError, InvalidTimeLimitError.
         PlanFileError: ``plan`` names a file that is none.
         UnknownOptionError: ``plan`` is given together with what it already says.
-        InfeasibleBudgetError, PlanMismatchError, DryRunError: come when a graph is compiled.
+        InvalidTotalError, InvalidJobError: a total or an optimizer that is none.
+        InfeasibleBudgetError, InfeasibleTotalError, PlanMismatchError, DryRunError: come when a
+            graph is compiled.
     """
     options: dict[str, Any] = {"inner_options": dict(inner_options or {})}
     if inner is not None:
         options["inner"] = inner
     how = {"policy": policy, "budget": budget, "time_limit_s": time_limit_s}
+    of_job = {"total": total, "optimizer": optimizer}
     if plan is not None:
-        for key, value in (*how.items(), ("regions", regions)):
+        for key, value in (*how.items(), *of_job.items(), ("regions", regions)):
             if value is not None:
                 raise UnknownOptionError(
                     f"Got plan= and {key}={value!r}, expected one of the two: a plan brings its "
@@ -341,8 +392,8 @@ def make_backend(
             options |= {"solver": goal.solver, "time_limit_s": goal.time_limit_s, "cost": goal.cost}
             options |= {"offload": where}
         return made.with_options(options)
-    check_offload(offload, budget, policy)
-    options |= {**how, "solver": solver, "cost": cost, "offload": offload}
+    check_offload(offload, budget if total is None else total, policy)
+    options |= {**how, **of_job, "solver": solver, "cost": cost, "offload": offload}
     return Backend(regions=as_patterns(regions)).with_options(options)
 
 

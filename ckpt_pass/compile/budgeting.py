@@ -18,7 +18,8 @@ from ckpt_pass.graph.kernels import (
     Kernels,
     warn_of_unmeasured,
 )
-from ckpt_pass.graph.link import device_of, link_of
+from ckpt_pass.graph.link import device_of, link_for
+from ckpt_pass.graph.paper import kernels_for
 from ckpt_pass.graph.problem import GraphProblem, borders_of, build_problem, check_sizes
 from ckpt_pass.graph.real_looks import tell_real_sizes
 from ckpt_pass.planner.link import Link
@@ -117,7 +118,7 @@ def open_up(joint: JointGraph, goal: Goal) -> Opened:
         SymbolicBytesError: a size depends on data.
     """
     check_sizes(joint)
-    kernels = Kernels()
+    kernels = kernels_for(goal.cost)
     what = WORKSPACE_AND_TIME if goal.cost == "measured" else WORKSPACE
     calls = [n for n in joint.nodes if n.op == "call_function"]
     facts = kernels.facts(calls, what)
@@ -128,7 +129,7 @@ def open_up(joint: JointGraph, goal: Goal) -> Opened:
     described = build_problem(joint, facts)
     if goal.offload is not None:
         described = with_immovable(described, goal.offload)
-        link = link_of(goal.offload, device_of(joint))
+        link = link_for(goal.cost, goal.offload, device_of(joint))
     return Opened(described, facts, kernels, borders_of(joint, described), link)
 
 

@@ -18,7 +18,8 @@ from ckpt_pass.compile.tagging import Tag
 from ckpt_pass.graph.cost import node_flops, own_bytes
 from ckpt_pass.graph.device_rates import with_device_times
 from ckpt_pass.graph.joint import JointGraph
-from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
+from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME
+from ckpt_pass.graph.paper import kernels_for
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.graph.real_looks import tell_real_sizes
 from ckpt_pass.offloading.options import Offload
@@ -189,8 +190,8 @@ def replay(
         tags: the call sites; the tags on the graph are overwritten.
         labels: the graph's node labels.
     """
-    kernels = Kernels()
     goal = plan.asked.goal
+    kernels = kernels_for("roofline" if goal is None else goal.cost)
     what = WORKSPACE_AND_TIME if goal is not None and goal.cost == "measured" else WORKSPACE
     nodes = [node for node in joint.nodes if node.op == "call_function"]
     facts = kernels.facts(nodes, what) if plan.budget_bytes is not None else {}

@@ -22,7 +22,8 @@ from ckpt_pass.graph.kernels import (
     Kernels,
     warn_of_unmeasured,
 )
-from ckpt_pass.graph.link import link_of
+from ckpt_pass.graph.link import link_for
+from ckpt_pass.graph.paper import kernels_for
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.eager_parts import EagerPlan, Microbatches
@@ -30,7 +31,7 @@ from ckpt_pass.planner.eager_problem import EagerProblem, EagerProfile
 from ckpt_pass.planner.eager_solve import EagerSolution, solve_eager
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import resolve_budget
-from ckpt_pass.plans.goal import Goal, InFlight
+from ckpt_pass.plans.goal import CostLike, Goal, InFlight
 from ckpt_pass.plans.parts import Signature
 from ckpt_pass.plans.record import Asked
 from ckpt_pass.plans.signature import eager_signature
@@ -116,12 +117,12 @@ def describe_step(
     kwargs: Mapping[str, Any] | None = None,
 ) -> EagerStep:
     """Record a step, measure what has to be, and make the problem of it; as :func:`plan_eager`."""
-    kernels = Kernels()
+    kernels = kernels_for(goal.cost)
     how = Surroundings(again=goal.gradients != "new", staged=goal.in_flight is not None)
     trace = traced(model, args, loss_fn, kwargs, kernels, how)
     timed = goal.cost == "measured"
     problem = replace(
-        described(trace, times=timed, kernels=kernels, offload=goal.offload),
+        described(trace, timed, kernels, goal.offload, goal.cost),
         microbatches=_beside(trace, goal),
     )
     warn_of_unmeasured(kernels)
@@ -147,6 +148,7 @@ def described(
     times: bool = False,
     kernels: Kernels | None = None,
     offload: OffloadLike | None = None,
+    cost: CostLike = "roofline",
 ) -> EagerProblem:
     """A recorded step as a problem; kernels that may have a workspace are run once, alone.
 
@@ -155,6 +157,7 @@ def described(
         times: whether kernels are timed as well.
         kernels: what measures them.
         offload: where values may be moved to, if they may; its rates are measured once.
+        cost: a device on paper has rates of its own.
     """
     what = WORKSPACE_AND_TIME if times else WORKSPACE
     kernels = kernels or Kernels()
@@ -166,7 +169,8 @@ def described(
         return eager_problem(trace, facts, formulas)
     least = offload.min_bytes if isinstance(offload, Offload) else 0
     facts = with_device_times(facts, calls, kernels)
-    return eager_problem(trace, facts, formulas, link_of(offload, _device_of(trace)), least)
+    link = link_for(cost, offload, _device_of(trace))
+    return eager_problem(trace, facts, formulas, link, least)
 
 
 def _device_of(trace: EagerTrace) -> torch.device:

@@ -133,6 +133,8 @@ class Recorder(TorchDispatchMode):
             with hooks, RealPaths(asks=self._answers is not None):
                 value = step()
             self.trace.forward_length = self.moment
+            returned = self._storages(value)
+            self.trace.output_bytes = sum(self.trace.storages[n].nbytes for n in returned)
             self._objects.settle()
             self._backward = True
             differentiate(self._model, value, self._rest() if received else None)

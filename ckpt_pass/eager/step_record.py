@@ -119,6 +119,8 @@ class EagerTrace:
     calls: list[CallRecord] = field(default_factory=list)
     formulas: list[FormulaRecord] = field(default_factory=list)
     forward_length: int = 0
+    #: What the step returns, and its caller holds.
+    output_bytes: int = 0
     #: What an earlier step has left that this one finds: gradients.
     found_bytes: int = 0
     #: What it hands to other stages of a pipeline: its outputs, and the gradients of its inputs.

@@ -122,7 +122,7 @@ class Writer:
         return Predicted(
             peak_bytes=found.peak_bytes,
             peak_at=self._place(found),
-            output_bytes=0,
+            output_bytes=self._trace.output_bytes,
             recompute_flops=found.recompute_flops,
             step_flops=sum(op.flops for op in problem.ops),
             recompute_time_s=found.recompute_time_s,

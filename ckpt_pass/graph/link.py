@@ -16,6 +16,7 @@ from ckpt_pass.graph.kernels import environment
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.rates import SAMPLE_BYTES, measured_rates, rates_of
 from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.link import Link
 from ckpt_pass.policy.sites import output_tensors
 
@@ -44,6 +45,26 @@ def link_of(offload: OffloadLike, device: torch.device, cache: KernelCache | Non
     else:
         out, back = offload.d2h_bytes_per_s, offload.h2d_bytes_per_s
     return Link(out, back, host_bytes=offload.host_budget_bytes)
+
+
+def link_for(cost: str | Device, offload: OffloadLike, device: torch.device) -> Link:
+    """The link of a device that is here, or of one on paper, whose rates are then not measured.
+
+    Args:
+        cost: how times are found: by a device on paper, where it is one.
+        offload, device: as for :func:`link_of`.
+
+    Raises:
+        InvalidOffloadError, StoreFolderError, StoreFullError: see :func:`link_of`.
+    """
+    if isinstance(cost, Device) and isinstance(offload, Offload) and offload.to == "host":
+        rate = cost.attained * cost.host_bytes_per_s
+        offload = replace(
+            offload,
+            d2h_bytes_per_s=offload.d2h_bytes_per_s or rate,
+            h2d_bytes_per_s=offload.h2d_bytes_per_s or rate,
+        )
+    return link_of(offload, device)
 
 
 def _remembered(offload: Offload, device: torch.device, cache: KernelCache) -> tuple[float, float]:

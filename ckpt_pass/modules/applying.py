@@ -6,13 +6,17 @@ import contextlib
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from ckpt_pass.compile.engine import policy_for
+from ckpt_pass.compile.engine import OPEN
 from ckpt_pass.eager.planning import plan_eager
+from ckpt_pass.job.counting import Around
+from ckpt_pass.job.jobs import JobLike
+from ckpt_pass.job.totals import JobAsked, TotalLike, asked_job
 from ckpt_pass.modules.choice import Choice, ModuleChoice, Placement, PlacementError, Segment
 from ckpt_pass.modules.layers.find import find_layers
 from ckpt_pass.modules.layers.layer_profile import LayerProfile
@@ -21,6 +25,7 @@ from ckpt_pass.modules.placement import PlacementLike, as_placement
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import as_goal
+from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import PolicyLike
 from ckpt_pass.regions.wrapping import (
     AlreadyAppliedError,
@@ -68,6 +73,8 @@ def apply(
     policy: PolicyLike | None = None,
     *,
     budget: BudgetLike | None = None,
+    total: TotalLike | None = None,
+    optimizer: JobLike | None = None,
     example_inputs: Any = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     offload: OffloadLike | None = None,
@@ -85,6 +92,8 @@ def apply(
             says, mostly nothing, where ``None``.
         budget: a peak to stay within, instead of a placement and a policy: an eager plan then
             chooses (``ckpt_pass.plan(..., mode="eager")``).
+        total, optimizer: the memory of the whole job instead, and what steps, as for
+            :func:`ckpt_pass.plan`.
         example_inputs: the model's arguments (a tuple, or one tensor), for a budget and for
             placements that measure.
         loss_fn: applied to the model's output, where that is no loss; for a budget.
@@ -106,7 +115,13 @@ def apply(
     """
     check_module(model, "apply")
     _refuse_twice(model)
-    if budget is None:
+    asked = asked_job(total, optimizer, budget)
+    if budget is None and total is None:
+        if asked is not None:
+            raise PlacementError(
+                "Got optimizer= without total= or budget=, expected one of them: a placement does "
+                "not look at the optimizer. Give total=, or leave optimizer= out."
+            )
         choice = choose(model, placement, policy, example_inputs, loss_fn)
         choice = choice.with_offload(offload, "inputs" if offload_inputs else None)
     else:
@@ -116,7 +131,7 @@ def apply(
                 "Got budget= together with offload_inputs=, expected one of the two: within a "
                 "budget a plan chooses what moves. Give offload= alone, or leave budget= out."
             )
-        choice = _planned(model, budget, _as_args(example_inputs), loss_fn, offload)
+        choice = _planned(model, budget, asked, _as_args(example_inputs), loss_fn, offload)
     _check_shared(model, choice)
     _warn_inactive(model, choice)
     apply_regions(model, choice.regions)
@@ -148,26 +163,33 @@ def _check_budget_alone(
 ) -> None:
     if placement is not None or policy is not None:
         raise PlacementError(
-            "Got budget= together with a placement or a policy, expected one of the two: within a "
-            "budget a plan chooses both. Leave one of them out."
+            "Got budget= or total= together with a placement or a policy, expected one of the two: "
+            "within a budget a plan chooses both. Leave one of them out."
         )
     if example_inputs is None:
         raise PlacementError(
-            "Got budget= without example_inputs=, expected the model's arguments: a plan records "
-            "one step on fake tensors."
+            "Got budget= or total= without example_inputs=, expected the model's arguments: a plan "
+            "records one step on fake tensors."
         )
 
 
 def _planned(
     model: nn.Module,
-    budget: BudgetLike,
+    budget: BudgetLike | None,
+    asked: JobAsked | None,
     args: tuple[Any, ...],
     loss_fn: Callable[[Any], torch.Tensor] | None,
     offload: OffloadLike | None,
 ) -> Choice:
-    goal = as_goal(budget, offload=offload)
-    assert goal is not None
-    plan = plan_eager(model, args, policy_for(None, budget), goal, loss_fn)
+    def made(budget_bytes: int | None) -> Plan:
+        goal = as_goal(budget if budget_bytes is None else budget_bytes, offload=offload)
+        assert goal is not None
+        if asked is not None and asked.job.keeps_gradients:
+            goal = replace(goal, gradients="kept")
+        return plan_eager(model, args, OPEN, goal, loss_fn)
+
+    around = None if asked is None else Around.of_step(model, args, {}, loss_fn)
+    plan = made(None) if asked is None or around is None else asked.planned(around, made)
     specs = plan.region_specs()
     modules = dict(model.named_modules())
     considered = dict.fromkeys([*find_layers(model).names, *specs])
@@ -179,7 +201,8 @@ def _planned(
             why = f"the plan: {inner} modules inside"
         found.append(ModuleChoice(name, type(modules[name]).__name__, name in specs, why))
     segments = tuple(Segment((name,)) for name in specs)
-    return Choice(f"budget-{budget}", tuple(found), segments, specs=tuple(specs.items()))
+    name = f"budget-{budget}" if asked is None or asked.total is None else f"total-{asked.total}"
+    return Choice(name, tuple(found), segments, specs=tuple(specs.items()))
 
 
 def _words(spec: RegionSpec) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.offloading.options import InvalidOffloadError, Offload
 from ckpt_pass.offloading.store import Store
 from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.planner.device import Device, InvalidDeviceError
+from ckpt_pass.planner.devices import DeviceLike, as_device
 from ckpt_pass.planner.solvers import (
     DEFAULT_SOLVER,
     SOLVERS,
@@ -22,6 +25,8 @@ COSTS = ("roofline", "measured")
 #: Whose gradients a step finds: nobody's; an earlier step's, which were there before; those of an
 #: earlier microbatch of its own, which count.
 GRADIENTS = ("new", "kept", "accumulated")
+#: One of these, or a device on paper.
+CostLike: TypeAlias = str | Device
 
 
 class UnknownCostError(CkptPassError):
@@ -57,7 +62,8 @@ class Goal:
         budget: the peak to stay within.
         solver: what looks for the plan.
         time_limit_s: seconds for the solver, if any.
-        cost: ``roofline`` (modelled times) or ``measured`` (each kernel is run and timed once).
+        cost: ``roofline`` (modelled times), ``measured`` (each kernel is run and timed once), or a
+            device on paper, whose rates count and whose kernels are not run.
         offload: where values may be moved to, if they may.
         in_flight: how many microbatches a stage of a pipeline has in flight; ``None`` where the
             step is no such stage.
@@ -67,7 +73,7 @@ class Goal:
     budget: BudgetLike
     solver: Solver
     time_limit_s: float | None = None
-    cost: str = "roofline"
+    cost: CostLike = "roofline"
     offload: OffloadLike | None = None
     in_flight: InFlight | None = None
     gradients: str = "new"
@@ -92,7 +98,7 @@ def as_goal(
     budget: BudgetLike | None,
     solver: SolverLike = DEFAULT_SOLVER,
     time_limit_s: float | None = None,
-    cost: str = "roofline",
+    cost: CostLike = "roofline",
     offload: OffloadLike | bool | None = None,
 ) -> Goal | None:
     """Check what a user asks for; ``None`` without a budget.
@@ -103,7 +109,7 @@ def as_goal(
     """
     where = as_offload(offload)
     chosen, limit = as_solver(solver), checked_time_limit(time_limit_s)
-    if cost not in COSTS:
+    if not isinstance(cost, Device) and cost not in COSTS:
         raise UnknownCostError(
             f"Got cost={cost!r}, expected one of {', '.join(COSTS)}.{nearest(str(cost), COSTS)}"
         )
@@ -156,6 +162,25 @@ def _as_in_flight(in_flight: int | InFlight | None) -> InFlight | None:
             "ckpt_pass.distributed.in_flight_of(schedule)."
         )
     return InFlight(in_flight, in_flight)
+
+
+def cost_on(cost: CostLike, device: DeviceLike | None) -> CostLike:
+    """The cost model that is meant: that of a device on paper, where one is named.
+
+    Raises:
+        UnknownDeviceError: there is no such device.
+        InvalidDeviceError: it is none, or kernels are to be timed as well.
+    """
+    if device is None:
+        return cost
+    found = as_device(device)
+    if cost == "measured":
+        raise InvalidDeviceError(
+            f"Got device={found.name!r} together with cost='measured', expected one of the two: "
+            "kernels of a device on paper cannot be timed here. Leave cost out, or leave device "
+            "out and plan where the device is."
+        )
+    return found
 
 
 def check_offload(offload: object, budget: object, policy: object) -> None:

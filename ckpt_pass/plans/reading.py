@@ -9,6 +9,7 @@ from typing import Any
 
 from ckpt_pass.graph.shapes import Dimension
 from ckpt_pass.planner.clock import Transfer
+from ckpt_pass.plans.account_file import account_from_data
 from ckpt_pass.plans.expressions import expression_from_data
 from ckpt_pass.plans.link_use import LinkUse, MovedActivation
 from ckpt_pass.plans.old_format import grouped
@@ -130,6 +131,7 @@ def step_from_json(text: str) -> dict[str, Any]:
         plain_peak_bytes=reader["plain_peak_bytes"].whole(),
         outside_bytes=reader["outside_bytes"].whole(),
         breaks=reader["breaks"].texts(),
+        account=reader.get("account").maybe(account_from_data),
     )
 
 
@@ -170,6 +172,7 @@ def _predicted(reader: Reader) -> Predicted:
         plain_timeline=reader["plain_timeline"].maybe(_timeline),
         measured_workspaces=found["measured_workspaces"].whole(),
         offloaded=found.get("offloaded").maybe(_offloaded),
+        account=found.get("account").maybe(account_from_data),
     )
 
 

@@ -8,8 +8,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.offloading.options import InvalidOffloadError, Offload
 from ckpt_pass.ops.taxonomy import OpClass
+from ckpt_pass.planner.device import Device, InvalidDeviceError
 from ckpt_pass.planner.solvers import SOLVERS, as_solver
-from ckpt_pass.plans.goal import COSTS, GRADIENTS, Goal, InFlight
+from ckpt_pass.plans.goal import COSTS, GRADIENTS, CostLike, Goal, InFlight
 from ckpt_pass.plans.record import Asked
 from ckpt_pass.plans.schema import CodePolicy, PlanFileError, Reader
 from ckpt_pass.policy.rules import FirstMatch, Policy, Rule
@@ -42,7 +43,7 @@ def _goal(reader: Reader) -> Goal:
         amount = budget.whole(1) if isinstance(amount, int) else budget.number()
     solver = as_solver(reader["solver"].one_of({name: name for name in SOLVERS}))
     limit = reader["time_limit_s"].maybe(Reader.number)
-    cost = reader["cost"].one_of({name: name for name in COSTS})
+    cost = _cost(reader["cost"])
     offload = reader.get("offload").maybe(_offload)
     in_flight = reader.get("in_flight").maybe(_in_flight)
     gradients = reader.get("gradients").maybe(_gradients) or "new"
@@ -56,6 +57,25 @@ def _in_flight(reader: Reader) -> InFlight:
 
 def _gradients(reader: Reader) -> str:
     return reader.one_of({name: name for name in GRADIENTS})
+
+
+def _cost(reader: Reader) -> CostLike:
+    if isinstance(reader.value, str):
+        return reader.one_of({name: name for name in COSTS})
+    rates = (pair.items(2) for pair in reader["flops_per_s"].items())
+    try:
+        return Device(
+            name=reader["name"].text(),
+            memory_bytes=reader["memory_bytes"].whole(1),
+            flops_per_s=tuple((name.text(), rate.number()) for name, rate in rates),
+            bytes_per_s=reader["bytes_per_s"].number(),
+            host_bytes_per_s=reader["host_bytes_per_s"].number(),
+            launch_s=reader["launch_s"].number(),
+            attained=reader["attained"].number(),
+            kind=reader["kind"].text(),
+        )
+    except InvalidDeviceError as error:
+        raise PlanFileError(reader.where, "a device", str(error)) from None
 
 
 def _offload(reader: Reader) -> Offload:

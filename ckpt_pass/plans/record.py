@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckpt_pass.graph.shapes import Dimension
+from ckpt_pass.plans.account import Account
 from ckpt_pass.plans.goal import Goal
 from ckpt_pass.plans.link_use import LinkUse
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivations, Signature
@@ -56,6 +57,7 @@ class Predicted:
         measured_workspaces: how many kernels run with a workspace that was measured, on this
             machine; the peak relies on them.
         offloaded: what is moved to another place and back, if anything might be.
+        account: the memory of the whole job, where an optimizer was given.
     """
 
     peak_bytes: int
@@ -69,6 +71,7 @@ class Predicted:
     plain_timeline: Timeline | None
     measured_workspaces: int
     offloaded: LinkUse | None = None
+    account: Account | None = None
 
     @property
     def overhead_s(self) -> float:
@@ -198,6 +201,11 @@ class PlanRecord:
     def peak_bytes(self) -> int:
         """The predicted peak (:class:`Predicted`)."""
         return self.predicted.peak_bytes
+
+    @property
+    def account(self) -> Account | None:
+        """The memory of the whole job, where an optimizer was given."""
+        return self.predicted.account
 
     @property
     def saved_bytes(self) -> Bytes:

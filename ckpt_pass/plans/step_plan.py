@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_pass.plans.account import Account
+from ckpt_pass.plans.account_file import account_to_data
 from ckpt_pass.plans.audit import findings
 from ckpt_pass.plans.files import PlanFile
 from ckpt_pass.plans.parts import Decision
@@ -38,6 +40,7 @@ class StepPlan(PlanFile):
         plain_peak_bytes: the same of the step with nothing recomputed.
         outside_bytes: the most bytes while code between the graphs runs.
         breaks: where dynamo cuts the step, and why.
+        account: the memory of the whole job, where an optimizer was given.
     """
 
     parts: tuple[Plan, ...]
@@ -47,6 +50,17 @@ class StepPlan(PlanFile):
     plain_peak_bytes: int
     outside_bytes: int
     breaks: tuple[str, ...]
+    account: Account | None = None
+
+    def with_account(self, account: Account) -> StepPlan:
+        """This plan as the forward and backward of a job.
+
+        Args:
+            account: of the job, without them.
+        """
+        outputs = self.parts[-1].predicted.output_bytes if self.parts else 0
+        known = outputs if isinstance(outputs, int) else 0
+        return replace(self, account=account.with_step(self.peak_bytes, known))
 
     @property
     def mode(self) -> str:
@@ -115,9 +129,13 @@ class StepPlan(PlanFile):
 
     def to_json(self) -> str:
         """The plan as JSON: the same text for the same plan."""
-        names = [field.name for field in fields(self) if field.name not in ("parts", "asked")]
+        apart = ("parts", "asked", "account")
+        names = [field.name for field in fields(self) if field.name not in apart]
         facts: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return step_to_json(self.parts, self.asked, {**facts, "breaks": list(self.breaks)})
+        facts["breaks"] = list(self.breaks)
+        if self.account is not None:
+            facts["account"] = account_to_data(self.account)
+        return step_to_json(self.parts, self.asked, facts)
 
     @classmethod
     def from_json(cls, text: str) -> StepPlan:
@@ -156,6 +174,9 @@ class StepPlan(PlanFile):
         if len(self.parts) > _GRAPHS:
             yield f"             and {len(self.parts) - _GRAPHS} more"
         yield from (f"WARNING      {words}" for words in self.warnings)
+        if self.account is not None:
+            yield ""
+            yield from self.account.lines()
 
     def listing(self) -> str:
         """The summary, and the decisions of each graph."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ckpt_pass.graph.shapes import shape_lines
+from ckpt_pass.planner.device import Device
 from ckpt_pass.plans.audit import warning_lines
 from ckpt_pass.plans.parts import Decision
 from ckpt_pass.plans.record import CompiledExecution, PlanRecord
@@ -79,6 +80,13 @@ def _inner(plan: PlanRecord) -> list[str]:
         lines.append(
             f"inductor     the peak is its generated code's; of the graph alone {alone}{again}"
         )
+    goal = plan.asked.goal
+    if goal is not None and isinstance(goal.cost, Device):
+        lines.append(
+            f"on paper     for {goal.cost}: times by its rates; what its kernels allocate besides "
+            "their outputs is not known here, and not in the peak"
+        )
+        return lines
     measured = plan.predicted.measured_workspaces
     if measured:
         lines.append(f"workspaces   of {measured} kernels, measured on this machine")
@@ -105,10 +113,11 @@ def _bound(plan: PlanRecord) -> str:
 def overview(plan: PlanRecord) -> str:
     """The summary; for a plan with a budget also amounts, dear decisions and the timeline."""
     if plan.budget_bytes is None:
-        return summary(plan)
+        return "\n\n".join([summary(plan), *([] if plan.account is None else [str(plan.account)])])
     found = plan.predicted.offloaded
     blocks = [
         summary(plan).splitlines(),
+        list(plan.account.lines() if plan.account is not None else ()),
         list(_amounts(plan)),
         list(found.listing_lines() if found is not None else ()),
         list(_dearest("recomputed, most time first", plan, "recomputed", _time, _time_words)),

@@ -18,6 +18,7 @@ from ckpt_pass._errors import nearest
 from ckpt_pass.graph.shapes import bytes_at, where_within
 from ckpt_pass.offloading.options import InvalidOffloadError
 from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.plans.account import Account
 from ckpt_pass.plans.audit import findings
 from ckpt_pass.plans.files import PlanFile
 from ckpt_pass.plans.plot import plot_plan
@@ -166,6 +167,16 @@ class Plan(PlanRecord, PlanFile):
             predicted=replace(self.predicted, peak_bytes=peak.peak_bytes, peak_at=peak_at),
             execution=replace(self.execution, inductor=peak),
         )
+
+    def with_account(self, account: Account) -> Plan:
+        """This plan as the forward and backward of a job.
+
+        Args:
+            account: of the job, without them.
+        """
+        outputs = self.predicted.output_bytes
+        found = account.with_step(self.peak_bytes, outputs if isinstance(outputs, int) else 0)
+        return replace(self, predicted=replace(self.predicted, account=found))
 
     def _check(self, model: nn.Module, offload: OffloadLike | None) -> None:
         check_regions(model, self.region_specs(offload))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, fields
+from dataclasses import asdict, astuple, fields
 from itertools import groupby
 from typing import Any
 
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.solvers import SOLVERS
+from ckpt_pass.plans.account_file import account_to_data
 from ckpt_pass.plans.expressions import expression_to_data
 from ckpt_pass.plans.link_use import LinkUse
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivation, Signature
@@ -151,6 +153,7 @@ def _predicted_data(found: Predicted) -> dict[str, Any]:
         "step_time_s": found.step_time_s,
         "measured_workspaces": found.measured_workspaces,
         **({} if found.offloaded is None else {"offloaded": _offloaded_data(found.offloaded)}),
+        **({} if found.account is None else {"account": account_to_data(found.account)}),
     }
 
 
@@ -277,7 +280,7 @@ def _asked_data(asked: Asked) -> dict[str, Any]:
             "budget": goal.budget,
             "solver": goal.solver.name if named else "auto",
             "time_limit_s": goal.time_limit_s,
-            "cost": goal.cost,
+            "cost": asdict(goal.cost) if isinstance(goal.cost, Device) else goal.cost,
             **({} if goal.offload is None else {"offload": _offload_data(goal.offload)}),
             **({} if many is None else {"in_flight": [many.first, many.later]}),
             **({} if goal.gradients == "new" else {"gradients": goal.gradients}),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from types import NoneType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +21,13 @@ from ckpt_pass.eager.planning import plan_eager
 from ckpt_pass.graph.capture import Look, SeveralGraphsError, capture
 from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.job.counting import Around
+from ckpt_pass.job.jobs import JobLike
+from ckpt_pass.job.totals import InfeasibleTotalError, JobAsked, TotalLike, asked_job
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.planner.device import Device
+from ckpt_pass.planner.devices import DeviceLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import (
@@ -33,25 +36,23 @@ from ckpt_pass.plans.goal import (
     as_goal,
     as_offload,
     check_offload,
+    cost_on,
     with_microbatches,
 )
 from ckpt_pass.plans.parts import SavedActivations
 from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import Policy, PolicyLike
-from ckpt_pass.state.given import check_module
 from ckpt_pass.steps.planning import plan_graphs
 from ckpt_pass.steps.running import FakeStep
+from ckpt_pass.tools.arguments import options_of, step_arguments
+from ckpt_pass.tools.cures import cures_of
 
 MODES = ("compiled", "eager")
 
 
 class PlanModeError(CkptPassError):
     """A mode of planning that there is not, or that does not go with an argument."""
-
-
-class StepArgumentError(CkptPassError):
-    """The arguments of a step are not those that the model takes."""
 
 
 class NothingCompiledError(CkptPassError):
@@ -63,9 +64,12 @@ def plan(
     *args: Any,
     policy: PolicyLike | None = None,
     budget: BudgetLike | None = None,
+    total: TotalLike | None = None,
+    optimizer: JobLike | None = None,
     solver: SolverLike = DEFAULT_SOLVER,
     time_limit_s: float | None = None,
     cost: str = "roofline",
+    device: DeviceLike | None = None,
     offload: OffloadLike | bool | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     regions: tuple[str, ...] | None = None,
@@ -94,6 +98,15 @@ def plan(
         kwargs: further keyword arguments of the model, such as have the name of one of these.
         policy: as for :func:`ckpt_pass.make_backend`.
         budget, solver, time_limit_s, cost, offload: likewise.
+        total: the memory of the whole training job, parameters, gradients and optimizer states
+            with it: ``"24GiB"``, bytes, or ``"device"``. The step gets what is left.
+        optimizer: what steps: an optimizer, several, or a :class:`ckpt_pass.Job` that says more
+            (microbatches, clipping, a scaler). Copies of it step on fake tensors; the plan then has
+            an ``account`` of the whole job, and ``budget="device"`` leaves room for what it has yet
+            to allocate.
+        device: plan for a device that is not here: a name such as ``"h100"``, or a
+            :class:`ckpt_pass.Device`. Its rates stand for times, its memory for
+            ``total="device"``; no kernel is run.
         loss_fn: applied to the model's output, where the model does not return a loss.
         regions: FQN patterns of the layers; found from the module names where ``None``.
         dynamic: leave sizes symbolic; bytes are expressions then.
@@ -125,24 +138,70 @@ def plan(
             :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
         MicrobatchesError: there are no such microbatches or gradients.
+        InvalidTotalError, InvalidJobError: a total or an optimizer that is none.
+        UnknownDeviceError, InvalidDeviceError: a device that is none.
+        ForeignOptimizerError: the optimizer steps parameters of another model.
+        InfeasibleTotalError: the job does not fit the total.
     """
-    check_offload(offload, budget, policy)
-    goal = as_goal(budget, solver, time_limit_s, cost, offload)
-    goal = with_microbatches(goal, in_flight, gradients)
+    check_offload(offload, budget if total is None else total, policy)
+    costs = cost_on(cost, device)
+    asked = asked_job(total, optimizer, budget, costs if isinstance(costs, Device) else None)
+    known = None if asked is not None and asked.total is not None else budget
+
+    def goal_for(limit: BudgetLike | None, place: OffloadLike | bool | None) -> Goal | None:
+        goal = as_goal(limit, solver, time_limit_s, costs, place)
+        return with_microbatches(goal, in_flight, gradients)
+
+    goal = None if asked is not None and known is None else goal_for(known, offload)
     _check_microbatches(goal, mode)
     wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload), inner)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, as_patterns(regions))
-    if mode != "compiled":
+    if asked is None:
+        return _planned(step, wanted)
+    check_open_sizes(dynamic)
+
+    def tried(one: FakeStep, job: JobAsked, place: OffloadLike | bool | None) -> Plan | StepPlan:
+        how = replace(wanted, offload=as_offload(place))
+
+        def made(budget_bytes: int | None) -> Plan | StepPlan:
+            found = goal_for(known if budget_bytes is None else budget_bytes, place)
+            if found is not None and gradients is None and job.job.keeps_gradients:
+                found = replace(found, gradients="kept")
+            return _planned(one, replace(how, goal=found))
+
+        return job.planned(Around.of_step(one.model, one.args, one.kwargs, one.loss_fn), made)
+
+    try:
+        return tried(step, asked, offload)
+    except InfeasibleTotalError as error:
+        raise error.with_cures(cures_of(error, step, asked, offload, tried)) from None
+
+
+def _planned(step: FakeStep, wanted: _Wanted) -> Plan | StepPlan:
+    if wanted.mode != "compiled":
         return _eager_plan(step, wanted)
-    if inner != "aot_eager":
+    if wanted.inner != "aot_eager":
         return _of_inductor(step, wanted)
-    if dynamic:
+    if wanted.dynamic:
         return _of_one_graph(step, wanted)
     with contextlib.suppress(SeveralGraphsError), _captured(step, wanted) as joint:
         if not joint.graph_break:
             return _plan_of(joint, wanted)
     return plan_graphs(step, wanted.chosen, wanted.goal)
+
+
+def check_open_sizes(dynamic: bool) -> None:
+    """Refuse sizes that are left open beside an account.
+
+    Raises:
+        PlanModeError: they are.
+    """
+    if dynamic:
+        raise PlanModeError(
+            "Got dynamic=True together with an optimizer, expected sizes that are known: an "
+            "account is in bytes. Leave dynamic out, or give budget= without an optimizer."
+        )
 
 
 def plan_one(
@@ -153,9 +212,10 @@ def plan_one(
     Raises:
         SeveralGraphsError: dynamo cuts the step.
     """
-    options = {key: named.pop(key) for key in _options_of(plan) if key in named}
+    options = {key: named.pop(key) for key in options_of(plan) if key in named}
     asked = ("solver", "time_limit_s", "cost", "offload")
     how = {key: options.pop(key) for key in asked if key in options}
+    how["cost"] = cost_on(how.get("cost", "roofline"), options.pop("device", None))
     goal = as_goal(options.pop("budget", None), **how)
     goal = with_microbatches(goal, options.pop("in_flight", None), options.pop("gradients", None))
     _check_microbatches(goal, options.get("mode", "compiled"))
@@ -256,58 +316,6 @@ def _plan_of(joint: JointGraph, wanted: _Wanted) -> Plan:
     return record_plan(
         decide(joint, wanted.chosen, wanted.goal, offload=wanted.offload or Offload())
     )
-
-
-def step_arguments(
-    model: nn.Module,
-    tool: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    named: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The keyword arguments of a model, from a call of a function of ours.
-
-    Args:
-        model: it gets them.
-        tool: the function that was called; a name that is no argument of the model's may be an
-            option of it, misspelt.
-        args: the model's positional arguments.
-        kwargs, named: its keyword arguments, as a mapping and by name.
-
-    Raises:
-        NotAModuleError: the model is none.
-        StepArgumentError: the model's forward does not take them.
-    """
-    check_module(model, tool.__name__)
-    if not isinstance(kwargs, (Mapping, NoneType)):
-        raise StepArgumentError(
-            f"{tool.__name__} got kwargs={kwargs!r} of type {type(kwargs).__name__}, expected a "
-            "mapping of the model's keyword arguments, such as kwargs={'labels': labels}."
-        )
-    found = {**named, **(kwargs or {})}
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # code without a signature
-        return found
-    try:
-        signature.bind(*args, **found)
-    except TypeError as error:
-        options = _options_of(tool)
-        unknown = [name for name in named if name not in signature.parameters]
-        near = nearest(unknown[0], [*options, *signature.parameters]) if unknown else ""
-        raise StepArgumentError(
-            f"{type(model).__name__}.forward{signature} does not take the arguments given: {error}."
-            f"{near} Expected the arguments of one call of the model; the options of "
-            f"{tool.__name__} are {', '.join(options)}. An argument of the model that has one of "
-            "these names goes into kwargs={...}."
-        ) from None
-    return found
-
-
-def _options_of(tool: Callable[..., Any]) -> list[str]:
-    """The names that a function of ours takes for itself, not for the model."""
-    parameters = inspect.signature(tool).parameters.values()
-    return [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
 
 
 def _eager_goal(mode: str, goal: Goal | None, taken: Mapping[str, object]) -> Goal:

@@ -4,39 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import nn
 
-from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.compile.engine import decide, policy_for
 from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
 from ckpt_pass.graph.capture import LossFn, NotTraceableError, capture
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.problem import GraphProblem, borders_of
 from ckpt_pass.graph.shapes import Dimension, at_sizes, largest, traced_sizes
+from ckpt_pass.job.counting import Around
+from ckpt_pass.job.jobs import JobLike
+from ckpt_pass.job.totals import InfeasibleTotalError, JobAsked, TotalLike, asked_job
 from ckpt_pass.planner.problem import Problem
 from ckpt_pass.planner.solution import InfeasibleBudgetError, without_recompute
 from ckpt_pass.planner.solve import solve
-from ckpt_pass.plans.budget import BudgetLike, check_budget, resolve_budget
+from ckpt_pass.plans.budget import BudgetLike, InvalidBudgetError, check_budget, resolve_budget
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.policy.sites import Bytes
-from ckpt_pass.tools.ahead import plan_one, step_arguments
-
-#: ``"batch"``, ``"sequence"``, or for each argument's index or name the dimension that varies.
-DimLike: TypeAlias = str | Mapping[int | str, int]
-
-#: Names of dimensions, and where tensors have them.
-DIMENSIONS = {"batch": 0, "sequence": 1}
-#: Names of dimensions that a command line offers.
-NAMES = tuple(DIMENSIONS)
-
-
-class UnknownDimensionError(CkptPassError):
-    """A dimension that the arguments do not have, or that the step's memory does not depend on."""
+from ckpt_pass.tools.ahead import plan_one
+from ckpt_pass.tools.arguments import step_arguments
+from ckpt_pass.tools.axis import Axis, DimLike, UnknownDimensionError
 
 
 @dataclass(frozen=True)
@@ -73,6 +64,9 @@ class Fit:
 
     def __str__(self) -> str:
         room = f"{self.peak_bytes:,} of {self.budget_bytes:,} bytes"
+        account = self.plan.account
+        if account is not None and account.total_bytes is not None:
+            room = f"{account.peak_bytes:,} of {account.total_bytes:,} bytes for the whole job"
         return "\n".join(
             [
                 f"fits         {self.dim} {self.size} ({', '.join(self.places)}): {room}",
@@ -85,7 +79,9 @@ class Fit:
 def fit(
     model: nn.Module,
     *args: Any,
-    budget: BudgetLike,
+    budget: BudgetLike | None = None,
+    total: TotalLike | None = None,
+    optimizer: JobLike | None = None,
     dim: DimLike = "batch",
     policy: PolicyLike | None = None,
     loss_fn: LossFn | None = None,
@@ -105,6 +101,8 @@ def fit(
         args, named: its arguments; the size that they have now does not matter, but that a
             fraction as ``budget`` is one of the peak at that size.
         budget: as for :func:`ckpt_pass.make_backend`.
+        total, optimizer: the memory of the whole job instead, and what steps, as for
+            :func:`ckpt_pass.plan`; the inputs grow with the size.
         dim: ``"batch"`` (dimension 0) or ``"sequence"`` (dimension 1) of the first tensor that has
             it, and of all tensors that have the same size there; or the dimension of each
             argument, by its index or name, as ``{0: 1, "labels": 1}``.
@@ -115,41 +113,82 @@ def fit(
         UnknownDimensionError: there is no such dimension, or every size of it fits.
         InvalidBudgetError, NotTraceableError, UnknownPolicyError: as for :func:`ckpt_pass.plan`.
     """
-    check_budget(budget)
+    asked = asked_job(total, optimizer, budget)
+    of_total = asked is not None and asked.total is not None
     inputs = step_arguments(model, fit, args, kwargs, named)
     given: dict[int | str, Any] = {**dict(enumerate(args))}
     given.update(inputs)
-    axis = _Axis.of(given, dim)
-    chosen = policy_for(policy, budget)
+    axis = Axis.of(given, dim)
+    chosen = policy_for(policy, 1 if of_total else check_budget(_given(budget)))
     distinct, distinct_named = axis.resized(axis.distinct_size())
     how: dict[str, Any] = {"loss_fn": loss_fn, "regions": regions, "dynamic": True}
     with capture(model, *distinct, kwargs=distinct_named, **how) as joint:
         family = _Family.of(joint, chosen, axis)
-    plain = without_recompute(family.at(axis.size))
-    budget_bytes = resolve_budget(budget, plain.peak_bytes)
+    limit: Callable[[int], int]
+    if asked is not None and of_total:
+        limit = _left_by(asked, Around.of_step(model, args, inputs, loss_fn), axis)
+    else:
+        plain = without_recompute(family.at(axis.size))
+        budget_bytes = resolve_budget(_given(budget), plain.peak_bytes)
+        limit = lambda _: budget_bytes  # noqa: E731  (the other one is made, too)
 
     def planned(size: int) -> Plan:
         options: dict[str, Any] = {"policy": policy, "loss_fn": loss_fn, "regions": regions}
         resized, resized_named = axis.resized(size)
-        return plan_one(model, *resized, budget=budget_bytes, kwargs=resized_named, **options)
+        options["kwargs"] = resized_named
 
-    size = _search(lambda n: family.fits(n, budget_bytes), family.guess(budget_bytes, axis))
+        def made(budget_bytes: int | None) -> Plan:
+            bound = limit(size) if budget_bytes is None else budget_bytes
+            return plan_one(model, *resized, budget=bound, **options)
+
+        if asked is None:
+            return made(None)
+        return asked.planned(Around.of_step(model, resized, resized_named, loss_fn), made)
+
+    guess = family.guess(max(limit(axis.size), 1), axis)
+    size = _search(lambda n: family.fits(n, limit(n)), guess)
     return _confirmed(axis, planned, size)
 
 
-def _confirmed(axis: _Axis, planned: Callable[[int], Plan], guess: int) -> Fit:
+def _given(budget: BudgetLike | None) -> BudgetLike:
+    """A budget that has to be there.
+
+    Raises:
+        InvalidBudgetError: there is none.
+    """
+    if budget is None:
+        raise InvalidBudgetError(budget, "there is neither a budget= nor a total=")
+    return budget
+
+
+def _left_by(asked: JobAsked, around: Around, axis: Axis) -> Callable[[int], int]:
+    """What a total leaves for the step at each size; 0 where the rest alone does not fit."""
+    account = asked.account(around)
+    total_bytes = account.total_bytes
+    assert total_bytes is not None
+    highest = max((phase.peak_bytes for phase in account.updates), default=0)
+
+    def left(size: int) -> int:
+        more = axis.bytes_at(size) - axis.bytes_at(axis.size)
+        fits = highest + more <= total_bytes
+        return max(total_bytes - account.pass_standing_bytes - more, 0) if fits else 0
+
+    return left
+
+
+def _confirmed(axis: Axis, planned: Callable[[int], Plan], guess: int) -> Fit:
     """The size that a trace of its own says fits, while the one above does not.
 
     Raises:
         InfeasibleBudgetError, NotTraceableError: there is no such size.
     """
-    found: dict[int, Plan | InfeasibleBudgetError | NotTraceableError] = {}
+    found: dict[int, Plan | InfeasibleBudgetError | InfeasibleTotalError | NotTraceableError] = {}
 
     def fits(size: int) -> bool:
         if size not in found:
             try:
                 found[size] = planned(size)
-            except (InfeasibleBudgetError, NotTraceableError) as error:
+            except (InfeasibleBudgetError, InfeasibleTotalError, NotTraceableError) as error:
                 found[size] = error
         return isinstance(found[size], Plan)
 
@@ -159,11 +198,14 @@ def _confirmed(axis: _Axis, planned: Callable[[int], Plan], guess: int) -> Fit:
     if not isinstance(best, Plan):
         raise best
     above = found[size + 1]
-    if isinstance(above, InfeasibleBudgetError):
-        next_peak: int | None = above.least_feasible_bytes
-        limit = f"{axis.name} {size + 1} needs {next_peak:,} bytes at least"
-    else:
-        next_peak, limit = None, f"{axis.name} {size + 1} cannot be traced: {above}"
+    next_peak: int | None = None
+    if isinstance(above, InfeasibleTotalError):
+        next_peak = above.needed_bytes
+    elif isinstance(above, InfeasibleBudgetError):
+        next_peak = above.least_feasible_bytes
+    limit = f"{axis.name} {size + 1} needs {next_peak or 0:,} bytes at least"
+    if next_peak is None:
+        limit = f"{axis.name} {size + 1} cannot be traced: {above}"
     return Fit(size, axis.name, axis.places, best, next_peak, limit)
 
 
@@ -189,106 +231,6 @@ def _search(fits: Callable[[int], bool], guess: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """The dimension that varies.
-
-    Attributes:
-        name: in words.
-        dims: the dimension of each argument that has it, by the argument's index or name.
-        size: what it is in the given arguments.
-        args: these, by index or name.
-    """
-
-    name: str
-    dims: tuple[tuple[int | str, int], ...]
-    size: int
-    args: Mapping[int | str, Any]
-
-    @classmethod
-    def of(cls, args: Mapping[int | str, Any], dim: DimLike) -> _Axis:
-        """Find a dimension in the arguments.
-
-        Raises:
-            UnknownDimensionError: they do not have it.
-        """
-        name = dim if isinstance(dim, str) else "given"
-        dims = _named(args, dim) if isinstance(dim, str) else tuple(dim.items())
-        for index, place in dims:
-            known = isinstance(args.get(index), torch.Tensor)
-            if not known or not 0 <= place < args[index].dim():
-                raise UnknownDimensionError(
-                    f"There is no argument {index} with a dimension {place}: the arguments are "
-                    f"{_shapes(args)}. Expected {{argument index: dimension}} of tensors."
-                )
-        sizes = {args[index].shape[place] for index, place in dims}
-        if len(sizes) != 1:
-            raise UnknownDimensionError(
-                f"Got dim={dim!r}, of the sizes {sorted(sizes)}: the arguments are "
-                f"{_shapes(args)}. Expected dimensions of one size, which are to stay equal."
-            )
-        return cls(name, dims, int(sizes.pop()), args)
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """As :class:`ckpt_pass.shapes.Dimension` calls them."""
-        return tuple(f"argument {index} dim {place}" for index, place in self.dims)
-
-    def distinct_size(self) -> int:
-        """A size of 2 or more that no other dimension has: torch gives equal sizes one symbol."""
-        others = {
-            size
-            for index, arg in self.args.items()
-            if isinstance(arg, torch.Tensor)
-            for place, size in enumerate(arg.shape)
-            if (index, place) not in self.dims
-        }
-        found = max(self.size, 2)
-        while found in others:
-            found += 1
-        return found
-
-    def resized(self, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with another size; their contents are not looked at, and not set."""
-        found = dict(self.args)
-        for index, place in self.dims:
-            old = found[index]
-            shape = [*old.shape[:place], size, *old.shape[place + 1 :]]
-            order = sorted(range(old.dim()), key=lambda d: -old.stride(d))
-            new = torch.empty_permuted(shape, order, dtype=old.dtype, device=old.device)
-            found[index] = new.requires_grad_(old.requires_grad)
-        positional = tuple(value for key, value in found.items() if isinstance(key, int))
-        return positional, {key: v for key, v in found.items() if isinstance(key, str)}
-
-
-def _named(args: Mapping[int | str, Any], name: str) -> tuple[tuple[int | str, int], ...]:
-    if name not in DIMENSIONS:
-        raise UnknownDimensionError(
-            f"Got dim={name!r}.{nearest(name, DIMENSIONS)} Expected one of {', '.join(NAMES)}, or "
-            "{argument index: dimension}."
-        )
-    place = DIMENSIONS[name]
-    tensors = [
-        (index, arg)
-        for index, arg in args.items()
-        if isinstance(arg, torch.Tensor) and arg.dim() > place
-    ]
-    if not tensors:
-        raise UnknownDimensionError(
-            f"No argument has a {name} (dimension {place}): the arguments are {_shapes(args)}. "
-            "Expected a tensor with that dimension, or {argument index: dimension}."
-        )
-    size = tensors[0][1].shape[place]
-    return tuple((index, place) for index, arg in tensors if arg.shape[place] == size)
-
-
-def _shapes(args: Mapping[int | str, Any]) -> str:
-    return ", ".join(
-        str(list(arg.shape)) if isinstance(arg, torch.Tensor) else type(arg).__name__
-        for arg in args.values()
-    )
-
-
-@dataclass(frozen=True)
 class _Family:
     """The same step at any size of one dimension.
 
@@ -305,7 +247,7 @@ class _Family:
     dimensions: tuple[Dimension, ...]
 
     @classmethod
-    def of(cls, joint: JointGraph, policy: Policy, axis: _Axis) -> _Family:
+    def of(cls, joint: JointGraph, policy: Policy, axis: Axis) -> _Family:
         """Read a joint graph with symbolic sizes; a policy's MUST_* decisions are tagged on it."""
         described = decide(joint, policy).described
         borders = borders_of(joint, described)
@@ -350,7 +292,7 @@ class _Family:
         except InfeasibleBudgetError as error:
             return error.least_feasible_bytes
 
-    def guess(self, budget_bytes: int, axis: _Axis) -> int:
+    def guess(self, budget_bytes: int, axis: Axis) -> int:
         """A size near the largest: the plan of least peak at the traced size, at other sizes.
 
         Raises:

@@ -31,7 +31,8 @@ from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import PolicyLike
 from ckpt_pass.report.sweeps import BLOCKS, OURS, TORCH, SweepRow, plot_sweep, sweep_text
 from ckpt_pass.state.untouched import untouched
-from ckpt_pass.tools.ahead import plan, step_arguments
+from ckpt_pass.tools.ahead import plan
+from ckpt_pass.tools.arguments import step_arguments
 from ckpt_pass.tools.users_step import Progress, Told, UsersStep
 
 #: torch's knob, from "recompute only what is nearly free" to "recompute everything".

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers
 from ckpt_pass.compile.backend import make_backend
 from ckpt_pass.graph.capture import LossFn, whole_step
+from ckpt_pass.job.jobs import Job, JobLike, as_job
+from ckpt_pass.job.totals import TotalLike
 from ckpt_pass.measure.gradients import GradientComparison, NoLossError, compare_gradients
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
@@ -34,7 +36,8 @@ from ckpt_pass.regions.wrapping import (
 )
 from ckpt_pass.state.untouched import holders_restored, untouched
 from ckpt_pass.tools.ahead import plan as make_plan
-from ckpt_pass.tools.ahead import step_arguments
+from ckpt_pass.tools.arguments import step_arguments
+from ckpt_pass.tools.job_run import measured_job_peak
 
 #: How far the measured peak may be from the predicted one: what was seen on models with kernels'
 #: workspaces, whose prediction is a measurement of its own (docs/use/verify.md).
@@ -110,6 +113,8 @@ def verify(
     plan: Plan | StepPlan | None = None,
     policy: PolicyLike | None = None,
     budget: BudgetLike | None = None,
+    total: TotalLike | None = None,
+    optimizer: JobLike | None = None,
     mode: str = "compiled",
     offload: OffloadLike | bool | None = None,
     loss_fn: LossFn | None = None,
@@ -130,6 +135,8 @@ def verify(
         plan: the plan; or one is made of ``policy``, ``budget``, ``mode``, ``offload`` as by
             :func:`ckpt_pass.plan`. ``mode="eager"`` with a policy and no budget makes each layer a
             region with that policy, of which no peak is predicted.
+        total, optimizer: as by :func:`ckpt_pass.plan`; three steps of the whole job then run on
+            copies of model and optimizer, and the job's peak is compared with the account's.
         loss_fn: makes a loss of the model's output.
         rtol, atol: how far gradients may be apart; bit by bit equal by default. Of a plan for
             inductor they are not: it fuses other ops with ours, and rounds elsewhere.
@@ -145,14 +152,33 @@ def verify(
     inputs = step_arguments(model, verify, args, kwargs, named)
     used = _Used(model, args, inputs, loss_fn, rtol, atol)
     with untouched(model, loss_fn, args, inputs, values=True):
-        if plan is None and mode == "eager" and budget is None:
+        if plan is None and mode == "eager" and budget is None and total is None:
             return _verify_policy(policy, used)
         if plan is None:
             how: dict[str, Any] = {"policy": policy, "budget": budget, "offload": offload}
+            how |= {"total": total, "optimizer": optimizer}
             plan = make_plan(model, *args, mode=mode, loss_fn=loss_fn, kwargs=inputs, **how)
         if isinstance(plan, Plan) and plan.mode == "eager":
-            return _verify_eager(plan, used, as_offload(offload))
-        return _verify_compiled(plan, used)
+            found = _verify_eager(plan, used, as_offload(offload))
+        else:
+            found = _verify_compiled(plan, used)
+        if optimizer is None or plan.account is None:
+            return found
+        return replace(found, checks=(*found.checks, *_of_job(plan, used, as_job(optimizer))))
+
+
+def _of_job(plan: Plan | StepPlan, used: _Used, job: Job) -> Iterator[Check]:
+    """The promises of an account."""
+    account = plan.account
+    assert account is not None
+    got = measured_job_peak(used.model, used.args, used.kwargs, used.loss_fn, plan, job)
+    room = max(PEAK_BYTES, int(PEAK_SHARE * account.peak_bytes))
+    near = abs(got - account.peak_bytes) <= room
+    expected = format_bytes(account.peak_bytes)
+    yield Check("peak of the job, predicted", expected, format_bytes(got), near)
+    if account.total_bytes is not None:
+        within = f"at most {format_bytes(account.total_bytes)}"
+        yield Check("peak of the job, total", within, format_bytes(got), got <= account.total_bytes)
 
 
 @dataclass(frozen=True)
@@ -315,18 +341,23 @@ def _same(found: GradientComparison, rtol: float, atol: float) -> tuple[Check, C
 
 
 def _promises(plan: Plan | StepPlan, measured: Measurement) -> Iterator[Check]:
-    peak = measured.peak_bytes
+    # A plan for a step that adds to gradients is compared where there are some: in the job.
+    if plan.account is None or not plan.account.keeps_gradients:
+        yield from _peaks(plan, measured.peak_bytes)
+    if isinstance(plan, StepPlan) or plan.inner == "inductor":
+        return  # what runs between the graphs has flops of its own; fused kernels are not counted
+    got = measured.flops - plan.predicted.step_flops
+    expected = plan.predicted.recompute_flops
+    yield Check("recomputed flops", f"{expected:,}", f"{got:,}", got == expected)
+
+
+def _peaks(plan: Plan | StepPlan, peak: int) -> Iterator[Check]:
     room = max(PEAK_BYTES, int(PEAK_SHARE * plan.peak_bytes))
     near = abs(peak - plan.peak_bytes) <= room
     yield Check("peak, predicted", format_bytes(plan.peak_bytes), format_bytes(peak), near)
     if plan.budget_bytes is not None:
         within = f"at most {format_bytes(plan.budget_bytes)}"
         yield Check("peak, budget", within, format_bytes(peak), peak <= plan.budget_bytes)
-    if isinstance(plan, StepPlan) or plan.inner == "inductor":
-        return  # what runs between the graphs has flops of its own; fused kernels are not counted
-    got = measured.flops - plan.predicted.step_flops
-    expected = plan.predicted.recompute_flops
-    yield Check("recomputed flops", f"{expected:,}", f"{got:,}", got == expected)
 
 
 def _not_above(plain: Measurement, measured: Measurement) -> Check:

@@ -1,0 +1,1 @@
+"""What stands around a training step: parameters, gradients, the optimizer and what it takes."""

@@ -1,0 +1,69 @@
+"""Optimizers by name, as a command line gives them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckpt_pass._errors import CkptPassError, nearest
+
+_CALL = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*")
+
+
+class UnknownOptimizerError(CkptPassError):
+    """A name that is none of torch's optimizers, or options that it does not take."""
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """The classes in ``torch.optim`` that step on gradients alone."""
+    classes = (value for value in vars(torch.optim).values() if inspect.isclass(value))
+    found = (cls for cls in classes if issubclass(cls, torch.optim.Optimizer))
+    apart = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+    return tuple(sorted(cls.__name__ for cls in found if cls not in apart))
+
+
+def optimizer_named(text: str, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a model that a text such as ``AdamW`` or ``SGD(momentum=0.9)`` means.
+
+    Args:
+        text: a class of ``torch.optim``, in any case of letters, and options that are literals.
+        model: whose parameters it steps.
+
+    Raises:
+        UnknownOptimizerError: there is no such class, or it does not take the options.
+    """
+    match = _CALL.fullmatch(text)
+    known = {name.lower(): name for name in optimizer_names()}
+    name = known.get(match[1].lower()) if match is not None else None
+    if match is None or name is None:
+        raise UnknownOptimizerError(
+            f"Got optimizer {text!r}.{nearest(text, known.values())} Expected one of "
+            f"{', '.join(known.values())}, with options if any: 'SGD(momentum=0.9)'."
+        )
+    try:
+        found: torch.optim.Optimizer = getattr(torch.optim, name)(
+            [p for p in model.parameters() if p.requires_grad], **_options(match[2] or "")
+        )
+    except (TypeError, ValueError, SyntaxError, RuntimeError) as error:
+        raise UnknownOptimizerError(
+            f"{name} does not take the options in {text!r}: {error}. Expected such as "
+            "'SGD(momentum=0.9)' or 'AdamW(foreach=True)'."
+        ) from error
+    return found
+
+
+def _options(text: str) -> dict[str, Any]:
+    """Keyword arguments whose values are literals.
+
+    Raises:
+        SyntaxError, ValueError: they are none.
+    """
+    call = ast.parse(f"f({text})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+        raise ValueError("options are given by name")
+    return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}

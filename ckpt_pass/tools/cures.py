@@ -1,0 +1,166 @@
+"""What would make a training job fit: changes of the job, each of them computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+
+from ckpt_pass.job.copies import Copier
+from ckpt_pass.job.counting import Around
+from ckpt_pass.job.jobs import Job
+from ckpt_pass.job.totals import Cure, InfeasibleTotalError, JobAsked
+from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.planner.devices import DEVICES
+from ckpt_pass.plans.budget import DEVICE_RESERVE
+from ckpt_pass.plans.step_plan import StepPlan
+from ckpt_pass.plans.value import Plan
+from ckpt_pass.steps.running import FakeStep
+from ckpt_pass.tools.axis import Axis, UnknownDimensionError
+
+#: Cures that a message names.
+MOST = 3
+#: Halvings of a microbatch that are tried: each is a plan of its own.
+_HALVINGS = 3
+
+#: Plans a step of a job, with a place that values may move to.
+Place: TypeAlias = "OffloadLike | bool | None"
+Try: TypeAlias = Callable[[FakeStep, JobAsked, Place], Plan | StepPlan]
+
+
+def cures_of(
+    error: InfeasibleTotalError,
+    step: FakeStep,
+    asked: JobAsked,
+    offload: Place,
+    tried: Try,
+) -> tuple[Cure, ...]:
+    """Changes that make a job fit its total: three at most, those that change least first.
+
+    Args:
+        error: tells by how much it does not.
+        step, asked, offload: what was planned.
+        tried: plans it.
+    """
+    found: list[Cure] = []
+    ways = (
+        _by_optimizer(error, step, asked),
+        _by_gradients(step, asked, offload, tried),
+        _by_batch(error, step, asked, offload, tried),
+        _by_offload(error, step, asked, offload, tried),
+        _by_device(error, asked),
+    )
+    for cure in (cure for way in ways for cure in way):
+        if cure.needed_bytes <= error.total_bytes or cure.is_device:
+            found.append(cure)
+        if len(found) == MOST:
+            break
+    return tuple(found)
+
+
+def _by_optimizer(error: InfeasibleTotalError, step: FakeStep, asked: JobAsked) -> Iterator[Cure]:
+    """Other kernels of the same optimizer: its step takes less, and does the same."""
+    if error.account.peak_phase.is_pass:
+        return
+    around = Around.of_step(step.model, step.args, step.kwargs, step.loss_fn)
+    least = next(p.above_bytes or 0 for p in error.account.phases if p.is_pass)
+    for words, options in (
+        ("fused=True", {"fused": True, "foreach": False}),
+        ("foreach=False", {"fused": False, "foreach": False}),
+    ):
+        job = _with_options(asked.job, options)
+        if job is not None:
+            account = replace(asked, job=job).account(around)
+            needed = account.with_step(least, error.account.outputs_bytes).peak_bytes
+            yield Cure(f"the optimizer with {words}", needed)
+
+
+def _with_options(job: Job, options: dict[str, bool]) -> Job | None:
+    """The job with other kernels for its optimizers; ``None`` where they have no such ones."""
+    copied = Copier(_itself)
+    found = []
+    for optimizer in job.optimizers:
+        other: torch.optim.Optimizer = copied(optimizer)
+        for group in other.param_groups:
+            if not options.keys() <= group.keys():
+                return None
+            group.update(options)
+        found.append(other)
+    return replace(job, optimizer=tuple(found))
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _needed(tried: Try, step: FakeStep, asked: JobAsked, offload: Place) -> int:
+    """What a job needs for its total: what it takes, where that fits."""
+    try:
+        account = tried(step, asked, offload).account
+        assert account is not None
+        return account.peak_bytes
+    except InfeasibleTotalError as error:
+        return error.needed_bytes
+
+
+def _by_gradients(step: FakeStep, asked: JobAsked, offload: Place, tried: Try) -> Iterator[Cure]:
+    if not asked.job.set_to_none:
+        changed = replace(asked, job=replace(asked.job, set_to_none=True))
+        yield Cure("set_to_none=True", _needed(tried, step, changed, offload))
+
+
+def _by_batch(
+    error: InfeasibleTotalError,
+    step: FakeStep,
+    asked: JobAsked,
+    offload: Place,
+    tried: Try,
+) -> Iterator[Cure]:
+    """A smaller microbatch and more of them: the same gradients."""
+    given: dict[int | str, Any] = dict(enumerate(step.args))
+    given.update(step.kwargs)
+    try:
+        axis = Axis.of(given, "batch")
+    except UnknownDimensionError:
+        return
+    rest = max((phase.peak_bytes for phase in error.account.updates), default=0)
+    if rest > error.total_bytes:
+        return  # the optimizer's step alone does not fit
+    size, count = axis.size, asked.job.accumulate
+    for _ in range(_HALVINGS):
+        if size % 2:
+            return
+        size, count = size // 2, count * 2
+        args, kwargs = axis.resized(size)
+        smaller = replace(step, args=args, kwargs=kwargs)
+        changed = replace(asked, job=replace(asked.job, accumulate=count))
+        needed = _needed(tried, smaller, changed, offload)
+        yield Cure(f"microbatches of {size}, accumulate={count}", needed)
+        if needed <= error.total_bytes:
+            return
+
+
+def _by_offload(
+    error: InfeasibleTotalError,
+    step: FakeStep,
+    asked: JobAsked,
+    offload: Place,
+    tried: Try,
+) -> Iterator[Cure]:
+    if not offload and error.account.peak_phase.is_pass:
+        yield Cure("offload=True", _needed(tried, step, asked, Offload()))
+
+
+def _by_device(error: InfeasibleTotalError, asked: JobAsked) -> Iterator[Cure]:
+    """The smallest device of the table that has enough, where the job is planned on paper."""
+    if asked.device is None:
+        return
+    found = sorted(DEVICES.values(), key=lambda device: device.memory_bytes)
+    for device in found:
+        room = int(device.memory_bytes * (1 - DEVICE_RESERVE))
+        if device.kind == asked.device.kind and room >= error.needed_bytes:
+            yield Cure(f"a {device}", error.needed_bytes, is_device=True)
+            return

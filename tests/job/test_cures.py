@@ -1,0 +1,119 @@
+"""What would make a job fit is computed, and fits as it says when it is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ckpt_pass
+from ckpt_pass import Device, InfeasibleTotalError, Job
+from ckpt_pass.job.totals import Cure
+from tests.job.jobs import Blocks
+
+X = torch.randn(64, 32)
+
+
+class Wide(nn.Module):
+    """Large parameters, small activations: the optimizer's step is the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean square of what comes out."""
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.square().mean()
+
+
+def told(model: nn.Module, x: torch.Tensor, total: int, **how: Any) -> InfeasibleTotalError:
+    with pytest.raises(InfeasibleTotalError) as error:
+        ckpt_pass.plan(model, x, total=total, mode="eager", **how)
+    return error.value
+
+
+def named(error: InfeasibleTotalError, words: str) -> Cure:
+    found = next(cure for cure in error.cures if words in cure.words)
+    assert words in str(error) and found.needed_bytes <= error.total_bytes
+    return found
+
+
+def fits(model: nn.Module, x: torch.Tensor, cure: Cure, total: int, **how: Any) -> None:
+    """Done, it takes what was said."""
+    plan = ckpt_pass.plan(model, x, total=total, mode="eager", **how)
+    assert plan.account is not None and plan.account.peak_bytes <= total
+    assert abs(plan.account.peak_bytes - cure.needed_bytes) <= 0.01 * total
+
+
+def least(model: nn.Module, x: torch.Tensor, **how: Any) -> int:
+    return told(model, x, 1000, **how).needed_bytes
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": False}])
+def test_other_kernels_of_the_same_optimizer(options: dict[str, bool]) -> None:
+    model, x = Wide(), torch.randn(2, 128)
+    foreach = torch.optim.AdamW(model.parameters(), foreach=True)
+    total = least(model, x, optimizer=foreach) - 1000
+    error = told(model, x, total, optimizer=foreach)
+    (name, value), *_ = options.items()
+    cure = named(error, f"{name}={value}")
+    fits(model, x, cure, total, optimizer=torch.optim.AdamW(model.parameters(), **options))
+    assert foreach.defaults["foreach"] and foreach.param_groups[0]["foreach"]  # as it was
+
+
+@pytest.mark.slow
+def test_gradients_that_are_let_go_of() -> None:
+    model = Blocks()
+    optimizer = torch.optim.SGD(model.parameters())
+    kept = Job(optimizer, set_to_none=False)
+    total = least(model, X, optimizer=kept) - 5000
+    cure = named(told(model, X, total, optimizer=kept), "set_to_none=True")
+    fits(model, X, cure, total, optimizer=optimizer)
+
+
+def test_smaller_microbatches_and_more_of_them() -> None:
+    model = Blocks()
+    optimizer = torch.optim.SGD(model.parameters())
+    job = Job(optimizer, accumulate=2)  # gradients stand there already
+    total = least(model, X, optimizer=job) - 5000
+    cure = named(told(model, X, total, optimizer=job), "microbatches of 32, accumulate=4")
+    fits(model, X[:32].clone(), cure, total, optimizer=Job(optimizer, accumulate=4))
+
+
+@pytest.mark.slow
+def test_values_that_move() -> None:
+    model, x = Blocks(depth=4), torch.randn(63, 32)  # of an odd batch there are no halves
+    optimizer = torch.optim.SGD(model.parameters())
+    total = least(model, x, optimizer=optimizer)
+    moved = least(model, x, optimizer=optimizer, offload=True)
+    if moved >= total:
+        pytest.skip("nothing is gained by moving here")
+    error = told(model, x, (total + moved) // 2, optimizer=optimizer)
+    cure = named(error, "offload=True")
+    fits(model, x, cure, error.total_bytes, optimizer=optimizer, offload=True)
+
+
+def test_a_larger_card_where_the_job_is_on_paper() -> None:
+    with torch.device("meta"):
+        model, x = nn.Linear(100_000, 10_000), torch.zeros(1, 100_000)
+    small = Device("small", 10 * 10**9, (("float32", 1e13),), 1e12, 1e10)
+    error = told(
+        model, x, "device", optimizer=torch.optim.AdamW(model.parameters(), fused=True),
+        device=small, loss_fn=torch.sum,
+    )  # fmt: skip
+    cure = error.cures[-1]
+    assert cure.is_device and cure.words == "a l4 (24 GB)"
+    fits(
+        model, x, cure, 24 * 10**9, optimizer=torch.optim.AdamW(model.parameters(), fused=True),
+        device="l4", loss_fn=torch.sum,
+    )  # fmt: skip
+
+
+def test_none_where_there_is_none() -> None:
+    model = Blocks(depth=1)
+    error = told(model, X, 1000, optimizer=torch.optim.SGD(model.parameters()))
+    assert error.cures == () and "Give a larger total" in str(error)
