@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet_collector(*, collect_first: bool) -> Iterator[None]:
+def quiet_collector(*, collect_first: bool = True) -> Iterator[None]:
     """No collection inside.
 
     One would free tensors at random where memory is counted; and it takes a fifth of the time of a

@@ -191,7 +191,7 @@ class MemoryProfiler:
             )
         self._record, self._names = None, []
         with contextlib.ExitStack() as stack:
-            stack.enter_context(quiet_collector(collect_first=True))
+            stack.enter_context(quiet_collector())
             if self._device.type == "cuda":
                 stack.enter_context(self._on_cuda())
             self._session = stack.enter_context(profiled())

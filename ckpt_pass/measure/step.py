@@ -193,7 +193,7 @@ class _Runner:
     def _prepared(self) -> Iterator[None]:
         for leaf in self.leaves:
             leaf.grad = None
-        with rng_restored(self.device), quiet_collector(collect_first=True):
+        with rng_restored(self.device), quiet_collector():
             self._synchronise()
             yield
             for leaf in self.leaves:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import ckpt_pass
-from ckpt_pass.measure.allocations import profiled, quiet_collector, read_recording
+from ckpt_pass._torch.collector import quiet_collector
+from ckpt_pass.measure.allocations import profiled, read_recording
 
 Job = Callable[[int], Any]
 LIMIT_S = 60

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import ckpt_pass
 import ckpt_pass.distributed
-from ckpt_pass.measure.allocations import profiled, quiet_collector, read_recording
+from ckpt_pass._torch.collector import quiet_collector
+from ckpt_pass.measure.allocations import profiled, read_recording
 
 ROWS, WIDTH = 48, 32
 #: Bytes that autograd keeps of Python's numbers are counted a little longer than it does.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from ckpt_pass._torch.collector import quiet_collector
 from ckpt_pass.job.jobs import Job
-from ckpt_pass.measure.allocations import profiled, quiet_collector, read_recording
+from ckpt_pass.measure.allocations import profiled, read_recording
 
 CPU = torch.device("cpu")
 _SPAN = "tests::job"
