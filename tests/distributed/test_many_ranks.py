@@ -18,10 +18,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import profile
 
 import ckpt_pass
 from ckpt_pass import distributed
-from tests.distributed.ranks import Block, batch, made, on_ranks, peaks, trained
+from tests.distributed.ranks import ROWS, Block, batch, made, on_ranks, peaks, trained
 
 pytestmark = pytest.mark.distributed
 BUDGETS = (0.95, 0.7)
@@ -31,20 +32,23 @@ Wrap = Callable[[nn.Module], nn.Module]
 # --- what runs on each rank -----------------------------------------------------------------
 
 
-def planned_and_trained(wrap: Wrap, rank: int, budget: float, **asked: Any) -> dict[str, Any]:
+def planned_and_trained(
+    wrap: Wrap, rank: int, budget: float, rows: int = ROWS, **asked: Any
+) -> dict[str, Any]:
     """A model that is wrapped, planned and trained, beside one without a plan."""
-    plain = trained(wrap(made()), rank)
+    inputs = batch(0, rows=rows)
+    beside = wrap(made())
+    plain, exchanged = trained(beside, rank, rows), exchanges(beside, inputs)
     model = wrap(made())
     if rank == 1:
         time.sleep(0.1)  # nobody waits for the others while it plans
     try:
-        plan = ckpt_pass.plan(model, batch(0), budget=budget, mode="eager", **asked)
+        plan = ckpt_pass.plan(model, inputs, budget=budget, mode="eager", **asked)
     except ckpt_pass.InfeasibleBudgetError as error:
         least = error.least_feasible_bytes
-        plan = ckpt_pass.plan(model, batch(0), budget=least, mode="eager", **asked)
+        plan = ckpt_pass.plan(model, inputs, budget=least, mode="eager", **asked)
     plan.apply(model)
-    same = trained(model, rank) == plain
-    inputs = batch(0)
+    same = trained(model, rank, rows) == plain and exchanges(model, inputs) == exchanged
     times = 3 if asked.get("gradients") == "accumulated" else 1
 
     def step() -> None:
@@ -110,7 +114,14 @@ def ddp(rank: int) -> list[dict[str, Any]]:
 
 
 def tensor_parallel(rank: int) -> list[dict[str, Any]]:
-    return [planned_and_trained(split, 0, 0.97)]
+    return [planned_and_trained(split, 0, budget, rows=256) for budget in (0.9, 0.7)]
+
+
+def exchanges(model: nn.Module, inputs: Tensor) -> int:
+    """How often gloo reduces something in a step."""
+    with profile() as session:
+        model(inputs).backward()
+    return sum(e.count for e in session.key_averages() if e.key == "gloo:all_reduce")
 
 
 def planned_after_a_step(rank: int) -> bool:
