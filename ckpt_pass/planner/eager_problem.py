@@ -294,7 +294,8 @@ def _with_others(beside: Microbatches, bytes_at: Ints, each: int, left: Ints) ->
     """
     first = bytes_at + left + (beside.first - 1) * each
     later = bytes_at + beside.held_bytes + (beside.later - 1) * each
-    return np.maximum(first, later) + beside.passed_bytes
+    most: Ints = np.maximum(first, later) + beside.passed_bytes
+    return most
 
 
 def _goes(problem: EagerProblem, plan: EagerPlan) -> npt.NDArray[np.bool_]:
