@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
@@ -117,6 +120,40 @@ def tensor_parallel(rank: int) -> list[dict[str, Any]]:
     return [planned_and_trained(split, 0, budget, rows=256) for budget in (0.9, 0.7)]
 
 
+def split_in_rows(model: nn.Module) -> nn.Module:
+    """Tensor and sequence parallel: each rank has rows of its own between the products."""
+    mesh = init_device_mesh("cpu", (2,))
+    how = {
+        "norm": SequenceParallel(sequence_dim=0),
+        "up": ColwiseParallel(input_layouts=Shard(0)),
+        "down": RowwiseParallel(output_layouts=Shard(0)),
+    }
+    for layer in model.layers:  # type: ignore[union-attr]
+        parallelize_module(layer, mesh, how)
+    return model
+
+
+def sequence_parallel(rank: int) -> list[dict[str, Any]]:
+    return [planned_and_trained(split_in_rows, rank, 0.7, rows=256)]
+
+
+def split_and_sharded(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for layer in model.layers:  # type: ignore[union-attr]
+        how = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(layer, mesh["tensor"], how)
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    return model
+
+
+def in_two_ways(rank: int) -> list[dict[str, Any]]:
+    return [
+        planned_and_trained(split_and_sharded, rank // 2, budget, rows=256)
+        for budget in (0.95, 0.85, 0.75, 0.65, 0.6)
+    ]
+
+
 def exchanges(model: nn.Module, inputs: Tensor) -> int:
     """How often gloo reduces something in a step."""
     with profile() as session:
@@ -217,7 +254,16 @@ def stage(rank: int, kind: Any, budget: float) -> dict[str, Any]:
 
 # --- tests ----------------------------------------------------------------------------------
 
-TRAINED = (fsdp, fsdp_kept, fsdp_mixed, fsdp_accumulated, ddp, tensor_parallel, pipeline)
+TRAINED = (
+    fsdp,
+    fsdp_kept,
+    fsdp_mixed,
+    fsdp_accumulated,
+    ddp,
+    tensor_parallel,
+    sequence_parallel,
+    pipeline,
+)
 OTHERS = (
     planned_after_a_step,
     together,
@@ -235,7 +281,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("name", [job.__name__ for job in TRAINED])
 def test_gradients_and_peaks(found: dict[str, list[Any]], name: str) -> None:
-    for rank in found[name]:
+    check(found[name])
+
+
+@pytest.mark.slow
+def test_two_ways_on_four_ranks(tmp_path: Path) -> None:
+    check(on_ranks([in_two_ways], tmp_path, ranks=4)["in_two_ways"])
+
+
+def check(ranks: list[list[dict[str, Any]]]) -> None:
+    for rank in ranks:
         for one in rank:
             assert one["same"], one
             assert one["predicted"] <= one["budget"], one
