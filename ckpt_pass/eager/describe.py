@@ -252,7 +252,7 @@ def _why_once(trace: EagerTrace, call: CallRecord) -> str:
     first = call.ops[0]
     for op in trace.ops[slice(*call.ops)]:
         assert callable(op.call.target)
-        if op.effects:
+        if op.effects and not _is_kept(op):
             return f"{op_name(op.call.target)} in it has an effect"
         for storage in op.changes:
             if storage >= 0 and trace.storages[storage].born < first:
@@ -263,6 +263,23 @@ def _why_once(trace: EagerTrace, call: CallRecord) -> str:
     if not trace.asked_again.isdisjoint(range(*call.values)):
         return "a function in it asks for its saved tensors more than once"
     return ""
+
+
+#: What is done with a collective's result before it is used; nothing is exchanged.
+_WAITS = ("_c10d_functional.wait_tensor.", "_c10d_functional._wrap_tensor_autograd.")
+
+
+def _is_kept(op: OpRecord) -> bool:
+    """Whether a region can keep what an op exchanges with other ranks, instead of running it again.
+
+    Of a collective inside of an op on DTensors it sees nothing.
+    """
+    assert callable(op.call.target)
+    name = op_name(op.call.target)
+    if name.startswith(_WAITS):
+        return True
+    seen = op.site is not None and not op.site.op.startswith(LOCAL)
+    return seen and name.startswith("_c10d_functional.") and bool(op.makes) and not op.changes
 
 
 def left_out(trace: EagerTrace) -> dict[str, str]:

@@ -15,12 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass._torch.random_states import told_of_states
@@ -28,13 +24,12 @@ from ckpt_pass._torch.storages import told_of_resizes
 from ckpt_pass._torch.wrappers import awaited, shapes_of_the_whole_aside, wraps
 from ckpt_pass.eager.answers import Answers, asks
 from ckpt_pass.eager.constants import Constants
-from ckpt_pass.eager.held_objects import HeldObjects
+from ckpt_pass.eager.module_calls import ModuleCalls
 from ckpt_pass.eager.packed import Packed
 from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
 from ckpt_pass.eager.step_record import (
     LOCAL,
-    CallRecord,
     EagerTrace,
     OpRecord,
     SavedRecord,
@@ -44,9 +39,9 @@ from ckpt_pass.eager.trace_ops import (
     HeldNumbers,
     Sums,
     as_really,
-    changed_tensors,
     differentiate,
     fresh_ids,
+    has_effects,
     is_plain,
     is_taken_over,
     saved_numbers_bytes,
@@ -58,7 +53,7 @@ from ckpt_pass.eager.two_ways import Formulas
 from ckpt_pass.graph.calls import Calls
 from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernels import Kernels
-from ckpt_pass.ops.taxonomy import draws_random, never_recompute, op_name
+from ckpt_pass.ops.taxonomy import draws_random, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
 
@@ -90,7 +85,6 @@ class Recorder(TorchDispatchMode):
         self._answers = answers
         self._numbers = RealNumbers(faked)
         self._constants = Constants() if constants is None else constants
-        self._objects = HeldObjects(self._storages)
         self._fakes = fakes
         self._statistics = statistics
         self._model = model
@@ -100,12 +94,14 @@ class Recorder(TorchDispatchMode):
         self._local_sites = SiteCounter()
         self._live: dict[int, int] = {}
         self._refs: dict[int, weakref.ref[Any]] = {}
-        self._open: list[int] = []
         self._asked: set[int] = set()  # in the backward
         self._written = Calls(fakes)
         self._sums = Sums()
         self._held = HeldNumbers()
         self._formulas = Formulas(self.trace)
+        self._calls = ModuleCalls(
+            model, self.trace, lambda: self._module, self._storages, self._number_of
+        )
         self._resting = False
         self._backward = False
         self._apart = 0  # ops on tensors that wrap others, in each other
@@ -129,13 +125,13 @@ class Recorder(TorchDispatchMode):
         states = told_of_states(self._state_read)
         sizes = told_of_resizes(self._resized)
         aside = shapes_of_the_whole_aside()
-        with self._stack.followed(), self._calls(), states, sizes, aside, self:
+        with self._stack.followed(), self._calls.followed(), states, sizes, aside, self:
             with hooks, RealPaths(asks=self._answers is not None):
                 value = step()
             self.trace.forward_length = self.moment
             returned = self._storages(value)
             self.trace.output_bytes = sum(self.trace.storages[n].nbytes for n in returned)
-            self._objects.settle()
+            self._calls.objects.settle()
             self._backward = True
             differentiate(self._model, value, self._rest() if received else None)
         end = self.moment
@@ -151,61 +147,6 @@ class Recorder(TorchDispatchMode):
     def left_bytes(self) -> int:
         """What is still there of the memory that the step has made."""
         return sum(self.trace.storages[number].nbytes for number in self._live.values())
-
-    @contextlib.contextmanager
-    def _calls(self) -> Iterator[None]:
-        """Note where each module call begins and ends."""
-
-        def enter(module: nn.Module, _args: Any) -> None:
-            trace, parent = self.trace, self._open[-1] if self._open else -1
-            name = self._module
-            here = (self.moment, self.moment), (len(trace.saved), len(trace.saved))
-            self._open.append(len(trace.calls))
-            trains = all(part.training for part in module.modules())
-            trace.calls.append(CallRecord(name, parent, *here, trains))
-            self._objects.enter()
-
-        def begin(_module: nn.Module, _args: Any) -> None:
-            call = self.trace.calls[self._open[-1]]
-            call.ops, call.values = (self.moment,) * 2, (len(self.trace.saved),) * 2
-
-        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            call = self.trace.calls[self._open.pop()]
-            call.ops = (call.ops[0], self.moment)
-            call.values = (call.values[0], len(self.trace.saved))
-            call.outputs = self._storages(output)
-            call.dropped = self._own(call, self._objects.leave())
-
-        def note_arguments(module: nn.Module, args: Any, kwargs: Any) -> None:
-            call = self.trace.calls[self._open[-1]]
-            call.given = self._storages((args, kwargs))
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            goes = (tensor.grad_fn is not None and is_plain(tensor) for tensor in tensors)
-            call.tensors = tuple(zip(map(self._number_of, tensors), goes, strict=True))
-            self._objects.note(module, call, (args, kwargs))
-
-        handles = [
-            register_module_forward_pre_hook(enter),
-            register_module_forward_hook(leave, always_call=True),
-            # Hooks on all modules at once are not told keyword arguments.
-            *(
-                part.register_forward_pre_hook(note_arguments, with_kwargs=True, prepend=True)
-                for part in self._model.modules()
-            ),
-            # A region is the forward alone: what hooks before it do, FSDP's say, happens once.
-            *(part.register_forward_pre_hook(begin) for part in self._model.modules()),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _own(self, call: CallRecord, storages: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of some storages that a call has made, and does not return."""
-        born = call.ops[0]
-        own = (s for s in storages if self.trace.storages[s].born >= born)
-        return tuple(s for s in own if s not in call.outputs)
 
     def _storages(self, value: Any) -> tuple[int, ...]:
         """The storages of the step among the tensors of a value."""
@@ -291,7 +232,7 @@ class Recorder(TorchDispatchMode):
             output = self._as_really(record.call, output, known)
         self._sums.note(output)
         record.makes = tuple(self._born(output, known - fresh_ids(func, args), index))
-        record.effects = self._has_effects(func, record, args, kwargs)
+        record.effects = has_effects(record, func, args, kwargs, self._statistics)
         self._numbers.note(record.makes, func, self._module)
         return output
 
@@ -458,18 +399,3 @@ class Recorder(TorchDispatchMode):
                 self.trace.storages[number].dies = self.moment
 
         return died
-
-    def _has_effects(
-        self, func: Any, record: OpRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
-        """Whether an op must not run twice.
-
-        Random numbers, changes of new values, and running statistics apart: a region moves those
-        once (``RecomputeMode``).
-        """
-        if record.draws or (record.changes and -1 not in record.changes):
-            return False
-        if not never_recompute(func, record.call.args, record.call.kwargs):
-            return False
-        moved = changed_tensors(func, args, kwargs)
-        return not moved or not storage_ids(moved) <= self._statistics

@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.eager.answers import asks
+from ckpt_pass.eager.step_record import OpRecord
 from ckpt_pass.graph.capture import no_gradient
 from ckpt_pass.graph.kernel_cache import OutputFacts
 from ckpt_pass.graph.kernels import Kernels
+from ckpt_pass.ops.taxonomy import never_recompute
 from ckpt_pass.policy.sites import output_tensors
 
 #: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
@@ -279,6 +281,26 @@ class HeldNumbers:
 
 def _nothing() -> None:
     """What there is to let go elsewhere."""
+
+
+def has_effects(
+    record: OpRecord,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    statistics: frozenset[int],
+) -> bool:
+    """Whether an op must not run twice.
+
+    Random numbers, changes of new values, and running statistics apart: a region moves those
+    once (``RecomputeMode``).
+    """
+    if record.draws or (record.changes and -1 not in record.changes):
+        return False
+    if not never_recompute(func, record.call.args, record.call.kwargs):
+        return False
+    moved = changed_tensors(func, args, kwargs)
+    return not moved or not storage_ids(moved) <= statistics
 
 
 def differentiate(

@@ -257,8 +257,8 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
         waits = (before_op[table.born] < begins) & (end_places > begins) & ~table.shared
         states = sum(problem.regions[index].extra_bytes for index in chosen)
         each = int(table.nbytes[waits].sum()) + states
-        lives = before_op[table.born], end_places
-        bytes_at = _with_others(problem.microbatches, bytes_at, each, _left(table, *lives, length))
+        left = _left(table, end_places, length)
+        bytes_at = _with_others(problem.microbatches, bytes_at, each, left)
     copies = None
     if problem.link is not None and moved.leaving:
         copies = copying(moved, table.nbytes, table.seconds[ran], begins, problem.link)
@@ -275,11 +275,12 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     )
 
 
-def _left(table: _Table, born: Ints, ends: Ints, length: int) -> Ints:
+def _left(table: _Table, ends: Ints, length: int) -> Ints:
     """Bytes of the gradients of a first microbatch that a later one has let go of."""
     delta = np.zeros(length + 2, dtype=np.int64)
     np.add.at(delta, ends[table.added], table.nbytes[table.added])
-    return np.cumsum(delta)[:length]
+    found: Ints = np.cumsum(delta)[:length]
+    return found
 
 
 def _with_others(beside: Microbatches, bytes_at: Ints, each: int, left: Ints) -> Ints:

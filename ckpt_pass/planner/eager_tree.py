@@ -63,6 +63,12 @@ class Tree:
         values = self._problem.values[slice(*self._regions[index].values)]
         return {value.storage for value in values if value.storage >= 0}
 
+    def _must_keep(self, index: int) -> list[int]:
+        """The ops that a region keeps whatever they are worth: they must not run twice."""
+        region = self._regions[index]
+        inside = range(region.ops[0], region.ops[0] + region.needed)
+        return [op for op in inside if self._problem.ops[op].must_keep and self._made[op]]
+
     def _keepable_in(self, index: int) -> Iterator[int]:
         region = self._regions[index]
         for op in range(region.ops[0], region.ops[0] + region.needed):
@@ -121,7 +127,10 @@ class Tree:
         for index in reversed(range(len(self._regions))):
             children = sum(total[child] for child in self._children[index])
             plain = price * self._own_bytes[index] + children
-            keeps = [op for op in self._keepable_in(index) if self._ratios[op] > price]
+            must = self._must_keep(index)
+            keeps = must + [
+                op for op in self._keepable_in(index) if self._ratios[op] > price and op not in must
+            ]
             again = self._rerun_time(index, keeps)
             held = sum(self._made[op] for op in keeps) + self._argument_bytes[index]
             whole = again + price * held
@@ -162,7 +171,10 @@ class Tree:
         """
         last = max(plan.moved | plan.sends, key=lambda index: self._regions[index].ops)
         regions = plan.regions | ({last} if again else set())
-        return replace(plan, regions=regions, sends=plan.sends - {last}, moved=plan.moved - {last})
+        kept = plan.kept | set(self._must_keep(last) if again else ())
+        return replace(
+            plan, regions=regions, kept=kept, sends=plan.sends - {last}, moved=plan.moved - {last}
+        )
 
     def _rerun_time(self, index: int, keeps: Iterable[int]) -> float:
         region = self._regions[index]

@@ -68,13 +68,13 @@ def own(tensor: Any) -> Tensor:
 Steps = list[tuple[float, list[bytes]]]
 
 
-def trained(model: nn.Module, rank: int, steps: int = 3) -> Steps:
+def trained(model: nn.Module, rank: int, rows: int = ROWS, steps: int = 3) -> Steps:
     """Losses and gradients of some steps of SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss = model(batch(rank, step))
+        loss = model(batch(rank, step, rows))
         loss.backward()
         gradients = [own(p.grad).numpy().tobytes() for p in model.parameters()]
         found.append((own(loss).item(), gradients))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +13,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import profile
 
 import ckpt_pass
 from ckpt_pass import distributed
-from tests.distributed.ranks import Block, batch, made, on_ranks, peaks, trained
+from tests.distributed.ranks import ROWS, Block, batch, made, on_ranks, peaks, trained
 
 pytestmark = pytest.mark.distributed
 BUDGETS = (0.95, 0.7)
@@ -31,20 +35,23 @@ Wrap = Callable[[nn.Module], nn.Module]
 # --- what runs on each rank -----------------------------------------------------------------
 
 
-def planned_and_trained(wrap: Wrap, rank: int, budget: float, **asked: Any) -> dict[str, Any]:
+def planned_and_trained(
+    wrap: Wrap, rank: int, budget: float, rows: int = ROWS, **asked: Any
+) -> dict[str, Any]:
     """A model that is wrapped, planned and trained, beside one without a plan."""
-    plain = trained(wrap(made()), rank)
+    inputs = batch(0, rows=rows)
+    beside = wrap(made())
+    plain, exchanged = trained(beside, rank, rows), exchanges(beside, inputs)
     model = wrap(made())
     if rank == 1:
         time.sleep(0.1)  # nobody waits for the others while it plans
     try:
-        plan = ckpt_pass.plan(model, batch(0), budget=budget, mode="eager", **asked)
+        plan = ckpt_pass.plan(model, inputs, budget=budget, mode="eager", **asked)
     except ckpt_pass.InfeasibleBudgetError as error:
         least = error.least_feasible_bytes
-        plan = ckpt_pass.plan(model, batch(0), budget=least, mode="eager", **asked)
+        plan = ckpt_pass.plan(model, inputs, budget=least, mode="eager", **asked)
     plan.apply(model)
-    same = trained(model, rank) == plain
-    inputs = batch(0)
+    same = trained(model, rank, rows) == plain and exchanges(model, inputs) == exchanged
     times = 3 if asked.get("gradients") == "accumulated" else 1
 
     def step() -> None:
@@ -110,7 +117,48 @@ def ddp(rank: int) -> list[dict[str, Any]]:
 
 
 def tensor_parallel(rank: int) -> list[dict[str, Any]]:
-    return [planned_and_trained(split, 0, 0.97)]
+    return [planned_and_trained(split, 0, budget, rows=256) for budget in (0.9, 0.7)]
+
+
+def split_in_rows(model: nn.Module) -> nn.Module:
+    """Tensor and sequence parallel: each rank has rows of its own between the products."""
+    mesh = init_device_mesh("cpu", (2,))
+    how = {
+        "norm": SequenceParallel(sequence_dim=0),
+        "up": ColwiseParallel(input_layouts=Shard(0)),
+        "down": RowwiseParallel(output_layouts=Shard(0)),
+    }
+    for layer in model.layers:  # type: ignore[union-attr]
+        parallelize_module(layer, mesh, how)
+    return model
+
+
+def sequence_parallel(rank: int) -> list[dict[str, Any]]:
+    return [planned_and_trained(split_in_rows, rank, 0.7, rows=256)]
+
+
+def split_and_sharded(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for layer in model.layers:  # type: ignore[union-attr]
+        how = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(layer, mesh["tensor"], how)
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    return model
+
+
+def in_two_ways(rank: int) -> list[dict[str, Any]]:
+    return [
+        planned_and_trained(split_and_sharded, rank // 2, budget, rows=256)
+        for budget in (0.95, 0.85, 0.75, 0.65, 0.6)
+    ]
+
+
+def exchanges(model: nn.Module, inputs: Tensor) -> int:
+    """How often gloo reduces something in a step."""
+    with profile() as session:
+        model(inputs).backward()
+    return sum(e.count for e in session.key_averages() if e.key == "gloo:all_reduce")
 
 
 def planned_after_a_step(rank: int) -> bool:
@@ -206,7 +254,16 @@ def stage(rank: int, kind: Any, budget: float) -> dict[str, Any]:
 
 # --- tests ----------------------------------------------------------------------------------
 
-TRAINED = (fsdp, fsdp_kept, fsdp_mixed, fsdp_accumulated, ddp, tensor_parallel, pipeline)
+TRAINED = (
+    fsdp,
+    fsdp_kept,
+    fsdp_mixed,
+    fsdp_accumulated,
+    ddp,
+    tensor_parallel,
+    sequence_parallel,
+    pipeline,
+)
 OTHERS = (
     planned_after_a_step,
     together,
@@ -224,7 +281,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("name", [job.__name__ for job in TRAINED])
 def test_gradients_and_peaks(found: dict[str, list[Any]], name: str) -> None:
-    for rank in found[name]:
+    check(found[name])
+
+
+@pytest.mark.slow
+def test_two_ways_on_four_ranks(tmp_path: Path) -> None:
+    check(on_ranks([in_two_ways], tmp_path, ranks=4)["in_two_ways"])
+
+
+def check(ranks: list[list[dict[str, Any]]]) -> None:
+    for rank in ranks:
         for one in rank:
             assert one["same"], one
             assert one["predicted"] <= one["budget"], one

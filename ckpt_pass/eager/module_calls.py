@@ -1,0 +1,103 @@
+"""Where each call of a module begins and ends in a recorded step, with what it is given."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._pytree import tree_leaves
+
+from ckpt_pass.eager.held_objects import HeldObjects
+from ckpt_pass.eager.step_record import CallRecord, EagerTrace
+from ckpt_pass.eager.trace_ops import is_plain
+
+
+@dataclass
+class ModuleCalls:
+    """Notes the calls of modules in a record, while it is made.
+
+    Attributes:
+        model: the modules are its own.
+        trace: the record.
+        running: the name of the module that runs.
+        storages: the storages of the step among the tensors of a value.
+        number_of: the one behind a tensor; -1 for what existed before.
+    """
+
+    model: nn.Module
+    trace: EagerTrace
+    running: Callable[[], str]
+    storages: Callable[[Any], tuple[int, ...]]
+    number_of: Callable[[Tensor], int]
+    _open: list[int] = field(default_factory=list)
+
+    @cached_property
+    def objects(self) -> HeldObjects:
+        """What objects among the arguments hold."""
+        return HeldObjects(self.storages)
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Note the calls that are made inside."""
+        parts = list(self.model.modules())
+        handles = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+            # Hooks on all modules at once are not told keyword arguments.
+            *(
+                part.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True)
+                for part in parts
+            ),
+            # A region is the forward alone: what hooks before it do, FSDP's say, happens once.
+            *(part.register_forward_pre_hook(self._begin) for part in parts),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def _here(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        ops, values = len(self.trace.ops), len(self.trace.saved)
+        return (ops, ops), (values, values)
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        parent = self._open[-1] if self._open else -1
+        self._open.append(len(self.trace.calls))
+        trains = all(part.training for part in module.modules())
+        self.trace.calls.append(CallRecord(self.running(), parent, *self._here, trains))
+        self.objects.enter()
+
+    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = self.trace.calls[self._open[-1]]
+        call.given = self.storages((args, kwargs))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        goes = (tensor.grad_fn is not None and is_plain(tensor) for tensor in tensors)
+        call.tensors = tuple(zip(map(self.number_of, tensors), goes, strict=True))
+        self.objects.note(module, call, (args, kwargs))
+
+    def _begin(self, _module: nn.Module, _args: Any) -> None:
+        call = self.trace.calls[self._open[-1]]
+        call.ops, call.values = self._here
+
+    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        call = self.trace.calls[self._open.pop()]
+        (ops, _), (values, _) = self._here
+        call.ops, call.values = (call.ops[0], ops), (call.values[0], values)
+        call.outputs = self.storages(output)
+        call.dropped = self._own(call, self.objects.leave())
+
+    def _own(self, call: CallRecord, storages: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of some storages that a call has made, and does not return."""
+        born = call.ops[0]
+        own = (s for s in storages if self.trace.storages[s].born >= born)
+        return tuple(s for s in own if s not in call.outputs)
