@@ -26,7 +26,7 @@ from ckpt_pass.job.jobs import JobLike
 from ckpt_pass.job.totals import InfeasibleTotalError, JobAsked, TotalLike, asked_job
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
-from ckpt_pass.planner.device import Device
+from ckpt_pass.planner.device import Device, InvalidDeviceError
 from ckpt_pass.planner.devices import DeviceLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
@@ -145,6 +145,11 @@ def plan(
     """
     check_offload(offload, budget if total is None else total, policy)
     costs = cost_on(cost, device)
+    if isinstance(costs, Device) and budget == "device" and optimizer is None:
+        raise InvalidDeviceError(
+            f"Got budget='device' for {costs} without an optimizer, expected one: of a device on "
+            "paper nothing is free until it is known what stands there. Give optimizer=, or bytes."
+        )
     asked = asked_job(total, optimizer, budget, costs if isinstance(costs, Device) else None)
     known = None if asked is not None and asked.total is not None else budget
 
@@ -213,6 +218,14 @@ def plan_one(
         SeveralGraphsError: dynamo cuts the step.
     """
     options = {key: named.pop(key) for key in options_of(plan) if key in named}
+    if options.keys() & {"total", "optimizer"}:
+        found = plan(model, *args, kwargs={**named, **(kwargs or {})}, **options)
+        if isinstance(found, Plan):
+            return found
+        raise SeveralGraphsError(
+            f"Dynamo cuts the step of {type(model).__name__} at {'; at '.join(found.breaks)}. "
+            "Expected one graph: take the breaks out of the model, or plan the whole step."
+        )
     asked = ("solver", "time_limit_s", "cost", "offload")
     how = {key: options.pop(key) for key in asked if key in options}
     how["cost"] = cost_on(how.get("cost", "roofline"), options.pop("device", None))

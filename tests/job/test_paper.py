@@ -136,7 +136,12 @@ def test_the_table_says_what_it_can() -> None:
 )
 def test_devices_that_do_not_go(error: type[Exception], words: str, how: dict[str, Any]) -> None:
     with pytest.raises(error, match=words):
-        planned(Blocks(depth=1), X, budget=1.0, **how)
+        planned(Blocks(depth=1), X, **{"budget": 1.0, **how})
+
+
+def test_what_is_free_of_a_device_on_paper_depends_on_the_job() -> None:
+    with pytest.raises(InvalidDeviceError, match="without an optimizer"):
+        ckpt_pass.plan(Blocks(depth=1), X, budget="device", device="l4")
 
 
 @pytest.mark.parametrize(
