@@ -21,7 +21,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-from ckpt_pass._torch.fusion import only_near_fusions
+from ckpt_pass._torch.fusion import end_kernels_early, fusion_between_calls
 from ckpt_pass._torch.generated import GeneratedHalf, catch_generated
 
 CompiledFn = Callable[..., Any]
@@ -101,7 +101,7 @@ def compile_inductor(
     options: dict[str, Any],
     mode: str | None,
     on_half: Callable[[GeneratedHalf], None] | None = None,
-    fusion_distance: int | None = None,
+    careful: bool = False,
     kept: bool = False,
 ) -> CompiledFn:
     """Compile with inductor; its joint-graph passes run first, then our partition function.
@@ -115,7 +115,8 @@ def compile_inductor(
         on_half: told the code of each half before its kernels are compiled, which is left to it
             (:attr:`GeneratedHalf.compile_kernels`). What comes from a cache is not generated: see
             ``kept``.
-        fusion_distance: how far apart ops may stand that share a kernel, if that matters.
+        careful: with ``on_half``, whether kernels keep to the order of the graphs that the
+            partition function returns (:mod:`ckpt_pass._torch.fusion`).
         kept: with ``on_half``, whether torch's caches are used all the same. Entries belong to
             the ``uuid()`` of the partition function.
     """
@@ -133,36 +134,41 @@ def compile_inductor(
     # Of the plans that are tried one is taken: the others are no use to other machines.
     hooked = {
         **patches,
-        "_post_fusion_custom_pass": _Catcher(patches, on_half, users),
+        "_post_fusion_custom_pass": _Catcher(patches, on_half, users, careful),
         "fx_graph_remote_cache": False,
     }
     # Otherwise the backward is lowered when it first runs, too late to plan again.
     eager_lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
-    near = (
-        contextlib.nullcontext() if fusion_distance is None else only_near_fusions(fusion_distance)
-    )
+    fusion = fusion_between_calls() if careful else contextlib.nullcontext()
     cache = functorch_config.patch(
         {"enable_remote_autograd_cache": False} | ({} if kept else {"enable_autograd_cache": False})
     )
-    with cache, eager_lowering, near:
+    with cache, eager_lowering, fusion:
         return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=hooked))
 
 
 class _Catcher(_SchedulerPass):  # type: ignore[misc]
-    """A pass over inductor's schedule that changes nothing and has its graph hand over its code."""
+    """A pass over inductor's schedule that has its graph hand over its code.
+
+    With care it has kernels end early, too (:func:`ckpt_pass._torch.fusion.end_kernels_early`).
+    """
 
     def __init__(
         self,
         patches: Mapping[str, Any],
         on_half: Callable[[GeneratedHalf], None],
         users: Callable[[Any], Any] | None,
+        careful: bool,
     ) -> None:
         self._patches, self._on_half, self._users = patches, on_half, users
+        self._careful = careful
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
         from torch._inductor.virtualized import V
 
         catch_generated(V.graph, self._patches, self._on_half)
+        if self._careful and nodes:
+            end_kernels_early(nodes)
         return self._users(nodes) if self._users is not None else nodes
 
     def uuid(self) -> str:

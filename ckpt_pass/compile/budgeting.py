@@ -153,7 +153,7 @@ def meet_budget(joint: JointGraph, goal: Goal, part: bool = False, waiting_bytes
         SymbolicBytesError: a size depends on data.
     """
     opened = open_up(joint, goal)
-    plain = without_recompute(with_costs(opened.problem))
+    plain = without_recompute(with_costs(opened.described.written))
     budget_bytes = resolve_budget(goal.budget, plain.peak_bytes)
     asked = with_waiting(opened.problem, waiting_bytes)
     try:
@@ -167,7 +167,7 @@ def meet_budget(joint: JointGraph, goal: Goal, part: bool = False, waiting_bytes
     warn_of_unmeasured(opened.kernels)
     nodes = opened.described.nodes
     drops = frozenset((nodes[anchor], nodes[maker]) for anchor, maker in solution.drops)
-    timeline = timeline_of(opened.problem, plain.profile)
+    timeline = timeline_of(opened.described.written, plain.profile)
     moved = moved_nodes(opened.described, solution.steps, solution.moves)
     return Met(solution, drops, budget_bytes, opened.facts, timeline, moved, opened.link)
 

@@ -329,10 +329,16 @@ class Partitioner(compilers.NamedPartitioner):
         joint.in_place = self.in_place
         if self.free is not None and self.goal is not None:
             joint.fused = self.free.of(gm, outputs, static)
+        # Without a budget bytes are those of the graphs, whatever becomes of them.
+        joint.inlines = self.free is not None and (self.goal is not None or self._replays_budget)
         decided = decide(joint, self.policy, self.goal, self.plans, self.part, offload=self.offload)
         if self.on_plan is not None:
             self.on_plan(record_plan(decided))
         return split(joint, decided.saved, decided.backward_order, decided.moved, decided.where)
+
+    @property
+    def _replays_budget(self) -> bool:
+        return any(plan.budget_bytes is not None for plan in self.plans)
 
     def uuid(self) -> str | None:
         """The key for inductor's caches.

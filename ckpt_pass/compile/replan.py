@@ -1,10 +1,11 @@
 """The closed loop: plan again until what inductor makes of the plan keeps to the budget.
 
-A plan is exact for the graph that inductor is given. Inductor then fuses and reorders, so that its
-peak is another. The code that it generates tells that peak before anything runs and before any
-kernel is compiled (:mod:`ckpt_pass.compile.dry_run`). Where it is above the budget, the next plan
-is made for less; where it is well below, for more. Kernels are compiled for the plan that is
-taken.
+A plan is exact for the graph that inductor is given, and knows what its kernels compute where they
+read it (:mod:`ckpt_pass.graph.inlined`). Inductor then fuses and reorders, so that its peak is
+another. The code that it generates tells that peak before anything runs and before any kernel is
+compiled (:mod:`ckpt_pass.compile.dry_run`). Where it is above the budget, inductor is told to fuse
+with care, and then the plan is made for less; where it is well below, for more. Kernels are
+compiled for the plan that is taken.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ckpt_pass.plans.goal import Goal
 from ckpt_pass.plans.record import InductorPeak
 from ckpt_pass.plans.value import Plan
 
-#: Plans made for less by what the last one was over, in either way of fusing.
+#: Plans made for less by what the last one was over.
 _LOWERED = 2
 #: ... and at least so many parts of the budget less.
 _STEP = 500
@@ -39,12 +40,12 @@ _WORTH_IT = 0.03
 AMPLE = 1 << 62
 #: Last resorts: for the least that any plan needs, and so much more of the way to no recomputation.
 _LAST_RESORTS = (0.0, 0.1, 0.3)
-#: The careful way: inductor's options where the user gives none (channels-last copies of weights
-#: and images are memory on top), and how far apart ops may stand that share a kernel. On T5 (4 and
-#: 4 layers) kernels over the whole backward take 19.6 MB where 7.3 are planned; with distances
-#: of 8, 16 and 32 it is 9.6, 9.8 and 9.8.
-_CAREFUL = {"layout_optimization": False}
-_DISTANCE = 16
+#: The careful way: inductor's options where the user gives none. Channels-last copies of weights
+#: and images are memory on top. What is to be reused stays from its last use to the next one, up to
+#: the peak that inductor thinks the half has: a Llama of 4 layers with a large loss takes 20.0 MB
+#: with it where 15.8 do. Kernels keep to the plan's order then (:mod:`ckpt_pass._torch.fusion`): on
+#: T5 (4 and 4 layers) kernels over the whole backward take 19.6 MB where 7.3 are planned.
+_CAREFUL = {"layout_optimization": False, "allow_buffer_reuse": False}
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def compile_planned(
         PlanMismatchError: the plan was made for another graph.
     """
     step = _Step(gm, example_inputs, inner_options, mode, kept=False)
-    found = step.lowered(partitioner, careful)
+    found = step.lowered(replace(partitioner, free=FreeOps()), careful)
     plan = found.planned()
     if plan is not None:
         warn_if_over(plan.budget_bytes, plan.peak_bytes)
@@ -199,8 +200,8 @@ def _best_of(step: _Step, partitioner: Partitioner, goal: Goal) -> tuple[_Round,
 class _Search:
     """Looks for what to ask the planner for, so that inductor's peak is within the budget.
 
-    First inductor fuses as it does; if nothing fits then, not even with nothing recomputed (fused
-    code may need less than any graph of single ops), carefully: only ops that are near each other.
+    First inductor fuses as it does; if that is over the budget, carefully: kernels keep to the
+    order of the plan. At last with nothing recomputed, and inductor as it is.
 
     Attributes:
         planned_for: plans for a number of bytes and lowers the plan, perhaps carefully.
@@ -242,9 +243,6 @@ class _Search:
         Raises:
             InfeasibleBudgetError: none is.
         """
-        self._lower()
-        if self.best is None:
-            self._try(AMPLE)
         if self.best is None:
             self._fuse_carefully()
         self._raise()
@@ -252,21 +250,23 @@ class _Search:
         return self.best
 
     def _fuse_carefully(self) -> None:
-        plain = [self.peaks[AMPLE]] if AMPLE in self.peaks else []
         self.careful, self.peaks = True, {}
         if self.floor <= self.budget_bytes:
             self._try(self.budget_bytes)
         self._lower()
-        if self.best is not None:
-            return
-        resorts = [*self._last_resorts()]
-        for asked in resorts:
+        # These are tried whatever the budget is: what a refusal names can be met.
+        tried: list[int] = []
+        for asked in self._last_resorts() if self.best is None else ():
             self._try(asked)
+            tried += [self.peaks[asked]] if asked in self.peaks else []
+            if self.best is not None:
+                return
         if self.best is None:
-            # Of these alone: they are tried whatever the budget is, so that theirs can be met.
-            tried = [self.peaks[asked] for asked in resorts if asked in self.peaks]
-            least = min([*plain, *tried], default=self.floor)
-            raise InfeasibleBudgetError(self.budget_bytes, least)
+            self.careful, self.peaks = False, {}
+            self._try(AMPLE)
+            least = min((*tried, *self.peaks.values()), default=self.floor)
+            if self.best is None:
+                raise InfeasibleBudgetError(self.budget_bytes, least)
 
     def _try(self, asked: int) -> None:
         if asked in self.peaks:
@@ -361,6 +361,6 @@ class _Step:
             {**_CAREFUL, **self.options} if careful else self.options,
             self.mode,
             on_half,
-            _DISTANCE if careful else None,
+            careful,
             self.kept,
         )

@@ -218,8 +218,8 @@ def replay(
         solution = evaluate(described.problem, held, words, pairs, moves, link)
     if plan.inner != "inductor":
         warn_if_over(plan.budget_bytes, solution.peak_bytes)
-    plain = without_recompute(described.problem)
-    timeline = timeline_of(described.problem, plain.profile)
+    plain = without_recompute(described.written)
+    timeline = timeline_of(described.written, plain.profile)
     return Met(solution, drops, plan.budget_bytes, facts, timeline, moved, link)
 
 

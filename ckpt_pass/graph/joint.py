@@ -56,6 +56,7 @@ class JointGraph:
         in_place: whether the backward may write over values of its own
             (:mod:`ckpt_pass.graph.reinplace`). Inductor wants functional graphs; it does so itself.
         fused: names of forward ops that run again at no cost, inside of kernels that run anyway.
+        inlines: whether what runs the halves computes elementwise results where they are read.
         graph_break: where dynamo cut the step that the graph is a part of; empty for a whole one.
     """
 
@@ -67,6 +68,7 @@ class JointGraph:
     in_place: bool = True
     graph_break: str = ""
     fused: frozenset[str] = frozenset()
+    inlines: bool = False
 
     def __post_init__(self) -> None:
         self.refresh()

@@ -25,10 +25,12 @@ from ckpt_pass.graph.cost import (
     storage_sizes,
     workspace_size,
 )
+from ckpt_pass.graph.inlined import inlined_ops
 from ckpt_pass.graph.joint import JointGraph, StorageKey, is_epilogue, is_multi_output_access
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.reinplace import makes_anew, overwritable_inputs
 from ckpt_pass.ops.taxonomy import draws_random, never_recompute
+from ckpt_pass.planner.inlined import with_inlined
 from ckpt_pass.planner.problem import Op, Problem
 from ckpt_pass.policy.sites import Bytes, output_tensors
 
@@ -48,6 +50,7 @@ class GraphProblem:
         nodes: the node of each op.
         storage_sizes: bytes of each storage, an expression where a size is symbolic.
         workspace_sizes: the same of each op's workspace.
+        written: the step where every value is written to memory, whatever fused kernels do.
     """
 
     problem: Problem
@@ -55,6 +58,7 @@ class GraphProblem:
     nodes: tuple[fx.Node, ...]
     storage_sizes: tuple[Bytes, ...]
     workspace_sizes: tuple[Bytes, ...]
+    written: Problem
 
 
 class _Storages:
@@ -163,7 +167,11 @@ def build_problem(
     workspaces = tuple(
         as_bytes(_workspace(node, kernels.get(node, NOT_MEASURED))) for node in index
     )
-    return GraphProblem(problem, index, tuple(index), tuple(table.sizes), workspaces)
+    written = problem
+    if joint.inlines:
+        ops_left = with_inlined(written.ops, table.nbytes, inlined_ops(joint, index))
+        problem = replace(written, ops=ops_left)
+    return GraphProblem(problem, index, tuple(index), tuple(table.sizes), workspaces, written)
 
 
 def _with_shared_times(

@@ -125,7 +125,7 @@ def _contract(problem: Problem) -> Contracted:
     ends = [index for index in problem.backward_outputs if not problem.ops[index].late]
     needed = sorted(needed_by(problem.ops, (*anchors, *ends), frozenset()))
     early = [index for index in needed if not problem.ops[index].late]
-    values_of = _Reads(problem, early)
+    values_of = _Reads(problem, needed)
     makers = {i: values_of.maker(i) for i in early if problem.ops[i].makes}
     values = {s: _value(problem, early, s, i) for i, maker in makers.items() for s in maker.makes}
     stages = _stages(problem, values_of, makers, values, (*anchors, *ends))
@@ -135,14 +135,21 @@ def _contract(problem: Problem) -> Contracted:
 
 
 class _Reads:
-    """For each op that the backward needs and that has no tangent: the values behind its result."""
+    """For each op that the backward needs: the values without tangents behind its result.
 
-    def __init__(self, problem: Problem, early: Sequence[int]) -> None:
+    Those that make something from tangents are left out: nothing is behind their results.
+    """
+
+    def __init__(self, problem: Problem, needed: Sequence[int]) -> None:
         self._problem = problem
         self._behind: dict[int, frozenset[int]] = {}
         self._made = {s for op in problem.ops if not op.late for s in op.makes}
-        for index in early:
-            self._behind[index] = self._value_of(index, problem.ops[index])
+        for index in needed:
+            op = problem.ops[index]
+            if not op.late:
+                self._behind[index] = self._value_of(index, op)
+            elif not op.makes:
+                self._behind[index] = frozenset(self._made.intersection(op.holds))
 
     def behind(self, index: int) -> frozenset[int]:
         """The values of one op's result."""

@@ -167,7 +167,7 @@ def test_a_measured_workspace_grows_as_a_tensor_of_its_size_does() -> None:
 
     def opened(nbytes: int) -> object:
         sizes = (8 * s * s, 8 * s, 24)  # at s = 10
-        (found,) = open_workspaces(GraphProblem(problem, {}, (), sizes, (nbytes,)))
+        (found,) = open_workspaces(GraphProblem(problem, {}, (), sizes, (nbytes,), problem))
         return found
 
     assert opened(0) == 0
