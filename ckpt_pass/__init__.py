@@ -171,7 +171,6 @@ from ckpt_pass.errors import InvalidTotalError as InvalidTotalError
 from ckpt_pass.errors import LayerProfileError as LayerProfileError
 from ckpt_pass.errors import LostStoreError as LostStoreError
 from ckpt_pass.errors import LostTicketError as LostTicketError
-from ckpt_pass.errors import LostValuesError as LostValuesError
 from ckpt_pass.errors import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.errors import MicrobatchesError as MicrobatchesError
 from ckpt_pass.errors import MovedValueChangedError as MovedValueChangedError

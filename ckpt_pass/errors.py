@@ -112,7 +112,6 @@ from ckpt_pass.report.strategy_rows import UnknownStrategyError as UnknownStrate
 from ckpt_pass.state.given import NotAModuleError as NotAModuleError
 from ckpt_pass.state.holders import UninitializedParameterError as UninitializedParameterError
 from ckpt_pass.state.objects import SpentIteratorError as SpentIteratorError
-from ckpt_pass.steps.halves import LostValuesError as LostValuesError
 from ckpt_pass.tools.ahead import NothingCompiledError as NothingCompiledError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError
 from ckpt_pass.tools.arguments import StepArgumentError as StepArgumentError
