@@ -258,7 +258,7 @@ def _why_once(trace: EagerTrace, call: CallRecord) -> str:
             if storage >= 0 and trace.storages[storage].born < first:
                 return f"{op_name(op.call.target)} in it overwrites what came from outside"
     inside = range(first + 1, call.ops[1])
-    if any(s.resized and (s.born in inside or s.dies in inside) for s in trace.storages):
+    if any(s.born in inside or s.dies in inside for s in trace.resized):
         return "parameters are gathered or freed in it"
     if not trace.asked_again.isdisjoint(range(*call.values)):
         return "a function in it asks for its saved tensors more than once"

@@ -125,10 +125,13 @@ class EagerTrace:
     found_bytes: int = 0
     #: What it hands to other stages of a pipeline: its outputs, and the gradients of its inputs.
     passed_bytes: int = 0
+    #: The storages that are resized.
+    resized: list[StorageRecord] = field(default_factory=list)
 
     def leave_out_resized(self) -> None:
         """Nobody holds the memory of a resized storage: as if its values had existed before."""
         away = {number for number, storage in enumerate(self.storages) if storage.resized}
+        self.resized = [self.storages[number] for number in sorted(away)]
         if not away:
             return
 

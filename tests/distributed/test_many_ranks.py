@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -29,6 +30,7 @@ from tests.distributed.ranks import ROWS, Block, batch, made, on_ranks, peaks, t
 
 pytestmark = pytest.mark.distributed
 BUDGETS = (0.95, 0.7)
+CPU = torch.device("cpu")
 Wrap = Callable[[nn.Module], nn.Module]
 
 
@@ -152,6 +154,19 @@ def in_two_ways(rank: int) -> list[dict[str, Any]]:
         planned_and_trained(split_and_sharded, rank // 2, budget, rows=256)
         for budget in (0.95, 0.85, 0.75, 0.65, 0.6)
     ]
+
+
+def beside_torchs_tracker(rank: int) -> tuple[int, int]:
+    """The peak of an FSDP2 step: ours, and what FSDPMemTracker finds in one that is run."""
+    model, inputs = sharded()(made()), batch(rank)
+    plan = ckpt_pass.plan(model, inputs, budget=1.0, mode="eager")
+    tracker = FSDPMemTracker(model)
+    tracker.track_inputs((inputs,))
+    with tracker:
+        model(inputs).backward()
+    found = {str(kind): n for kind, n in tracker.get_tracker_snapshot("peak")[CPU].items()}
+    before = sum(n for kind, n in found.items() if kind.endswith((".SHARDED_PARAM", ".INP")))
+    return plan.peak_bytes, found["Total"] - before
 
 
 def exchanges(model: nn.Module, inputs: Tensor) -> int:
@@ -287,6 +302,12 @@ def test_gradients_and_peaks(found: dict[str, list[Any]], name: str) -> None:
 @pytest.mark.slow
 def test_two_ways_on_four_ranks(tmp_path: Path) -> None:
     check(on_ranks([in_two_ways], tmp_path, ranks=4)["in_two_ways"])
+
+
+@pytest.mark.slow
+def test_what_torchs_tracker_says(tmp_path: Path) -> None:
+    for ours, theirs in on_ranks([beside_torchs_tracker], tmp_path)["beside_torchs_tracker"]:
+        assert 0.99 * theirs <= ours <= 1.01 * theirs, (ours, theirs)
 
 
 def check(ranks: list[list[dict[str, Any]]]) -> None:
