@@ -71,5 +71,9 @@ class Ties:
             for call in self._calls[index]
             for op in plan.kept.intersection(range(*regions[call].ops))
         }
-        may = (offset for offset in asked if all(ops[begin + offset].keepable for begin in begins))
+        may = (
+            offset
+            for offset in asked
+            if all(ops[b + offset].keepable or ops[b + offset].must_keep for b in begins)
+        )
         return {regions[index].ops[0] + offset for offset in may}
