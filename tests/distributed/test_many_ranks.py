@@ -60,7 +60,7 @@ def planned_and_trained(
         for _ in range(times):
             model(inputs).backward()
 
-    measured = peaks(model, step)
+    measured = peaks(model, step, plan.peak_bytes)
     return {
         "same": same,
         "predicted": plan.peak_bytes,
@@ -261,7 +261,7 @@ def stage(rank: int, kind: Any, budget: float) -> dict[str, Any]:
     return {
         "same": found[0] == found[1],
         "predicted": plan.peak_bytes,
-        "measured": peaks(model, step, times=2),
+        "measured": peaks(model, step, plan.peak_bytes),
         "budget": plan.budget_bytes,
         "in_flight": str(plan.asked.goal.in_flight),  # type: ignore[union-attr]
     }
