@@ -290,6 +290,7 @@ def _planned(module: nn.Module, batch: Mapping[str, Any], mode: str) -> Any:
 def _ahead(trial: Trial, outcome: Outcome, notes: list[str]) -> Outcome:
     """Planned on one model, carried out on another that is equal."""
     plan = _planned(*trial.family.make(), "compiled")
+    torch._dynamo.reset()  # sizes that torch's own step has left open are no plan's
     module, batch = trial.family.make()
     backend = ckpt_pass.make_backend(plan=plan, inner="aot_eager")
     found = _measured(module, batch, torch.compile(module, backend=backend))
