@@ -111,9 +111,9 @@ from ckpt_pass.modules.training import accumulate_gradients as accumulate_gradie
 from ckpt_pass.modules.training import accumulation_windows as accumulation_windows
 
 # --- Tools: what is called on a whole model -----------------------------------------------
-from ckpt_pass.tools.ahead import explain as explain
+from ckpt_pass.tools.looking import explain as explain
 from ckpt_pass.tools.ahead import plan as plan
-from ckpt_pass.tools.ahead import saved_activations as saved_activations
+from ckpt_pass.tools.looking import saved_activations as saved_activations
 from ckpt_pass.tools.fitting import Fit as Fit
 from ckpt_pass.tools.fitting import fit as fit
 from ckpt_pass.tools.strategies import Strategy as Strategy

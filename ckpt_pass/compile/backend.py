@@ -236,8 +236,7 @@ class Backend:
             changed["policy"] = as_policy(changed["policy"])
         how = ("budget", "solver", "time_limit_s", "cost", "offload")
         as_goal(*(changed.get(key, getattr(self, key)) for key in how))
-        of_job = ("total", "optimizer", "budget")
-        asked_job(*(changed.get(key, getattr(self, key)) for key in of_job))
+        asked_job(*(changed.get(k, getattr(self, k)) for k in ("total", "optimizer", "budget")))
         if "regions" in changed:
             changed["regions"] = as_patterns(changed["regions"])
         inner = changed.get("inner", self.inner)

@@ -18,7 +18,7 @@ from ckpt_pass.graph.kernels import (
     Kernels,
     warn_of_unmeasured,
 )
-from ckpt_pass.graph.link import device_of, link_for
+from ckpt_pass.graph.link import device_of_graph, link_for
 from ckpt_pass.graph.paper import kernels_for
 from ckpt_pass.graph.problem import GraphProblem, borders_of, build_problem, check_sizes
 from ckpt_pass.graph.real_looks import tell_real_sizes
@@ -129,7 +129,7 @@ def open_up(joint: JointGraph, goal: Goal) -> Opened:
     described = build_problem(joint, facts)
     if goal.offload is not None:
         described = with_immovable(described, goal.offload)
-        link = link_for(goal.cost, goal.offload, device_of(joint))
+        link = link_for(goal.cost, goal.offload, device_of_graph(joint))
     return Opened(described, facts, kernels, borders_of(joint, described), link)
 
 

@@ -29,7 +29,7 @@ from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.graph.labels import node_labels
-from ckpt_pass.graph.link import device_of, link_of
+from ckpt_pass.graph.link import device_of_graph, link_of
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.graph.real_looks import tell_real_sizes
 from ckpt_pass.offloading.options import Offload
@@ -231,7 +231,7 @@ def settled(
     if met is None:
         found = evaluate(described.problem, held)
         if offload is not None and described.problem.must_move:
-            link = link_of(offload, device_of(joint))
+            link = link_of(offload, device_of_graph(joint))
             found = sent_away(described, found, offload, link)
     else:
         drops = {(number[anchor], number[maker]) for anchor, maker in met.drops}

@@ -22,7 +22,7 @@ from ckpt_pass.graph.kernels import (
     Kernels,
     warn_of_unmeasured,
 )
-from ckpt_pass.graph.link import link_for
+from ckpt_pass.graph.link import device_of, link_for
 from ckpt_pass.graph.paper import kernels_for
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
@@ -169,15 +169,9 @@ def described(
         return eager_problem(trace, facts, formulas)
     least = offload.min_bytes if isinstance(offload, Offload) else 0
     facts = with_device_times(facts, calls, kernels)
-    link = link_for(cost, offload, _device_of(trace))
-    return eager_problem(trace, facts, formulas, link, least)
-
-
-def _device_of(trace: EagerTrace) -> torch.device:
-    """Where the values of a step are: the first device that is not the host, if there is one."""
     made = (t for op in trace.ops for t in output_tensors(op.call.meta.get("val")))
-    devices = dict.fromkeys(tensor.device for tensor in made)
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    link = link_for(cost, offload, device_of(made))
+    return eager_problem(trace, facts, formulas, link, least)
 
 
 def traced(

@@ -7,7 +7,6 @@ holds each storage; when autograd would have let go is recorded beside it.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ckpt_pass._torch import autograd, functorch
@@ -53,6 +51,7 @@ from ckpt_pass.eager.two_ways import Formulas
 from ckpt_pass.graph.calls import Calls
 from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernels import Kernels
+from ckpt_pass.graph.watching import Watcher
 from ckpt_pass.ops.taxonomy import draws_random, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
@@ -65,7 +64,7 @@ _NO_CALL = fx.Graph()._root
 _APART = fx.Graph().call_function(torch.ops.aten.detach.default)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Watcher):
     """Records every op below autograd, and what becomes of the memory."""
 
     supports_higher_order_operators = True
@@ -80,7 +79,7 @@ class Recorder(TorchDispatchMode):
         faked: frozenset[Maker] = frozenset(),
         constants: Constants | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._kernels = kernels
         self._answers = answers
         self._numbers = RealNumbers(faked)
@@ -102,7 +101,6 @@ class Recorder(TorchDispatchMode):
         self._calls = ModuleCalls(
             model, self.trace, lambda: self._module, self._storages, self._number_of
         )
-        self._resting = False
         self._backward = False
         self._apart = 0  # ops on tensors that wrap others, in each other
         self._begun = False
@@ -184,15 +182,6 @@ class Recorder(TorchDispatchMode):
         if packed.made_by is not None:
             self._written.note_maker(value, packed.made_by)
         return value
-
-    @contextlib.contextmanager
-    def _rest(self) -> Iterator[None]:
-        """Inside, ops are the record's own."""
-        before, self._resting = self._resting, True
-        try:
-            yield
-        finally:
-            self._resting = before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

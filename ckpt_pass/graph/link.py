@@ -5,6 +5,7 @@ Two runs on one machine plan with the same rates, and so make the same plan.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -82,8 +83,12 @@ def _remembered(offload: Offload, device: torch.device, cache: KernelCache) -> t
     return SAMPLE_BYTES / times[0], SAMPLE_BYTES / times[1]
 
 
-def device_of(joint: JointGraph) -> torch.device:
-    """Where the values of a graph are: the first device that is not the host, if there is one."""
-    made = [t for node in joint.forward for t in output_tensors(node.meta.get("val"))]
-    devices = dict.fromkeys(tensor.device for tensor in made)
+def device_of_graph(joint: JointGraph) -> torch.device:
+    """Where the values of a graph are (:func:`device_of`)."""
+    return device_of(t for node in joint.forward for t in output_tensors(node.meta.get("val")))
+
+
+def device_of(tensors: Iterable[torch.Tensor]) -> torch.device:
+    """Where a step's tensors are: the first device that is not the host, if there is one."""
+    devices = dict.fromkeys(tensor.device for tensor in tensors)
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

@@ -12,8 +12,9 @@ from torch import nn
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import ahead, autograd, optimizers
 from ckpt_pass.graph.kernels import Kernels
+from ckpt_pass.graph.link import device_of
 from ckpt_pass.job.copies import Copier
-from ckpt_pass.job.follower import Follower, device_of
+from ckpt_pass.job.follower import Follower
 from ckpt_pass.job.gradients import without_gradient
 from ckpt_pass.job.jobs import Job
 from ckpt_pass.plans.account import (

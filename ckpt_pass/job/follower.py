@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._torch import autograd, functorch, optimizers
@@ -18,6 +18,7 @@ from ckpt_pass.graph.calls import Calls
 from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels, warn_of_unmeasured
 from ckpt_pass.graph.reinplace import is_elementwise
+from ckpt_pass.graph.watching import Watcher
 from ckpt_pass.ops.taxonomy import op_name
 
 #: What a kernel of the CPU's may allocate for two numbers that Python gives it.
@@ -32,7 +33,7 @@ class _Moment:
     call: fx.Node | None
 
 
-class Follower(TorchDispatchMode):
+class Follower(Watcher):
     """Counts the storages of a device that are alive, op by op.
 
     Single numbers are real, so that code may read and count with them. Where it reads a number
@@ -45,7 +46,7 @@ class Follower(TorchDispatchMode):
     """
 
     def __init__(self, fakes: Any, device: torch.device, kernels: Kernels) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._fakes = fakes
         self._device = device
         self._kernels = kernels
@@ -53,7 +54,6 @@ class Follower(TorchDispatchMode):
         self._live: dict[int, int] = {}
         self._refs: dict[int, Any] = {}
         self._moments: list[_Moment] = []
-        self._resting = False
         self.live_bytes = 0
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> int:
@@ -83,14 +83,6 @@ class Follower(TorchDispatchMode):
             moment.nbytes + (workspaces.get(moment.call, 0) if moment.call is not None else 0)
             for moment in moments
         )
-
-    @contextlib.contextmanager
-    def _rest(self) -> Iterator[None]:
-        before, self._resting = self._resting, True
-        try:
-            yield
-        finally:
-            self._resting = before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -171,9 +163,3 @@ def _made_up(dtype: torch.dtype) -> float | int | bool:
     if dtype is torch.bool:
         return False
     return 1.0 if dtype.is_floating_point else 1
-
-
-def device_of(tensors: Iterable[torch.Tensor]) -> torch.device:
-    """The device of a step: the first that is not the host, if there is one."""
-    devices = dict.fromkeys(tensor.device for tensor in tensors)
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._torch import ahead
-from ckpt_pass.job.follower import device_of
+from ckpt_pass.graph.link import device_of
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ckpt_pass._torch.collector import quiet_collector
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -62,16 +64,12 @@ def resting_collector() -> Iterator[None]:
 
     What is there already is frozen, so that collecting between timings costs little.
     """
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if was_enabled:
-            gc.enable()
+    with quiet_collector():
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
 
 
 def interleave(

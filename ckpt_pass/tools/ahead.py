@@ -1,4 +1,4 @@
-"""Look: what is saved, what is recomputed, and why."""
+"""Plan a step ahead of time: compiled, by Inductor's code, or in eager."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import fx, nn
 
 from ckpt_pass._errors import CkptPassError, nearest
-from ckpt_pass._torch import compilers
-from ckpt_pass.compile.backend import INNER, Backend, as_patterns
+from ckpt_pass.compile.backend import INNER, as_patterns
 from ckpt_pass.compile.engine import Partitioner, decide, policy_for
 from ckpt_pass.compile.record import record_plan
 from ckpt_pass.compile.replan import plan_within
@@ -39,7 +38,6 @@ from ckpt_pass.plans.goal import (
     cost_on,
     with_microbatches,
 )
-from ckpt_pass.plans.parts import SavedActivations
 from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import Policy, PolicyLike
@@ -53,10 +51,6 @@ MODES = ("compiled", "eager")
 
 class PlanModeError(CkptPassError):
     """A mode of planning that there is not, or that does not go with an argument."""
-
-
-class NothingCompiledError(CkptPassError):
-    """A compiled model or backend has no plan to show."""
 
 
 def plan(
@@ -155,10 +149,11 @@ def plan(
 
     def goal_for(limit: BudgetLike | None, place: OffloadLike | bool | None) -> Goal | None:
         goal = as_goal(limit, solver, time_limit_s, costs, place)
-        return with_microbatches(goal, in_flight, gradients)
+        goal = with_microbatches(goal, in_flight, gradients)
+        _check_microbatches(goal, mode)
+        return goal
 
     goal = None if asked is not None and known is None else goal_for(known, offload)
-    _check_microbatches(goal, mode)
     wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload), inner)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, as_patterns(regions))
@@ -184,11 +179,7 @@ def plan(
 
 
 def _planned(step: FakeStep, wanted: _Wanted) -> Plan | StepPlan:
-    if wanted.mode != "compiled":
-        return _eager_plan(step, wanted)
-    if wanted.inner != "aot_eager":
-        return _of_inductor(step, wanted)
-    if wanted.dynamic:
+    if wanted.mode != "compiled" or wanted.inner != "aot_eager" or wanted.dynamic:
         return _of_one_graph(step, wanted)
     with contextlib.suppress(SeveralGraphsError), _captured(step, wanted) as joint:
         if not joint.graph_break:
@@ -235,12 +226,7 @@ def plan_one(
     loss_fn, regions = options.pop("loss_fn", None), options.pop("regions", None)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, as_patterns(regions))
-    wanted = _Wanted(goal=goal, **options)
-    if wanted.mode != "compiled":
-        return _eager_plan(step, wanted)
-    if wanted.inner != "aot_eager":
-        return _of_inductor(step, wanted)
-    return _of_one_graph(step, wanted)
+    return _of_one_graph(step, _Wanted(goal=goal, **options))
 
 
 @dataclass(frozen=True)
@@ -273,6 +259,11 @@ def _eager_plan(step: FakeStep, wanted: _Wanted) -> Plan:
 
 
 def _of_one_graph(step: FakeStep, wanted: _Wanted) -> Plan:
+    """One plan, whatever becomes of the rest of a step that dynamo cuts."""
+    if wanted.mode != "compiled":
+        return _eager_plan(step, wanted)
+    if wanted.inner != "aot_eager":
+        return _of_inductor(step, wanted)
     with _captured(step, wanted) as joint:
         found = _plan_of(joint, wanted)
         return found.cut_at(joint.graph_break) if joint.graph_break else found
@@ -358,57 +349,3 @@ def _check_microbatches(goal: Goal | None, mode: str) -> None:
         "which are for eager plans. Give mode='eager', or leave them out: the peak of a compiled "
         "step is that of one microbatch whose gradients are new."
     )
-
-
-def plans_of(compiled: Any) -> tuple[Plan, ...]:
-    """The plans behind a compiled model or a backend, one for each graph that was compiled.
-
-    Raises:
-        NothingCompiledError: it was not compiled by this library, or has not run yet.
-    """
-    backend = compiled if isinstance(compiled, Backend) else compilers.compiled_backend(compiled)
-    if not isinstance(backend, Backend):
-        raise NothingCompiledError(
-            f"{type(compiled).__name__} was not compiled with a ckpt backend. Expected "
-            "torch.compile(model, backend=ckpt_pass.make_backend(...)), or such a backend."
-        )
-    if not backend.plans:
-        raise NothingCompiledError(
-            "The backend has made no plan yet: graphs are compiled when they first run in grad "
-            "mode. Run a forward first; with inductor's cache a hit makes no plan either."
-        )
-    return tuple(backend.plans)
-
-
-def saved_activations(model: Any, *args: Any, **options: Any) -> SavedActivations:
-    """What the backward gets from the forward: values with bytes and provenance.
-
-    Args:
-        model: a plain module, traced with ``args`` (options as for :func:`plan`); or a
-            compiled model or a backend, of which the newest graph is shown.
-
-    Returns:
-        The values in order; ``.saved_bytes`` is their sum on top of inputs and outputs.
-    """
-    return (
-        plans_of(model)[-1].saved
-        if not _is_plain(model)
-        else plan_one(model, *args, **options).saved
-    )
-
-
-def explain(model: Any, *args: Any, **options: Any) -> str:
-    """One line a decision: call site, op, class, bytes, fate, tag, and the rule that made it.
-
-    Args:
-        model: a plain module, traced with ``args`` (options as for :func:`plan`); or a
-            compiled model or a backend, of which every graph is shown.
-    """
-    if not _is_plain(model):
-        return "\n\n".join(plan.listing() for plan in plans_of(model))
-    return plan(model, *args, **options).listing()
-
-
-def _is_plain(model: Any) -> bool:
-    is_compiled = isinstance(model, Backend) or hasattr(model, "_torchdynamo_orig_callable")
-    return isinstance(model, nn.Module) and not is_compiled

@@ -206,6 +206,7 @@ def test_budget_device_leaves_room_for_what_is_to_come(monkeypatch: pytest.Monke
         (InvalidTotalError, "total=0.5", {"total": 0.5}),
         (InvalidTotalError, "no accelerator", {"total": "device"}),
         (PlanModeError, "dynamic=True", {"total": "1GB", "dynamic": True}),
+        (PlanModeError, "which are for eager plans", {"total": "1GB", "in_flight": 2}),
         (InfeasibleTotalError, "are missing", {"total": 1}),
     ],
 )
