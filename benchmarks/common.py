@@ -332,6 +332,22 @@ class ClockRow:
     measured_bytes: int
 
 
+@dataclass(frozen=True)
+class PublishedRow:
+    """A training speed that others published, and what a plan on paper says of that step."""
+
+    what: str
+    device: str
+    source: str
+    published_tokens_per_s: float
+    planned_tokens_per_s: float
+
+    @property
+    def off(self) -> float:
+        """How far the planned step time is from the published one, as a share of that."""
+        return abs(self.published_tokens_per_s / self.planned_tokens_per_s - 1)
+
+
 OwnRow: TypeAlias = (
     PeakRow
     | BudgetRow
@@ -343,6 +359,7 @@ OwnRow: TypeAlias = (
     | InductorRow
     | GpuRow
     | ClockRow
+    | PublishedRow
 )
 Row: TypeAlias = TimingRow | OwnRow | StrategyOf
 

@@ -33,11 +33,13 @@ from benchmarks import (  # noqa: E402
     gpu_offload,
     inductor,
     inductor_table,
+    inductor_times,
     offload_clock,
     optimum,
     partition_cost,
     peaks,
     planning,
+    published,
     strategies,
 )
 from benchmarks.common import Bar, BudgetRow, Result  # noqa: E402
@@ -52,9 +54,11 @@ NAMES = (
     "peaks",
     "budgets",
     "inductor",
+    "inductor-times",
     "offload",
     "planning",
     "deep",
+    "published",
     "optimum",
     "strategies",
 )
@@ -129,6 +133,12 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
             yield inductor_table.run(RESULTS / "inductor-rows.jsonl")
         else:
             yield inductor.run(dtype=torch.bfloat16 if options.bf16 else torch.float32)
+    elif name == "inductor-times":
+        dtype = torch.bfloat16 if options.bf16 else torch.float32
+        models = inductor_table.ALL if options.all else inductor.SMALL
+        yield inductor_times.run(models, dtype=dtype, rounds=rounds or inductor_times.ROUNDS)
+    elif name == "published":
+        yield published.run()
     elif name == "gpu":
         yield gpu.run(rounds=rounds or gpu.ROUNDS)
     elif name == "gpu-offload":

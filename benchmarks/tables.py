@@ -19,6 +19,7 @@ from benchmarks.common import (
     OptimumRow,
     PeakRow,
     PlanningRow,
+    PublishedRow,
     Result,
     StrategyOf,
     TimingRow,
@@ -241,6 +242,17 @@ def _clock(title: str, rows: Sequence[ClockRow]) -> Table:
     return table
 
 
+def _published(title: str, rows: Sequence[PublishedRow]) -> Table:
+    table = Table("step", "device", title=title)
+    for head in ("published", "planned", "planned time / published"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        speeds = row.published_tokens_per_s, row.planned_tokens_per_s
+        words = (f"{speed:,.0f}" for speed in speeds)
+        table.add_row(row.what, row.device, *words, f"{speeds[0] / speeds[1]:.2f}")
+    return table
+
+
 _TABLES: dict[type, Callable[[str, Any], Table]] = {
     TimingRow: _timings,
     PeakRow: _peaks,
@@ -253,5 +265,6 @@ _TABLES: dict[type, Callable[[str, Any], Table]] = {
     OptimumRow: _optimum,
     ClaimRow: _claims,
     ClockRow: _clock,
+    PublishedRow: _published,
     StrategyOf: _strategies,
 }

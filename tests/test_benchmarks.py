@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from benchmarks import (
     gpu,
     gpu_offload,
     inductor,
+    inductor_times,
     optimum,
     partition_cost,
     peaks,
     planning,
+    published,
     run,
     strategies,
 )
@@ -37,6 +40,7 @@ from benchmarks.common import (
     OptimumRow,
     PeakRow,
     PlanningRow,
+    PublishedRow,
     Result,
     StrategyOf,
     TimingRow,
@@ -320,6 +324,29 @@ def test_a_block_beside_its_optimum() -> None:
         assert row.excess(row.optimum_s) == 0.0
     assert all(bar.met for bar in result.bars)
     assert "vit, one block" in shown(result)
+
+
+def test_a_published_speed_stands_beside_a_plan_on_paper() -> None:
+    tiny = {**published.PUBLISHED[0].config, "num_hidden_layers": 1, "vocab_size": 100}
+    one = replace(published.PUBLISHED[0], config=tiny, length=64, tokens_per_s=1e4)
+    result = published.run([one])
+    (row,) = result.rows
+    assert isinstance(row, PublishedRow) and row.planned_tokens_per_s > 0
+    slower = replace(one, device=replace(one.device, bytes_per_s=2e11))
+    (other,) = published.run([slower]).rows
+    assert isinstance(other, PublishedRow)
+    assert other.planned_tokens_per_s < row.planned_tokens_per_s
+    assert replace(row, published_tokens_per_s=2 * row.planned_tokens_per_s).off == 1.0
+    assert one.what in shown(result) and len(result.bars) == 1
+
+
+@pytest.mark.slow
+def test_inductors_steps_are_timed_at_each_of_stocks_peaks() -> None:
+    models = {"resnet": budgets.MODELS["resnet"]}
+    result = inductor_times.run(models, stock_budgets=(1.0,), rounds=1)
+    names = [row.variant.rsplit(": ", 1)[1] for row in result.rows if isinstance(row, TimingRow)]
+    assert names == ["stock", "ours"] * (len(names) // 2) and names
+    assert "stock" in shown(result)
 
 
 def test_an_unknown_benchmark_is_refused() -> None:

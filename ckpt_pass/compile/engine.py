@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,19 @@ from ckpt_pass.compile.record import Decided, record_plan, solver_rule
 from ckpt_pass.compile.replay import plan_of, replay, signature_of
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.graph.joint import JointGraph, read_joint
-from ckpt_pass.graph.kernels import Kernels
+from ckpt_pass.graph.kernel_cache import KernelFacts
+from ckpt_pass.graph.kernel_call import NOTHING
+from ckpt_pass.graph.kernels import TIME, Kernels
 from ckpt_pass.graph.labels import node_labels
 from ckpt_pass.graph.link import device_of_graph, link_of
+from ckpt_pass.graph.paper import kernels_for
 from ckpt_pass.graph.problem import build_problem
 from ckpt_pass.graph.real_looks import tell_real_sizes
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.solution import evaluate
 from ckpt_pass.plans.budget import BudgetLike
-from ckpt_pass.plans.goal import Goal
+from ckpt_pass.plans.goal import CostLike, Goal
 from ckpt_pass.plans.parts import Replay
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.named import DEFAULT_POLICY, as_policy
@@ -72,6 +75,7 @@ def decide(
     part: bool = False,
     waiting_bytes: int = 0,
     offload: OffloadLike | None = None,
+    cost: CostLike = "roofline",
 ) -> Decided:
     """Tag a joint graph and find what crosses from its forward to its backward.
 
@@ -83,6 +87,7 @@ def decide(
         part: whether it is one of several graphs of a step.
         waiting_bytes: what others hold between its forward and its backward.
         offload: where what is moved goes; ``None`` where nothing can be.
+        cost: how times are found where there is no goal, which has its own.
 
     Raises:
         InfeasibleBudgetError, InvalidBudgetError, SymbolicBytesError: see
@@ -102,7 +107,7 @@ def decide(
         if plans:
             decided, script = _again(joint, plans, labels, offload)
         else:
-            decided, merged = _anew(joint, policy, goal, part, waiting_bytes, offload)
+            decided, merged = _anew(joint, policy, goal, part, waiting_bytes, offload, cost)
             script = _script(decided, labels, merged)
     return replace(decided, signature=signature, script=script)
 
@@ -114,11 +119,13 @@ def _anew(
     part: bool,
     waiting_bytes: int,
     offload: OffloadLike | None,
+    cost: CostLike,
 ) -> tuple[Decided, list[tuple[fx.Node, fx.Node]]]:
     offloads = offload is not None
     tags, sites, merged, saved = _tagged(joint, policy, goal is None, offloads)
     if goal is None:
-        return settled(joint, policy, tags, saved, sites, offload=offload), merged
+        times = _times(joint, cost)
+        return settled(joint, policy, tags, saved, sites, offload=offload, times=times), merged
     goal = _with_place(goal, tags, offload)
     met = meet_budget(joint, goal, part, waiting_bytes)
     for node, found in tags.items():
@@ -128,6 +135,14 @@ def _anew(
             tags[node] = replace(found, opinion=Opinion(decision, rule))
     saved = _saved_as_tagged(joint)
     return settled(joint, policy, tags, saved, sites, met, goal, offload), merged
+
+
+def _times(joint: JointGraph, cost: CostLike) -> dict[fx.Node, KernelFacts]:
+    """The times of a graph's kernels that are not modelled by the rates of the device here."""
+    if cost == "roofline":
+        return {}
+    calls = [node for node in joint.nodes if node.op == "call_function"]
+    return kernels_for(cost).facts(calls, TIME)
 
 
 def _with_place(goal: Goal, tags: dict[fx.Node, Tag], offload: OffloadLike | None) -> Goal:
@@ -222,9 +237,10 @@ def settled(
     met: Met | None = None,
     goal: Goal | None = None,
     offload: OffloadLike | None = None,
+    times: Mapping[fx.Node, KernelFacts] = NOTHING,
 ) -> Decided:
     """What was decided, with the numbers that the simulator finds for the graph as it is now."""
-    described = build_problem(joint, met.facts) if met else build_problem(joint)
+    described = build_problem(joint, met.facts if met else times)
     number = described.index
     held = [number[node] for node in saved.values]
     link = met.link if met else None

@@ -30,6 +30,7 @@ from ckpt_pass.planner.devices import DeviceLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import (
+    CostLike,
     Goal,
     InFlight,
     as_goal,
@@ -154,7 +155,7 @@ def plan(
         return goal
 
     goal = None if asked is not None and known is None else goal_for(known, offload)
-    wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload), inner)
+    wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload), inner, costs)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, as_patterns(regions))
     if asked is None:
@@ -220,13 +221,13 @@ def plan_one(
     asked = ("solver", "time_limit_s", "cost", "offload")
     how = {key: options.pop(key) for key in asked if key in options}
     how["cost"] = cost_on(how.get("cost", "roofline"), options.pop("device", None))
-    goal = as_goal(options.pop("budget", None), **how)
+    costs, goal = how["cost"], as_goal(options.pop("budget", None), **how)
     goal = with_microbatches(goal, options.pop("in_flight", None), options.pop("gradients", None))
     _check_microbatches(goal, options.get("mode", "compiled"))
     loss_fn, regions = options.pop("loss_fn", None), options.pop("regions", None)
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, as_patterns(regions))
-    return _of_one_graph(step, _Wanted(goal=goal, **options))
+    return _of_one_graph(step, _Wanted(goal=goal, cost=costs, **options))
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,7 @@ class _Wanted:
     dynamic: bool = False
     offload: OffloadLike | None = None
     inner: str = "aot_eager"
+    cost: CostLike = "roofline"
 
     @property
     def chosen(self) -> Policy:
@@ -318,7 +320,13 @@ def _captured(
 
 def _plan_of(joint: JointGraph, wanted: _Wanted) -> Plan:
     return record_plan(
-        decide(joint, wanted.chosen, wanted.goal, offload=wanted.offload or Offload())
+        decide(
+            joint,
+            wanted.chosen,
+            wanted.goal,
+            offload=wanted.offload or Offload(),
+            cost=wanted.cost,
+        )
     )
 
 

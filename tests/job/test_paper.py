@@ -82,6 +82,16 @@ def test_times_are_the_devices() -> None:
     assert times[0] > 100 * times[1]
 
 
+def test_times_of_a_policys_plan_are_the_devices() -> None:
+    """With a budget and without; the ops are the same, and so is their time."""
+    budgeted = planned(Blocks(), X, budget=1.0)
+    by_policy = ckpt_pass.plan(Blocks(), X, policy="save-matmul", device=SMALL)
+    assert by_policy.step_time_s == pytest.approx(budgeted.step_time_s, rel=1e-9)
+    here = ckpt_pass.plan(Blocks(), X, policy="save-matmul")
+    assert by_policy.peak_bytes == here.peak_bytes
+    assert by_policy.step_time_s != pytest.approx(here.step_time_s, rel=0.1)
+
+
 def test_no_kernel_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any) -> Any:
         raise AssertionError("a kernel was run")
