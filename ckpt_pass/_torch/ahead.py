@@ -16,7 +16,7 @@ from torch import fx
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from ckpt_pass._torch import compilers
 from ckpt_pass._torch.collector import quiet_collector
@@ -246,9 +246,25 @@ class Fakes:
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         with _disable_current_modes():
             placed = self._moved or tensor.device.type == "meta"
-            if placed and tensor.layout is torch.strided:
-                return self._placed(tensor)
-            return self.mode.from_tensor(tensor, static_shapes=True)
+            if not placed or tensor.layout is not torch.strided:
+                return self.mode.from_tensor(tensor, static_shapes=True)
+            parts = is_traceable_wrapper_subclass(tensor)
+            found = self._wrapper(tensor) if parts else self._placed(tensor)
+        found.requires_grad_(tensor.requires_grad)
+        if isinstance(tensor, torch.nn.Parameter):
+            found._is_param = True
+        return found
+
+    def _wrapper(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A subclass (a DTensor) around fake tensors for those that it is around."""
+        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        parts = {name: getattr(tensor, name) for name in names}  # a DTensor's mesh among them
+        inner = {
+            n: self(part) if isinstance(part, torch.Tensor) else part for n, part in parts.items()
+        }
+        make = type(tensor).__tensor_unflatten__  # type: ignore[attr-defined]
+        found: torch.Tensor = make(inner, context, tensor.size(), tensor.stride())
+        return found
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake tensor on the step's device; views share the memory of their base."""
@@ -259,11 +275,7 @@ class Fakes:
                 self._bases[key] = torch.empty(count, dtype=tensor.dtype, device=self._device)
             base = self._bases[key]
             found = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-            found = found.detach()
-        found.requires_grad_(tensor.requires_grad)
-        if isinstance(tensor, torch.nn.Parameter):
-            found._is_param = True
-        return found
+            return found.detach()
 
 
 def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:

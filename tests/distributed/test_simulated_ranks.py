@@ -1,0 +1,78 @@
+"""Plans of one rank among many that are not there: torch's fake process group stands for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import ckpt_pass
+from tests.distributed.ranks import Blocks, batch, made
+
+pytestmark = pytest.mark.distributed
+RANKS = (64, 512)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=RANKS)
+def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A process group of so many, of which this process is the first."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
+    try:
+        yield request.param
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(model: Blocks) -> Blocks:
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def test_peaks_of_a_rank(ranks: int) -> None:
+    """Predicted to the byte; the step really runs, and only the exchange is left out."""
+    inputs = batch(0)
+    budget = ckpt_pass.plan(sharded(made()), inputs, budget=1.0, mode="eager").peak_bytes
+    for part in (0.95, 0.8, 0.01):
+        model = sharded(made())
+        try:
+            plan = ckpt_pass.plan(model, inputs, budget=int(part * budget), mode="eager")
+        except ckpt_pass.InfeasibleBudgetError as error:
+            least = error.least_feasible_bytes
+            plan = ckpt_pass.plan(model, inputs, budget=least, mode="eager")
+        plan.apply(model)
+        measured = ckpt_pass.measure_step(
+            lambda model=model: model(inputs),  # type: ignore[misc]
+            params=model.parameters(),
+            repeats=1,
+        )
+        assert plan.budget_bytes is not None
+        assert measured.peak_bytes == plan.peak_bytes <= plan.budget_bytes
+
+
+def test_meta_tensors_stand_for_a_rank_too(ranks: int) -> None:
+    real = ckpt_pass.plan(sharded(made()), batch(0), budget=0.95, mode="eager")
+    with torch.device("meta"):
+        model = Blocks()
+    meta = ckpt_pass.plan(sharded(model), batch(0).to("meta"), budget=0.95, mode="eager")
+    assert (meta.peak_bytes, meta.regions) == (real.peak_bytes, real.regions)
+    assert meta.predicted.timeline == real.predicted.timeline
+
+
+def test_torchs_tracker_finds_no_higher_peak(ranks: int) -> None:
+    model, inputs = sharded(made()), batch(0)
+    plan = ckpt_pass.plan(model, inputs, budget=1.0, mode="eager")
+    tracker = FSDPMemTracker(model)
+    tracker.track_inputs((inputs,))
+    with tracker:
+        model(inputs).backward()
+    found = {str(kind): n for kind, n in tracker.get_tracker_snapshot("peak")[CPU].items()}
+    before = sum(n for kind, n in found.items() if kind.endswith((".SHARDED_PARAM", ".INP")))
+    assert plan.peak_bytes >= 0.99 * (found["Total"] - before)
