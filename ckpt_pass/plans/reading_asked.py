@@ -7,13 +7,14 @@ from typing import Any
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.offloading.options import InvalidOffloadError, Offload
+from ckpt_pass.offloading.sharding import InvalidShardingError, Sharding
 from ckpt_pass.ops.taxonomy import OpClass
 from ckpt_pass.planner.device import Device, InvalidDeviceError
 from ckpt_pass.planner.solvers import SOLVERS, as_solver
 from ckpt_pass.plans.goal import COSTS, GRADIENTS, CostLike, Goal, InFlight
 from ckpt_pass.plans.record import Asked
 from ckpt_pass.plans.schema import CodePolicy, PlanFileError, Reader
-from ckpt_pass.policy.rules import FirstMatch, Policy, Rule
+from ckpt_pass.policy.rules import FirstMatch, Policy, Rule, Ruling
 
 POLICIES = {member.name: member for member in CheckpointPolicy}
 CLASSES = {str(member): member for member in OpClass}
@@ -110,9 +111,24 @@ def _policy(reader: Reader, depth: int) -> Policy:
     return CodePolicy(reader["code"].text())
 
 
+def _ruling(reader: Reader) -> Ruling:
+    if not isinstance(reader.value, dict):
+        return reader.one_of(POLICIES)
+    found = reader["shard"]
+    try:
+        return Sharding(
+            group=found["group"].maybe(Reader.text),
+            min_bytes=found["min_bytes"].whole(),
+            check=found["check"].text(),
+            arguments=found["arguments"].text(),
+        )
+    except InvalidShardingError as error:
+        raise PlanFileError(found.where, "options for sharding", str(error)) from error
+
+
 def _rule(reader: Reader) -> Rule:
     return Rule(
-        decision=reader["decision"].one_of(POLICIES),
+        decision=_ruling(reader["decision"]),
         op=reader["op"].texts(),
         op_class=tuple(item.one_of(CLASSES) for item in reader["op_class"].items()),
         module=reader["module"].maybe(Reader.text),

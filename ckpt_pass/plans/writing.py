@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.sharding import Sharding
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.solvers import SOLVERS
@@ -31,7 +32,7 @@ from ckpt_pass.plans.record import (
 )
 from ckpt_pass.plans.schema import CodePolicy
 from ckpt_pass.plans.timeline import Timeline
-from ckpt_pass.policy.rules import FirstMatch, Policy, Rule, describe
+from ckpt_pass.policy.rules import FirstMatch, Policy, Rule, Ruling, describe
 from ckpt_pass.policy.sites import CallSite
 from ckpt_pass.version import __version__
 
@@ -296,10 +297,14 @@ def _offload_data(offload: OffloadLike) -> dict[str, Any] | None:
     return {**found, "folder": None if offload.folder is None else str(offload.folder)}
 
 
+def _ruling_data(ruling: Ruling) -> str | dict[str, Any]:
+    return {"shard": asdict(ruling)} if isinstance(ruling, Sharding) else ruling.name
+
+
 def _policy_data(policy: Policy) -> dict[str, Any]:
     if type(policy) is Rule:
         values = {field.name: getattr(policy, field.name) for field in fields(Rule)}
-        values["decision"] = policy.decision.name
+        values["decision"] = _ruling_data(policy.decision)
         values["op"] = list(policy.op)
         values["op_class"] = [str(op_class) for op_class in policy.op_class]
         return {"rule": values}
