@@ -137,16 +137,23 @@ def split_over(rank: int) -> nn.Module:
     return model
 
 
-def held_bytes(run: Callable[[], Tensor]) -> int:
-    """Bytes that a forward allocates and that are there at its end, but for its output."""
-    run().sum().backward()  # gradients, and what gloo makes once
-    with quiet_collector(), profiled() as session, record_function("the forward"):
-        output = run()
-    recording = read_recording(session, torch.device("cpu"), lambda name: name == "the forward")
-    begin, end = recording.spans["the forward"]
-    held = recording.balance_before(end) - recording.balance_before(begin)
-    output.sum().backward()
-    return held - output.nbytes
+def held_bytes(runs: dict[str, Callable[[], Tensor]]) -> dict[str, int]:
+    """Bytes that each forward allocates and that are there at its end, but for its output."""
+    outputs = {}
+    for run in runs.values():
+        run().sum().backward()  # gradients, and what gloo makes once
+    with quiet_collector(), profiled() as session:
+        for name, run in runs.items():
+            with record_function(name):
+                output = run()
+            output.sum().backward()
+            outputs[name] = output.nbytes
+            del output
+    recording = read_recording(session, torch.device("cpu"), runs.__contains__)
+    return {
+        name: recording.balance_before(end) - recording.balance_before(begin) - outputs[name]
+        for name, (begin, end) in recording.spans.items()
+    }
 
 
 def bytes_of_parts(rank: int) -> dict[str, int]:
@@ -156,8 +163,8 @@ def bytes_of_parts(rank: int) -> dict[str, int]:
     def inner(y: Tensor) -> Tensor:
         return layer(y).sin().cos().sum()
 
-    def held(given: Callable[[], Tensor], **options: Any) -> int:
-        return held_bytes(lambda: ckpt_pass.checkpoint(inner, given(), **options))
+    def held(given: Callable[[], Tensor], **options: Any) -> Callable[[], Tensor]:
+        return lambda: ckpt_pass.checkpoint(inner, given(), **options)
 
     two = pair(rank)
     kept = ckpt_pass.save(op_class="matmul") | ckpt_pass.recompute()
@@ -177,7 +184,7 @@ def bytes_of_parts(rank: int) -> dict[str, int]:
     found["rule whole"] = held(lambda: x, policy=kept)
     found["rule two"] = held(lambda: x, policy=kept_in_two)
     found["rule four"] = held(lambda: x, policy=MATMULS)
-    return found
+    return held_bytes(found)
 
 
 def uneven(rank: int) -> list[int]:
@@ -192,9 +199,8 @@ def uneven(rank: int) -> list[int]:
             [region(lambda y: y.sin().sum(), y, shard_inputs=group) for _ in range(times)]
         )
 
-    return [
-        held_bytes(partial(run, *given)) for given in ((True,), (pair(rank),), (one,), (True, 3))
-    ]
+    ways = ((True,), (pair(rank),), (one,), (True, 3))
+    return list(held_bytes({str(n): partial(run, *way) for n, way in enumerate(ways)}).values())
 
 
 def sum_of(values: list[Tensor]) -> Tensor:
@@ -211,22 +217,24 @@ def distributed_tensors(rank: int) -> dict[str, Any]:
         "replicated over the group": (Shard(0), Replicate()),
         "split over the group": (Replicate(), Shard(1)),
     }
-    found: dict[str, Any] = {}
+    runs: dict[str, Callable[[], Tensor]] = {}
+    leaves = []
     for name, layout in layouts.items():
-        steps = []
-        for options in ({}, {"shard_inputs": mesh["tensor"]}):
+        for group in (None, mesh["tensor"]):
             x = spread(data, mesh, layout)
 
-            def run(x: Tensor = x, options: Any = options) -> Tensor:
-                y = ckpt_pass.checkpoint(lambda t: t.sin() * t, x.clone(), **options)
+            def run(x: Tensor = x, group: Any = group) -> Tensor:
+                y = ckpt_pass.checkpoint(lambda t: t.sin() * t, x.clone(), shard_inputs=group)
                 return y.to_local() if isinstance(y, DTensor) else y
 
-            held = held_bytes(run)
-            assert x.grad is not None
-            steps.append((held, x.grad.to_local().numpy().tobytes()))
-        (whole, gradient), (part, same) = steps
-        found[name] = part / whole, gradient == same
-    return found
+            runs[f"{name} {group is not None}"] = run
+            leaves.append(x)
+    held = list(held_bytes(runs).values())
+    gradients = [x.grad.to_local().numpy().tobytes() for x in leaves]
+    return {
+        name: (held[2 * n + 1] / held[2 * n], gradients[2 * n] == gradients[2 * n + 1])
+        for n, name in enumerate(layouts)
+    }
 
 
 def spread(data: Tensor, mesh: Any, layout: Any) -> Any:
