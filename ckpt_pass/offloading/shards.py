@@ -73,15 +73,16 @@ def worth_sharding(tensor: Tensor, sharding: Sharding) -> bool:
     Raises:
         ShardGroupError: the group is not there.
     """
-    local = tensor
-    group = sharding.found_group()
-    if dist.get_world_size(group) < 2:
-        return False
     if autograd.is_distributed(tensor):
-        if not groups.is_alike(tensor, dist.get_process_group_ranks(group)):
-            return False
-        local = groups.local_part(tensor)
-    return is_shardable(local, sharding.min_bytes)
+        ranks = dist.get_process_group_ranks(sharding.found_group())
+        alike = groups.is_alike(tensor, ranks)
+        return alike and _is_worth(groups.local_part(tensor), sharding)
+    return _is_worth(tensor, sharding)
+
+
+def _is_worth(local: Tensor, sharding: Sharding) -> bool:
+    several = is_shardable(local, sharding.min_bytes)
+    return several and dist.get_world_size(sharding.found_group()) > 1
 
 
 class Part:

@@ -194,7 +194,7 @@ def test_placements_list_themselves() -> None:
     assert set(listed) == {
         "none", "all", "alternate", "every-n", "layers", "by-name", "custom", "heavy-ops", "auto",
         "auto-memory", "sqrt-segments", "segments", "optimal-segments", "megatron", "offloaded",
-        "offload-parts",
+        "offload-parts", "sharded",
     }  # fmt: skip
     assert all(listed.values())
 
