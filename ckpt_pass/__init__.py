@@ -217,6 +217,7 @@ from ckpt_pass.errors import SegmentError as SegmentError
 from ckpt_pass.errors import SeveralGraphsError as SeveralGraphsError
 from ckpt_pass.errors import ShardGroupError as ShardGroupError
 from ckpt_pass.errors import ShardOrderError as ShardOrderError
+from ckpt_pass.errors import ShardedStepsDifferError as ShardedStepsDifferError
 from ckpt_pass.errors import ShardedValueDiffersError as ShardedValueDiffersError
 from ckpt_pass.errors import SharedModuleError as SharedModuleError
 from ckpt_pass.errors import SharedModuleWarning as SharedModuleWarning
@@ -246,6 +247,7 @@ from ckpt_pass.errors import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.errors import UnknownRegionError as UnknownRegionError
 from ckpt_pass.errors import UnknownSolverError as UnknownSolverError
 from ckpt_pass.errors import UnknownStrategyError as UnknownStrategyError
+from ckpt_pass.errors import UnknownValuesError as UnknownValuesError
 from ckpt_pass.errors import UnmovableTensorError as UnmovableTensorError
 from ckpt_pass.errors import VerificationError as VerificationError
 from ckpt_pass.errors import WorkspaceWarning as WorkspaceWarning

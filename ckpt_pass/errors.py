@@ -24,6 +24,8 @@ from ckpt_pass.distributed.pipeline import ScheduleError as ScheduleError
 from ckpt_pass.distributed.together import RankFailedError as RankFailedError
 from ckpt_pass.distributed.together import RanksDifferError as RanksDifferError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
+from ckpt_pass.eager.alike import ShardedStepsDifferError as ShardedStepsDifferError
+from ckpt_pass.eager.alike import UnknownValuesError as UnknownValuesError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
 from ckpt_pass.eager.replicas import ReplicaError as ReplicaError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError

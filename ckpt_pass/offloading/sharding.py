@@ -36,6 +36,8 @@ class Sharding:
         check: when the ranks compare checksums of what each of them has held: ``"always"``, or
             ``"first"`` for the first run of each region's value alone.
         arguments: of a region's arguments, ``"all"`` activations or the ``"first"`` tensor alone.
+        bytes_per_s, latency_s: what a gather takes, for planning: bytes that come from other ranks
+            in a second, and the seconds of one that is small; measured where ``None``.
 
     Raises:
         InvalidShardingError: a value that makes no sense.
@@ -46,6 +48,8 @@ class Sharding:
     min_bytes: int = 1024
     check: str = "always"
     arguments: str = "all"
+    bytes_per_s: float | None = None
+    latency_s: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", _name_of(self.group))
@@ -61,6 +65,13 @@ class Sharding:
             raise InvalidShardingError(
                 f"Got min_bytes={least!r}, expected a number of bytes, 0 or more."
             )
+
+        for name, lowest in (("bytes_per_s", 1e-9), ("latency_s", 0.0)):
+            rate = getattr(self, name)
+            if rate is not None and not (isinstance(rate, (int, float)) and rate >= lowest):
+                raise InvalidShardingError(
+                    f"Got {name}={rate!r}, expected a positive number, or None to have it measured."
+                )
 
     def __str__(self) -> str:
         over = "all ranks" if self.group is None else f"group {self.group}"

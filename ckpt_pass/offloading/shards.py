@@ -251,6 +251,13 @@ def _part_of(tensor: Tensor, sharding: Sharding, checked: bool) -> Part:
     return part
 
 
+def checksum_of(tensor: Tensor) -> int:
+    """The checksum of a tensor that is :func:`is_shardable`."""
+    lie = lie_of(tensor)
+    assert lie is not None
+    return _checksum_of(tensor, lie)
+
+
 def _checksum_of(tensor: Tensor, lie: Lie) -> int:
     with groups.unseen():
         return checksum(_in_order(tensor, lie))

@@ -38,12 +38,20 @@ from ckpt_pass.version import __version__
 #: A plan for a graph of 100,000 ops takes some 10 MB.
 MOST_CHARACTERS = 64_000_000
 
-_FATES = {fate: fate for fate in ("saved", "offloaded", "recomputed", "unused")}
+_FATES = {fate: fate for fate in ("saved", "offloaded", "sharded", "recomputed", "unused")}
 _STATUSES = {status: status for status in ("optimal", "feasible", "time limit")}
 _MODES = {mode: mode for mode in ("compiled", "eager")}
 _KINDS = {
     kind: kind
-    for kind in ("activation", "offloaded", "output", "random state", "input", "parameter")
+    for kind in (
+        "activation",
+        "offloaded",
+        "sharded",
+        "output",
+        "random state",
+        "input",
+        "parameter",
+    )
 }
 
 
@@ -226,6 +234,7 @@ def _eager_execution(reader: Reader) -> EagerExecution:
         _signature(reader["signature"]),
         frozenset(reader["random_regions"].texts()),
         moves or (),
+        frozenset(reader.get("sharded_regions").maybe(Reader.texts) or ()),
     )
 
 

@@ -48,7 +48,8 @@ def _goal(reader: Reader) -> Goal:
     offload = reader.get("offload").maybe(_offload)
     in_flight = reader.get("in_flight").maybe(_in_flight)
     gradients = reader.get("gradients").maybe(_gradients) or "new"
-    return Goal(amount, solver, limit, cost, offload, in_flight, gradients)
+    shards = reader.get("shard_over").maybe(_sharding)
+    return Goal(amount, solver, limit, cost, offload, in_flight, gradients, shards)
 
 
 def _in_flight(reader: Reader) -> InFlight:
@@ -114,16 +115,21 @@ def _policy(reader: Reader, depth: int) -> Policy:
 def _ruling(reader: Reader) -> Ruling:
     if not isinstance(reader.value, dict):
         return reader.one_of(POLICIES)
-    found = reader["shard"]
+    return _sharding(reader["shard"])
+
+
+def _sharding(reader: Reader) -> Sharding:
     try:
         return Sharding(
-            group=found["group"].maybe(Reader.text),
-            min_bytes=found["min_bytes"].whole(),
-            check=found["check"].text(),
-            arguments=found["arguments"].text(),
+            group=reader["group"].maybe(Reader.text),
+            min_bytes=reader["min_bytes"].whole(),
+            check=reader["check"].text(),
+            arguments=reader["arguments"].text(),
+            bytes_per_s=reader["bytes_per_s"].maybe(Reader.number),
+            latency_s=reader["latency_s"].maybe(Reader.number),
         )
     except InvalidShardingError as error:
-        raise PlanFileError(found.where, "options for sharding", str(error)) from error
+        raise PlanFileError(reader.where, "options for sharding", str(error)) from error
 
 
 def _rule(reader: Reader) -> Rule:

@@ -143,11 +143,13 @@ class EagerExecution:
         random_regions: the regions that draw random numbers, or may once they are in training mode.
         moves: what regions move: the arguments of one that runs again, or what autograd saves in
             one that does not.
+        sharded: the regions whose arguments are sharded.
     """
 
     signature: Signature
     random_regions: frozenset[str]
     moves: tuple[tuple[str, Moves], ...] = ()
+    sharded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

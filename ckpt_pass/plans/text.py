@@ -26,9 +26,10 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 def summary(plan: PlanRecord) -> str:
     """The plan in a few lines."""
-    fates = ("saved", "offloaded", "recomputed", "unused")
+    fates = ("saved", "offloaded", "sharded", "recomputed", "unused")
     counts = {fate: len(plan.with_fate(fate)) for fate in fates}
     moved = f"{counts['offloaded']} offloaded, " if counts["offloaded"] else ""
+    moved += f"{counts['sharded']} sharded, " if counts["sharded"] else ""
     found = plan.predicted
     return "\n".join(
         [
@@ -147,6 +148,7 @@ def _amounts(plan: PlanRecord) -> Iterator[str]:
     groups = {
         "saved": plan.with_fate("saved"),
         "offloaded": plan.with_fate("offloaded"),
+        "sharded": plan.with_fate("sharded"),
         "recomputed once": tuple(d for d in again if d.times <= 1),
         f"up to {most} times": tuple(d for d in again if d.times > 1),
         "not needed": plan.with_fate("unused"),

@@ -169,7 +169,8 @@ def _execution_data(step: CompiledExecution | EagerExecution) -> dict[str, Any]:
     if isinstance(step, EagerExecution):
         found = [[name, sorted(m.numbers), m.ahead, m.arguments] for name, m in step.moves]
         moves = {"moves": found} if found else {}
-        return {**data, "random_regions": sorted(step.random_regions), **moves}
+        shards = {"sharded_regions": sorted(step.sharded)} if step.sharded else {}
+        return {**data, "random_regions": sorted(step.random_regions), **moves, **shards}
     inner = step.inductor
     return {
         **data,
@@ -285,6 +286,7 @@ def _asked_data(asked: Asked) -> dict[str, Any]:
             **({} if goal.offload is None else {"offload": _offload_data(goal.offload)}),
             **({} if many is None else {"in_flight": [many.first, many.later]}),
             **({} if goal.gradients == "new" else {"gradients": goal.gradients}),
+            **({} if goal.shard_over is None else {"shard_over": asdict(goal.shard_over)}),
         },
     }
 
