@@ -140,6 +140,8 @@ class Writer:
             plain_timeline=self._timeline(plain),
             measured_workspaces=sum(1 for op in problem.ops if op.workspace_bytes),
             offloaded=self._offloaded(goal),
+            gathered_bytes=found.gathered_bytes,
+            gather_s=found.gather_s,
         )
 
     def _timeline(self, profile: EagerProfile) -> Timeline:
@@ -181,7 +183,7 @@ class Writer:
             if mover is not None and fate == "unused":
                 fate, rule = "offloaded", f"solver (eager): moved by {mover}"
             sharer = next((self._shared[s][0] for s in op.makes if s in self._shared), None)
-            if sharer is not None and fate in ("unused", "recomputed"):
+            if sharer is not None and fate == "unused":
                 fate, rule = "sharded", f"solver (eager): shared out by {sharer}"
             found.append(
                 Decision(

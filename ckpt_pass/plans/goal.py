@@ -94,7 +94,7 @@ class Goal:
         moved = "" if self.offload is None else f", {self.offload}"
         many = "" if self.in_flight is None else f", {self.in_flight}"
         grads = "" if self.gradients == "new" else f", gradients {self.gradients}"
-        shared = "" if self.shard_over is None else f", {self.shard_over}"
+        shared = "" if self.shard_over is None else ", shard over ranks"
         asked = f"budget {self.budget}, solver {self.solver.name}, cost {self.cost}"
         return f"{asked}{limit}{moved}{shared}{many}{grads}"
 

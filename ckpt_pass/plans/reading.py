@@ -181,6 +181,8 @@ def _predicted(reader: Reader) -> Predicted:
         measured_workspaces=found["measured_workspaces"].whole(),
         offloaded=found.get("offloaded").maybe(_offloaded),
         account=found.get("account").maybe(account_from_data),
+        gathered_bytes=found.get("gathered_bytes").maybe(Reader.whole) or 0,
+        gather_s=found.get("gather_s").maybe(Reader.number) or 0.0,
     )
 
 

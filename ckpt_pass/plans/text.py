@@ -45,10 +45,21 @@ def summary(plan: PlanRecord) -> str:
             f"recompute    {_share(found.recompute_flops, found.step_flops)} of the flops, "
             f"{_share(found.recompute_time_s, found.step_time_s)} of the modelled time",
             *(found.offloaded.summary_lines() if found.offloaded is not None else ()),
+            *_gathers(plan),
             *budget_lines(plan),
             *warning_lines(plan),
         ]
     )
+
+
+def _gathers(plan: PlanRecord) -> list[str]:
+    found, goal = plan.predicted, plan.asked.goal
+    if not found.gathered_bytes or goal is None:
+        return []
+    return [
+        f"gathered     {format_bytes(found.gathered_bytes)} from other ranks, "
+        f"{format_seconds(found.gather_s)}; {goal.shard_over}"
+    ]
 
 
 def _share(part: float, whole: float) -> str:

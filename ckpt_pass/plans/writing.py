@@ -154,6 +154,11 @@ def _predicted_data(found: Predicted) -> dict[str, Any]:
         "step_time_s": found.step_time_s,
         "measured_workspaces": found.measured_workspaces,
         **({} if found.offloaded is None else {"offloaded": _offloaded_data(found.offloaded)}),
+        **(
+            {"gathered_bytes": found.gathered_bytes, "gather_s": found.gather_s}
+            if found.gathered_bytes
+            else {}
+        ),
         **({} if found.account is None else {"account": account_to_data(found.account)}),
     }
 

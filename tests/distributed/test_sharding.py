@@ -25,7 +25,8 @@ import ckpt_pass
 from ckpt_pass import Sharding
 from ckpt_pass._torch.collector import quiet_collector
 from ckpt_pass.measure.allocations import profiled, read_recording
-from tests.distributed.ranks import WIDTH, batch, made, on_ranks, trained
+from ckpt_pass.ops.flops import FlopCounter
+from tests.distributed.ranks import WIDTH, batch, made, on_ranks, peaks, trained
 
 pytestmark = pytest.mark.distributed
 RANKS = 4
@@ -122,16 +123,16 @@ def by_placement(rank: int) -> dict[str, bool]:
         model = made()
         ckpt_pass.apply(model, placement)
         found[name] = trained(model, 0) == plain
-    beside, model = trained(split_over(rank), 0), split_over(rank)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    beside, model = trained(split_over(mesh), 0), split_over(mesh)
     ckpt_pass.apply(model, "all", MATMULS, shard_inputs=init_device_mesh("cpu", (RANKS,)))
     found["tensor parallel"] = trained(model, 0) == beside
     return found
 
 
-def split_over(rank: int) -> nn.Module:
+def split_over(mesh: Any, count: int = 3) -> nn.Module:
     """Tensor parallel over pairs."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
-    model = made()
+    model = made(count)
     for layer in model.layers:
         parallelize_module(layer, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     return model
@@ -294,9 +295,73 @@ def refusals(rank: int) -> dict[str, tuple[str, str]]:
     }
 
 
+def flops_of(model: nn.Module, x: Tensor) -> int:
+    with FlopCounter() as counter:
+        model(x).backward()
+    return counter.flops
+
+
+def plans(rank: int) -> list[dict[str, Any]]:
+    """Plans of a tensor parallel step that may share out, beside Megatron's rule at its peak."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    rows, depth = 1024, 5
+    x = batch(0, rows=rows)
+    plain = trained(split_over(mesh, depth), 0, rows)
+    by_rule = split_over(mesh, depth)
+    rule = ckpt_pass.from_megatron(
+        {"recompute_granularity": "full", "distribute_saved_activations": True}, group=mesh
+    )
+    ckpt_pass.apply(by_rule, rule)
+    plain_flops = flops_of(split_over(mesh, depth), x)
+    by_the_rule = flops_of(by_rule, x) - plain_flops, (depth - 1) * x.nbytes // 2
+    megatron = peaks(by_rule, lambda: by_rule(x).backward(), 1 << 60)
+    free = Sharding(mesh, bytes_per_s=1e15, latency_s=0.0)
+    found = []
+    for budget, over in ((megatron, mesh), (0.1, free)):
+        model = split_over(mesh, depth)
+        options: Any = {"mode": "eager", "shard_over": over}
+        try:
+            plan = ckpt_pass.plan(model, x, budget=budget, **options)
+        except ckpt_pass.InfeasibleBudgetError as error:
+            plan = ckpt_pass.plan(model, x, budget=error.least_feasible_bytes, **options)
+        assert isinstance(plan, ckpt_pass.Plan)
+        again = ckpt_pass.Plan.from_json(plan.to_json())
+        again.apply(model)
+        found.append(
+            {
+                "same": trained(model, 0, rows) == plain,
+                "predicted": plan.peak_bytes,
+                "measured": peaks(model, lambda m=model: m(x).backward(), plan.peak_bytes),
+                "sharded": len(plan.with_fate("sharded")),
+                "read again": again == plan,
+                "text": str(plan),
+                "recompute": flops_of(model, x) - plain_flops,
+                "received": plan.predicted.gathered_bytes,
+                "rule": by_the_rule,
+                "budget": plan.budget_bytes,
+            }
+        )
+    return found
+
+
+def plans_that_differ(rank: int) -> tuple[str, str]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    options: Any = {"budget": 0.5, "mode": "eager", "shard_over": mesh}
+    return refused(lambda: ckpt_pass.plan(made(), batch(0, rows=64 + rank), **options))
+
+
 # --- tests ----------------------------------------------------------------------------------
 
-JOBS = (by_hand, by_placement, bytes_of_parts, uneven, distributed_tensors, refusals)
+JOBS = (
+    by_hand,
+    by_placement,
+    bytes_of_parts,
+    uneven,
+    distributed_tensors,
+    refusals,
+    plans,
+    plans_that_differ,
+)
 
 
 @pytest.fixture(scope="module")
@@ -355,3 +420,25 @@ def test_what_is_refused_on_all_ranks(
     for rank in found["refusals"]:
         error, words = rank[name]
         assert error == kind and says in words, (error, words)
+
+
+def test_plans_that_share_out(found: dict[str, list[Any]]) -> None:
+    for rank in found["plans"]:
+        for plan in rank:
+            assert plan["same"] and plan["read again"], plan["text"]
+            assert plan["measured"] == pytest.approx(plan["predicted"], rel=0.01)
+        assert rank[-1]["sharded"] and "shared out by layers." in rank[-1]["text"]
+    first = [plan["text"] for plan in found["plans"][0]]
+    assert [plan["text"] for plan in found["plans"][1]] == first
+
+
+def test_plans_beside_megatrons_rule(found: dict[str, list[Any]]) -> None:
+    for rank in found["plans"]:
+        recomputed, received = rank[0]["rule"]
+        assert rank[0]["recompute"] <= recomputed, rank[0]
+        assert rank[0]["received"] <= received, rank[0]
+
+
+def test_steps_that_differ_share_out_nothing(found: dict[str, list[Any]]) -> None:
+    for error, words in found["plans_that_differ"]:
+        assert error == "ShardedStepsDifferError" and "run other ops than this one" in words
