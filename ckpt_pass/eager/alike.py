@@ -44,6 +44,8 @@ class UnknownValuesError(CkptPassError, ValueError):
 #: Of a tensor among a module's arguments: a checksum, elements and bytes of one; ``None`` where it
 #: cannot be shared out.
 Given = tuple[int, int, int] | None
+#: Of a DTensor, which a region shares out by its placements, and the record does not follow.
+_SPREAD = 0, 0, 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Alike:
             return ()
         for (storage, goes), one in zip(call.tensors, given, strict=True):
             if not goes:
-                if storage >= 0 and one is None:
+                if one == _SPREAD:
                     return ()
                 continue
             nbytes = trace.storages[storage].nbytes if storage >= 0 else 0
@@ -192,7 +194,9 @@ def _told_of_calls(
 
 
 def _of_tensor(tensor: Tensor, sharding: Sharding) -> Given:
-    if autograd.is_distributed(tensor) or not is_shardable(tensor, sharding.min_bytes):
+    if autograd.is_distributed(tensor):
+        return _SPREAD
+    if not is_shardable(tensor, sharding.min_bytes):
         return None
     return checksum_of(tensor), tensor.numel(), tensor.element_size()
 
@@ -209,7 +213,8 @@ def _ranks(group: dist.ProcessGroup, sharding: Sharding, device: torch.device) -
         measured = tell([int(small * 1e9), int(large * 1e9)], device, group)
         small, large = (max(times) / 1e9 for times in zip(*measured, strict=True))
         latency_s = small if latency_s is None else latency_s
-        rate = (count - 1) * _SAMPLE_BYTES / max(large - small, 1e-9) if rate is None else rate
+        if rate is None:  # of a group of one, nothing is gathered
+            rate = max(count - 1, 1) * _SAMPLE_BYTES / max(large - small, 1e-9)
     return Ranks(count, rate, latency_s)
 
 
