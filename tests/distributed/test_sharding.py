@@ -112,7 +112,8 @@ def by_placement(rank: int) -> dict[str, bool]:
         "recompute_num_layers": 2,
         "distribute_saved_activations": True,
     }
-    two = pair(rank)
+    # First: torch's cache of what DTensors do outlives a process group, and the names in it.
+    mesh, two = of_tensor_parallel(), pair(rank)
     ways: dict[str, Any] = {
         "megatron": ckpt_pass.from_megatron(config, group=two),
         "deepspeed": ckpt_pass.from_deepspeed({"partition_activations": True}, group=two),
@@ -123,11 +124,15 @@ def by_placement(rank: int) -> dict[str, bool]:
         model = made()
         ckpt_pass.apply(model, placement)
         found[name] = trained(model, 0) == plain
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
     beside, model = trained(split_over(mesh), 0), split_over(mesh)
     ckpt_pass.apply(model, "all", MATMULS, shard_inputs=init_device_mesh("cpu", (RANKS,)))
     found["tensor parallel"] = trained(model, 0) == beside
     return found
+
+
+def of_tensor_parallel() -> Any:
+    """This rank's pair, as one dimension of a mesh."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
 
 
 def split_over(mesh: Any, count: int = 3) -> nn.Module:
@@ -303,7 +308,7 @@ def flops_of(model: nn.Module, x: Tensor) -> int:
 
 def plans(rank: int) -> list[dict[str, Any]]:
     """Plans of a tensor parallel step that may share out, beside Megatron's rule at its peak."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    mesh = of_tensor_parallel()
     rows, depth = 1024, 5
     x = batch(0, rows=rows)
     plain = trained(split_over(mesh, depth), 0, rows)
@@ -345,7 +350,7 @@ def plans(rank: int) -> list[dict[str, Any]]:
 
 
 def plans_that_differ(rank: int) -> tuple[str, str]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    mesh = of_tensor_parallel()
     options: Any = {"budget": 0.5, "mode": "eager", "shard_over": mesh}
     return refused(lambda: ckpt_pass.plan(made(), batch(0, rows=64 + rank), **options))
 
