@@ -34,6 +34,7 @@ from ckpt_pass.policy.rules import offload as offload
 from ckpt_pass.policy.rules import recompute as recompute
 from ckpt_pass.policy.rules import rule as rule
 from ckpt_pass.policy.rules import save as save
+from ckpt_pass.policy.rules import shard as shard
 from ckpt_pass.policy.sites import CallSite as CallSite
 from ckpt_pass.policy.sites import SiteContext as SiteContext
 from ckpt_pass.ops.taxonomy import OpClass as OpClass
@@ -43,6 +44,7 @@ from ckpt_pass.ops.taxonomy import taxonomy_counts as taxonomy_counts
 # --- Offloading: values that are kept somewhere else --------------------------------------
 from ckpt_pass.offloading.options import Offload as Offload
 from ckpt_pass.offloading.saved_hooks import offload_activations as offload_activations
+from ckpt_pass.offloading.sharding import Sharding as Sharding
 
 # --- Budgets and plans --------------------------------------------------------------------
 from ckpt_pass.job.jobs import Job as Job
@@ -103,6 +105,7 @@ from ckpt_pass.modules.placement import as_placement as as_placement
 from ckpt_pass.modules.placement import placements as placements
 from ckpt_pass.modules.segments import Segments as Segments
 from ckpt_pass.modules.segments import SqrtSegments as SqrtSegments
+from ckpt_pass.modules.sharded import Sharded as Sharded
 from ckpt_pass.modules.segments import optimal_segment_count as optimal_segment_count
 from ckpt_pass.modules.segments import segment_boundaries as segment_boundaries
 from ckpt_pass.modules.sequential import CheckpointedSequential as CheckpointedSequential
@@ -146,6 +149,7 @@ from ckpt_pass.errors import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.errors import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.errors import CkptPassError as CkptPassError
 from ckpt_pass.errors import CompiledOffloadError as CompiledOffloadError
+from ckpt_pass.errors import CompiledShardError as CompiledShardError
 from ckpt_pass.errors import ConfigKeyError as ConfigKeyError
 from ckpt_pass.errors import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.errors import ContradictoryTagsError as ContradictoryTagsError
@@ -166,11 +170,13 @@ from ckpt_pass.errors import InvalidLinkError as InvalidLinkError
 from ckpt_pass.errors import InvalidMoveError as InvalidMoveError
 from ckpt_pass.errors import InvalidOffloadError as InvalidOffloadError
 from ckpt_pass.errors import InvalidRuleError as InvalidRuleError
+from ckpt_pass.errors import InvalidShardingError as InvalidShardingError
 from ckpt_pass.errors import InvalidTimeLimitError as InvalidTimeLimitError
 from ckpt_pass.errors import InvalidTotalError as InvalidTotalError
 from ckpt_pass.errors import LayerProfileError as LayerProfileError
 from ckpt_pass.errors import LostStoreError as LostStoreError
 from ckpt_pass.errors import LostTicketError as LostTicketError
+from ckpt_pass.errors import LostValuesError as LostValuesError
 from ckpt_pass.errors import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.errors import MicrobatchesError as MicrobatchesError
 from ckpt_pass.errors import MovedValueChangedError as MovedValueChangedError
@@ -181,12 +187,12 @@ from ckpt_pass.errors import NoLayersError as NoLayersError
 from ckpt_pass.errors import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.errors import NoLossError as NoLossError
 from ckpt_pass.errors import NoRegionsError as NoRegionsError
+from ckpt_pass.errors import NotAModuleError as NotAModuleError
 from ckpt_pass.errors import NotAppliedError as NotAppliedError
 from ckpt_pass.errors import NotFunctionalError as NotFunctionalError
 from ckpt_pass.errors import NotSequentialError as NotSequentialError
 from ckpt_pass.errors import NotTraceableError as NotTraceableError
 from ckpt_pass.errors import NothingChosenError as NothingChosenError
-from ckpt_pass.errors import NotAModuleError as NotAModuleError
 from ckpt_pass.errors import NothingCompiledError as NothingCompiledError
 from ckpt_pass.errors import NothingRecordedError as NothingRecordedError
 from ckpt_pass.errors import NothingToDifferentiateError as NothingToDifferentiateError
@@ -209,6 +215,10 @@ from ckpt_pass.errors import ScheduleError as ScheduleError
 from ckpt_pass.errors import SegmentCountError as SegmentCountError
 from ckpt_pass.errors import SegmentError as SegmentError
 from ckpt_pass.errors import SeveralGraphsError as SeveralGraphsError
+from ckpt_pass.errors import ShardGroupError as ShardGroupError
+from ckpt_pass.errors import ShardOrderError as ShardOrderError
+from ckpt_pass.errors import ShardedStepsDifferError as ShardedStepsDifferError
+from ckpt_pass.errors import ShardedValueDiffersError as ShardedValueDiffersError
 from ckpt_pass.errors import SharedModuleError as SharedModuleError
 from ckpt_pass.errors import SharedModuleWarning as SharedModuleWarning
 from ckpt_pass.errors import SizeError as SizeError
@@ -237,6 +247,7 @@ from ckpt_pass.errors import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.errors import UnknownRegionError as UnknownRegionError
 from ckpt_pass.errors import UnknownSolverError as UnknownSolverError
 from ckpt_pass.errors import UnknownStrategyError as UnknownStrategyError
+from ckpt_pass.errors import UnknownValuesError as UnknownValuesError
 from ckpt_pass.errors import UnmovableTensorError as UnmovableTensorError
 from ckpt_pass.errors import VerificationError as VerificationError
 from ckpt_pass.errors import WorkspaceWarning as WorkspaceWarning

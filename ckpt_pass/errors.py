@@ -24,6 +24,8 @@ from ckpt_pass.distributed.pipeline import ScheduleError as ScheduleError
 from ckpt_pass.distributed.together import RankFailedError as RankFailedError
 from ckpt_pass.distributed.together import RanksDifferError as RanksDifferError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
+from ckpt_pass.eager.alike import ShardedStepsDifferError as ShardedStepsDifferError
+from ckpt_pass.eager.alike import UnknownValuesError as UnknownValuesError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
 from ckpt_pass.eager.replicas import ReplicaError as ReplicaError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
@@ -68,6 +70,10 @@ from ckpt_pass.offloading.graph_ops import LostStoreError as LostStoreError
 from ckpt_pass.offloading.graph_ops import LostTicketError as LostTicketError
 from ckpt_pass.offloading.layout import UnmovableTensorError as UnmovableTensorError
 from ckpt_pass.offloading.options import InvalidOffloadError as InvalidOffloadError
+from ckpt_pass.offloading.sharding import InvalidShardingError as InvalidShardingError
+from ckpt_pass.offloading.sharding import ShardGroupError as ShardGroupError
+from ckpt_pass.offloading.shards import ShardedValueDiffersError as ShardedValueDiffersError
+from ckpt_pass.offloading.shards import ShardOrderError as ShardOrderError
 from ckpt_pass.offloading.slots import StoreFullError as StoreFullError
 from ckpt_pass.offloading.store import MovedValueChangedError as MovedValueChangedError
 from ckpt_pass.offloading.workers import ForkedStoreError as ForkedStoreError
@@ -89,9 +95,10 @@ from ckpt_pass.plans.goal import MicrobatchesError as MicrobatchesError
 from ckpt_pass.plans.goal import UnknownCostError as UnknownCostError
 from ckpt_pass.plans.schema import PlanFileError as PlanFileError
 from ckpt_pass.plans.signature import PlanMismatchError as PlanMismatchError
+from ckpt_pass.policy.decisions import CompiledShardError as CompiledShardError
+from ckpt_pass.policy.decisions import PolicyReturnError as PolicyReturnError
 from ckpt_pass.policy.opinion import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.policy.rules import InvalidRuleError as InvalidRuleError
-from ckpt_pass.policy.rules import PolicyReturnError as PolicyReturnError
 from ckpt_pass.policy.rules import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.regions.arguments import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.regions.checkpointing import CompiledOffloadError as CompiledOffloadError
@@ -112,6 +119,7 @@ from ckpt_pass.report.strategy_rows import UnknownStrategyError as UnknownStrate
 from ckpt_pass.state.given import NotAModuleError as NotAModuleError
 from ckpt_pass.state.holders import UninitializedParameterError as UninitializedParameterError
 from ckpt_pass.state.objects import SpentIteratorError as SpentIteratorError
+from ckpt_pass.steps.halves import LostValuesError as LostValuesError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError
 from ckpt_pass.tools.arguments import StepArgumentError as StepArgumentError
 from ckpt_pass.tools.axis import UnknownDimensionError as UnknownDimensionError

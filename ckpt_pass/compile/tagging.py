@@ -77,7 +77,7 @@ def _decide(node: fx.Node, context: SiteContext, policy: Policy, offloads: bool)
         return Opinion(CheckpointPolicy.MUST_SAVE, "seeds of random ops")
     users = node.meta.get("recompute")
     if users is not None:
-        found = Opinion(check_decision(users, USER_TAG, context.site, offloads), USER_TAG)
+        found = Opinion.of(check_decision(users, USER_TAG, context.site, offloads), USER_TAG)
     else:
         found = opinion(policy, context, offloads)
     if not may_not_repeat(node):

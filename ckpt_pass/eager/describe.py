@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import fx
 
+from ckpt_pass.eager.alike import Alike
 from ckpt_pass.eager.step_record import LOCAL, CallRecord, EagerTrace, OpRecord
 from ckpt_pass.eager.two_ways import replaced
 from ckpt_pass.graph.cost import (
@@ -44,6 +45,7 @@ def eager_problem(
     formulas: Mapping[tuple[int, int], int],
     link: Link | None = None,
     least_bytes: int = 0,
+    alike: Alike | None = None,
 ) -> EagerProblem:
     """Describe a recorded step.
 
@@ -56,6 +58,7 @@ def eager_problem(
         formulas: ranges of ops in the backward, and the bytes that were measured of them.
         link: what may move values; ``None`` where nothing can.
         least_bytes: smaller values stay.
+        alike: what ranks hold alike of what modules are given, if they may share it out.
     """
     costs = {op.call: _cost(op.call, kernels) for op in trace.ops}
     overwritten = {storage for op in trace.ops for storage in op.changes}
@@ -101,6 +104,8 @@ def eager_problem(
             else region
             for region in regions
         )
+    if alike is not None:
+        regions = alike.with_parts(trace, regions)
     return EagerProblem(
         ops,
         trace.forward_length,
@@ -111,6 +116,7 @@ def eager_problem(
         link,
         Offload.IN_FLIGHT,
         ALIGNMENT,
+        ranks=None if alike is None else alike.ranks,
     )
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass.eager.alike import Alike, alike_in
 from ckpt_pass.eager.describe import eager_problem, left_out
+from ckpt_pass.eager.in_step import in_step
 from ckpt_pass.eager.step_record import EagerTrace
 from ckpt_pass.eager.trace import Surroundings, trace_step
-from ckpt_pass.eager.writing import Writer
+from ckpt_pass.eager.writing import Writer, step_words
 from ckpt_pass.graph.capture import raise_for
 from ckpt_pass.graph.device_rates import with_device_times
 from ckpt_pass.graph.kernels import (
@@ -99,13 +101,21 @@ class EagerStep:
             InfeasibleBudgetError: no plan fits it.
         """
         try:
-            solution = _solved(self.problem, self.plain.peak_bytes, budget_bytes)
+            solution = self._solved(budget_bytes)
         except InfeasibleBudgetError as error:
             raise InfeasibleBudgetError(
                 budget_bytes, error.least_feasible_bytes, _left_out_words(self.trace)
             ) from None
         asked = Asked("open to the solver", self.policy, None, self.goal, budget_bytes)
         return Writer(self.trace, self.problem, solution).plan(asked, self.signature, self.plain)
+
+    def _solved(self, budget_bytes: int) -> EagerSolution:
+        plain_bytes, sharding = self.plain.peak_bytes, self.goal.shard_over
+        if sharding is None:
+            return _solved(self.problem, plain_bytes, budget_bytes)
+        return in_step(
+            sharding, budget_bytes, lambda least: _solved(self.problem, plain_bytes, least)
+        )
 
 
 def describe_step(
@@ -121,8 +131,12 @@ def describe_step(
     how = Surroundings(again=goal.gradients != "new", staged=goal.in_flight is not None)
     trace = traced(model, args, loss_fn, kwargs, kernels, how)
     timed = goal.cost == "measured"
+    alike = None
+    if goal.shard_over is not None:
+        given, words = dict(kwargs or {}), step_words(trace)
+        alike = alike_in(model, args, given, loss_fn, goal.shard_over, words)
     problem = replace(
-        described(trace, timed, kernels, goal.offload, goal.cost),
+        described(trace, timed, kernels, goal.offload, goal.cost, alike),
         microbatches=_beside(trace, goal),
     )
     warn_of_unmeasured(kernels)
@@ -149,6 +163,7 @@ def described(
     kernels: Kernels | None = None,
     offload: OffloadLike | None = None,
     cost: CostLike = "roofline",
+    alike: Alike | None = None,
 ) -> EagerProblem:
     """A recorded step as a problem; kernels that may have a workspace are run once, alone.
 
@@ -158,6 +173,7 @@ def described(
         kernels: what measures them.
         offload: where values may be moved to, if they may; its rates are measured once.
         cost: a device on paper has rates of its own.
+        alike: what ranks hold alike, if they may share it out.
     """
     what = WORKSPACE_AND_TIME if times else WORKSPACE
     kernels = kernels or Kernels()
@@ -166,7 +182,7 @@ def described(
     formulas = {ops: nbytes for ops, nbytes in found.items() if nbytes is not None}
     facts = kernels.facts(calls, what)
     if offload is None:
-        return eager_problem(trace, facts, formulas)
+        return eager_problem(trace, facts, formulas, alike=alike)
     least = offload.min_bytes if isinstance(offload, Offload) else 0
     facts = with_device_times(facts, calls, kernels)
     made = (t for op in trace.ops for t in output_tensors(op.call.meta.get("val")))

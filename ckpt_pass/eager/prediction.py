@@ -96,7 +96,8 @@ def _saves(policy: Policy, op: OpRecord) -> bool | None:
     if op.changes or op.call.target in IGNORED or is_free(op.call.target):
         return False
     found = settled(policy, SiteCounter().visit(op.call.target, ()))
-    return None if found is None or found.offloads else found.saves
+    tells = found is not None and not found.offloads and found.sharding is None
+    return found.saves if found is not None and tells else None
 
 
 def predictor(

@@ -25,6 +25,7 @@ from ckpt_pass.version import __version__
 _TAGS = {
     "saved": CheckpointPolicy.MUST_SAVE,
     "offloaded": CheckpointPolicy.MUST_CPU_OFFLOAD,
+    "sharded": CheckpointPolicy.MUST_SAVE,
     "recomputed": CheckpointPolicy.PREFER_RECOMPUTE,
     "unused": CheckpointPolicy.PREFER_RECOMPUTE,
 }
@@ -60,6 +61,13 @@ class Writer:
             for storage in region.sent:
                 self._mover_of.setdefault(storage, region.name)
 
+        #: By storage, a region whose arguments ranks share out, and the bytes of a part.
+        self._shared: dict[int, tuple[str, int]] = {}
+        for index in sorted(solution.plan.shards):
+            region = problem.regions[index]
+            for storage, part, _ in region.parts:
+                self._shared.setdefault(storage, (region.name, part))
+
     def plan(self, asked: Asked, signature: Signature, plain: EagerProfile) -> Plan:
         """The plan."""
         chosen = self._solution.plan
@@ -82,6 +90,7 @@ class Writer:
                 signature,
                 frozenset(region.name for region in again if region.extra_bytes),
                 self._moves(),
+                frozenset(self._problem.regions[index].name for index in chosen.shards),
             ),
         )
 
@@ -131,6 +140,8 @@ class Writer:
             plain_timeline=self._timeline(plain),
             measured_workspaces=sum(1 for op in problem.ops if op.workspace_bytes),
             offloaded=self._offloaded(goal),
+            gathered_bytes=found.gathered_bytes,
+            gather_s=found.gather_s,
         )
 
     def _timeline(self, profile: EagerProfile) -> Timeline:
@@ -171,6 +182,9 @@ class Writer:
             rule = "solver (eager)" if region is not None else "not in a region: autograd's own"
             if mover is not None and fate == "unused":
                 fate, rule = "offloaded", f"solver (eager): moved by {mover}"
+            sharer = next((self._shared[s][0] for s in op.makes if s in self._shared), None)
+            if sharer is not None and fate == "unused":
+                fate, rule = "sharded", f"solver (eager): shared out by {sharer}"
             found.append(
                 Decision(
                     site=op.site,
@@ -193,26 +207,32 @@ class Writer:
             reasons |= dict.fromkeys(self._problem.ops[op].makes, "autograd, outside of regions")
         for index in sorted(self._solution.plan.regions):
             region = self._problem.regions[index]
-            sent = region.sent if index in self._solution.plan.sends else ()
-            for storage in set(region.arguments) - set(sent):
+            sent = set(region.sent if index in self._solution.plan.sends else ())
+            if index in self._solution.plan.shards:
+                sent |= {storage for storage, _, _ in region.parts}
+            for storage in set(region.arguments) - sent:
                 reasons.setdefault(storage, f"argument of region {region.name}")
         for op in sorted(self._solution.plan.kept):
             reasons |= dict.fromkeys(self._problem.ops[op].makes, "kept by its region")
         moved = {s: f"moved by {name}" for s, name in self._mover_of.items() if s not in reasons}
+        kinds = dict.fromkeys(moved, "offloaded")
+        for storage, (name, _) in self._shared.items():
+            if storage not in reasons:
+                moved[storage], kinds[storage] = f"a part of it, by region {name}", "sharded"
         found = {**reasons, **moved}
-        return [self._activation(s, found[s], moved=s in moved) for s in sorted(found)]
+        return [self._activation(s, found[s], kinds.get(s, "activation")) for s in sorted(found)]
 
-    def _activation(self, storage: int, reason: str, moved: bool) -> SavedActivation:
+    def _activation(self, storage: int, reason: str, kind: str) -> SavedActivation:
         record = self._trace.storages[storage]
         op = self._trace.ops[record.born]
         tensors = list(output_tensors(op.call.meta["val"]))
         tensor = tensors[min(op.makes.index(storage), len(tensors) - 1)]
         return SavedActivation(
-            kind="offloaded" if moved else "activation",
+            kind=kind,
             site=op.site,
             shape=tuple(tensor.shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
-            nbytes=record.nbytes,
+            nbytes=self._shared[storage][1] if kind == "sharded" else record.nbytes,
             provenance=f"output of {op.site}",
             reason=reason,
         )

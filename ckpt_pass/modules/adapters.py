@@ -9,29 +9,34 @@ from ckpt_pass.modules.choice import Placement
 from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, refuse
 from ckpt_pass.modules.offloaded import Offloaded
 from ckpt_pass.modules.segments import Segments
+from ckpt_pass.modules.sharded import Sharded
+from ckpt_pass.offloading.sharding import Sharding, ShardLike, as_sharding
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import FirstMatch, first_match, recompute
 
 # https://www.deepspeed.ai/docs/config-json/#activation-checkpointing
 _DEEPSPEED = {
-    "partition_activations": "Saved values are not spread over ranks: set it to false.",
     "synchronize_checkpoint_boundary": "Regions do not synchronise the device: set it to false.",
     "profile": "Use ckpt_pass.profile_layers(model, ...) instead, and set it to false.",
 }
 _DEEPSPEED_OFFLOADS = ("cpu_checkpointing", "contiguous_memory_optimization")
+_DEEPSPEED_SHARDS = "partition_activations"
 
 
-def from_deepspeed(config: Any) -> Placement:
+def from_deepspeed(config: Any, *, group: ShardLike | None = None) -> Placement:
     """The placement that DeepSpeed's ``activation_checkpointing`` section describes.
 
     ``number_checkpoints`` is the number of segments that all layers are cut into; without it every
     layer is a region (DeepSpeed itself leaves this to the model's code).
     ``cpu_checkpointing`` offloads what enters the regions to the host. With it
     ``contiguous_memory_optimization`` asks for what is so anyway: values lie in one pool, which is
-    used again in every step.
+    used again in every step. ``partition_activations`` keeps a part of what enters the regions on
+    each rank of ``group``.
 
     Args:
         config: the section, or a whole configuration that has it.
+        group: the ranks of model parallelism, for ``partition_activations``; all ranks where
+            ``None``.
 
     Raises:
         ConfigKeyError: an unknown key, or one that asks for what is not supported here.
@@ -39,7 +44,8 @@ def from_deepspeed(config: Any) -> Placement:
     found = as_mapping(config, "DeepSpeed")
     if "activation_checkpointing" in found:
         found = as_mapping(found["activation_checkpointing"], "DeepSpeed")
-    check_keys(found, ("number_checkpoints", *_DEEPSPEED_OFFLOADS, *_DEEPSPEED), "DeepSpeed")
+    known = ("number_checkpoints", _DEEPSPEED_SHARDS, *_DEEPSPEED_OFFLOADS, *_DEEPSPEED)
+    check_keys(found, known, "DeepSpeed")
     refuse(found, _DEEPSPEED, "DeepSpeed")
     moves, one_buffer = (found.get(key) for key in _DEEPSPEED_OFFLOADS)
     if one_buffer and not moves:
@@ -49,6 +55,14 @@ def from_deepspeed(config: Any) -> Placement:
             "device are not copied into one buffer. Set it to false, or both to true."
         )
     placement = _segments_of(found.get("number_checkpoints"))
+    if found.get(_DEEPSPEED_SHARDS):
+        if moves:
+            raise ConfigKeyError(
+                "The DeepSpeed configuration has partition_activations together with "
+                "cpu_checkpointing, which is not supported here: what enters a region is kept in "
+                "one place. Set one of them to false."
+            )
+        return Sharded(placement, as_sharding(True if group is None else group) or Sharding())
     return Offloaded(placement) if moves else placement
 
 

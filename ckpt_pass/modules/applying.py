@@ -22,6 +22,7 @@ from ckpt_pass.modules.layers.find import find_layers
 from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.modules.layers.profiling import profile_layers
 from ckpt_pass.modules.placement import PlacementLike, as_placement
+from ckpt_pass.offloading.sharding import ShardLike, as_sharding
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import as_goal
@@ -79,6 +80,7 @@ def apply(
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     offload: OffloadLike | None = None,
     offload_inputs: bool = False,
+    shard_inputs: ShardLike | None = None,
 ) -> Choice:
     """Make modules of a model checkpoint regions, until :func:`remove`.
 
@@ -101,6 +103,9 @@ def apply(
             where ``None``, mostly to the host. With a budget the plan may move values there, and
             moves none where ``None``.
         offload_inputs: also offload the activations that enter the regions.
+        shard_inputs: keep a part of these on each rank of a group that holds them alike instead: a
+            process group, a device mesh of one dimension, ``True`` for all ranks, or a
+            :class:`ckpt_pass.Sharding`.
 
     Returns:
         What was chosen, as :func:`is_checkpointed` shows it.
@@ -124,12 +129,13 @@ def apply(
             )
         choice = choose(model, placement, policy, example_inputs, loss_fn)
         choice = choice.with_offload(offload, "inputs" if offload_inputs else None)
+        choice = choice.with_shards(as_sharding(shard_inputs))
     else:
         _check_budget_alone(placement, policy, example_inputs)
-        if offload_inputs:
+        if offload_inputs or shard_inputs:
             raise PlacementError(
-                "Got budget= together with offload_inputs=, expected one of the two: within a "
-                "budget a plan chooses what moves. Give offload= alone, or leave budget= out."
+                "Got budget= together with offload_inputs= or shard_inputs=, expected one of them: "
+                "within a budget a plan chooses. Give offload= alone, or leave budget= out."
             )
         choice = _planned(model, budget, asked, _as_args(example_inputs), loss_fn, offload)
     _check_shared(model, choice)

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import nn
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass.offloading.sharding import Sharding
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.policy.rules import PolicyLike
 from ckpt_pass.regions.wrapping import RegionSpec
@@ -69,6 +70,7 @@ class Choice:
         offload: where values go that are offloaded; to the host where ``None``.
         moves: what is offloaded besides what the policy says: the regions' ``"inputs"``, or, where
             nothing is recomputed, what is ``"saved"`` inside; nothing where ``None``.
+        shards: over which ranks what enters the regions is sharded; kept whole where ``None``.
     """
 
     placement: str
@@ -78,6 +80,7 @@ class Choice:
     specs: tuple[tuple[str, RegionSpec], ...] = field(default=(), repr=False)
     offload: OffloadLike | None = None
     moves: str | None = None
+    shards: Sharding | None = None
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -112,6 +115,8 @@ class Choice:
         return replace(self, policy=policy, specs=specs)._checked()
 
     def _moving(self, spec: RegionSpec) -> RegionSpec:
+        if self.shards is not None:
+            spec = replace(spec, shard_inputs=self.shards)
         if self.offload is None and self.moves is None:
             return spec
         return replace(
@@ -138,7 +143,24 @@ class Choice:
         )
         return found._checked()
 
+    def with_shards(self, shards: Sharding | None) -> Choice:
+        """The same regions, with what enters them sharded; as was said before where ``None``.
+
+        Raises:
+            PlacementError: it is offloaded.
+        """
+        return self if shards is None else replace(self, shards=shards)._checked()
+
     def _checked(self) -> Choice:
+        offloads = self.moves is not None or any(
+            spec.offload_inputs or spec.offload_saved for _, spec in self.specs
+        )
+        if self.shards is not None and offloads:
+            raise PlacementError(
+                f"{self.placement} shards what enters its regions, and offloads "
+                f"{self.moves or 'what enters some'}. Expected one of the two: what enters a "
+                "region is kept in one place. Leave one out."
+            )
         policies = [self.policy, *(spec.policy for _, spec in self.specs)]
         if self.moves == "saved" and any(policy is not None for policy in policies):
             raise PlacementError(
@@ -175,6 +197,10 @@ class Choice:
         if self.moves is not None:
             what = "inputs are" if self.moves == "inputs" else "nothing recomputed, saved values"
             head += f"; {what} offloaded"
+        if self.shards is not None:
+            what = "first arguments" if self.shards.arguments == "first" else "inputs"
+            over = "all ranks" if self.shards.group is None else f"group {self.shards.group}"
+            head += f"; {what} are sharded over {over}"
         rows = [
             f"{found.name:<{name_width}}  {found.kind:<{kind_width}}  "
             f"{'in ' if found.inside else 'out'}  {found.why}"

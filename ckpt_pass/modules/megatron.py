@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -30,7 +30,9 @@ from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, re
 from ckpt_pass.modules.layers.find import Layers, find_layers
 from ckpt_pass.modules.offloaded import OFFLOAD_PARTS, Offloaded, OffloadParts
 from ckpt_pass.modules.segments import by_segments, segments_of_length
+from ckpt_pass.modules.sharded import Sharded
 from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.sharding import Sharding, ShardLike, as_sharding
 from ckpt_pass.policy.rules import FirstMatch, first_match, recompute, save
 from ckpt_pass.regions.wrapping import RegionSpec
 
@@ -232,10 +234,15 @@ def _outermost(inside: list[tuple[str, nn.Module]], classes: tuple[str, ...]) ->
 
 
 _UNSUPPORTED = {
-    "distribute_saved_activations": "Saved values are not spread over ranks: set it to False.",
     "cpu_offloading_weights": "Parameters stay on the device: set it to False.",
 }
-_KEYS = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
+_KEYS = (
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "distribute_saved_activations",
+)
 _OFFLOADS = (
     "cpu_offloading",
     "cpu_offloading_num_layers",
@@ -271,12 +278,22 @@ def _offloaded(found: dict[str, Any]) -> Offloaded | None:
     return Offloaded(OffloadParts(tuple(modules)), Offload(min_bytes=least), "saved")
 
 
-def from_megatron(config: Any) -> Megatron | Offloaded | None:
+def _distributed(group: ShardLike | None) -> Sharding:
+    """Megatron takes apart what the tensor-parallel ranks hold alike: a layer's first argument."""
+    sharding = as_sharding(True if group is None else group) or Sharding()
+    return replace(sharding, arguments="first")
+
+
+def from_megatron(
+    config: Any, *, group: ShardLike | None = None
+) -> Megatron | Offloaded | Sharded | None:
     """The placement that a Megatron Core configuration describes.
 
     Args:
         config: the ``recompute_*`` and offloading keys of a ``TransformerConfig``, as a mapping or
             an object.
+        group: the ranks of tensor parallelism, for ``distribute_saved_activations``; all ranks
+            where ``None``.
 
     Returns:
         The placement; ``None`` where the configuration recomputes and offloads nothing.
@@ -289,6 +306,13 @@ def from_megatron(config: Any) -> Megatron | Offloaded | None:
     check_keys(found, (*_KEYS, *_OFFLOADS, *_UNSUPPORTED), "Megatron")
     refuse(found, _UNSUPPORTED, "Megatron")
     granularity = found.get("recompute_granularity")
+    distributes = bool(found.get("distribute_saved_activations"))
+    if distributes and granularity != "full":
+        raise ConfigKeyError(
+            "The Megatron configuration has distribute_saved_activations=True with "
+            f"recompute_granularity={granularity!r}, expected 'full', as in Megatron: it is the "
+            "first argument of each layer that is distributed. Set one of them otherwise."
+        )
     offloaded = _offloaded(found)
     if offloaded is not None:
         if granularity is not None:
@@ -309,5 +333,6 @@ def from_megatron(config: Any) -> Megatron | Offloaded | None:
         )
     method, number = found.get("recompute_method"), found.get("recompute_num_layers")
     if granularity == "full":
-        return Megatron("full", method, number)
+        layers = Megatron("full", method, number)
+        return Sharded(layers, _distributed(group)) if distributes else layers
     return Megatron(granularity, method, number, tuple(modules))

@@ -20,6 +20,7 @@ from ckpt_pass.modules.megatron import Megatron
 from ckpt_pass.modules.offloaded import Offloaded, OffloadParts
 from ckpt_pass.modules.optimal import OptimalSegments
 from ckpt_pass.modules.segments import Segments, SqrtSegments
+from ckpt_pass.modules.sharded import Sharded
 
 #: What users may pass: a name, a placement, or a function ``module -> bool``.
 PlacementLike: TypeAlias = "str | Placement | Callable[[nn.Module], bool]"
@@ -46,6 +47,7 @@ _CLASSES: tuple[type[Any], ...] = (
     Megatron,
     Offloaded,
     OffloadParts,
+    Sharded,
 )
 
 #: Every placement by name.

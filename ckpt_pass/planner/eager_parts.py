@@ -87,6 +87,8 @@ class EagerRegion:
         dropped: storages that it makes, which Python lets go at its end if it is one.
         moves: those of its values that go if it moves.
         sent: those of its arguments that go if they move.
+        parts: those that ranks may share out: the storage, the bytes of a part, and the bytes that
+            are gathered.
     """
 
     name: str
@@ -101,6 +103,30 @@ class EagerRegion:
     dropped: tuple[int, ...] = ()
     moves: tuple[int, ...] = ()
     sent: tuple[int, ...] = ()
+    parts: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks that values are shared out over.
+
+    Attributes:
+        count: how many there are.
+        bytes_per_s: from the others.
+        latency_s: of a gather, whatever its size.
+    """
+
+    count: int
+    bytes_per_s: float
+    latency_s: float = 0.0
+
+    def received_bytes(self, whole_bytes: int) -> int:
+        """What comes from other ranks when a value is gathered."""
+        return whole_bytes - whole_bytes // self.count
+
+    def gather_s(self, whole_bytes: int) -> float:
+        """Seconds of a gather."""
+        return self.latency_s + self.received_bytes(whole_bytes) / self.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +157,7 @@ class EagerPlan:
         sends: those of the regions that run again whose arguments move meanwhile.
         moved: the regions that move instead.
         ahead: how many values are fetched before they are asked for.
+        shards: those of the regions that run again whose arguments ranks share out.
     """
 
     regions: frozenset[int] = frozenset()
@@ -138,3 +165,4 @@ class EagerPlan:
     sends: frozenset[int] = frozenset()
     moved: frozenset[int] = frozenset()
     ahead: int = 0
+    shards: frozenset[int] = frozenset()

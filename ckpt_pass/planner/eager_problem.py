@@ -34,8 +34,10 @@ from ckpt_pass.planner.eager_parts import (
     EagerRegion,
     EagerStorage,
     Microbatches,
+    Ranks,
     SavedValue,
 )
+from ckpt_pass.planner.eager_shares import gathers, share_out
 from ckpt_pass.planner.link import Link
 
 Ints = npt.NDArray[np.int64]
@@ -54,6 +56,7 @@ class EagerProfile:
         recompute_flops: of what runs again.
         away_bytes: the most at the other place.
         moved, copies: what moves, and its copies; ``None`` where nothing does.
+        gather_s, gathered_bytes: of what ranks gather from each other.
     """
 
     bytes_at: Ints
@@ -64,6 +67,8 @@ class EagerProfile:
     away_bytes: int = 0
     moved: Journeys | None = None
     copies: Copying | None = None
+    gather_s: float = 0.0
+    gathered_bytes: int = 0
 
     @property
     def stall_s(self) -> float:
@@ -73,7 +78,7 @@ class EagerProfile:
     @property
     def overhead_s(self) -> float:
         """What the step takes more than the plain one."""
-        return self.recompute_time_s + self.stall_s
+        return self.recompute_time_s + self.stall_s + self.gather_s
 
     @property
     def peak_bytes(self) -> int:
@@ -101,6 +106,7 @@ class EagerProblem:
         in_flight: how many values of a module may be on their way out at once.
         away_unit: at the other place a value takes a multiple of so many bytes.
         microbatches: what lies in memory beside this one, where it is one of several.
+        ranks: those that may share out what regions are given; ``None`` where there are none.
     """
 
     ops: tuple[EagerOp, ...]
@@ -113,6 +119,7 @@ class EagerProblem:
     in_flight: int = 1
     away_unit: int = 1
     microbatches: Microbatches | None = None
+    ranks: Ranks | None = None
 
     @cached_property
     def _table(self) -> _Table:
@@ -208,6 +215,8 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
         arguments = list(region.arguments)
         if index in plan.sends:
             arguments = list({*arguments}.difference(region.sent))
+        if index in plan.shards:
+            arguments = list({*arguments}.difference(s for s, _, _ in region.parts))
         ends[arguments] = np.maximum(ends[arguments], problem.regions[index].done)
     end_places = before_death[ends]
 
@@ -247,6 +256,9 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     for stay in moved.stays:
         delta[min(stay.fetched, length - 1)] += table.nbytes[stay.storage]
         delta[stay.end] -= table.nbytes[stay.storage]
+    part_bytes = share_out(
+        problem.regions, problem.values, plan, delta, (before_op, before_death, starts)
+    )
     ran = _ran(problem, chosen, before_op, starts, length)
     bytes_at = np.cumsum(delta)[:length] + table.workspace[ran]
     rerun = problem.rerun_ops(plan)
@@ -255,7 +267,7 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     begins = int(before_op[problem.forward_length])
     if problem.microbatches is not None:
         waits = (before_op[table.born] < begins) & (end_places > begins) & ~table.shared
-        states = sum(problem.regions[index].extra_bytes for index in chosen)
+        states = sum(problem.regions[index].extra_bytes for index in chosen) + part_bytes
         each = int(table.nbytes[waits].sum()) + states
         left = _left(table, end_places, length)
         bytes_at = _with_others(problem.microbatches, bytes_at, each, left)
@@ -272,6 +284,7 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
         sum(-(-int(table.nbytes[one.storage]) // unit) * unit for one in moved.leaving),
         moved if copies is not None else None,
         copies,
+        *gathers(problem.regions, problem.ranks, plan),
     )
 
 
@@ -306,6 +319,9 @@ def _goes(problem: EagerProblem, plan: EagerPlan) -> npt.NDArray[np.bool_]:
     for index in plan.sends:
         region = problem.regions[index]
         goes[[n for n in range(*region.values) if problem.values[n].storage in region.sent]] = True
+    for index in plan.shards:
+        region, parts = problem.regions[index], {s for s, _, _ in problem.regions[index].parts}
+        goes[[n for n in range(*region.values) if problem.values[n].storage in parts]] = True
     return goes
 
 

@@ -86,6 +86,8 @@ class EagerPool:
         self._polish()
         self._mix_hull()
         self._mix(self.frontier())
+        if problem.ranks is not None:  # afterwards: no plan is slower for it
+            self._share_out()
         if problem.link is not None:  # afterwards: no plan is slower for it
             self._move()
             self._mix_hull()
@@ -117,6 +119,25 @@ class EagerPool:
             peak = profile.peak_bytes if fits else _NOWHERE
             known = self.plans[plan] = profile.overhead_s, peak
         return known
+
+    def _share_out(self) -> None:
+        """Let ranks share out what regions are given, at all prices, and in the plans there are."""
+        for _, _, plan in self.frontier():
+            self._add(self._tree.sharing(plan))
+        for limit in self._tree.limits():
+            for price in self._tree.prices():
+                self._add(self._tree.best(price, limit, shares=True))
+        self._mix_hull()
+        self._mix(self.frontier())
+        for _, peak, plan in self.frontier():
+            self._share_less(plan, peak)
+
+    def _share_less(self, plan: EagerPlan, ceiling: int) -> None:
+        """Keep whole what a peak of ``ceiling`` bytes has room for."""
+        found: EagerPlan | None = plan
+        while found is not None:
+            less = self._tree.sharing_less(found)
+            found = next((one for one in less if self._add(one)[1] <= ceiling), None)
 
     def _move(self) -> None:
         """Let candidates move at all prices; by the tightest and the loosest limit."""
@@ -204,5 +225,5 @@ def _below(before: Entry, entry: Entry, after: Entry) -> bool:
 
 def _order(item: tuple[EagerPlan, tuple[float, int]]) -> tuple[float | int | list[int], ...]:
     plan, (time_s, peak) = item
-    chosen = (sorted(part) for part in (plan.regions, plan.kept, plan.sends, plan.moved))
-    return time_s, peak, plan.ahead, *chosen
+    parts = plan.regions, plan.kept, plan.sends, plan.moved, plan.shards
+    return time_s, peak, plan.ahead, *map(sorted, parts)

@@ -51,6 +51,7 @@ class Ties:
             regions=frozenset(regions),
             kept=frozenset(kept),
             sends=plan.sends & regions,
+            shards=plan.shards & regions,
         )
 
     def _size(self, index: int) -> tuple[int, int]:

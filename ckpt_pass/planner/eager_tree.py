@@ -59,6 +59,16 @@ class Tree:
             for region in self._regions
         ]
 
+        ranks = problem.ranks
+        self._gather_s = [
+            sum(ranks.gather_s(whole) for _, _, whole in region.parts) if ranks is not None else 0.0
+            for region in self._regions
+        ]
+        #: What is free where ranks share out a region's arguments.
+        self._freed_bytes = [
+            sum(nbytes[s] - part for s, part, _ in region.parts) for region in self._regions
+        ]
+
     def _saved_storages(self, index: int) -> set[int]:
         values = self._problem.values[slice(*self._regions[index].values)]
         return {value.storage for value in values if value.storage >= 0}
@@ -110,18 +120,22 @@ class Tree:
         step = max(len(sizes) // _LIMIT_STEPS, 1)
         return sorted({*sizes[::step], *sizes[-1:]})
 
-    def best(self, price: float, limit: int, waited: float | None = None) -> EagerPlan:
+    def best(
+        self, price: float, limit: int, waited: float | None = None, shares: bool = False
+    ) -> EagerPlan:
         """The best choice at a price, among regions that make no more than ``limit`` again.
 
         Args:
             price: of a held byte.
             limit: on bytes.
             waited: the share of copies that is waited for; ``None`` where nothing moves.
+            shares: whether ranks may share out what regions are given.
         """
         regions: set[int] = set()
         kept: set[int] = set()
         moved: set[int] = set()
         sends: set[int] = set()
+        shards: set[int] = set()
         costs: dict[int, tuple[str, list[int]]] = {}
         total: dict[int, float] = {}
         for index in reversed(range(len(self._regions))):
@@ -140,6 +154,9 @@ class Tree:
                 if waited is not None and self._sent_bytes[index]:
                     away = waited * self._sent_s[index] - price * self._sent_bytes[index]
                     found.append((whole + away, "again, sends"))
+                if shares and self._freed_bytes[index]:
+                    apart = self._gather_s[index] - price * self._freed_bytes[index]
+                    found.append((whole + apart, "again, shards"))
             if waited is not None and self._moved_bytes[index]:
                 stays = self._saved_bytes[index] - self._moved_bytes[index]
                 found.append((waited * self._copies_s[index] + price * stays, "moved"))
@@ -152,15 +169,30 @@ class Tree:
             if what.startswith("again"):
                 regions.add(index)
                 kept.update(keeps)
-                sends |= {index} if what != "again" else set()
+                sends |= {index} if what == "again, sends" else set()
+                shards |= {index} if what == "again, shards" else set()
             elif what == "moved":
                 moved.add(index)
             else:
                 todo += self._children[index]
         ahead = AHEAD[0] if moved or sends else 0
         return EagerPlan(
-            frozenset(regions), frozenset(kept), frozenset(sends), frozenset(moved), ahead
+            frozenset(regions),
+            frozenset(kept),
+            frozenset(sends),
+            frozenset(moved),
+            ahead,
+            frozenset(shards),
         )
+
+    def sharing(self, plan: EagerPlan) -> EagerPlan:
+        """A plan with all that ranks may share out of its regions' arguments."""
+        return replace(plan, shards=frozenset(i for i in plan.regions if self._freed_bytes[i]))
+
+    def sharing_less(self, plan: EagerPlan) -> list[EagerPlan]:
+        """A plan without one of its shares, for each: those first that free least a second."""
+        dear = sorted(plan.shards, key=lambda i: (-self._gather_s[i] / self._freed_bytes[i], i))
+        return [replace(plan, shards=plan.shards - {index}) for index in dear]
 
     def moving_less(self, plan: EagerPlan, again: bool) -> EagerPlan:
         """A plan without the last of its moves.
@@ -212,7 +244,13 @@ class Tree:
             return frozenset(i for i, ops in spans if first <= ops[0] and ops[1] <= last)
 
         kept = frozenset(k for k in plan.kept if first <= k < last)
-        return EagerPlan(inside(plan.regions), kept, inside(plan.sends), inside(plan.moved))
+        return EagerPlan(
+            inside(plan.regions),
+            kept,
+            inside(plan.sends),
+            inside(plan.moved),
+            shards=inside(plan.shards),
+        )
 
     def swapped(self, plan: EagerPlan, other: EagerPlan, top: int) -> EagerPlan:
         """A plan with what another does inside a region."""
@@ -225,4 +263,5 @@ class Tree:
             sends,
             moved,
             max(plan.ahead, other.ahead) if moved or sends else 0,
+            (plan.shards - mine.shards) | theirs.shards,
         )

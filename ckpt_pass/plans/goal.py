@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.offloading.options import InvalidOffloadError, Offload
+from ckpt_pass.offloading.sharding import InvalidShardingError, Sharding
 from ckpt_pass.offloading.store import Store
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.device import Device, InvalidDeviceError
@@ -68,6 +69,7 @@ class Goal:
         in_flight: how many microbatches a stage of a pipeline has in flight; ``None`` where the
             step is no such stage.
         gradients: one of ``GRADIENTS``.
+        shard_over: over which ranks what regions keep may be sharded, if it may.
     """
 
     budget: BudgetLike
@@ -77,12 +79,14 @@ class Goal:
     offload: OffloadLike | None = None
     in_flight: InFlight | None = None
     gradients: str = "new"
+    shard_over: Sharding | None = None
 
     @property
     def is_plain_data(self) -> bool:
         """Whether its ``repr`` says all about it, on every run."""
         named = any(self.solver is solver for solver in SOLVERS.values())
-        stays = self.offload is None  # a store of the user's, and a link that is measured, do not
+        # A store of the user's, and a link that is measured, do not.
+        stays = self.offload is None and self.shard_over is None
         return named and self.time_limit_s is None and self.budget != "device" and stays
 
     def __str__(self) -> str:
@@ -90,8 +94,9 @@ class Goal:
         moved = "" if self.offload is None else f", {self.offload}"
         many = "" if self.in_flight is None else f", {self.in_flight}"
         grads = "" if self.gradients == "new" else f", gradients {self.gradients}"
+        shared = "" if self.shard_over is None else ", shard over ranks"
         asked = f"budget {self.budget}, solver {self.solver.name}, cost {self.cost}"
-        return f"{asked}{limit}{moved}{many}{grads}"
+        return f"{asked}{limit}{moved}{shared}{many}{grads}"
 
 
 def as_goal(
@@ -150,6 +155,24 @@ def with_microbatches(
             "copies of several microbatches share the link. Leave one of the two out."
         )
     return replace(goal, in_flight=many, gradients=found)
+
+
+def with_sharding(goal: Goal | None, sharding: Sharding | None) -> Goal | None:
+    """The goal of a step whose regions may share out what they keep.
+
+    Raises:
+        InvalidShardingError: there is no budget, or values may be offloaded as well.
+    """
+    if sharding is None:
+        return goal
+    if goal is None or goal.offload is not None:
+        got, how = ("no budget", "one") if goal is None else (str(goal.offload), "one of the two")
+        raise InvalidShardingError(
+            f"Got shard_over= with {got}, expected {how}: it is an eager plan within a budget that "
+            "chooses what is sharded, and a plan that also offloads is not there. Give budget=, "
+            "and leave offload= out."
+        )
+    return replace(goal, shard_over=sharding)
 
 
 def _as_in_flight(in_flight: int | InFlight | None) -> InFlight | None:

@@ -38,12 +38,20 @@ from ckpt_pass.version import __version__
 #: A plan for a graph of 100,000 ops takes some 10 MB.
 MOST_CHARACTERS = 64_000_000
 
-_FATES = {fate: fate for fate in ("saved", "offloaded", "recomputed", "unused")}
+_FATES = {fate: fate for fate in ("saved", "offloaded", "sharded", "recomputed", "unused")}
 _STATUSES = {status: status for status in ("optimal", "feasible", "time limit")}
 _MODES = {mode: mode for mode in ("compiled", "eager")}
 _KINDS = {
     kind: kind
-    for kind in ("activation", "offloaded", "output", "random state", "input", "parameter")
+    for kind in (
+        "activation",
+        "offloaded",
+        "sharded",
+        "output",
+        "random state",
+        "input",
+        "parameter",
+    )
 }
 
 
@@ -173,6 +181,8 @@ def _predicted(reader: Reader) -> Predicted:
         measured_workspaces=found["measured_workspaces"].whole(),
         offloaded=found.get("offloaded").maybe(_offloaded),
         account=found.get("account").maybe(account_from_data),
+        gathered_bytes=found.get("gathered_bytes").maybe(Reader.whole) or 0,
+        gather_s=found.get("gather_s").maybe(Reader.number) or 0.0,
     )
 
 
@@ -226,6 +236,7 @@ def _eager_execution(reader: Reader) -> EagerExecution:
         _signature(reader["signature"]),
         frozenset(reader["random_regions"].texts()),
         moves or (),
+        frozenset(reader.get("sharded_regions").maybe(Reader.texts) or ()),
     )
 
 

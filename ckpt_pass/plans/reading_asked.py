@@ -7,13 +7,14 @@ from typing import Any
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass.offloading.options import InvalidOffloadError, Offload
+from ckpt_pass.offloading.sharding import InvalidShardingError, Sharding
 from ckpt_pass.ops.taxonomy import OpClass
 from ckpt_pass.planner.device import Device, InvalidDeviceError
 from ckpt_pass.planner.solvers import SOLVERS, as_solver
 from ckpt_pass.plans.goal import COSTS, GRADIENTS, CostLike, Goal, InFlight
 from ckpt_pass.plans.record import Asked
 from ckpt_pass.plans.schema import CodePolicy, PlanFileError, Reader
-from ckpt_pass.policy.rules import FirstMatch, Policy, Rule
+from ckpt_pass.policy.rules import FirstMatch, Policy, Rule, Ruling
 
 POLICIES = {member.name: member for member in CheckpointPolicy}
 CLASSES = {str(member): member for member in OpClass}
@@ -47,7 +48,8 @@ def _goal(reader: Reader) -> Goal:
     offload = reader.get("offload").maybe(_offload)
     in_flight = reader.get("in_flight").maybe(_in_flight)
     gradients = reader.get("gradients").maybe(_gradients) or "new"
-    return Goal(amount, solver, limit, cost, offload, in_flight, gradients)
+    shards = reader.get("shard_over").maybe(_sharding)
+    return Goal(amount, solver, limit, cost, offload, in_flight, gradients, shards)
 
 
 def _in_flight(reader: Reader) -> InFlight:
@@ -110,9 +112,29 @@ def _policy(reader: Reader, depth: int) -> Policy:
     return CodePolicy(reader["code"].text())
 
 
+def _ruling(reader: Reader) -> Ruling:
+    if not isinstance(reader.value, dict):
+        return reader.one_of(POLICIES)
+    return _sharding(reader["shard"])
+
+
+def _sharding(reader: Reader) -> Sharding:
+    try:
+        return Sharding(
+            group=reader["group"].maybe(Reader.text),
+            min_bytes=reader["min_bytes"].whole(),
+            check=reader["check"].text(),
+            arguments=reader["arguments"].text(),
+            bytes_per_s=reader["bytes_per_s"].maybe(Reader.number),
+            latency_s=reader["latency_s"].maybe(Reader.number),
+        )
+    except InvalidShardingError as error:
+        raise PlanFileError(reader.where, "options for sharding", str(error)) from error
+
+
 def _rule(reader: Reader) -> Rule:
     return Rule(
-        decision=reader["decision"].one_of(POLICIES),
+        decision=_ruling(reader["decision"]),
         op=reader["op"].texts(),
         op_class=tuple(item.one_of(CLASSES) for item in reader["op_class"].items()),
         module=reader["module"].maybe(Reader.text),

@@ -58,6 +58,8 @@ class Predicted:
             machine; the peak relies on them.
         offloaded: what is moved to another place and back, if anything might be.
         account: the memory of the whole job, where an optimizer was given.
+        gathered_bytes, gather_s: what a rank gets from others of what they share out, and how long
+            that takes.
     """
 
     peak_bytes: int
@@ -72,11 +74,14 @@ class Predicted:
     measured_workspaces: int
     offloaded: LinkUse | None = None
     account: Account | None = None
+    gathered_bytes: int = 0
+    gather_s: float = 0.0
 
     @property
     def overhead_s(self) -> float:
-        """Recompute time, and what the ops wait for copies."""
-        return self.recompute_time_s + (self.offloaded.stall_s if self.offloaded else 0.0)
+        """Recompute time, what the ops wait for copies, and for what other ranks have."""
+        waits_s = self.offloaded.stall_s if self.offloaded else 0.0
+        return self.recompute_time_s + waits_s + self.gather_s
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,13 @@ class EagerExecution:
         random_regions: the regions that draw random numbers, or may once they are in training mode.
         moves: what regions move: the arguments of one that runs again, or what autograd saves in
             one that does not.
+        sharded: the regions whose arguments are sharded.
     """
 
     signature: Signature
     random_regions: frozenset[str]
     moves: tuple[tuple[str, Moves], ...] = ()
+    sharded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

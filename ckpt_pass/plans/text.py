@@ -26,9 +26,10 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 def summary(plan: PlanRecord) -> str:
     """The plan in a few lines."""
-    fates = ("saved", "offloaded", "recomputed", "unused")
+    fates = ("saved", "offloaded", "sharded", "recomputed", "unused")
     counts = {fate: len(plan.with_fate(fate)) for fate in fates}
     moved = f"{counts['offloaded']} offloaded, " if counts["offloaded"] else ""
+    moved += f"{counts['sharded']} sharded, " if counts["sharded"] else ""
     found = plan.predicted
     return "\n".join(
         [
@@ -44,10 +45,21 @@ def summary(plan: PlanRecord) -> str:
             f"recompute    {_share(found.recompute_flops, found.step_flops)} of the flops, "
             f"{_share(found.recompute_time_s, found.step_time_s)} of the modelled time",
             *(found.offloaded.summary_lines() if found.offloaded is not None else ()),
+            *_gathers(plan),
             *budget_lines(plan),
             *warning_lines(plan),
         ]
     )
+
+
+def _gathers(plan: PlanRecord) -> list[str]:
+    found, goal = plan.predicted, plan.asked.goal
+    if not found.gathered_bytes or goal is None:
+        return []
+    return [
+        f"gathered     {format_bytes(found.gathered_bytes)} from other ranks, "
+        f"{format_seconds(found.gather_s)}; {goal.shard_over}"
+    ]
 
 
 def _share(part: float, whole: float) -> str:
@@ -147,6 +159,7 @@ def _amounts(plan: PlanRecord) -> Iterator[str]:
     groups = {
         "saved": plan.with_fate("saved"),
         "offloaded": plan.with_fate("offloaded"),
+        "sharded": plan.with_fate("sharded"),
         "recomputed once": tuple(d for d in again if d.times <= 1),
         f"up to {most} times": tuple(d for d in again if d.times > 1),
         "not needed": plan.with_fate("unused"),

@@ -225,7 +225,10 @@ class Plan(PlanRecord, PlanFile):
         step = self.execution
         if not isinstance(step, EagerExecution):
             return region_specs(self.regions, self.decisions)
-        return region_specs(self.regions, self.decisions, step.random_regions, dict(step.moves))
+        found = region_specs(self.regions, self.decisions, step.random_regions, dict(step.moves))
+        sharding = None if self.asked.goal is None else self.asked.goal.shard_over
+        shared = {name: replace(found[name], shard_inputs=sharding) for name in step.sharded}
+        return {**found, **shared}
 
     def region_spec(self, name: str) -> RegionSpec | None:
         """What becomes of the module ``name`` in eager mode; ``None`` where it is no region.

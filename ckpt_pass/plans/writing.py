@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.sharding import Sharding
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.solvers import SOLVERS
@@ -31,7 +32,7 @@ from ckpt_pass.plans.record import (
 )
 from ckpt_pass.plans.schema import CodePolicy
 from ckpt_pass.plans.timeline import Timeline
-from ckpt_pass.policy.rules import FirstMatch, Policy, Rule, describe
+from ckpt_pass.policy.rules import FirstMatch, Policy, Rule, Ruling, describe
 from ckpt_pass.policy.sites import CallSite
 from ckpt_pass.version import __version__
 
@@ -153,6 +154,11 @@ def _predicted_data(found: Predicted) -> dict[str, Any]:
         "step_time_s": found.step_time_s,
         "measured_workspaces": found.measured_workspaces,
         **({} if found.offloaded is None else {"offloaded": _offloaded_data(found.offloaded)}),
+        **(
+            {"gathered_bytes": found.gathered_bytes, "gather_s": found.gather_s}
+            if found.gathered_bytes
+            else {}
+        ),
         **({} if found.account is None else {"account": account_to_data(found.account)}),
     }
 
@@ -168,7 +174,8 @@ def _execution_data(step: CompiledExecution | EagerExecution) -> dict[str, Any]:
     if isinstance(step, EagerExecution):
         found = [[name, sorted(m.numbers), m.ahead, m.arguments] for name, m in step.moves]
         moves = {"moves": found} if found else {}
-        return {**data, "random_regions": sorted(step.random_regions), **moves}
+        shards = {"sharded_regions": sorted(step.sharded)} if step.sharded else {}
+        return {**data, "random_regions": sorted(step.random_regions), **moves, **shards}
     inner = step.inductor
     return {
         **data,
@@ -284,6 +291,7 @@ def _asked_data(asked: Asked) -> dict[str, Any]:
             **({} if goal.offload is None else {"offload": _offload_data(goal.offload)}),
             **({} if many is None else {"in_flight": [many.first, many.later]}),
             **({} if goal.gradients == "new" else {"gradients": goal.gradients}),
+            **({} if goal.shard_over is None else {"shard_over": asdict(goal.shard_over)}),
         },
     }
 
@@ -296,10 +304,14 @@ def _offload_data(offload: OffloadLike) -> dict[str, Any] | None:
     return {**found, "folder": None if offload.folder is None else str(offload.folder)}
 
 
+def _ruling_data(ruling: Ruling) -> str | dict[str, Any]:
+    return {"shard": asdict(ruling)} if isinstance(ruling, Sharding) else ruling.name
+
+
 def _policy_data(policy: Policy) -> dict[str, Any]:
     if type(policy) is Rule:
         values = {field.name: getattr(policy, field.name) for field in fields(Rule)}
-        values["decision"] = policy.decision.name
+        values["decision"] = _ruling_data(policy.decision)
         values["op"] = list(policy.op)
         values["op_class"] = [str(op_class) for op_class in policy.op_class]
         return {"rule": values}

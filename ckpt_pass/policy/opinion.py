@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass.offloading.sharding import Sharding
 from ckpt_pass.ops.taxonomy import OpClass, classify, op_name
 from ckpt_pass.policy.rules import (
     DEFAULT,
@@ -20,6 +21,7 @@ from ckpt_pass.policy.rules import (
     FirstMatch,
     Policy,
     Rule,
+    Ruling,
     check_decision,
     describe,
 )
@@ -44,10 +46,22 @@ def report_unclassified(op: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Opinion:
-    """A decision and, in words, the rule that made it."""
+    """A decision and, in words, the rule that made it.
+
+    Attributes:
+        sharding: over which ranks the value is sharded, where it is; its decision is to save it.
+    """
 
     decision: CheckpointPolicy
     rule: str
+    sharding: Sharding | None = None
+
+    @classmethod
+    def of(cls, ruling: Ruling, rule: str) -> Opinion:
+        """What a rule has said."""
+        if isinstance(ruling, Sharding):
+            return cls(CheckpointPolicy.MUST_SAVE, rule, ruling)
+        return cls(ruling, rule)
 
     @property
     def saves(self) -> bool:
@@ -58,30 +72,34 @@ class Opinion:
         return self.decision in OFFLOADING
 
 
-def opinion(policy: Policy, site: SiteContext, offloads: bool = False) -> Opinion:
+def opinion(
+    policy: Policy, site: SiteContext, offloads: bool = False, shards: bool = False
+) -> Opinion:
     """Ask ``policy`` about ``site``: the decision, and which of its rules made it.
 
     Args:
         policy: the policy.
         site: the call site.
         offloads: whether values can be offloaded there.
+        shards: whether they can be kept in parts there.
 
     Raises:
         PolicyReturnError: it returned something that is not a decision, or cannot be carried out.
+        CompiledShardError: it shards where that cannot be carried out.
     """
     if isinstance(policy, FirstMatch):
         for part in policy.policies:
-            found = _ask(part, site, offloads)
+            found = _ask(part, site, offloads, shards)
             if found is not None:
                 return found
         return Opinion(DEFAULT, "default (no rule matched)")
-    return _ask(policy, site, offloads) or Opinion(DEFAULT, "default (no opinion)")
+    return _ask(policy, site, offloads, shards) or Opinion(DEFAULT, "default (no opinion)")
 
 
-def _ask(policy: Policy, site: SiteContext, offloads: bool) -> Opinion | None:
+def _ask(policy: Policy, site: SiteContext, offloads: bool, shards: bool) -> Opinion | None:
     if isinstance(policy, FirstMatch):
         for part in policy.policies:
-            found = _ask(part, site, offloads)
+            found = _ask(part, site, offloads, shards)
             if found is not None:
                 return found
         return None
@@ -89,7 +107,7 @@ def _ask(policy: Policy, site: SiteContext, offloads: bool) -> Opinion | None:
     if decision is None:
         return None
     name = describe(policy)
-    return Opinion(check_decision(decision, name, site.site, offloads), name)
+    return Opinion.of(check_decision(decision, name, site.site, offloads, shards), name)
 
 
 @runtime_checkable
@@ -114,5 +132,5 @@ def settled(policy: Policy, site: SiteContext) -> Opinion | None:
         return None
     for part in rules:
         if part.matches_op(site):
-            return opinion(part, site, offloads=True) if part.by_op_alone else None
+            return opinion(part, site, offloads=True, shards=True) if part.by_op_alone else None
     return Opinion(DEFAULT, "default (no rule matched)")

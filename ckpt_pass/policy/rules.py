@@ -13,24 +13,35 @@ import fnmatch
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import functorch
+from ckpt_pass.offloading.sharding import Sharding, ShardLike, as_sharding
 from ckpt_pass.ops.tables import STANDS_FOR
 from ckpt_pass.ops.taxonomy import OpClass, functional_twin, op_name
+from ckpt_pass.policy.decisions import (
+    DEFAULT as DEFAULT,
+)
+from ckpt_pass.policy.decisions import (
+    OFFLOADING as OFFLOADING,
+)
+from ckpt_pass.policy.decisions import (
+    RECOMPUTING as RECOMPUTING,
+)
+from ckpt_pass.policy.decisions import (
+    SAVING as SAVING,
+)
+from ckpt_pass.policy.decisions import (
+    Ruling as Ruling,
+)
+from ckpt_pass.policy.decisions import (
+    check_decision as check_decision,
+)
 from ckpt_pass.policy.sites import Scope, SiteContext
-
-#: The decision for an op on which no rule has an opinion, as in torch's selective checkpointing.
-DEFAULT = CheckpointPolicy.PREFER_RECOMPUTE
-
-SAVING = frozenset({CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE})
-RECOMPUTING = frozenset({CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE})
-#: Torch itself acts on neither (2.11 to 2.13): its eager contexts recompute such an op.
-OFFLOADING = frozenset({CheckpointPolicy.MUST_CPU_OFFLOAD, CheckpointPolicy.PREFER_CPU_OFFLOAD})
 
 
 class UnknownPolicyError(CkptPassError):
@@ -48,15 +59,11 @@ class InvalidRuleError(CkptPassError):
     """A rule was built from conditions that cannot hold."""
 
 
-class PolicyReturnError(CkptPassError):
-    """A policy returned something that is not a decision."""
-
-
 @runtime_checkable
 class Policy(Protocol):
     """A rule from a call site to a decision, or ``None`` for no opinion."""
 
-    def __call__(self, site: SiteContext, /) -> CheckpointPolicy | None: ...
+    def __call__(self, site: SiteContext, /) -> Ruling | None: ...
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,8 +76,8 @@ def name_matches(pattern: str, name: str) -> bool:
 class Rule:
     """One decision for the call sites that meet every given condition.
 
-    Build rules with :func:`save`, :func:`recompute`, :func:`offload` and :func:`rule`; join them
-    with ``|``.
+    Build rules with :func:`save`, :func:`recompute`, :func:`offload`, :func:`shard` and
+    :func:`rule`; join them with ``|``.
 
     Attributes:
         decision: what becomes of a matching value.
@@ -85,7 +92,7 @@ class Rule:
         label: shown instead of the conditions.
     """
 
-    decision: CheckpointPolicy
+    decision: Ruling
     op: tuple[str, ...] = ()
     op_class: tuple[OpClass, ...] = ()
     module: str | None = None
@@ -108,7 +115,7 @@ class Rule:
     def needs_output(self) -> bool:
         return self.min_bytes is not None or self.max_bytes is not None
 
-    def __call__(self, site: SiteContext) -> CheckpointPolicy | None:
+    def __call__(self, site: SiteContext) -> Ruling | None:
         matches = self.matches_op(site) and self._place_matches(site) and self._size_matches(site)
         return self.decision if matches else None
 
@@ -151,17 +158,24 @@ class Rule:
         if self.label:
             return self.label
         shown = []
+        if isinstance(self.decision, Sharding) and self.decision.group is not None:
+            shown.append(f"group={self.decision.group}")
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if isinstance(value, tuple):
                 value = "|".join(str(item) for item in value)
             if value not in (None, ""):
                 shown.append(f"{field.name}={value}")
-        moves = self.decision in OFFLOADING
-        verb = "save" if self.decision in SAVING else "offload" if moves else "recompute"
-        usual = (CheckpointPolicy.MUST_SAVE, DEFAULT, CheckpointPolicy.MUST_CPU_OFFLOAD)
-        strength = "" if self.decision in usual else f"[{self.decision.name}]"
-        return f"{verb}{strength}({', '.join(shown)})"
+        return f"{_verb(self.decision)}({', '.join(shown)})"
+
+
+def _verb(decision: Ruling) -> str:
+    if isinstance(decision, Sharding):
+        return "shard"
+    moves = decision in OFFLOADING
+    verb = "save" if decision in SAVING else "offload" if moves else "recompute"
+    usual = (CheckpointPolicy.MUST_SAVE, DEFAULT, CheckpointPolicy.MUST_CPU_OFFLOAD)
+    return verb if decision in usual else f"{verb}[{decision.name}]"
 
 
 @dataclass(frozen=True)
@@ -179,7 +193,7 @@ class FirstMatch:
     def needs_scopes(self) -> bool:
         return any(getattr(policy, "needs_scopes", True) for policy in self.policies)
 
-    def __call__(self, site: SiteContext) -> CheckpointPolicy | None:
+    def __call__(self, site: SiteContext) -> Ruling | None:
         for policy in self.policies:
             decision = policy(site)
             if decision is not None:
@@ -198,16 +212,14 @@ class FirstMatch:
 class TorchPolicy:
     """A ``policy_fn(ctx, op, *args, **kwargs)`` written for torch's selective checkpointing."""
 
-    policy_fn: Callable[..., CheckpointPolicy | bool]
+    policy_fn: Callable[..., Ruling | bool]
     #: It sees the op and its arguments, no module.
     needs_scopes = False
 
-    def __call__(self, site: SiteContext) -> CheckpointPolicy | None:
+    def __call__(self, site: SiteContext) -> Ruling | None:
         return self.ask(site.op, site.output, site.args, site.kwargs)
 
-    def ask(
-        self, op: Any, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> CheckpointPolicy:
+    def ask(self, op: Any, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ruling:
         """What the function says of an op that ran with these arguments."""
         context = functorch.selective_context(output)
         decision = self.policy_fn(context, op, *args, **kwargs)
@@ -253,7 +265,7 @@ def _classes(classes: Any) -> tuple[OpClass, ...]:
 
 
 def rule(
-    decision: CheckpointPolicy,
+    decision: Ruling,
     *,
     op: Any = (),
     op_class: Any = (),
@@ -267,7 +279,7 @@ def rule(
     """Build a rule that gives ``decision`` where every given condition holds.
 
     Args:
-        decision: one of torch's ``CheckpointPolicy``.
+        decision: one of torch's ``CheckpointPolicy``, or a :class:`ckpt_pass.Sharding`.
         op: an op, a name such as ``"aten.mm"``, or several of either.
         op_class: a class such as ``"matmul"``, or several.
         module: FQN pattern, as ``"*.mlp"``; submodules of a match are inside.
@@ -281,7 +293,7 @@ def rule(
         InvalidRuleError: a class is unknown, a count is below 1, or ``nth`` and ``every`` are
             both given.
     """
-    check_decision(decision, "rule(...)")
+    check_decision(decision, "rule(...)", shards=True)
     for name, value in (("nth", nth), ("every", every)):
         if value is not None and value < 1:
             raise InvalidRuleError(f"{name} counts from 1, got {value}. Give {name}=1 or more.")
@@ -312,6 +324,27 @@ def offload(**conditions: Any) -> Rule:
     return rule(CheckpointPolicy.MUST_CPU_OFFLOAD, **conditions)
 
 
+def shard(group: ShardLike | None = None, *, check: str = "always", **conditions: Any) -> Rule:
+    """Build a rule that keeps a part of a value on each rank, in eager regions.
+
+    Every rank of the group has to hold the value alike, and to run the same regions: the backward
+    gathers it. Values below 1,024 bytes are kept whole, as by :func:`save`, where no ``min_bytes``
+    is given.
+
+    Args:
+        group: the ranks, as for :class:`ckpt_pass.Sharding`; all of them where ``None``.
+        check: when the ranks compare what they hold, likewise.
+        conditions: those of :func:`rule`.
+
+    Raises:
+        InvalidRuleError, InvalidShardingError, ShardGroupError: see there.
+    """
+    found = as_sharding(True if group is None else group) or Sharding()
+    least = conditions.get("min_bytes")
+    options = {} if least is None else {"min_bytes": least}
+    return rule(replace(found, check=check, **options), **conditions)
+
+
 def first_match(*policies: Policy, name: str = "") -> FirstMatch:
     """Join policies: for each call site, the first that has an opinion decides."""
     flat: list[Policy] = []
@@ -330,35 +363,6 @@ def takes_one_argument(function: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def check_decision(
-    decision: Any, maker: object, where: object = "", offloads: bool = True
-) -> CheckpointPolicy:
-    """Return ``decision`` if it is one that is carried out.
-
-    Args:
-        decision: what a policy answered.
-        maker: the policy, for the message.
-        where: the call site, likewise.
-        offloads: whether values can be offloaded there.
-
-    Raises:
-        PolicyReturnError: it is not.
-    """
-    if decision in SAVING or decision in RECOMPUTING or (offloads and decision in OFFLOADING):
-        return decision  # type: ignore[no-any-return]
-    at = f" at {where}" if where else ""
-    if isinstance(decision, CheckpointPolicy):
-        raise PolicyReturnError(
-            f"Policy {maker} returned {decision.name}{at}; offloading is not supported in a "
-            "compiled graph, but as the policy of a ckpt backend. Return MUST_SAVE, PREFER_SAVE, "
-            "MUST_RECOMPUTE or PREFER_RECOMPUTE, or run the region in eager mode."
-        )
-    raise PolicyReturnError(
-        f"Policy {maker} returned {decision!r}{at}, expected a member of "
-        "torch.utils.checkpoint.CheckpointPolicy, or None for no opinion."
-    )
 
 
 def describe(policy: Callable[..., Any]) -> str:

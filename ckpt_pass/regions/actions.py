@@ -74,7 +74,7 @@ class Actions:
         if is_free(op):
             return Action.PASS
         found = settled(self.policy, SiteCounter().visit(op, ()))
-        if found is None:
+        if found is None or found.sharding is not None:
             return Action.ASK
         if found.offloads:
             return Action.MOVE
@@ -133,6 +133,12 @@ def is_cached_cast(op: Any, args: tuple[Any, ...]) -> bool:
         return False
     source = args[0]
     return isinstance(source, torch.Tensor) and source.requires_grad and source.is_leaf
+
+
+def is_blank(op: Any) -> bool:
+    """Whether an op makes memory with no values yet, such as ``empty_like``."""
+    name = op._schema.name if hasattr(op, "_schema") else ""
+    return bool(name.partition("::")[2].removeprefix("new_").startswith("empty"))
 
 
 def is_mutable(op: Any) -> bool:

@@ -7,8 +7,7 @@ import copy
 import dataclasses
 import types
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -38,6 +37,22 @@ class Made:
 
 #: What is kept as it is.
 _KEPT = frozenset((torch.Tensor, nn.Parameter, Made, *ATOMS))
+
+
+class Keeper(Protocol):
+    """What keeps some of a region's arguments otherwise than by holding them."""
+
+    def takes(self, tensor: torch.Tensor) -> bool:
+        """Whether it does so with this one."""
+        ...
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """What is held instead; of others the tensor itself."""
+        ...
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        """The tensor again."""
+        ...
 
 
 class MutatedArgumentError(CkptPassError, RuntimeError):
@@ -150,9 +165,9 @@ class Arguments:
         args, kwargs: the arguments.
         name: of the region.
         keeps: whether a container is state of the region itself, and put back as that.
-        window: what puts activations away, where the region's inputs are offloaded: tensors that
-            have a history. Those without (a step's inputs, masks, positions, parameters, buffers)
-            are there anyway. Hooks around the region go before it.
+        keeper: what keeps activations otherwise, where the region's inputs are offloaded or
+            sharded: tensors that have a history. Those without (a step's inputs, masks, positions,
+            parameters, buffers) are there anyway. Hooks around the region go before it.
     """
 
     __slots__ = (
@@ -173,7 +188,7 @@ class Arguments:
         kwargs: dict[str, Any],
         name: str,
         keeps: Callable[[Any], bool],
-        window: Window | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self._name = name
         self._unpack: autograd.UnpackHook | None = None
@@ -187,7 +202,7 @@ class Arguments:
             copier = Copier(keeps)
             args = tuple(copier(value) for value in args)
             kwargs = {key: copier(value) for key, value in kwargs.items()}
-            tensors = [tensor for _, tensor in _named(args, kwargs)]
+            tensors = [tensor for _, tensor in named_arguments(args, kwargs)]
             self.mutable, self._iterators = copier.mutable, copier.iterators
         self.devices = accelerators(tensors)
         self._args, self._kwargs = args, kwargs
@@ -197,11 +212,11 @@ class Arguments:
             self._pack_with(hooks)
             return
         held = tensors
-        if window is not None:
-            held = [t for t in tensors if not _is_moved(t, window)]
+        if keeper is not None:
+            held = [t for t in tensors if not keeper.takes(t)]
         self._tensors = [(t, t._version, t.requires_grad) for t in held if not t.is_inference()]
-        if window is not None and len(held) < len(tensors):
-            self._pack_with((partial(_put_away, window), partial(_fetched, name)))
+        if keeper is not None and len(held) < len(tensors):
+            self._pack_with((keeper.pack, keeper.unpack))
 
     def _pack_with(self, hooks: tuple[Any, Any]) -> None:
         pack, self._unpack = hooks
@@ -252,7 +267,7 @@ class Arguments:
         return args, kwargs
 
     def _mutated(self, tensor: torch.Tensor, version: int) -> MutatedArgumentError:
-        named = _named(self._args, self._kwargs)
+        named = named_arguments(self._args, self._kwargs)
         where = next((f", {name}" for name, value in named if value is tensor), "")
         return MutatedArgumentError(
             f"An argument of {self._name}{where} (shape {list(tensor.shape)}), was changed in "
@@ -276,28 +291,48 @@ class Arguments:
         return args, kwargs
 
 
-def _is_moved(tensor: torch.Tensor, window: Window) -> bool:
-    return tensor.grad_fn is not None and window.is_worth_moving(tensor)
+class MovedArguments:
+    """Puts activations among a region's arguments away.
+
+    Args:
+        window: what does it.
+        name: of the region.
+    """
+
+    def __init__(self, window: Window, name: str) -> None:
+        self._window = window
+        self._name = name
+
+    def takes(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is put away: one that has a history."""
+        return tensor.grad_fn is not None and self._window.is_worth_moving(tensor)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Moved:
+        """Put it away, or hold it."""
+        return self._window.put(tensor) if self.takes(tensor) else tensor
+
+    def unpack(self, packed: torch.Tensor | Moved) -> torch.Tensor:
+        """The tensor again.
+
+        Raises:
+            MutatedArgumentError: it was changed in place on its way.
+        """
+        if isinstance(packed, torch.Tensor):
+            return packed
+        try:
+            return packed.take()
+        except MovedValueChangedError as error:
+            raise MutatedArgumentError(
+                f"An argument of {self._name} (shape {list(packed.layout.size)}), which is "
+                "offloaded, was changed in place before the region's forward had ended, so it "
+                "cannot be recomputed. Clone the argument before the in-place op, or take the op "
+                "out of the region."
+            ) from error
 
 
-def _put_away(window: Window, tensor: torch.Tensor) -> torch.Tensor | Moved:
-    return window.put(tensor) if _is_moved(tensor, window) else tensor
-
-
-def _fetched(name: str, packed: torch.Tensor | Moved) -> torch.Tensor:
-    if isinstance(packed, torch.Tensor):
-        return packed
-    try:
-        return packed.take()
-    except MovedValueChangedError as error:
-        raise MutatedArgumentError(
-            f"An argument of {name} (shape {list(packed.layout.size)}), which is offloaded, was "
-            "changed in place before the region's forward had ended, so it cannot be recomputed. "
-            "Clone the argument before the in-place op, or take the op out of the region."
-        ) from error
-
-
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def named_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
     for index, value in enumerate(args):
         yield from named_tensors(f"args[{index}]", value)
     for key, value in kwargs.items():

@@ -80,14 +80,15 @@ class ChainedFrame(Frame):
         ]
         return output
 
-    def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    def _kept(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], as_they_are: bool = False
+    ) -> Arguments:
         candidates, self._candidates = self._candidates, ()
         # Hooks around the region (an outer region, offloading) decide how its arguments are kept.
         if autograd.saved_hooks() is not None:
             return super()._kept(args, kwargs)
-        window, self._window = self._window, None  # nothing is put away that may be made again
-        kept = super()._kept(args, kwargs)
-        self._window = window
+        # Nothing is put away, or taken apart, that may be made again.
+        kept = super()._kept(args, kwargs, as_they_are=True)
         for before in candidates:
             made = before._there()
             linked = tuple(_linked(v, made) for v in args)
@@ -98,7 +99,7 @@ class ChainedFrame(Frame):
                 kept = super()._kept(linked, named)
                 kept.devices = devices
                 return kept
-        return kept if window is None else super()._kept(args, kwargs)
+        return super()._kept(args, kwargs) if self._options.moves_its_own else kept
 
     def _there(self) -> dict[int, int]:
         """The numbers of the outputs that are there still, unchanged, by identity.

@@ -14,6 +14,7 @@ from torch import nn
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.offloading.saved_hooks import offloaded_inside
+from ckpt_pass.offloading.sharding import Sharding, ShardLike, as_sharding
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
@@ -44,6 +45,7 @@ class RegionSpec:
         offload_inputs: whether the activations among its arguments are offloaded.
         offload_saved: whether nothing is recomputed, and what autograd saves inside is offloaded.
         moves: which of these, and how they come back; all where ``None``.
+        shard_inputs: over which ranks the activations among its arguments are sharded.
     """
 
     keeps: Keeps | None = None
@@ -55,6 +57,7 @@ class RegionSpec:
     offload_inputs: bool = False
     offload_saved: bool = False
     moves: Moves | None = None
+    shard_inputs: Sharding | None = None
 
 
 class ContradictoryRegionError(CkptPassError, ValueError):
@@ -95,6 +98,7 @@ def checkpoint(
     preserve_rng_state: bool = True,
     offload: OffloadLike | None = None,
     offload_inputs: bool = False,
+    shard_inputs: ShardLike | None = None,
     **kwargs: Any,
 ) -> Any:
     """Run ``fn(*args, **kwargs)``; make what its backward needs again when the backward comes.
@@ -124,17 +128,20 @@ def checkpoint(
         offload: where values go that the policy offloads; to the host where ``None``.
         offload_inputs: also move the activations among the arguments (tensors that have a history;
             what the region gets from elsewhere is there anyway) until the region runs again.
+        shard_inputs: keep a part of each of these on each rank instead, as for :func:`apply`.
 
     Returns:
         What ``fn`` returns.
 
     Raises:
         ReentrantRegionError, DeterminismCheckError, UnknownPolicyError: an argument is none.
-        ContradictoryRegionError: ``policy``, ``plan`` and ``context_fn`` exclude each other.
+        ContradictoryRegionError: ``policy``, ``plan`` and ``context_fn`` exclude each other, and so
+            do ``offload_inputs`` and ``shard_inputs``.
         UnknownRegionError: ``plan`` knows no module of that ``name``.
         StoreFullError, StoreWriteError: a value cannot be offloaded.
         StoreReadError: comes in the backward.
-        CompiledOffloadError: ``offload_inputs`` in a graph that is traced as a whole.
+        ShardedValueDiffersError, ShardOrderError: come in the backward, on all ranks.
+        CompiledOffloadError: one of these in a graph that is traced as a whole.
         RecomputeMismatchError, MutatedArgumentError, MutatedActivationError, BackwardTwiceError:
             come in the backward.
     """
@@ -168,6 +175,9 @@ def checkpoint(
         where = options.offload if offload is None else offload
         inputs = options.offload_inputs or offload_inputs
         options = replace(options, offload=where, offload_inputs=inputs)
+    sharding = as_sharding(shard_inputs)
+    if sharding is not None:
+        options = with_shards(options, sharding)
     if not early_stop or determinism_check == "none":
         checked = determinism_check != "none"
         options = replace(options, stops_early=early_stop, checked=checked)
@@ -264,9 +274,9 @@ def _in_eager_mode(
 ) -> Any:
     if torch.compiler.is_compiling() or functorch.proxy_graph() is not None:
         raise CompiledOffloadError(
-            f"{options.name} offloads its inputs or what is saved inside, which is not supported "
-            "in a graph that is traced as a whole. Leave offload_inputs out, or trace the model "
-            "without its regions."
+            f"{options.name} offloads or shards its inputs, or what is saved inside, which is not "
+            "supported in a graph that is traced as a whole. Leave offload_inputs and shard_inputs "
+            "out, or trace the model without its regions."
         )
     return run_region(fn, args, kwargs, options, link)
 
@@ -274,7 +284,7 @@ def _in_eager_mode(
 #: The same for a region that dynamo meets: it cuts the graph there, and traces nothing of it.
 _outside_graphs = torch.compiler.disable(
     _in_eager_mode,
-    reason="a region that offloads its inputs, or what is saved inside, runs in eager mode",
+    reason="a region that offloads or shards its inputs, or what is saved, runs in eager mode",
 )
 
 
@@ -322,7 +332,15 @@ def options_for(
 
 
 def with_moves(options: RegionOptions, spec: RegionSpec) -> RegionOptions:
-    """The options of a region with what it offloads."""
+    """The options of a region with what it offloads, or shards.
+
+    Raises:
+        ContradictoryRegionError: both of its arguments.
+    """
+    if spec.shard_inputs is not None:
+        options = with_shards(
+            replace(options, offload_inputs=spec.offload_inputs), spec.shard_inputs
+        )
     return replace(
         options,
         offload=spec.offload,
@@ -330,6 +348,21 @@ def with_moves(options: RegionOptions, spec: RegionSpec) -> RegionOptions:
         offload_saved=spec.offload_saved,
         moves=spec.moves,
     )
+
+
+def with_shards(options: RegionOptions, sharding: Sharding) -> RegionOptions:
+    """The options of a region with its arguments sharded.
+
+    Raises:
+        ContradictoryRegionError: they are offloaded.
+    """
+    if options.offload_inputs or options.offload_saved:
+        raise ContradictoryRegionError(
+            f"{options.name} has shard_inputs together with offload_inputs, or with values that "
+            "are offloaded and not recomputed. Expected one of them: what enters a region is kept "
+            "in one place. Leave one out."
+        )
+    return replace(options, shard_inputs=sharding)
 
 
 def _usual_options(module: nn.Module, policy: Policy | None) -> RegionOptions:

@@ -20,17 +20,19 @@ from torch.autograd.profiler import record_function
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd, functorch, modules
+from ckpt_pass.offloading.sharding import Sharding
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.offloading.window import AHEAD, Window
 from ckpt_pass.policy.rules import Policy
 from ckpt_pass.regions.ambient import RandomState, Surroundings, drawing_from, readers_for
-from ckpt_pass.regions.arguments import Arguments
+from ckpt_pass.regions.arguments import Arguments, Keeper, MovedArguments
 from ckpt_pass.regions.keeps import Moves
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory
 from ckpt_pass.regions.rerun_mode import RecomputeMode
 from ckpt_pass.regions.sac import selective_contexts
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
+from ckpt_pass.regions.shards import ShardedArguments
 from ckpt_pass.regions.tails import Tail
 from ckpt_pass.regions.writes import ReadWatch, WriteWatch, known_of
 
@@ -60,6 +62,7 @@ class RegionOptions:
         offload_inputs: whether the activations among its arguments are offloaded.
         offload_saved: whether nothing is recomputed, and what autograd saves inside is offloaded.
         moves: which of these, and how they come back; all where ``None``.
+        shard_inputs: over which ranks the activations among its arguments are sharded.
     """
 
     name: str = "region"
@@ -75,11 +78,12 @@ class RegionOptions:
     offload_inputs: bool = False
     offload_saved: bool = False
     moves: Moves | None = None
+    shard_inputs: Sharding | None = None
 
     @property
     def moves_its_own(self) -> bool:
-        """Whether anything is offloaded that no policy tells of."""
-        return self.offload_inputs or self.offload_saved
+        """Whether anything is offloaded, or sharded, that no policy tells of."""
+        return self.offload_inputs or self.offload_saved or self.shard_inputs is not None
 
 
 class TransformInRegionError(CkptPassError, RuntimeError):
@@ -145,7 +149,7 @@ class Frame:
         self._outside = outside = Outside(root, known)
         if options.offload_inputs or options.policy is not None:
             ahead = AHEAD if options.moves is None else options.moves.ahead
-            self._memory = RegionMemory(options.offload, ahead)
+            self._memory = RegionMemory(options.offload, ahead, options.name, known.compared)
         if options.offload_inputs and self._memory is not None:
             self._window = self._memory.window_for_more()
         self._arguments = self._kept(args, kwargs)
@@ -191,8 +195,17 @@ class Frame:
         # What keeps nothing must not change its modules' buffers twice, either.
         return (None, RecomputeMode(RegionMemory(), owners=owners)) if owners else _NONE
 
-    def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        return Arguments(args, kwargs, self._options.name, self._outside.has, self._window)
+    def _kept(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], as_they_are: bool = False
+    ) -> Arguments:
+        """The arguments, offloaded or sharded as the options say, unless held ``as_they_are``."""
+        keeper: Keeper | None = None
+        name, sharding = self._options.name, self._options.shard_inputs
+        if self._window is not None and not as_they_are:
+            keeper = MovedArguments(self._window, name)
+        elif sharding is not None and not as_they_are:
+            keeper = ShardedArguments(sharding, name, self._known.compared, args, kwargs)
+        return Arguments(args, kwargs, name, self._outside.has, keeper)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         autograd.push_saved_hooks(self._saved.pack, self._unpack)

@@ -30,6 +30,7 @@ class Known:
         short_tail: how many values that run had saved, and what the last looks like, if little was
             left to be run then.
         name: of the module's class or of the function, once it is needed.
+        compared: of what it keeps in parts, that which ranks have compared.
     """
 
     __slots__ = (
@@ -37,6 +38,7 @@ class Known:
         "_found",
         "_lost",
         "_track",
+        "compared",
         "generators",
         "name",
         "overwritten",
@@ -54,6 +56,7 @@ class Known:
         self.generators = global_generators()
         self.short_tail: tuple[int, Looks] | None = None
         self.name: str | None = None
+        self.compared: set[str] = set()
         self._track: Track | None = None
         self._found = self._lost = 0
 

@@ -162,12 +162,23 @@ class RegionMemory:
         "_offload",
         "_seen",
         "_unindexed",
+        "compared",
         "complete",
         "entries",
+        "name",
         "window",
     )
 
-    def __init__(self, offload: OffloadLike | None = None, ahead: int = AHEAD) -> None:
+    def __init__(
+        self,
+        offload: OffloadLike | None = None,
+        ahead: int = AHEAD,
+        name: str = "a region",
+        compared: set[str] | None = None,
+    ) -> None:
+        #: The region's, for messages; and what ranks have compared of what it keeps in parts.
+        self.name = name
+        self.compared: set[str] = set() if compared is None else compared
         self._offload = offload
         self._ahead = ahead
         #: What is put away; ``None`` as long as nothing is.
@@ -213,6 +224,11 @@ class RegionMemory:
     def skip(self, key: Any) -> None:
         """Count an occurrence of ``key`` that is not saved."""
         self.entries.setdefault(key, []).append(None)
+
+    def next_of(self, op: Any, key: Any) -> str:
+        """The output that is saved next, in words: the same on all ranks that run the same."""
+        number = len(self.entries.get(key, ())) + 1
+        return f"the output of {op_name(op)} (execution {number}) in {self.name}"
 
     def about_to_change(self, tensors: Iterator[torch.Tensor]) -> None:
         """Copy what is saved of tensors that an op is about to overwrite."""

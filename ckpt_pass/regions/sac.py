@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass._torch import functorch
 from ckpt_pass._torch.dispatch import QuickMode
+from ckpt_pass.offloading.sharding import Sharding
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.policy.module_stack import ModuleStack
@@ -38,6 +39,7 @@ from ckpt_pass.regions.actions import (
     IGNORED,
     Action,
     actions_for,
+    is_blank,
     is_cached_cast,
     is_free,
     overwritten,
@@ -49,6 +51,7 @@ from ckpt_pass.regions.moving import MovedOutput
 from ckpt_pass.regions.outside import Outside
 from ckpt_pass.regions.region import RegionMemory, Reshaped, Saved
 from ckpt_pass.regions.rerun_mode import RecomputeMode, key_of
+from ckpt_pass.regions.shards import ShardedOutput
 from ckpt_pass.regions.statistics import Owners, state_addresses
 from ckpt_pass.regions.watch import RegionRecord, new_record
 
@@ -251,11 +254,14 @@ class ForwardMode(QuickMode):
         watch: DrawWatch | None,
     ) -> None:
         """Save, put away or count one execution, as the policy says."""
+        sharding = None
         if action in _SETTLED and self._record is None:
             saves, moves = action is not Action.MOVE, action is Action.MOVE
         else:
             asked = self._ask(func, args, kwargs, output)
-            saves, moves = asked.saves, asked.offloads
+            saves, moves, sharding = asked.saves, asked.offloads, asked.sharding
+            if sharding is not None and is_blank(func):  # nobody holds the same; nobody needs it
+                saves, sharding = False, None
         if action in _PASSED or is_cached_cast(func, args):
             return
         if action is Action.CHANGE and not returns_what_it_changes(func, args, output):
@@ -265,8 +271,8 @@ class ForwardMode(QuickMode):
             self._memory.skip(key)
             return
         draw: Draw | None = watch.finished() if watch is not None else None
-        if moves:
-            entry = self._move(key, action, args, kwargs, output, draw)
+        if moves or sharding is not None:
+            entry = self._move(key, func, action, (args, kwargs), output, draw, sharding)
         else:
             entry = self._memory.keep(key, output, draw)
         self._unsettled = entry if action is Action.CHANGE else None
@@ -274,15 +280,20 @@ class ForwardMode(QuickMode):
     def _move(
         self,
         key: Any,
+        func: Any,
         action: Action,
-        args: tuple[Any, ...],
-        kwargs: Any,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
         output: Any,
         draw: Draw | None,
+        sharding: Sharding | None,
     ) -> Saved:
         memory, changes = self._memory, action is Action.CHANGE
         # What an op changes in place is its argument, and belongs to the region all the same.
-        around = () if changes else (*args, *kwargs.values())
+        around = () if changes else (*arguments[0], *arguments[1].values())
+        if sharding is not None:
+            where, seen = memory.next_of(func, key), memory.compared
+            part = ShardedOutput(output, draw, sharding, where, seen, around, settled=not changes)
+            return memory.add(key, part)
         moved = MovedOutput(output, draw, memory.window_for_more(), around, settled=not changes)
         return memory.add(key, moved)
 
@@ -302,8 +313,9 @@ class ForwardMode(QuickMode):
             decision = self._policy.ask(func, output, args, kwargs)
             if decision is None:  # no opinion; torch takes it so, too
                 decision = DEFAULT
-            checked = check_decision(decision, describe(self._policy), op_name(func))
-            return Opinion(checked, "policy_fn")
+            name = describe(self._policy)
+            checked = check_decision(decision, name, op_name(func), shards=True)
+            return Opinion.of(checked, "policy_fn")
         path: ModulePath = self._modules.path if self._modules is not None else ()
         return self._decide(self._visit(func, path, None, output, args, kwargs))
 
@@ -315,7 +327,8 @@ class ForwardMode(QuickMode):
     def _decide(self, context: SiteContext) -> Opinion:
         cached = not self._tracing and is_cached_cast(context.op, context.args)
         free = cached or is_free(context.op)
-        found = NOT_SAVED if free else opinion(self._policy, context, not self._tracing)
+        eager = not self._tracing
+        found = NOT_SAVED if free else opinion(self._policy, context, eager, eager)
         if self._record is not None:
             self._record.decisions.append((context.site, found))
         return found

@@ -26,12 +26,19 @@ class RegionRecord:
     @property
     def saved_sites(self) -> tuple[CallSite, ...]:
         """The call sites whose outputs the region saves, in order."""
-        return tuple(site for site, found in self.decisions if found.saves)
+        return tuple(
+            site for site, found in self.decisions if found.saves and found.sharding is None
+        )
 
     @property
     def offloaded_sites(self) -> tuple[CallSite, ...]:
         """The call sites whose outputs the region offloads, in order."""
         return tuple(site for site, found in self.decisions if found.offloads)
+
+    @property
+    def sharded_sites(self) -> tuple[CallSite, ...]:
+        """The call sites of whose outputs the region keeps a part on each rank, in order."""
+        return tuple(site for site, found in self.decisions if found.sharding is not None)
 
 
 _watching: contextvars.ContextVar[list[RegionRecord] | None] = contextvars.ContextVar(

@@ -24,6 +24,7 @@ from ckpt_pass.job.counting import Around
 from ckpt_pass.job.jobs import JobLike
 from ckpt_pass.job.totals import InfeasibleTotalError, JobAsked, TotalLike, asked_job
 from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.sharding import ShardLike, as_sharding
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.device import Device, InvalidDeviceError
 from ckpt_pass.planner.devices import DeviceLike
@@ -38,6 +39,7 @@ from ckpt_pass.plans.goal import (
     check_offload,
     cost_on,
     with_microbatches,
+    with_sharding,
 )
 from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
@@ -73,6 +75,7 @@ def plan(
     inner: str = "aot_eager",
     in_flight: int | InFlight | None = None,
     gradients: str | None = None,
+    shard_over: ShardLike | None = None,
     kwargs: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> Plan | StepPlan:
@@ -119,6 +122,10 @@ def plan(
             not let go (``zero_grad(set_to_none=False)``) and do not count; ``accumulated``, those
             of an earlier microbatch, which count. ``accumulated`` with ``in_flight``. Of eager
             plans.
+        shard_over: ranks that may keep a part each of what enters regions, where all of them hold
+            it alike: a process group, a device mesh of one dimension, ``True`` for all ranks, or a
+            :class:`ckpt_pass.Sharding`. All ranks of the group plan together, and get one plan. Of
+            eager plans.
 
     Returns:
         The plan; of a step that dynamo cuts in several graphs a :class:`StepPlan`, which has one
@@ -151,6 +158,7 @@ def plan(
     def goal_for(limit: BudgetLike | None, place: OffloadLike | bool | None) -> Goal | None:
         goal = as_goal(limit, solver, time_limit_s, costs, place)
         goal = with_microbatches(goal, in_flight, gradients)
+        goal = with_sharding(goal, as_sharding(shard_over))
         _check_microbatches(goal, mode)
         return goal
 
@@ -223,6 +231,7 @@ def plan_one(
     how["cost"] = cost_on(how.get("cost", "roofline"), options.pop("device", None))
     costs, goal = how["cost"], as_goal(options.pop("budget", None), **how)
     goal = with_microbatches(goal, options.pop("in_flight", None), options.pop("gradients", None))
+    goal = with_sharding(goal, as_sharding(options.pop("shard_over", None)))
     _check_microbatches(goal, options.get("mode", "compiled"))
     loss_fn, regions = options.pop("loss_fn", None), options.pop("regions", None)
     inputs = step_arguments(model, plan, args, kwargs, named)
@@ -350,6 +359,11 @@ def _eager_goal(mode: str, goal: Goal | None, taken: Mapping[str, object]) -> Go
 
 
 def _check_microbatches(goal: Goal | None, mode: str) -> None:
+    if goal is not None and goal.shard_over is not None and mode != "eager":
+        raise PlanModeError(
+            f"Got mode={mode!r} with shard_over=, which is for eager plans: nothing in a compiled "
+            "graph gathers values for the backward. Give mode='eager', or leave it out."
+        )
     if goal is None or mode == "eager" or (goal.in_flight is None and goal.gradients == "new"):
         return
     raise PlanModeError(

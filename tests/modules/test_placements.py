@@ -27,6 +27,8 @@ from ckpt_pass import (
     NothingChosenError,
     PlacementError,
     Segments,
+    Sharded,
+    Sharding,
     SqrtSegments,
     UnknownPlacementError,
     applied,
@@ -192,7 +194,7 @@ def test_placements_list_themselves() -> None:
     assert set(listed) == {
         "none", "all", "alternate", "every-n", "layers", "by-name", "custom", "heavy-ops", "auto",
         "auto-memory", "sqrt-segments", "segments", "optimal-segments", "megatron", "offloaded",
-        "offload-parts",
+        "offload-parts", "sharded",
     }  # fmt: skip
     assert all(listed.values())
 
@@ -388,11 +390,20 @@ def test_newer_torchtitan_configurations() -> None:
     assert "recompute(op_class=matmul, module=*router.gate*)" in str(found.policy)
 
 
+def test_configurations_that_shard() -> None:
+    config = {"recompute_granularity": "full", "distribute_saved_activations": True}
+    first = Sharding("3", arguments="first")
+    assert from_megatron(config, group="3") == Sharded(Megatron("full"), first)
+    assert from_megatron({**config, "distribute_saved_activations": False}) == Megatron("full")
+    shards = from_deepspeed({"partition_activations": True})
+    assert shards == Sharded(AllLayers(), Sharding())
+
+
 @pytest.mark.parametrize(
     ("read", "config", "says"),
     [
         (from_deepspeed, {"contiguous_memory_optimization": True}, "without cpu_checkpointing"),
-        (from_deepspeed, {"partition_activations": True}, "not supported"),
+        (from_deepspeed, {"partition_activations": True, "cpu_checkpointing": True}, "one place"),
         (from_deepspeed, {"number_checkpoint": 3}, "Did you mean 'number_checkpoints'"),
         (from_deepspeed, {"number_checkpoints": "all"}, "'all'"),
         (from_deepspeed, 3, "of type int"),
@@ -402,7 +413,11 @@ def test_newer_torchtitan_configurations() -> None:
         (from_torchtitan, {"mode": "full", "moed": 1}, "not known"),
         (from_megatron, {"recompute_granularity": "selective",
                          "recompute_modules": ["mla_up_proj"]}, "mla_up_proj"),
-        (from_megatron, {"distribute_saved_activations": True}, "not supported"),
+        (from_megatron, {"distribute_saved_activations": True}, "expected 'full'"),
+        (from_megatron, {"recompute_granularity": "selective",
+                         "distribute_saved_activations": True}, "expected 'full'"),
+        (from_megatron, {"recompute_granularity": "full", "sequence_parallel": True,
+                         "distribute_saved_activations": True}, "sequence_parallel"),
         (from_megatron, {"num_layers": 2}, "not known"),
     ],
 )  # fmt: skip
