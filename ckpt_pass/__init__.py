@@ -121,6 +121,7 @@ from ckpt_pass.tools.strategies import as_strategy as as_strategy
 from ckpt_pass.tools.strategies import compare_strategies as compare_strategies
 from ckpt_pass.tools.sweeping import Sweep as Sweep
 from ckpt_pass.tools.sweeping import sweep as sweep
+from ckpt_pass.tools.tuning import tune as tune
 from ckpt_pass.tools.verification import Check as Check
 from ckpt_pass.tools.verification import Verdict as Verdict
 from ckpt_pass.tools.verification import verify as verify
@@ -138,6 +139,8 @@ from ckpt_pass.report.strategy_plots import plot_layers as plot_layers
 from ckpt_pass.report.strategy_rows import StrategyRow as StrategyRow
 from ckpt_pass.report.strategy_table import Comparison as Comparison
 from ckpt_pass.report.sweeps import SweepRow as SweepRow
+from ckpt_pass.report.tunings import Tuned as Tuned
+from ckpt_pass.report.tunings import TuneRow as TuneRow
 
 # --- Errors and warnings -------------------------------------------------------------------
 from ckpt_pass.errors import AccumulationError as AccumulationError
@@ -171,6 +174,7 @@ from ckpt_pass.errors import InvalidTotalError as InvalidTotalError
 from ckpt_pass.errors import LayerProfileError as LayerProfileError
 from ckpt_pass.errors import LostStoreError as LostStoreError
 from ckpt_pass.errors import LostTicketError as LostTicketError
+from ckpt_pass.errors import LostValuesError as LostValuesError
 from ckpt_pass.errors import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.errors import MicrobatchesError as MicrobatchesError
 from ckpt_pass.errors import MovedValueChangedError as MovedValueChangedError
@@ -181,12 +185,12 @@ from ckpt_pass.errors import NoLayersError as NoLayersError
 from ckpt_pass.errors import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.errors import NoLossError as NoLossError
 from ckpt_pass.errors import NoRegionsError as NoRegionsError
+from ckpt_pass.errors import NotAModuleError as NotAModuleError
 from ckpt_pass.errors import NotAppliedError as NotAppliedError
 from ckpt_pass.errors import NotFunctionalError as NotFunctionalError
 from ckpt_pass.errors import NotSequentialError as NotSequentialError
 from ckpt_pass.errors import NotTraceableError as NotTraceableError
 from ckpt_pass.errors import NothingChosenError as NothingChosenError
-from ckpt_pass.errors import NotAModuleError as NotAModuleError
 from ckpt_pass.errors import NothingCompiledError as NothingCompiledError
 from ckpt_pass.errors import NothingRecordedError as NothingRecordedError
 from ckpt_pass.errors import NothingToDifferentiateError as NothingToDifferentiateError
@@ -223,6 +227,7 @@ from ckpt_pass.errors import StrategyError as StrategyError
 from ckpt_pass.errors import SweepArgumentError as SweepArgumentError
 from ckpt_pass.errors import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.errors import TransformInRegionError as TransformInRegionError
+from ckpt_pass.errors import TuneArgumentError as TuneArgumentError
 from ckpt_pass.errors import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.errors import UncoveredBudgetWarning as UncoveredBudgetWarning
 from ckpt_pass.errors import UninitializedParameterError as UninitializedParameterError
