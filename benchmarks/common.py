@@ -332,6 +332,32 @@ class ClockRow:
     measured_bytes: int
 
 
+@dataclass(frozen=True)
+class TuningRow:
+    """A way to run a global batch within a total, weighed by ``tune`` and measured in a sweep.
+
+    Attributes:
+        peak_bytes: of the whole job, predicted.
+        recompute_share: modelled recompute time by that of the step alone.
+        predicted_per_s, measured_per_s: samples per second as ``tune`` has them; ``None`` where it
+            did not measure.
+        swept_per_s: as the sweep measured them.
+        chosen: whether it is what ``tune`` chose.
+    """
+
+    model: str
+    way: str
+    microbatch: int
+    accumulate: int
+    peak_bytes: int
+    total_bytes: int
+    recompute_share: float
+    predicted_per_s: float
+    measured_per_s: float | None
+    swept_per_s: float
+    chosen: bool
+
+
 OwnRow: TypeAlias = (
     PeakRow
     | BudgetRow
@@ -343,6 +369,7 @@ OwnRow: TypeAlias = (
     | InductorRow
     | GpuRow
     | ClockRow
+    | TuningRow
 )
 Row: TypeAlias = TimingRow | OwnRow | StrategyOf
 
