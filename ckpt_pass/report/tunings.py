@@ -166,8 +166,8 @@ class Tuned:
         row = self.choice
         yield f"fastest      {row.accumulate} x {row.microbatch} samples, {row.way}"
         predicted, measured = row.predicted_per_s, row.measured_per_s
-        words = [f"{predicted:,.4g} predicted"] if predicted else []
-        words += [f"{measured:,.4g} measured"] if measured else []
+        words = [f"{_per_s(predicted)} predicted"] if predicted else []
+        words += [f"{_per_s(measured)} measured"] if measured else []
         yield f"samples/s    {', '.join(words)}"
         again = shown(row.recompute_share, 100, "{:.1f} %")
         yield f"recomputes   {again} of the step's modelled time"
