@@ -96,7 +96,7 @@ def _labelled(size: int) -> Callable[[int], tuple[torch.Tensor, ...]]:
 
 
 SUBJECTS: Mapping[str, Subject] = {
-    "gpt2-4L": Subject(_gpt2, lambda count: (text_ids(count, 128),), 32, roomy=8),
+    "gpt2-4L": Subject(_gpt2, lambda count: (text_ids(count, 128),), 24, roomy=6),
     "resnet": Subject(_resnet, _labelled(64), 48, roomy=12),
     "vit-4L": Subject(_vit, _labelled(32), 48, roomy=12),
 }

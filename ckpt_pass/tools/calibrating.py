@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-#: What a prediction may be too slow by, for each doubling away from what was measured.
-DOUBT = 0.05
+#: What a prediction may be too slow by: beside what was measured (times of a machine with others on
+#: it differ by so much), and more for each doubling away from that.
+NOISE, DOUBT = 0.1, 0.05
 #: Doublings beyond which it is trusted no less.
 _FARTHEST = 2.0
 
@@ -105,8 +106,8 @@ def best_of(candidates: Sequence[Candidate], update_s: float) -> int:
 def next_to_measure(candidates: Sequence[Candidate], update_s: float) -> int | None:
     """The place of the candidate that may be the fastest; ``None`` where none may be.
 
-    A prediction is taken to be too slow by :data:`DOUBT` for each doubling of the microbatch
-    between it and what was measured of the same way.
+    A prediction is taken to be too slow by :data:`NOISE`, and by :data:`DOUBT` for each doubling of
+    the microbatch between it and what was measured of the same way.
     """
     open_ = [n for n, one in enumerate(candidates) if one.measured_s is None]
     known = [one for one in candidates if one.measured_s is not None]
@@ -116,7 +117,7 @@ def next_to_measure(candidates: Sequence[Candidate], update_s: float) -> int | N
     def least_s(number: int) -> float:
         one = candidates[number]
         far = [abs(one.doublings - other.doublings) for other in known if other.way == one.way]
-        doubt = DOUBT * min([*far, _FARTHEST]) if known else 0.0
+        doubt = NOISE + DOUBT * min([*far, _FARTHEST]) if known else 0.0
         return step_s(one, predicted_pass_s(one, known) / (1 + doubt), update_s)
 
     found = min(open_, key=least_s)

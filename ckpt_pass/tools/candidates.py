@@ -74,6 +74,11 @@ class Planned:
         return self.plan.account
 
     @property
+    def keeps_gradients(self) -> bool:
+        """Whether a forward and backward adds to gradients that are there."""
+        return self.account.keeps_gradients
+
+    @property
     def overhead_s(self) -> float:
         """Modelled seconds of recomputing, and of waiting for copies."""
         if isinstance(self.plan, StepPlan):
@@ -96,7 +101,7 @@ class Planned:
 
     def pass_s(self, bytes_per_s: float) -> float:
         """Modelled seconds of a forward and backward that adds to the gradients, if it does."""
-        added = 3 * self.account.gradients_bytes if self.accumulate > 1 else 0
+        added = 3 * self.account.gradients_bytes if self.keeps_gradients else 0
         return self.own_s + self.overhead_s + added / bytes_per_s
 
 

@@ -101,7 +101,7 @@ class Stopwatch:
             for _ in range(self._rounds):
                 for one in several:
                     with self._with_arguments(one) as made:
-                        if one.accumulate > 1:
+                        if one.keeps_gradients:
                             self._timed(one, self._steps[one], made)  # makes the gradients
                         self._seconds[one].append(self._timed(one, self._steps[one], made))
         return {one: statistics.median(self._seconds[one]) for one in several}
@@ -126,7 +126,7 @@ class Stopwatch:
 
     def _timed(self, candidate: Planned, step: _Step, made: Arguments) -> float:
         args, kwargs = made
-        if candidate.accumulate == 1:
+        if not candidate.keeps_gradients:
             self._clear()
         with step.around(), holders_restored(self._model, self._loss_fn, args, kwargs):
             gc.collect()

@@ -10,7 +10,7 @@ from torch import nn
 from ckpt_pass.graph.capture import LossFn
 from ckpt_pass.job.counting import Around
 from ckpt_pass.job.jobs import Job, JobLike
-from ckpt_pass.job.totals import TotalLike, asked_job
+from ckpt_pass.job.totals import TotalLike, asked_job, check_total
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.devices import DeviceLike
@@ -98,6 +98,7 @@ def tune(
     batches = Batches(model, make_batch, tune)
     ways = _ways(mode, inner)
     paper = cost_on("roofline", device)
+    check_total(total)
     asked = asked_job(total, optimizer, None, paper if isinstance(paper, Device) else None)
     assert asked is not None, "there is a total"
     _check_job(asked.job)

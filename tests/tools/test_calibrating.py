@@ -8,6 +8,7 @@ import pytest
 
 from ckpt_pass.tools.calibrating import (
     DOUBT,
+    NOISE,
     Candidate,
     best_of,
     next_to_measure,
@@ -76,13 +77,13 @@ def test_what_is_far_from_what_was_measured_is_trusted_less() -> None:
     # All are predicted to take the same; two doublings away and more the doubt is the largest.
     assert next_to_measure(several, 0.0) == 0
     nearer = [replace(one, modelled_s=one.modelled_s * 1.08) for one in several[:3]]
-    assert 1.08 < 1 + 2 * DOUBT < 1.08 * (1 + DOUBT)
+    assert 1 + NOISE + 2 * DOUBT < 1.08 * (1 + NOISE + DOUBT)
     assert next_to_measure([*nearer, *several[3:]], 0.0) == 3
 
 
 def test_nothing_is_measured_that_cannot_be_faster() -> None:
     several = measured(candidates(), {16: 16.0})
-    slow = [replace(one, modelled_s=one.modelled_s * 1.2) for one in several[:4]]
+    slow = [replace(one, modelled_s=one.modelled_s * 1.3) for one in several[:4]]
     assert next_to_measure([*slow, several[4]], 0.0) is None
     done = measured(candidates(), {n: float(n) for n in (1, 2, 4, 8, 16)})
     assert next_to_measure(done, 0.0) is None

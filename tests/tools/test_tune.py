@@ -18,6 +18,7 @@ from ckpt_pass import InfeasibleTotalError, Job, Tuned, tune
 from ckpt_pass.cli.commands import make_app
 from ckpt_pass.errors import (
     ForeignOptimizerError,
+    InvalidTotalError,
     PlanModeError,
     StepArgumentError,
     TuneArgumentError,
@@ -256,6 +257,7 @@ def test_what_is_no_job_is_one_message() -> None:
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (TuneArgumentError, "global_batch=0", {"global_batch": 0}),
         (TuneArgumentError, r"microbatches=\[3\]", {"microbatches": [3]}),
+        (InvalidTotalError, "total=None", {"total": None}),
         (TuneArgumentError, "measure=-1", {"measure": -1}),
         (TuneArgumentError, "rounds=0", {"rounds": 0}),
         (TuneArgumentError, "expected a function", {"make_batch": torch.ones(2)}),
