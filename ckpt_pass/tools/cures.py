@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -54,6 +55,7 @@ def cures_of(
         _by_gradients(step, asked, offload, tried),
         _by_batch(error, step, asked, offload, tried),
         _by_offload(error, step, asked, offload, tried),
+        _by_states(error, step, asked),
         _by_dtype(error, step, asked, offload, tried),
         _by_device(error, asked),
     )
@@ -156,6 +158,43 @@ def _by_offload(
 ) -> Iterator[Cure]:
     if not offload and error.account.peak_phase.is_pass:
         yield Cure("offload=True", _needed(tried, step, asked, Offload()))
+
+
+def _by_states(error: InfeasibleTotalError, step: FakeStep, asked: JobAsked) -> Iterator[Cure]:
+    """Moments of 8 bits, by torchao's optimizers where they are installed.
+
+    Their step is compiled, and is counted op by op: it takes no more than that.
+    """
+    job = _with_small_states(asked.job)
+    if job is None:
+        return
+    around = Around.of_step(step.model, step.args, step.kwargs, step.loss_fn)
+    least = next(p.above_bytes or 0 for p in error.account.phases if p.is_pass)
+    account = replace(asked, job=job, total=error.total_bytes).account(around)
+    needed = account.with_step(least, error.account.outputs_bytes).peak_bytes
+    names = dict.fromkeys(type(one).__name__ for one in job.optimizers)
+    yield Cure(f"torchao.optim.{' and '.join(names)}", needed)
+
+
+def _with_small_states(job: Job) -> Job | None:
+    """The job with states of 8 bits; ``None`` where there are no such optimizers."""
+    known = {torch.optim.Adam: "Adam8bit", torch.optim.AdamW: "AdamW8bit"}
+    if not any(type(one) in known for one in job.optimizers):
+        return None
+    try:
+        small: Any = importlib.import_module("torchao.optim")
+    except ImportError:
+        return None
+    found: list[torch.optim.Optimizer] = []
+    for one in job.optimizers:
+        if type(one) not in known:
+            found.append(one)
+            continue
+        names = ("params", "lr", "betas", "eps", "weight_decay")
+        groups = [{name: group[name] for name in names} for group in one.param_groups]
+        amsgrad = any(group["amsgrad"] for group in one.param_groups)
+        found.append(getattr(small, known[type(one)])(groups, amsgrad=amsgrad))
+    return replace(job, optimizer=tuple(found))
 
 
 def _by_dtype(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -121,6 +122,30 @@ def test_no_gradients_that_the_optimizer_does_not_take(options: dict[str, bool])
     error = told(model, x, least(model, x, optimizer=fused) - 20_000, optimizer=fused)
     assert not any("bfloat16" in cure.words for cure in error.cures)
     assert not fused.state and all(p.grad is None for p in model.parameters())
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """In the place of torchao's: moments of 8 bits."""
+
+    def __init__(self, params: Any, amsgrad: bool = False) -> None:
+        super().__init__(params, {"amsgrad": amsgrad})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Makes the states, and changes nothing."""
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            for name in ("exp_avg", "exp_avg_sq") if parameter.grad is not None else ():
+                if name not in self.state[parameter]:
+                    self.state[parameter][name] = torch.zeros_like(parameter, dtype=torch.uint8)
+
+
+def test_moments_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", sys.modules[__name__])
+    model, x = Wide(), torch.randn(1, 128)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    total = least(model, x, optimizer=optimizer) - 100_000
+    cure = named(told(model, x, total, optimizer=optimizer), "torchao.optim.AdamW8bit")
+    fits(model, x, cure, total, optimizer=AdamW8bit(model.parameters()))
 
 
 def test_a_larger_card_where_the_job_is_on_paper() -> None:
