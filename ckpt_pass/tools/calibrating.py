@@ -23,7 +23,7 @@ class Candidate:
     """A way to run a global batch, as far as its time is concerned.
 
     Attributes:
-        way: candidates of one way differ in their microbatches alone.
+        way: candidates of one way differ in their microbatches alone, and in what is recomputed.
         microbatch, accumulate: samples of a forward and backward, and how many of these.
         modelled_s: of one forward and backward.
         measured_s: the same, measured.

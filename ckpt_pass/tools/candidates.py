@@ -79,6 +79,12 @@ class Planned:
         return self.account.keeps_gradients
 
     @property
+    def kind(self) -> str:
+        """In words, with which others its time goes: regions of an eager step take theirs, too."""
+        regions = self.way.mode == "eager" and self.overhead_s > 0
+        return f"{self.way}, with regions" if regions else str(self.way)
+
+    @property
     def overhead_s(self) -> float:
         """Modelled seconds of recomputing, and of waiting for copies."""
         if isinstance(self.plan, StepPlan):

@@ -32,7 +32,7 @@ from ckpt_pass.tools.users_step import Progress, Told
 from ckpt_pass.tools.weighing import MOST, Weighed
 
 #: Timings of each candidate that is measured; their median counts.
-ROUNDS = 3
+ROUNDS = 5
 
 
 def tune(

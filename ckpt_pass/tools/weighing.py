@@ -47,7 +47,7 @@ class Weighed:
         account = planned[0].account
         bandwidth = bandwidth_of(asked, account)
         times = [
-            Candidate(str(one.way), one.microbatch, one.accumulate, one.pass_s(bandwidth))
+            Candidate(one.kind, one.microbatch, one.accumulate, one.pass_s(bandwidth))
             for one in planned
         ]
         return cls(planned, times, modelled_update_s(account, asked.job, bandwidth), asked)
@@ -130,7 +130,7 @@ class Weighed:
         return TuneRow(
             microbatch=one.microbatch,
             accumulate=one.accumulate,
-            way=times.way,
+            way=str(one.way),
             peak_bytes=one.account.peak_bytes,
             recompute_share=one.recompute_share,
             modelled_s=step_s(times, times.modelled_s, self.update_s),
