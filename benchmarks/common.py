@@ -348,6 +348,32 @@ class PublishedRow:
         return abs(self.published_tokens_per_s / self.planned_tokens_per_s - 1)
 
 
+@dataclass(frozen=True)
+class TuningRow:
+    """A way to run a global batch within a total, weighed by ``tune`` and measured in a sweep.
+
+    Attributes:
+        peak_bytes: of the whole job, predicted.
+        recompute_share: modelled recompute time by that of the step alone.
+        predicted_per_s, measured_per_s: samples per second as ``tune`` has them; ``None`` where it
+            did not measure.
+        swept_per_s: as the sweep measured them.
+        chosen: whether it is what ``tune`` chose.
+    """
+
+    model: str
+    way: str
+    microbatch: int
+    accumulate: int
+    peak_bytes: int
+    total_bytes: int
+    recompute_share: float
+    predicted_per_s: float
+    measured_per_s: float | None
+    swept_per_s: float
+    chosen: bool
+
+
 OwnRow: TypeAlias = (
     PeakRow
     | BudgetRow
@@ -360,6 +386,7 @@ OwnRow: TypeAlias = (
     | GpuRow
     | ClockRow
     | PublishedRow
+    | TuningRow
 )
 Row: TypeAlias = TimingRow | OwnRow | StrategyOf
 

@@ -41,6 +41,7 @@ from benchmarks import (  # noqa: E402
     planning,
     published,
     strategies,
+    tuning,
 )
 from benchmarks.common import Bar, BudgetRow, Result  # noqa: E402
 from benchmarks.tables import table_of  # noqa: E402
@@ -61,6 +62,7 @@ NAMES = (
     "published",
     "optimum",
     "strategies",
+    "tuning",
 )
 #: Run where it is named alone: it needs a GPU to say much.
 NAMED_ALONE = ("gpu", "gpu-offload")
@@ -152,6 +154,8 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
         yield deep.run(options.layers or deep.LAYERS)
     elif name == "strategies":
         yield from strategies.run(rounds or strategies.ROUNDS)
+    elif name == "tuning":
+        yield tuning.run(rounds=rounds or tuning.ROUNDS)
     else:
         raise SystemExit(
             f"There is no benchmark {name!r}; there are {', '.join((*NAMES, *NAMED_ALONE))}."

@@ -23,6 +23,7 @@ from benchmarks.common import (
     Result,
     StrategyOf,
     TimingRow,
+    TuningRow,
 )
 from ckpt_pass.report.strategy_table import HEADS, cells
 
@@ -253,6 +254,30 @@ def _published(title: str, rows: Sequence[PublishedRow]) -> Table:
     return table
 
 
+def _tunings(title: str, rows: Sequence[TuningRow]) -> Table:
+    table = Table(title=title)
+    table.add_column("model")
+    table.add_column("way")
+    heads = ("microbatch", "peak MB", "of", "recomputed", "predicted", "measured", "sweep")
+    for head in heads:
+        table.add_column(head, justify="right")
+    table.add_column("")
+    for row in rows:
+        table.add_row(
+            row.model,
+            row.way,
+            f"{row.accumulate} x {row.microbatch}",
+            f"{row.peak_bytes / 1e6:.1f}",
+            f"{row.total_bytes / 1e6:.1f}",
+            f"{100 * row.recompute_share:.1f} %",
+            f"{row.predicted_per_s:.4g}",
+            "" if row.measured_per_s is None else f"{row.measured_per_s:.4g}",
+            f"{row.swept_per_s:.4g}",
+            "chosen" if row.chosen else "",
+        )
+    return table
+
+
 _TABLES: dict[type, Callable[[str, Any], Table]] = {
     TimingRow: _timings,
     PeakRow: _peaks,
@@ -267,4 +292,5 @@ _TABLES: dict[type, Callable[[str, Any], Table]] = {
     ClockRow: _clock,
     PublishedRow: _published,
     StrategyOf: _strategies,
+    TuningRow: _tunings,
 }

@@ -124,6 +124,7 @@ from ckpt_pass.tools.strategies import as_strategy as as_strategy
 from ckpt_pass.tools.strategies import compare_strategies as compare_strategies
 from ckpt_pass.tools.sweeping import Sweep as Sweep
 from ckpt_pass.tools.sweeping import sweep as sweep
+from ckpt_pass.tools.tuning import tune as tune
 from ckpt_pass.tools.verification import Check as Check
 from ckpt_pass.tools.verification import Verdict as Verdict
 from ckpt_pass.tools.verification import verify as verify
@@ -141,6 +142,8 @@ from ckpt_pass.report.strategy_plots import plot_layers as plot_layers
 from ckpt_pass.report.strategy_rows import StrategyRow as StrategyRow
 from ckpt_pass.report.strategy_table import Comparison as Comparison
 from ckpt_pass.report.sweeps import SweepRow as SweepRow
+from ckpt_pass.report.tunings import Tuned as Tuned
+from ckpt_pass.report.tunings import TuneRow as TuneRow
 
 # --- Errors and warnings -------------------------------------------------------------------
 from ckpt_pass.errors import AccumulationError as AccumulationError
@@ -233,6 +236,7 @@ from ckpt_pass.errors import StrategyError as StrategyError
 from ckpt_pass.errors import SweepArgumentError as SweepArgumentError
 from ckpt_pass.errors import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.errors import TransformInRegionError as TransformInRegionError
+from ckpt_pass.errors import TuneArgumentError as TuneArgumentError
 from ckpt_pass.errors import UnclassifiedOpWarning as UnclassifiedOpWarning
 from ckpt_pass.errors import UncoveredBudgetWarning as UncoveredBudgetWarning
 from ckpt_pass.errors import UninitializedParameterError as UninitializedParameterError

@@ -123,6 +123,7 @@ from ckpt_pass.steps.halves import LostValuesError as LostValuesError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError
 from ckpt_pass.tools.arguments import StepArgumentError as StepArgumentError
 from ckpt_pass.tools.axis import UnknownDimensionError as UnknownDimensionError
+from ckpt_pass.tools.candidates import TuneArgumentError as TuneArgumentError
 from ckpt_pass.tools.looking import NothingCompiledError as NothingCompiledError
 from ckpt_pass.tools.strategies import StrategyError as StrategyError
 from ckpt_pass.tools.sweeping import SweepArgumentError as SweepArgumentError

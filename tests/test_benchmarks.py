@@ -28,6 +28,7 @@ from benchmarks import (
     published,
     run,
     strategies,
+    tuning,
 )
 from benchmarks.common import (
     Bar,
@@ -44,6 +45,7 @@ from benchmarks.common import (
     Result,
     StrategyOf,
     TimingRow,
+    TuningRow,
     Variant,
     interleave,
 )
@@ -347,6 +349,32 @@ def test_inductors_steps_are_timed_at_each_of_stocks_peaks() -> None:
     names = [row.variant.rsplit(": ", 1)[1] for row in result.rows if isinstance(row, TimingRow)]
     assert names == ["stock", "ours"] * (len(names) // 2) and names
     assert "stock" in shown(result)
+
+
+def tuning_row(microbatch: int, swept_per_s: float, measured: bool, chosen: bool) -> TuningRow:
+    measured_per_s = swept_per_s if measured else None
+    return TuningRow(
+        "small", "eager", microbatch, 1, 1, 2, 0.0, 1.0, measured_per_s, swept_per_s, chosen
+    )
+
+
+def test_tuning_has_bars_for_the_choice_and_for_what_it_measured() -> None:
+    near = [tuning_row(n, 100.0 + n, n == 4, n == 4) for n in (1, 2, 4, 8)]
+    assert [bar.met for bar in tuning.bars_of("small", near)] == [True, True]
+    far = [tuning_row(n, 100.0 * n, n < 4, n == 2) for n in (1, 2, 4, 8)]
+    assert [bar.value for bar in tuning.bars_of("small", far)] == [4.0, 0.5]
+    result = Result("tuning", "tuning", tuple(near), tuning.bars_of("small", near))
+    assert "chosen" in shown(result)
+
+
+@pytest.mark.slow
+def test_tuning_beside_a_sweep_of_a_small_model() -> None:
+    make = seeded(lambda: (stack(_block, _block)(), ()))
+    subject = tuning.Subject(lambda: make()[0], lambda count: (torch.randn(count, 64),), 4, roomy=2)
+    result = tuning.run({"small": subject}, rounds=1)
+    rows = [row for row in result.rows if isinstance(row, TuningRow)]
+    assert {row.way for row in rows} == set(tuning.WAYS) and sum(row.chosen for row in rows) == 1
+    assert all(row.swept_per_s > 0 and row.peak_bytes <= row.total_bytes for row in rows)
 
 
 def test_an_unknown_benchmark_is_refused() -> None:

@@ -31,7 +31,8 @@ def as_on_plain_tensors() -> Iterator[None]:
     """Inside, optimizers choose their kernels for fake tensors as for plain ones, hooks rest.
 
     torch takes its multi-tensor kernels for two classes of tensors alone, and one loop for others;
-    and while anything is compiled, what can be captured in a graph.
+    and while anything is compiled, what can be captured in a graph. A step that compiles parts of
+    itself runs them as they are, op by op: nothing is compiled beneath the modes that count.
     """
     added = [names for names in _SUPPORTED if FakeTensor not in names]
     compiling = torch.compiler._is_compiling_flag
@@ -41,8 +42,12 @@ def as_on_plain_tensors() -> Iterator[None]:
     for place, _ in hooks:
         place.clear()
     torch.compiler._is_compiling_flag = False
+    stance = contextlib.ExitStack()
+    with contextlib.suppress(RuntimeError):  # there is no other one while dynamo compiles
+        stance.enter_context(torch.compiler.set_stance("force_eager"))
     try:
-        yield
+        with stance:
+            yield
     finally:
         torch.compiler._is_compiling_flag = compiling
         for names in added:

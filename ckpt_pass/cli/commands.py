@@ -21,6 +21,7 @@ from ckpt_pass.cli.parts import (
     progress_on_stderr,
     target_argument,
 )
+from ckpt_pass.cli.tuning import tune_command
 from ckpt_pass.demo.model import ModelConfig
 from ckpt_pass.demo.training import DEFAULTS, DemoSettings, run_demo
 from ckpt_pass.drawing.memory import missing_extra
@@ -73,6 +74,7 @@ def make_app() -> typer.Typer:
     app.command("sweep")(_sweep_command())
     app.command("compare")(compare_command())
     app.command("fit")(_fit_command())
+    app.command("tune")(tune_command())
     app.command("policies")(_policies)
     app.command("demo")(_demo_command())
     return app

@@ -154,7 +154,8 @@ class _Ledger:
         self._follower = Follower(self._fakes.mode, self._device, kernels)
         self._optimizers: Sequence[torch.optim.Optimizer] = [*map(self._copy, job.optimizers)]
         self._scaler = self._copy(job.scaler)
-        self._trained = [p for p in self._around.trained if p.is_leaf]
+        pairs = zip(around.trained, self._around.trained, strict=True)
+        self._trained = {own: kept_in(p) for p, own in pairs if own.is_leaf}
 
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         is_number = tensor.numel() <= 1 and tensor.device.type == "cpu"
@@ -202,7 +203,10 @@ class _Ledger:
     def _make_gradients(self) -> int:
         missing = [parameter for parameter in self._trained if parameter.grad is None]
         for parameter in missing:
-            parameter.grad = torch.empty_like(parameter, requires_grad=False)
+            dtype = self._trained[parameter]
+            if dtype is not parameter.dtype:
+                parameter.grad_dtype = dtype
+            parameter.grad = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         return self._follower.hold(p.grad for p in missing if p.grad is not None)
 
     def _drop_gradients(self, to_none: bool = False) -> None:
@@ -251,6 +255,12 @@ class _Ledger:
                 self._scaler.step(optimizer)
         if self._scaler is not None:
             self._scaler.update()
+
+
+def kept_in(parameter: torch.Tensor) -> torch.dtype:
+    """The dtype that the gradient of a parameter is kept in; it may say so (``grad_dtype``)."""
+    said = getattr(parameter, "grad_dtype", None) if parameter.is_leaf else None
+    return said if isinstance(said, torch.dtype) else parameter.dtype
 
 
 def _parts(around: Around) -> tuple[tuple[torch.Tensor, ...], ...]:

@@ -95,8 +95,25 @@ class Axis:
             order = sorted(range(old.dim()), key=lambda d: -old.stride(d))
             new = torch.empty_permuted(shape, order, dtype=old.dtype, device=old.device)
             found[index] = new.requires_grad_(old.requires_grad)
-        positional = tuple(value for key, value in found.items() if isinstance(key, int))
-        return positional, {key: v for key, v in found.items() if isinstance(key, str)}
+        return _apart(found)
+
+    def repeated(self, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with another size: as many of their own samples, from the first on again.
+
+        For a model that reads them.
+        """
+        found = dict(self.args)
+        for index, place in self.dims:
+            old = found[index]
+            numbers = torch.arange(size, device=old.device) % self.size
+            found[index] = old.detach().index_select(place, numbers)
+            found[index].requires_grad_(old.requires_grad)
+        return _apart(found)
+
+
+def _apart(found: Mapping[int | str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    positional = tuple(value for key, value in found.items() if isinstance(key, int))
+    return positional, {key: v for key, v in found.items() if isinstance(key, str)}
 
 
 def _named(args: Mapping[int | str, Any], name: str) -> tuple[tuple[int | str, int], ...]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 
 from ckpt_pass.job.copies import Copier
-from ckpt_pass.job.counting import Around
+from ckpt_pass.job.counting import Around, kept_in
 from ckpt_pass.job.jobs import Job
 from ckpt_pass.job.totals import Cure, InfeasibleTotalError, JobAsked
 from ckpt_pass.offloading.options import Offload
@@ -18,6 +21,7 @@ from ckpt_pass.planner.devices import DEVICES
 from ckpt_pass.plans.budget import DEVICE_RESERVE
 from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan
+from ckpt_pass.state.untouched import untouched
 from ckpt_pass.steps.running import FakeStep
 from ckpt_pass.tools.axis import Axis, UnknownDimensionError
 
@@ -51,6 +55,8 @@ def cures_of(
         _by_gradients(step, asked, offload, tried),
         _by_batch(error, step, asked, offload, tried),
         _by_offload(error, step, asked, offload, tried),
+        _by_states(error, step, asked),
+        _by_dtype(error, step, asked, offload, tried),
         _by_device(error, asked),
     )
     for cure in (cure for way in ways for cure in way):
@@ -152,6 +158,103 @@ def _by_offload(
 ) -> Iterator[Cure]:
     if not offload and error.account.peak_phase.is_pass:
         yield Cure("offload=True", _needed(tried, step, asked, Offload()))
+
+
+def _by_states(error: InfeasibleTotalError, step: FakeStep, asked: JobAsked) -> Iterator[Cure]:
+    """Moments of 8 bits, by torchao's optimizers where they are installed.
+
+    Their step is compiled, and is counted op by op: it takes no more than that.
+    """
+    job = _with_small_states(asked.job)
+    if job is None:
+        return
+    around = Around.of_step(step.model, step.args, step.kwargs, step.loss_fn)
+    least = next(p.above_bytes or 0 for p in error.account.phases if p.is_pass)
+    account = replace(asked, job=job, total=error.total_bytes).account(around)
+    needed = account.with_step(least, error.account.outputs_bytes).peak_bytes
+    names = dict.fromkeys(type(one).__name__ for one in job.optimizers)
+    yield Cure(f"torchao.optim.{' and '.join(names)}", needed)
+
+
+def _with_small_states(job: Job) -> Job | None:
+    """The job with states of 8 bits; ``None`` where there are no such optimizers."""
+    known = {torch.optim.Adam: "Adam8bit", torch.optim.AdamW: "AdamW8bit"}
+    if not any(type(one) in known for one in job.optimizers):
+        return None
+    try:
+        small: Any = importlib.import_module("torchao.optim")
+    except ImportError:
+        return None
+    found: list[torch.optim.Optimizer] = []
+    for one in job.optimizers:
+        if type(one) not in known:
+            found.append(one)
+            continue
+        names = ("params", "lr", "betas", "eps", "weight_decay")
+        groups = [{name: group[name] for name in names} for group in one.param_groups]
+        amsgrad = any(group["amsgrad"] for group in one.param_groups)
+        found.append(getattr(small, known[type(one)])(groups, amsgrad=amsgrad))
+    return replace(job, optimizer=tuple(found))
+
+
+def _by_dtype(
+    error: InfeasibleTotalError,
+    step: FakeStep,
+    asked: JobAsked,
+    offload: Place,
+    tried: Try,
+) -> Iterator[Cure]:
+    """Gradients of half the size, where the optimizer's step takes them."""
+    around = Around.of_step(step.model, step.args, step.kwargs, step.loss_fn)
+    single = [p for p in around.trained if p.is_leaf and kept_in(p) is torch.float32]
+    if not single or not hasattr(torch.Tensor, "grad_dtype"):
+        return
+    if not _takes_gradients(asked.job, torch.bfloat16):
+        return
+    changed = replace(asked, total=error.total_bytes)  # gradients that are there are put aside
+    with _gradients_kept_in(torch.bfloat16, single):
+        needed = _needed(tried, step, changed, offload)
+    yield Cure("gradients in bfloat16 (grad_dtype of each parameter)", needed)
+
+
+def _takes_gradients(job: Job, dtype: torch.dtype) -> bool:
+    """Whether the optimizers step on gradients of another dtype: tried on a few numbers.
+
+    Fake tensors do not tell: kernels look at it, and the rules for fake ones do not.
+    """
+    copies: tuple[torch.optim.Optimizer, ...] = Copier(_small)(tuple(job.optimizers))
+    with untouched(*(vars(one) for one in job.optimizers)):
+        try:
+            for one in copies:
+                for parameter in (p for group in one.param_groups for p in group["params"]):
+                    parameter.grad_dtype = dtype
+                    parameter.grad = torch.zeros_like(parameter, dtype=dtype)
+                one.step()
+        except (RuntimeError, TypeError, ValueError):  # kernels want one dtype of all
+            return False
+    return True
+
+
+def _small(tensor: torch.Tensor) -> torch.Tensor:
+    """As many dimensions, none of them longer than two."""
+    shape = [min(size, 2) for size in tensor.shape]
+    found = torch.zeros(shape, dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(found) if isinstance(tensor, nn.Parameter) else found
+
+
+@contextlib.contextmanager
+def _gradients_kept_in(dtype: torch.dtype, parameters: list[torch.Tensor]) -> Iterator[None]:
+    """Have parameters say so for a while; a gradient of another dtype cannot be there then."""
+    before = [(parameter, parameter.grad_dtype, parameter.grad) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.grad_dtype = dtype
+        yield
+    finally:
+        for parameter, said, grad in before:
+            parameter.grad_dtype = said
+            parameter.grad = grad
 
 
 def _by_device(error: InfeasibleTotalError, asked: JobAsked) -> Iterator[Cure]:

@@ -146,7 +146,7 @@ def fit(
         return asked.planned(Around.of_step(model, resized, resized_named, loss_fn), made)
 
     guess = family.guess(max(limit(axis.size), 1), axis)
-    size = _search(lambda n: family.fits(n, limit(n)), guess)
+    size = largest_that_fits(lambda n: family.fits(n, limit(n)), guess)
     return _confirmed(axis, planned, size)
 
 
@@ -192,7 +192,7 @@ def _confirmed(axis: Axis, planned: Callable[[int], Plan], guess: int) -> Fit:
                 found[size] = error
         return isinstance(found[size], Plan)
 
-    size = _search(fits, guess)
+    size = largest_that_fits(fits, guess)
     fits(size)  # 1 may not have been asked for
     best = found[size]
     if not isinstance(best, Plan):
@@ -209,7 +209,7 @@ def _confirmed(axis: Axis, planned: Callable[[int], Plan], guess: int) -> Fit:
     return Fit(size, axis.name, axis.places, best, next_peak, limit)
 
 
-def _search(fits: Callable[[int], bool], guess: int) -> int:
+def largest_that_fits(fits: Callable[[int], bool], guess: int) -> int:
     """The largest size that fits, from a guess by steps that double, then by halving.
 
     Where the guess is right, it and the size above are asked for, and nothing else. 1 if none fits.

@@ -46,13 +46,7 @@ def measured_job_peak(
     assert account is not None
     copied = Copier(_clone)
     model, loss_fn = copied(model), copied(loss_fn)
-    job = Job(
-        copied(tuple(job.optimizers)),
-        job.accumulate,
-        job.set_to_none,
-        job.clip_norm,
-        copied(job.scaler),
-    )
+    job = _copy_of(job, copied)
     with contextlib.ExitStack() as stack:
         stack.enter_context(untouched(args, dict(kwargs), values=True))
         step: Callable[..., Any]
@@ -72,6 +66,24 @@ def measured_job_peak(
     return account.before_bytes + memory.peak_bytes
 
 
+def copies_for_updates(model: nn.Module, loss_fn: LossFn | None, job: Job) -> tuple[nn.Module, Job]:
+    """A model and a job of its own for it, which may be stepped; the loss's parameters too."""
+    copied = Copier(_clone)
+    found = copied(model)
+    copied(loss_fn)
+    return found, _copy_of(job, copied)
+
+
+def _copy_of(job: Job, copied: Copier) -> Job:
+    return Job(
+        copied(tuple(job.optimizers)),
+        job.accumulate,
+        job.set_to_none,
+        job.clip_norm,
+        copied(job.scaler),
+    )
+
+
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
     found = tensor.detach().clone()
     if isinstance(tensor, nn.Parameter):
@@ -85,6 +97,13 @@ def _run(step: Callable[[], torch.Tensor], model: nn.Module, job: Job) -> None:
     for _ in range(job.accumulate):
         loss = step()
         (loss if scaler is None else scaler.scale(loss)).backward()
+    update(model, job)
+    model.zero_grad(set_to_none=job.set_to_none)
+
+
+def update(model: nn.Module, job: Job) -> None:
+    """What a job does between a backward and letting go of the gradients."""
+    scaler = job.scaler
     if job.clip_norm is not None:
         if scaler is not None:
             for optimizer in job.optimizers:
@@ -97,4 +116,3 @@ def _run(step: Callable[[], torch.Tensor], model: nn.Module, job: Job) -> None:
             scaler.step(optimizer)
     if scaler is not None:
         scaler.update()
-    model.zero_grad(set_to_none=job.set_to_none)

@@ -28,7 +28,7 @@ from ckpt_pass.graph.capture import capture
 from ckpt_pass.graph.problem import GraphProblem
 from ckpt_pass.planner.liveness import simulate
 from ckpt_pass.planner.problem import Op, Problem
-from ckpt_pass.tools.fitting import _search
+from ckpt_pass.tools.fitting import largest_that_fits
 from tests.zoo import hf, loss_of
 
 CASES = {case.name: case for case in hf.CASES}
@@ -399,7 +399,7 @@ def test_the_search_finds_the_border_from_any_guess(largest: int, guess: int) ->
         asked.append(size)
         return size <= largest
 
-    assert _search(fits, guess) == largest
+    assert largest_that_fits(fits, guess) == largest
     if guess == largest:
         assert asked == [largest, largest + 1]
     assert largest + 1 in asked

@@ -269,3 +269,23 @@ def test_optimizers_by_name() -> None:
     for text in ("Adamm", "SGD(0.1)", "SGD(lr=print)", "AdamW(betas=3)", "__import__('os')"):
         with pytest.raises(UnknownOptimizerError):
             optimizer_named(text, model)
+
+
+def test_a_step_that_compiles_parts_of_itself() -> None:
+    class Compiled(torch.optim.SGD):
+        """Its step is compiled, and keeps a state of 8 bits."""
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            """One step."""
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    if not state:
+                        state["moment"] = torch.zeros_like(parameter, dtype=torch.uint8)
+                    torch.compile(torch.add, fullgraph=True)(parameter.detach(), parameter.grad)
+
+    model = Blocks()
+    found = account(model, Compiled(model.parameters(), lr=0.1))
+    assert 4 * found.states_bytes == found.gradients_bytes
+    assert phase(found, UPDATE) == max(4 * p.numel() for p in trained(model)) + NUMBERS

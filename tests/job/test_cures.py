@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import ckpt_pass
 from ckpt_pass import Device, InfeasibleTotalError, Job
 from ckpt_pass.job.totals import Cure
-from tests.job.jobs import Blocks
+from tests.job.jobs import Blocks, job_peak
 
 X = torch.randn(64, 32)
 
@@ -95,6 +96,56 @@ def test_values_that_move() -> None:
     error = told(model, x, (total + moved) // 2, optimizer=optimizer)
     cure = named(error, "offload=True")
     fits(model, x, cure, error.total_bytes, optimizer=optimizer, offload=True)
+
+
+def test_gradients_of_half_the_size() -> None:
+    model, x = Wide(), torch.randn(1, 128)  # of one sample there are no smaller microbatches
+    job = Job(torch.optim.SGD(model.parameters(), momentum=0.9), clip_norm=1.0)
+    total = least(model, x, optimizer=job) - 20_000
+    model(x).backward()
+    grads = [parameter.grad for parameter in model.parameters()]
+    cure = named(told(model, x, total, optimizer=job), "gradients in bfloat16")
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        assert parameter.grad is grad and parameter.grad_dtype is torch.float32
+        parameter.grad = None
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.bfloat16
+    fits(model, x, cure, total, optimizer=job)
+    peak = job_peak(lambda: model(x), model, (x,), job)
+    assert peak <= total
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}])
+def test_no_gradients_that_the_optimizer_does_not_take(options: dict[str, bool]) -> None:
+    model, x = Wide(), torch.randn(1, 128)
+    fused = torch.optim.AdamW(model.parameters(), **options)
+    error = told(model, x, least(model, x, optimizer=fused) - 20_000, optimizer=fused)
+    assert not any("bfloat16" in cure.words for cure in error.cures)
+    assert not fused.state and all(p.grad is None for p in model.parameters())
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """In the place of torchao's: moments of 8 bits."""
+
+    def __init__(self, params: Any, amsgrad: bool = False) -> None:
+        super().__init__(params, {"amsgrad": amsgrad})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Makes the states, and changes nothing."""
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            for name in ("exp_avg", "exp_avg_sq") if parameter.grad is not None else ():
+                if name not in self.state[parameter]:
+                    self.state[parameter][name] = torch.zeros_like(parameter, dtype=torch.uint8)
+
+
+def test_moments_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", sys.modules[__name__])
+    model, x = Wide(), torch.randn(1, 128)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    total = least(model, x, optimizer=optimizer) - 100_000
+    cure = named(told(model, x, total, optimizer=optimizer), "torchao.optim.AdamW8bit")
+    fits(model, x, cure, total, optimizer=AdamW8bit(model.parameters()))
 
 
 def test_a_larger_card_where_the_job_is_on_paper() -> None:
