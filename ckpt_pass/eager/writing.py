@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass.eager.contents import contents
 from ckpt_pass.eager.step_record import EagerTrace, OpRecord
 from ckpt_pass.ops.taxonomy import classify, op_name
 from ckpt_pass.planner.eager_problem import EagerProblem, EagerProfile
@@ -131,6 +132,7 @@ class Writer:
             plain_timeline=self._timeline(plain),
             measured_workspaces=sum(1 for op in problem.ops if op.workspace_bytes),
             offloaded=self._offloaded(goal),
+            contents=contents(self._trace, problem, self._solution),
         )
 
     def _timeline(self, profile: EagerProfile) -> Timeline:

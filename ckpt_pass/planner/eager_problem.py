@@ -19,7 +19,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from ckpt_pass.planner.alive import Life
 from ckpt_pass.planner.clock import Transfer
+from ckpt_pass.planner.eager_lives import EagerLives, StateLife
 from ckpt_pass.planner.eager_moves import (
     Copying,
     Journeys,
@@ -140,6 +142,10 @@ class EagerProblem:
         seconds, begins = table.seconds[profile.ops], profile.backward_begins
         return transfers(moved, copies, table.nbytes, seconds, begins)
 
+    def alive(self, plan: EagerPlan) -> tuple[Life, ...]:
+        """What is in memory when, as :meth:`simulate` counts it; not what lies beside the step."""
+        return _follow(self, self._table, plan).alive(self.ops, self.storages)
+
     @property
     def step_time_s(self) -> float:
         """Modelled time of the step with nothing recomputed."""
@@ -169,7 +175,7 @@ class _Table:
         self.seconds = np.array([op.time_s for op in problem.ops], dtype=np.float64)
 
 
-def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerProfile:
+def _follow(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerLives:
     chosen = sorted(plan.regions, key=lambda index: problem.regions[index].reruns)
     count = len(problem.ops)
     op_region = np.full(count + 1, -1, dtype=np.int64)
@@ -232,32 +238,38 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
             at = taken_at if reached else before_death[region.done]
             end_places[storage] = max(end_places[storage], at)
 
-    delta = np.zeros(length + 2, dtype=np.int64)
-    np.add.at(delta, before_op[table.born], table.nbytes)
-    np.add.at(delta, end_places, -table.nbytes)
-    np.add.at(delta, begin2, table.nbytes[bytes2])
-    np.add.at(delta, end2, -table.nbytes[bytes2])
+    states = []
     for index in chosen:
         region = problem.regions[index]
-        delta[before_op[region.ops[0]]] += region.extra_bytes
-        delta[before_death[region.done]] -= region.extra_bytes
+        op, nbytes, at = region.ops[0], region.extra_bytes, starts[index]
+        held = StateLife(op, nbytes, int(before_op[op]), int(before_death[region.done]))
         # While it runs again, the program's own state waits beside it.
-        delta[starts[index]] += region.extra_bytes
-        delta[starts[index] + region.needed] -= region.extra_bytes
-    for stay in moved.stays:
-        delta[min(stay.fetched, length - 1)] += table.nbytes[stay.storage]
-        delta[stay.end] -= table.nbytes[stay.storage]
-    ran = _ran(problem, chosen, before_op, starts, length)
-    bytes_at = np.cumsum(delta)[:length] + table.workspace[ran]
+        states += [held, StateLife(op, nbytes, at, at + region.needed)]
+    return EagerLives(
+        begins=before_op[table.born],
+        ends=end_places,
+        again=bytes2,
+        again_begins=begin2,
+        again_ends=end2,
+        states=tuple(states),
+        keeping=frozenset(int(op_region[op]) for op in plan.kept),
+        moved=moved,
+        ran=_ran(problem, chosen, before_op, starts, length),
+        forward_length=int(before_op[problem.forward_length]),
+    )
+
+
+def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerProfile:
+    found = _follow(problem, table, plan)
+    bytes_at = found.bytes_at(table.nbytes, table.workspace)
+    moved, ran, begins = found.moved, found.ran, found.forward_length
     rerun = problem.rerun_ops(plan)
-    keeping = {int(op_region[op]) for op in plan.kept}
-    looked_at = sum(problem.regions[index].needed for index in keeping)
-    begins = int(before_op[problem.forward_length])
+    looked_at = sum(problem.regions[index].needed for index in found.keeping)
     if problem.microbatches is not None:
-        waits = (before_op[table.born] < begins) & (end_places > begins) & ~table.shared
-        states = sum(problem.regions[index].extra_bytes for index in chosen)
+        waits = (found.begins < begins) & (found.ends > begins) & ~table.shared
+        states = sum(problem.regions[index].extra_bytes for index in plan.regions)
         each = int(table.nbytes[waits].sum()) + states
-        left = _left(table, end_places, length)
+        left = _left(table, found.ends, len(ran))
         bytes_at = _with_others(problem.microbatches, bytes_at, each, left)
     copies = None
     if problem.link is not None and moved.leaving:

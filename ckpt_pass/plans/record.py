@@ -6,10 +6,11 @@ plan has what its own kind needs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckpt_pass.graph.shapes import Dimension
 from ckpt_pass.plans.account import Account
+from ckpt_pass.plans.contents import Contents
 from ckpt_pass.plans.goal import Goal
 from ckpt_pass.plans.link_use import LinkUse
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivations, Signature
@@ -58,6 +59,8 @@ class Predicted:
             machine; the peak relies on them.
         offloaded: what is moved to another place and back, if anything might be.
         account: the memory of the whole job, where an optimizer was given.
+        contents: what is in memory at each place of the timeline; ``None`` in a plan that was read
+            from a file, which does not hold it.
     """
 
     peak_bytes: int
@@ -72,6 +75,7 @@ class Predicted:
     measured_workspaces: int
     offloaded: LinkUse | None = None
     account: Account | None = None
+    contents: Contents | None = field(default=None, compare=False, repr=False)
 
     @property
     def overhead_s(self) -> float:
