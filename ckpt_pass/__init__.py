@@ -160,6 +160,7 @@ from ckpt_pass.errors import InactiveRegionsWarning as InactiveRegionsWarning
 from ckpt_pass.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.errors import InfeasibleTotalError as InfeasibleTotalError
 from ckpt_pass.errors import InvalidBudgetError as InvalidBudgetError
+from ckpt_pass.errors import InvalidCurveError as InvalidCurveError
 from ckpt_pass.errors import InvalidDeviceError as InvalidDeviceError
 from ckpt_pass.errors import InvalidJobError as InvalidJobError
 from ckpt_pass.errors import InvalidLinkError as InvalidLinkError
@@ -171,6 +172,7 @@ from ckpt_pass.errors import InvalidTotalError as InvalidTotalError
 from ckpt_pass.errors import LayerProfileError as LayerProfileError
 from ckpt_pass.errors import LostStoreError as LostStoreError
 from ckpt_pass.errors import LostTicketError as LostTicketError
+from ckpt_pass.errors import LostValuesError as LostValuesError
 from ckpt_pass.errors import MeasureArgumentError as MeasureArgumentError
 from ckpt_pass.errors import MicrobatchesError as MicrobatchesError
 from ckpt_pass.errors import MovedValueChangedError as MovedValueChangedError
@@ -181,12 +183,12 @@ from ckpt_pass.errors import NoLayersError as NoLayersError
 from ckpt_pass.errors import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.errors import NoLossError as NoLossError
 from ckpt_pass.errors import NoRegionsError as NoRegionsError
+from ckpt_pass.errors import NotAModuleError as NotAModuleError
 from ckpt_pass.errors import NotAppliedError as NotAppliedError
 from ckpt_pass.errors import NotFunctionalError as NotFunctionalError
 from ckpt_pass.errors import NotSequentialError as NotSequentialError
 from ckpt_pass.errors import NotTraceableError as NotTraceableError
 from ckpt_pass.errors import NothingChosenError as NothingChosenError
-from ckpt_pass.errors import NotAModuleError as NotAModuleError
 from ckpt_pass.errors import NothingCompiledError as NothingCompiledError
 from ckpt_pass.errors import NothingRecordedError as NothingRecordedError
 from ckpt_pass.errors import NothingToDifferentiateError as NothingToDifferentiateError

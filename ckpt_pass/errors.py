@@ -26,8 +26,8 @@ from ckpt_pass.distributed.together import RanksDifferError as RanksDifferError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
 from ckpt_pass.eager.replicas import ReplicaError as ReplicaError
-from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
+from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import SeveralGraphsError as SeveralGraphsError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.graph.kernel_cache import KernelCacheWarning as KernelCacheWarning
@@ -85,6 +85,7 @@ from ckpt_pass.planner.solvers import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.planner.solvers import UnknownSolverError as UnknownSolverError
 from ckpt_pass.planner.solvers import WrongSolutionError as WrongSolutionError
 from ckpt_pass.plans.budget import InvalidBudgetError as InvalidBudgetError
+from ckpt_pass.plans.curve import InvalidCurveError as InvalidCurveError
 from ckpt_pass.plans.goal import MicrobatchesError as MicrobatchesError
 from ckpt_pass.plans.goal import UnknownCostError as UnknownCostError
 from ckpt_pass.plans.schema import PlanFileError as PlanFileError
@@ -112,6 +113,7 @@ from ckpt_pass.report.strategy_rows import UnknownStrategyError as UnknownStrate
 from ckpt_pass.state.given import NotAModuleError as NotAModuleError
 from ckpt_pass.state.holders import UninitializedParameterError as UninitializedParameterError
 from ckpt_pass.state.objects import SpentIteratorError as SpentIteratorError
+from ckpt_pass.steps.halves import LostValuesError as LostValuesError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError
 from ckpt_pass.tools.arguments import StepArgumentError as StepArgumentError
 from ckpt_pass.tools.axis import UnknownDimensionError as UnknownDimensionError

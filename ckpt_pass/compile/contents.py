@@ -56,6 +56,6 @@ def _name(joint: JointGraph, node: fx.Node, tags: Mapping[fx.Node, Tag]) -> OpNa
     path = module_path(stack)
     target = op_name(maker.target) if callable(maker.target) else str(maker.target)
     if not path:
-        return OpName("", f"(backward) {target}")
+        return OpName("", target)
     fqn = path[-1][0]
-    return OpName(layer_of(joint.region_of_backward(maker), fqn), f"(backward) {fqn} {target}")
+    return OpName(layer_of(joint.region_of_backward(maker), fqn), f"{fqn} {target}")

@@ -39,7 +39,7 @@ def _of_forward(op: OpRecord) -> OpName:
 
 def _of_backward(op: OpRecord, module: str) -> OpName:
     target = op_name(op.call.target) if callable(op.call.target) else str(op.call.target)
-    return OpName(layer_of(None, module), " ".join(filter(None, ("(backward)", module, target))))
+    return OpName(layer_of(None, module), f"{module} {target}".strip())
 
 
 def _modules_of_backward(trace: EagerTrace) -> dict[int, str]:

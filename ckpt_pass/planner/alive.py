@@ -51,7 +51,7 @@ class Life:
             ``offloaded`` (saved, and here before it goes or once it is back), ``recomputed``
             (made again in the backward; also while it is there in the forward), ``passing`` (of
             the forward, and not needed afterwards), ``backward`` (of the backward alone),
-            ``workspace`` (of a kernel), ``random state``, or ``others`` (what lies beside the step).
+            ``workspace`` (of a kernel), ``random state``, or ``others`` (beside the step).
     """
 
     maker: int
@@ -61,9 +61,7 @@ class Life:
     kind: str
 
 
-def alive_in(
-    problem: Problem, steps: Schedule, moves: Sequence[Move] = ()
-) -> tuple[Life, ...]:
+def alive_in(problem: Problem, steps: Schedule, moves: Sequence[Move] = ()) -> tuple[Life, ...]:
     """The lives of a step, as :func:`ckpt_pass.planner.liveness.simulate` counts its bytes.
 
     Args:

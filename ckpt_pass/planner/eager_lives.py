@@ -89,9 +89,7 @@ class EagerLives:
         found: Ints = np.cumsum(delta)[:length] + workspace[self.ran]
         return found
 
-    def alive(
-        self, ops: Sequence[EagerOp], storages: Sequence[EagerStorage]
-    ) -> tuple[Life, ...]:
+    def alive(self, ops: Sequence[EagerOp], storages: Sequence[EagerStorage]) -> tuple[Life, ...]:
         """The lives, in the order in which they begin; they add up to :meth:`bytes_at`."""
         found = (*self._first(len(ops), storages), *self._further(ops, storages))
         there = (life for life in found if life.nbytes and life.first <= life.last)
@@ -117,9 +115,7 @@ class EagerLives:
                 kind = RECOMPUTED if number in again else PASSING
             yield Life(storage.born, storage.nbytes, begin, end - 1, kind)
 
-    def _further(
-        self, ops: Sequence[EagerOp], storages: Sequence[EagerStorage]
-    ) -> Iterator[Life]:
+    def _further(self, ops: Sequence[EagerOp], storages: Sequence[EagerStorage]) -> Iterator[Life]:
         """What is made again, what has come back, random states and workspaces."""
         columns = (self.again, self.again_begins, self.again_ends)
         for number, begin, end in zip(*(c.tolist() for c in columns), strict=True):

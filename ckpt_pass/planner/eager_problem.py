@@ -238,13 +238,14 @@ def _follow(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerLives
             at = taken_at if reached else before_death[region.done]
             end_places[storage] = max(end_places[storage], at)
 
-    states = []
+    states: list[StateLife] = []
     for index in chosen:
         region = problem.regions[index]
         op, nbytes, at = region.ops[0], region.extra_bytes, starts[index]
-        held = StateLife(op, nbytes, int(before_op[op]), int(before_death[region.done]))
+        end = int(before_death[region.done])
+        states.append(StateLife(op, nbytes, int(before_op[op]), end))
         # While it runs again, the program's own state waits beside it.
-        states += [held, StateLife(op, nbytes, at, at + region.needed)]
+        states.append(StateLife(op, nbytes, at, at + region.needed))
     return EagerLives(
         begins=before_op[table.born],
         ends=end_places,
