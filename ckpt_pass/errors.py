@@ -26,8 +26,8 @@ from ckpt_pass.distributed.together import RanksDifferError as RanksDifferError
 from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
 from ckpt_pass.eager.replicas import ReplicaError as ReplicaError
-from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
+from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.capture import SeveralGraphsError as SeveralGraphsError
 from ckpt_pass.graph.cost import SymbolicBytesError as SymbolicBytesError
 from ckpt_pass.graph.kernel_cache import KernelCacheWarning as KernelCacheWarning
