@@ -23,6 +23,10 @@ from ckpt_pass.version import __version__
 #: Characters of the first word of a summary's line, with the blanks behind it.
 _NAME = 13
 FATES = ("saved", "offloaded", "recomputed", "unused")
+OF_ONE_GRAPH = (
+    "What stands here is of this graph alone: what other graphs hold meanwhile is in the peak of "
+    "the whole step."
+)
 NO_CONTENTS = (
     "This plan was read from a file, which holds the curve but not what lies beneath it. Make the "
     "plan again (ckpt_pass.plan) to see what is in memory at each moment."
@@ -45,12 +49,13 @@ class Table:
         return list(self._numbers)
 
 
-def graph_data(name: str, plan: PlanRecord) -> dict[str, Any]:
+def graph_data(name: str, plan: PlanRecord, alone: bool) -> dict[str, Any]:
     """The memory of one graph over its step.
 
     Args:
         name: of the graph, for people.
         plan: its plan.
+        alone: whether the step has no other graph.
     """
     found = plan.predicted
     plain = found.plain_timeline
@@ -59,7 +64,7 @@ def graph_data(name: str, plan: PlanRecord) -> dict[str, Any]:
         "peak": found.peak_bytes,
         "peak_at": found.peak_at,
         "budget": plan.budget_bytes,
-        "note": _note(plan),
+        "note": _note(plan, alone),
         "timeline": _timeline(found.timeline),
         "plain": None if plain is None else _timeline(plain),
         "contents": None if found.contents is None else _contents(found.contents),
@@ -67,9 +72,10 @@ def graph_data(name: str, plan: PlanRecord) -> dict[str, Any]:
     }
 
 
-def _note(plan: PlanRecord) -> str:
+def _note(plan: PlanRecord, alone: bool) -> str:
     step, found = plan.execution, plan.predicted
-    notes = [] if found.contents is not None else [NO_CONTENTS]
+    notes = [] if alone else [OF_ONE_GRAPH]
+    notes += [] if found.contents is not None else [NO_CONTENTS]
     if isinstance(step, CompiledExecution) and step.inductor is not None:
         notes.append(
             "The curve is that of the graph that Inductor was given: "
@@ -211,7 +217,7 @@ def page_data(
         "facts": list(_facts(summary)),
         "warnings": list(warnings),
         "account": None if account is None else account_data(account),
-        "graphs": [graph_data(name, plan) for name, plan in graphs],
+        "graphs": [graph_data(name, plan, alone=len(graphs) == 1) for name, plan in graphs],
         "decisions": decisions_data([plan.decisions for _, plan in graphs]),
         "curve": curve,
         "footer": f"ckpt_pass {__version__}. Peaks are predictions, times are modelled; bytes are "

@@ -4,7 +4,7 @@
   const $ = (id) => document.getElementById(id);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const narrow = window.matchMedia("(max-width: 640px)");
-  const ROWS = 100, LISTED = 12;
+  const ROWS = 100, LISTED = 12, GRAPHS = 20;
 
   // Colours of Okabe and Ito, told apart with any colour vision; light and dark paper.
   const COLOURS = {
@@ -124,16 +124,24 @@
   // Of a job: parameters, buffers, inputs, optimizer states, gradients, outputs, what is added.
   const PARTS = ["output", "others", "random state", "offloaded", "gradient", "passing", "saved"];
   const showAccount = () => {
-    const account = data.account, graph = graphs[0];
+    const account = data.account;
     const target = $("account-plot");
     if (!account) {
-      if (!graph || !graph.lives.length) return;
-      const sums = graph.sums(graph.peakPlace);
-      const parts = graph.kinds.map((kind, n) => [WORDS[kind], sums[n], colour(kind), bytes(sums[n])]);
+      const known = graphs.filter((graph) => graph.lives.length).slice(0, GRAPHS);
+      if (!known.length) return;
+      const highest = most(known.map((graph) => most(graph.at)));
+      const sums = known.map((graph) => graph.sums(graph.peakPlace));
       $("account-words").textContent = "At the peak, above what was there when the step began. A plan "
         + "that is made with optimizer= has the account of the whole job here.";
-      target.replaceChildren(phaseOf("at the peak", bytes(graph.peak), barOf(parts, most(graph.at))));
-      $("account-legend").replaceChildren(...legendOf(parts));
+      target.replaceChildren(...known.map((graph, i) => {
+        const parts = graph.kinds.map((kind, n) => [WORDS[kind], sums[i][n], colour(kind)]);
+        const name = graphs.length > 1 ? `${graph.name} alone` : "at the peak";
+        return phaseOf(name, bytes(most(graph.at)), barOf(parts, highest));
+      }));
+      $("account-legend").replaceChildren(...legendOf(known[0].kinds.map((kind, n) => {
+        const largest = most(sums.map((row) => row[n]));
+        return [WORDS[kind], largest, colour(kind), graphs.length > 1 ? "" : bytes(largest)];
+      })));
       return;
     }
     $("account-words").textContent = account.job;
