@@ -167,6 +167,8 @@ def _plan_command() -> Callable[..., None]:
 
         The step is traced, not run. `explain` lists every decision.
         """
+        if curve and report is None:
+            raise typer.BadParameter("--curve is for the page of --report PATH; got no --report")
         with errors_as_exit_codes():
             amount = _checked(policy, budget)
             model, inputs = build(target)

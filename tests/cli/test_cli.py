@@ -172,6 +172,8 @@ def test_plan_writes_a_page_with_the_trade_off(folder: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert '["planned","nothing recomputed",' in text
     assert text.count('["planned","budget ') in (1, 2)  # budgets that are equal count once
+    alone = run("plan", target, "--budget=1.0", "--curve=2")
+    assert alone.exit_code == 2 and "got no --report" in alone.stderr.replace("\n", " ")
 
 
 def test_sweep_shows_and_writes_every_point(folder: Path) -> None:
