@@ -8,8 +8,9 @@ PYTEST_ARGS ?=
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadscope
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+GPU_ARGS ?=
 
-.PHONY: demo test check bench slow docs clean
+.PHONY: demo test check bench gpu slow docs clean
 .DEFAULT_GOAL := test
 # A recipe that fails leaves no half-written stamp behind.
 .DELETE_ON_ERROR:
@@ -38,6 +39,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+# What needs a GPU: tests and a table, in nine minutes. GPU_ARGS=--dry-run goes without one.
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/on_gpu.py $(GPU_ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

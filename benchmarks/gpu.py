@@ -145,10 +145,14 @@ class Ways:
         """Stock Inductor at settings of its own budget, and with a checkpoint on every block."""
         for setting in settings:
             self.add(f"stock, {setting:g}", stock_backend("inductor", setting))
+        self.add("checkpoint on each block", "inductor", self.checkpointed())
+
+    def checkpointed(self, context_fn: Callable[[], Any] | None = None) -> nn.Module:
+        """A copy of the model with a checkpoint on every block, perhaps a selective one."""
         blocks = copy.deepcopy(self.model)
         names = [f"model.model.layers.{n}" for n in range(len(blocks.model.model.layers))]
-        checkpoint_blocks(blocks, names)
-        self.add("checkpoint on each block", "inductor", blocks)
+        checkpoint_blocks(blocks, names, context_fn)
+        return blocks
 
     def ours(self, parts: Sequence[float]) -> None:
         """Ours at the peak of each way so far, and at parts of the way from the least to it."""
@@ -172,10 +176,19 @@ class Ways:
         return plan
 
     def add(
-        self, way: str, backend: Any, model: nn.Module | None = None, around: Around = nullcontext
+        self,
+        way: str,
+        backend: Any,
+        model: nn.Module | None = None,
+        around: Around = nullcontext,
+        beside: str = "",
     ) -> None:
-        """Another's way; ``around`` is entered for every step."""
-        self._timed(self._measured(way, model or self.model, backend, around))
+        """Another's way; ``around`` is entered for every step.
+
+        It is timed beside another way, the first where none is named.
+        """
+        row = self._measured(way, model or self.model, backend, around)
+        self._timed(replace(row, beside=beside))
 
     def _measured(
         self, way: str, model: nn.Module, backend: Any, around: Around = nullcontext

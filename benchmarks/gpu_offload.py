@@ -40,10 +40,10 @@ def run(size: Size | None = None, device: str | None = None, rounds: int = ROUND
     with torch._dynamo.config.patch(recompile_limit=64):
         ways.stock((1.0,))
         budget = ways.rows[0].measured_bytes - ways.saved_bytes[STOCK] // 2
-        plan = _added(ways, MOVED, budget, offload=Offload("host"))
+        plan = added(ways, MOVED, budget, offload=Offload("host"))
         for line in _told(ways, plan):
             say(line)
-        _added(ways, KEPT, budget)
+        added(ways, KEPT, budget)
         # The CPU has no pinned memory. Inductor's code refuses what comes back with other strides.
         ways.add("save_on_cpu", "aot_eager", around=partial(save_on_cpu, place.type == "cuda"))
         if place.type == "cuda" and hasattr(functorch_config, "enable_activation_offloading"):
@@ -52,7 +52,7 @@ def run(size: Size | None = None, device: str | None = None, rounds: int = ROUND
     return ways.result("gpu-offload", _bars(ways, plan, budget))
 
 
-def _added(ways: Ways, way: str, budget: int, **options: Any) -> Plan:
+def added(ways: Ways, way: str, budget: int, **options: Any) -> Plan:
     """One of ours at a budget, or at the least that its refusal names."""
     try:
         return ways.add_ours(way, budget, **options)

@@ -167,6 +167,7 @@ from ckpt_pass.errors import InactiveRegionsWarning as InactiveRegionsWarning
 from ckpt_pass.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from ckpt_pass.errors import InfeasibleTotalError as InfeasibleTotalError
 from ckpt_pass.errors import InvalidBudgetError as InvalidBudgetError
+from ckpt_pass.errors import InvalidCurveError as InvalidCurveError
 from ckpt_pass.errors import InvalidDeviceError as InvalidDeviceError
 from ckpt_pass.errors import InvalidJobError as InvalidJobError
 from ckpt_pass.errors import InvalidLinkError as InvalidLinkError

@@ -91,6 +91,7 @@ from ckpt_pass.planner.solvers import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.planner.solvers import UnknownSolverError as UnknownSolverError
 from ckpt_pass.planner.solvers import WrongSolutionError as WrongSolutionError
 from ckpt_pass.plans.budget import InvalidBudgetError as InvalidBudgetError
+from ckpt_pass.plans.curve import InvalidCurveError as InvalidCurveError
 from ckpt_pass.plans.goal import MicrobatchesError as MicrobatchesError
 from ckpt_pass.plans.goal import UnknownCostError as UnknownCostError
 from ckpt_pass.plans.schema import PlanFileError as PlanFileError

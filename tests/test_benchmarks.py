@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +20,11 @@ from benchmarks import (
     deep,
     eager_cost,
     gpu,
+    gpu_headline,
     gpu_offload,
     inductor,
     inductor_times,
+    on_gpu,
     optimum,
     partition_cost,
     peaks,
@@ -117,6 +121,44 @@ def test_offloading_from_a_gpu_is_gone_without_one() -> None:
         row = rows[name]
         assert row.measured_bytes == row.predicted_bytes <= (row.budget_bytes or 0)
     assert all(row.gradient_off < 1e-4 for row in rows.values())
+
+
+def test_all_for_a_gpu_goes_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command on a tiny model: no way is left out, and the results are written."""
+    assert on_gpu.main(["--dry-run", "--no-tests", f"--out={tmp_path}"]) == 0
+    assert f"saved as {tmp_path}" in capsys.readouterr().out
+    (path,) = tmp_path.glob("gpu-headline-cpu-*.json")
+    written = json.loads(path.read_text())
+    assert written["facts"]["left_out"] == [] and len(written["rows"]) == 4
+    ours = [row for row in written["rows"] if row["budget_bytes"] is not None]
+    assert len(ours) == 2
+    for row in ours:
+        assert row["measured_bytes"] == row["predicted_bytes"] <= row["budget_bytes"]
+    assert all(row["gradient_off"] < 1e-4 for row in written["rows"])
+    assert "1/2 of the activations" in path.with_suffix(".txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_tests_for_a_gpu_are_found() -> None:
+    assert re.fullmatch(r"\d+/\d+ tests collected .*", on_gpu.run_tests(dry_run=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert on_gpu.main([]) == 2
+    assert "make gpu needs a GPU" in capsys.readouterr().err
+
+
+def test_what_fails_or_has_no_time_is_left_out() -> None:
+    clock = gpu_headline.Clock(limit_s=0.05)
+
+    def failing() -> None:
+        raise RuntimeError("no kernel\nand more")
+
+    clock.run("one", failing)
+    clock.run("two", lambda: time.sleep(0.06))
+    clock.run("three", lambda: None)
+    assert clock.left_out == ["one: RuntimeError: no kernel", "three: no time"]
 
 
 def test_eager_variants_save_what_their_names_say() -> None:

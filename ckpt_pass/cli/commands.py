@@ -36,6 +36,7 @@ from ckpt_pass.policy.rules import Rule
 from ckpt_pass.report.sweeps import sweep_table
 from ckpt_pass.tools.ahead import PlanModeError, plan
 from ckpt_pass.tools.axis import NAMES as FIT_DIMENSIONS
+from ckpt_pass.tools.curve import planned_curve
 from ckpt_pass.tools.fitting import fit
 from ckpt_pass.tools.sweeping import ROUNDS, Sweep, sweep
 from ckpt_pass.tools.verification import verify
@@ -132,6 +133,10 @@ def _plan_command() -> Callable[..., None]:
     import typer
 
     png_option = typer.Option(None, help="Also draw memory over the step here.")
+    report_option = typer.Option(None, help="Also write a page for a browser here.")
+    curve_option = typer.Option(
+        0, min=0, help="Of that page: plans for so many further budgets, as the trade-off."
+    )
     solver_option = typer.Option(DEFAULT_SOLVER, help=f"One of {', '.join(solver_names())}.")
     limit_option = typer.Option(None, "--time-limit", help="Seconds for the solver.")
     cost_option = typer.Option(COSTS[0], help=f"Kernel times: {' or '.join(COSTS)}.")
@@ -149,6 +154,8 @@ def _plan_command() -> Callable[..., None]:
         optimizer: str | None = optimizer_option(),
         accumulate: int = accumulate_option(),
         png: Path | None = png_option,
+        report: Path | None = report_option,
+        curve: int = curve_option,
         solver: str = solver_option,
         time_limit: float | None = limit_option,
         cost: str = cost_option,
@@ -162,26 +169,29 @@ def _plan_command() -> Callable[..., None]:
 
         The step is traced, not run. `explain` lists every decision.
         """
+        if curve and report is None:
+            raise typer.BadParameter("--curve is for the page of --report PATH; got no --report")
         with errors_as_exit_codes():
             amount = _checked(policy, budget)
             model, inputs = build(target)
-            made = plan(
-                model,
-                *inputs,
-                policy=policy,
-                budget=amount,
-                **job_options(model, total, optimizer, accumulate),
-                solver=solver,
-                time_limit_s=time_limit,
-                cost=cost,
-                device=device,
-                offload=None if offload is None else Offload(to=offload),
-                mode="eager" if eager else "compiled",
-                inner=inner,
-            )
+            options: dict[str, Any] = {
+                "policy": policy,
+                "solver": solver,
+                "time_limit_s": time_limit,
+                "cost": cost,
+                "device": device,
+                "offload": None if offload is None else Offload(to=offload),
+                "mode": "eager" if eager else "compiled",
+                "inner": inner,
+            }
+            job = job_options(model, total, optimizer, accumulate)
+            made = plan(model, *inputs, budget=amount, **job, **options)
             typer.echo(str(made))
             if save is not None:
                 typer.echo(f"\nwrote {made.save(save)}")
+            if report is not None:
+                others = planned_curve(model, *inputs, points=curve, **options) if curve else None
+                typer.echo(f"\nwrote {made.report(report, others)}")
             if png is not None:
                 if isinstance(made, StepPlan):
                     raise PlanModeError(

@@ -13,12 +13,13 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass.compile.contents import contents, producer
 from ckpt_pass.compile.moving import MovedNode, moved_nodes
 from ckpt_pass.compile.partition import SavedSet, random_recomputed
 from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
 from ckpt_pass.compile.tagging import Tag
 from ckpt_pass.graph.cost import held_bytes, own_bytes, random_state_bytes
-from ckpt_pass.graph.joint import JointGraph, is_multi_output_access
+from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.problem import GraphProblem
 from ckpt_pass.offloading import graph_ops
 from ckpt_pass.offloading.stores import OffloadLike
@@ -146,6 +147,7 @@ def _predicted(decided: Decided, outputs: list[fx.Node]) -> Predicted:
         plain_timeline=decided.plain,
         measured_workspaces=sum(1 for i in ran if ops[i].workspace_bytes),
         offloaded=_offloaded(decided),
+        contents=contents(decided.joint, decided.described, found, decided.tags),
     )
 
 
@@ -177,7 +179,7 @@ def _offloaded(decided: Decided) -> LinkUse | None:
 
 
 def _site_words(decided: Decided, node: fx.Node) -> str:
-    found = decided.tags.get(_producer(node))
+    found = decided.tags.get(producer(node))
     return str(found.context.site) if found is not None else node.name
 
 
@@ -223,18 +225,10 @@ def fingerprint(joint: JointGraph, *extra: str) -> str:
     return digest.hexdigest()
 
 
-def _producer(node: fx.Node) -> fx.Node:
-    """The op execution that a value belongs to: itself, or the multi-output op."""
-    while is_multi_output_access(node):
-        assert isinstance(node.args[0], fx.Node)
-        node = node.args[0]
-    return node
-
-
 def _decisions(decided: Decided) -> tuple[Decision, ...]:
     joint = decided.joint
-    held = {_producer(node): reason for node, reason in decided.saved.values.items()}
-    away = {_producer(move.value) for move, _ in decided.moved}
+    held = {producer(node): reason for node, reason in decided.saved.values.items()}
+    away = {producer(move.value) for move, _ in decided.moved}
     runs = Counter(decided.solution.steps.backward)
     found = []
     for node, tag in decided.tags.items():
@@ -272,8 +266,8 @@ def _saved_activations(decided: Decided, outputs: list[fx.Node]) -> list[SavedAc
     returned = {joint.owner(node) for node in outputs}
     counted: list[fx.Node] = list(joint.primals)
     for node, reason in saved.values.items():
-        producer = _producer(node)
-        tag = tags.get(producer)
+        maker = producer(node)
+        tag = tags.get(maker)
         site = tag.context.site if tag else None
         nbytes = held_bytes([node], counted)
         counted.append(node)
@@ -284,7 +278,7 @@ def _saved_activations(decided: Decided, outputs: list[fx.Node]) -> list[SavedAc
                 shape=tuple(node.meta["val"].shape),
                 dtype=str(node.meta["val"].dtype).removeprefix("torch."),
                 nbytes=nbytes,
-                provenance=_provenance(node, producer, site),
+                provenance=_provenance(node, maker, site),
                 reason=reason or (tag.opinion.rule if tag else ""),
             )
         )
@@ -297,10 +291,10 @@ def _kind(node: fx.Node, returned: set[fx.Node], away: set[fx.Node]) -> str:
     return "offloaded" if node in away else "activation"
 
 
-def _provenance(node: fx.Node, producer: fx.Node, site: object) -> str:
+def _provenance(node: fx.Node, maker: fx.Node, site: object) -> str:
     if site is None:
-        return f"copy of {producer.args[0]} before it is overwritten"
-    which = f"output {node.args[1]} of " if node is not producer else "output of "
+        return f"copy of {maker.args[0]} before it is overwritten"
+    which = f"output {node.args[1]} of " if node is not maker else "output of "
     return f"{which}{site}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ckpt_pass.eager.contents import contents
 from ckpt_pass.eager.step_record import EagerTrace, OpRecord
 from ckpt_pass.ops.taxonomy import classify, op_name
 from ckpt_pass.planner.eager_problem import EagerProblem, EagerProfile
@@ -142,6 +143,7 @@ class Writer:
             offloaded=self._offloaded(goal),
             gathered_bytes=found.gathered_bytes,
             gather_s=found.gather_s,
+            contents=contents(self._trace, problem, self._solution),
         )
 
     def _timeline(self, profile: EagerProfile) -> Timeline:

@@ -12,21 +12,21 @@ All that is recorded once, from a step without regions: moments count the ops th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
+from ckpt_pass.planner.alive import Life
 from ckpt_pass.planner.clock import Transfer
+from ckpt_pass.planner.eager_following import follow
+from ckpt_pass.planner.eager_lives import EagerLives
 from ckpt_pass.planner.eager_moves import (
     Copying,
     Journeys,
     copying,
-    journeys,
     transfers,
-    windows_of,
 )
 from ckpt_pass.planner.eager_parts import (
     EagerOp,
@@ -37,11 +37,9 @@ from ckpt_pass.planner.eager_parts import (
     Ranks,
     SavedValue,
 )
-from ckpt_pass.planner.eager_shares import gathers, share_out
+from ckpt_pass.planner.eager_shares import gathers
+from ckpt_pass.planner.eager_table import Ints, Table, ints
 from ckpt_pass.planner.link import Link
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,8 @@ class EagerProblem:
     ranks: Ranks | None = None
 
     @cached_property
-    def _table(self) -> _Table:
-        return _Table(self)
+    def _table(self) -> Table:
+        return Table(self.ops, self.storages, self.values, self.regions)
 
     def simulate(self, plan: EagerPlan) -> EagerProfile:
         """Memory over the step under a plan."""
@@ -147,129 +145,30 @@ class EagerProblem:
         seconds, begins = table.seconds[profile.ops], profile.backward_begins
         return transfers(moved, copies, table.nbytes, seconds, begins)
 
+    def alive(self, plan: EagerPlan) -> tuple[Life, ...]:
+        """What is in memory when, as :meth:`simulate` counts it; not what lies beside the step."""
+        return self.followed(plan).alive(self.ops, self.storages)
+
+    def followed(self, plan: EagerPlan) -> EagerLives:
+        """Where each storage is in memory."""
+        return follow(self._table, plan, self.forward_length, self.in_flight)
+
     @property
     def step_time_s(self) -> float:
         """Modelled time of the step with nothing recomputed."""
         return sum(op.time_s for op in self.ops)
 
 
-def _ints(found: Iterable[int]) -> Ints:
-    return np.array(list(found), dtype=np.int64)
-
-
-class _Table:
-    """The problem as arrays."""
-
-    def __init__(self, problem: EagerProblem) -> None:
-        self.nbytes = _ints(s.nbytes for s in problem.storages)
-        self.born = _ints(s.born for s in problem.storages)
-        self.dies = _ints(s.dies for s in problem.storages)
-        self.of_graph = np.array([s.of_graph for s in problem.storages], dtype=bool)
-        self.shared = np.array([s.shared for s in problem.storages], dtype=bool)
-        self.added = np.array([s.added for s in problem.storages], dtype=bool)
-        known = [(i, v) for i, v in enumerate(problem.values) if v.storage >= 0]
-        self.value_number = _ints(i for i, _ in known)
-        self.value_storage = _ints(v.storage for _, v in known)
-        self.released = _ints(v.released for _, v in known)
-        self.asked = np.array([v.asked for _, v in known], dtype=bool)
-        self.workspace = _ints(op.workspace_bytes for op in problem.ops)
-        self.seconds = np.array([op.time_s for op in problem.ops], dtype=np.float64)
-
-
-def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerProfile:
-    chosen = sorted(plan.regions, key=lambda index: problem.regions[index].reruns)
-    count = len(problem.ops)
-    op_region = np.full(count + 1, -1, dtype=np.int64)
-    value_region = np.full(len(problem.values) + 1, -1, dtype=np.int64)
-    for index in chosen:
-        region = problem.regions[index]
-        op_region[slice(*region.ops)] = index
-        value_region[slice(*region.values)] = index
-    before_op, before_death, starts = _places(problem, chosen, count)
-    goes = _goes(problem, plan)
-    windows = windows_of(problem.regions, problem.values, plan, before_death, starts)
-    moved = journeys(windows, problem.in_flight, plan.ahead)
-    kept = np.zeros(len(problem.storages), dtype=bool)
-    kept[[s for op in plan.kept for s in problem.ops[op].makes]] = True
-
-    # First lives: as recorded, but what a region saves inside itself is not held.
-    held_in = value_region[table.value_number]
-    born_in = op_region[table.born]
-    own = (held_in >= 0) & (born_in[table.value_storage] == held_in)
-    ends = table.dies.copy()
-    for index in chosen:
-        dropped = list(problem.regions[index].dropped)
-        ends[dropped] = np.minimum(ends[dropped], problem.regions[index].ops[1])
-    free = ~own & (held_in < 0) & ~goes[table.value_number]
-    for leaving in moved.leaving:
-        ends[leaving.storage] = max(ends[leaving.storage], leaving.released)
-    np.maximum.at(ends, table.value_storage[free], table.released[free])
-    keeps = own & kept[table.value_storage]
-    done = np.array([region.done for region in problem.regions] or [0], dtype=np.int64)
-    taken = np.where(table.asked, table.released, done[held_in])
-    np.maximum.at(ends, table.value_storage[keeps], taken[keeps])
-    foreign = (held_in >= 0) & ~own & ~goes[table.value_number]
-    np.maximum.at(ends, table.value_storage[foreign], done[held_in[foreign]])
-    for index in chosen:
-        region = problem.regions[index]
-        arguments = list(region.arguments)
-        if index in plan.sends:
-            arguments = list({*arguments}.difference(region.sent))
-        if index in plan.shards:
-            arguments = list({*arguments}.difference(s for s, _, _ in region.parts))
-        ends[arguments] = np.maximum(ends[arguments], problem.regions[index].done)
-    end_places = before_death[ends]
-
-    # Second lives: what a region makes again.
-    again = (born_in >= 0) & ~kept
-    length = int(before_op[count])
-    begin2, end2, bytes2 = _second_lives(problem, table, again, born_in, starts)
-    held = np.nonzero(table.of_graph[bytes2])[0]
-    end2[held] = np.maximum(end2[held], before_death[done[born_in[bytes2[held]]]])
-    order = np.full(len(problem.storages), -1, dtype=np.int64)
-    order[bytes2] = np.arange(len(bytes2))
-    unkept = own & ~kept[table.value_storage]
-    where = order[table.value_storage[unkept]]
-    there = where >= 0
-    np.maximum.at(end2, where[there], before_death[taken[unkept][there]])
-    for op in plan.kept:  # held for the recomputation that takes it, if not longer
-        for storage in problem.ops[op].makes:
-            region = problem.regions[int(op_region[op])]
-            place = min(table.dies[storage] - region.ops[0], region.needed)
-            taken_at = starts[int(op_region[op])] + place
-            reached = op - region.ops[0] < region.needed  # what is not is held with the region
-            at = taken_at if reached else before_death[region.done]
-            end_places[storage] = max(end_places[storage], at)
-
-    delta = np.zeros(length + 2, dtype=np.int64)
-    np.add.at(delta, before_op[table.born], table.nbytes)
-    np.add.at(delta, end_places, -table.nbytes)
-    np.add.at(delta, begin2, table.nbytes[bytes2])
-    np.add.at(delta, end2, -table.nbytes[bytes2])
-    for index in chosen:
-        region = problem.regions[index]
-        delta[before_op[region.ops[0]]] += region.extra_bytes
-        delta[before_death[region.done]] -= region.extra_bytes
-        # While it runs again, the program's own state waits beside it.
-        delta[starts[index]] += region.extra_bytes
-        delta[starts[index] + region.needed] -= region.extra_bytes
-    for stay in moved.stays:
-        delta[min(stay.fetched, length - 1)] += table.nbytes[stay.storage]
-        delta[stay.end] -= table.nbytes[stay.storage]
-    part_bytes = share_out(
-        problem.regions, problem.values, plan, delta, (before_op, before_death, starts)
-    )
-    ran = _ran(problem, chosen, before_op, starts, length)
-    bytes_at = np.cumsum(delta)[:length] + table.workspace[ran]
-    rerun = problem.rerun_ops(plan)
-    keeping = {int(op_region[op]) for op in plan.kept}
-    looked_at = sum(problem.regions[index].needed for index in keeping)
-    begins = int(before_op[problem.forward_length])
+def _simulate(problem: EagerProblem, table: Table, plan: EagerPlan) -> EagerProfile:
+    found = problem.followed(plan)
+    bytes_at = found.bytes_at(table.nbytes, table.workspace)
+    moved, ran, begins = found.moved, found.ran, found.forward_length
     if problem.microbatches is not None:
-        waits = (before_op[table.born] < begins) & (end_places > begins) & ~table.shared
-        states = sum(problem.regions[index].extra_bytes for index in chosen) + part_bytes
-        each = int(table.nbytes[waits].sum()) + states
-        left = _left(table, end_places, length)
+        waits = (found.begins < begins) & (found.ends > begins) & ~table.shared
+        states = sum(problem.regions[index].extra_bytes for index in plan.regions)
+        parts = sum(share.nbytes for share in found.shares if share.is_part)
+        each = int(table.nbytes[waits].sum()) + states + parts
+        left = _left(table, found.ends, len(ran))
         bytes_at = _with_others(problem.microbatches, bytes_at, each, left)
     copies = None
     if problem.link is not None and moved.leaving:
@@ -279,8 +178,7 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
         bytes_at,
         ran,
         begins,
-        sum(problem.ops[op].time_s for op in rerun) + looked_at * problem.keeping_s,
-        sum(problem.ops[op].flops for op in rerun),
+        *_recomputed(problem, table, plan),
         sum(-(-int(table.nbytes[one.storage]) // unit) * unit for one in moved.leaving),
         moved if copies is not None else None,
         copies,
@@ -288,7 +186,26 @@ def _simulate(problem: EagerProblem, table: _Table, plan: EagerPlan) -> EagerPro
     )
 
 
-def _left(table: _Table, ends: Ints, length: int) -> Ints:
+def _recomputed(problem: EagerProblem, table: Table, plan: EagerPlan) -> tuple[float, int]:
+    """Seconds of what runs again, and of looking for what is kept; and its flops."""
+    regions = table.regions
+    seconds = [regions.seconds[index] for index in plan.regions]
+    flops = sum(regions.flops[index] for index in plan.regions)
+    looked_at = 0
+    if plan.kept:
+        # Regions that run again do not overlap: that of an op is the last one that begins before.
+        numbers = ints(sorted(plan.regions, key=lambda index: problem.regions[index].ops[0]))
+        kept = ints(plan.kept)
+        inside = numbers[np.searchsorted(regions.first[numbers], kept, side="right") - 1]
+        spared = kept[kept - regions.first[inside] < regions.needed[inside]]
+        seconds += (-table.seconds[spared]).tolist()
+        flops -= int(table.flops[spared].sum())
+        looked_at = int(regions.needed[np.unique(inside)].sum())
+    # The exact sum: the order in which a plan names its regions is not in it.
+    return math.fsum(seconds) + looked_at * problem.keeping_s, flops
+
+
+def _left(table: Table, ends: Ints, length: int) -> Ints:
     """Bytes of the gradients of a first microbatch that a later one has let go of."""
     delta = np.zeros(length + 2, dtype=np.int64)
     np.add.at(delta, ends[table.added], table.nbytes[table.added])
@@ -309,82 +226,3 @@ def _with_others(beside: Microbatches, bytes_at: Ints, each: int, left: Ints) ->
     later = bytes_at + beside.held_bytes + (beside.later - 1) * each
     most: Ints = np.maximum(first, later) + beside.passed_bytes
     return most
-
-
-def _goes(problem: EagerProblem, plan: EagerPlan) -> npt.NDArray[np.bool_]:
-    """Which of the saved values nobody holds meanwhile, since they move."""
-    goes = np.zeros(len(problem.values) + 1, dtype=bool)
-    for index in plan.moved:
-        goes[list(problem.regions[index].moves)] = True
-    for index in plan.sends:
-        region = problem.regions[index]
-        goes[[n for n in range(*region.values) if problem.values[n].storage in region.sent]] = True
-    for index in plan.shards:
-        region, parts = problem.regions[index], {s for s, _, _ in problem.regions[index].parts}
-        goes[[n for n in range(*region.values) if problem.values[n].storage in parts]] = True
-    return goes
-
-
-def _places(
-    problem: EagerProblem, chosen: list[int], count: int
-) -> tuple[Ints, Ints, dict[int, int]]:
-    """Where each op stands once reruns are put in, where a death at each moment falls, and where
-    each rerun begins.
-
-    A death at a moment comes before the reruns that begin there.
-    """
-    inserted = np.zeros(count + 2, dtype=np.int64)
-    starts = {}
-    total = 0
-    for index in chosen:
-        region = problem.regions[index]
-        starts[index] = region.reruns + total
-        total += region.needed
-        inserted[region.reruns] += region.needed
-    moments = np.arange(count + 1)
-    up_to = np.cumsum(inserted[: count + 1])
-    before = up_to - inserted[: count + 1]
-    places = moments + up_to
-    places[count] = count + total
-    deaths = moments + before
-    deaths[count] = count + total
-    return places, deaths, starts
-
-
-def _second_lives(
-    problem: EagerProblem,
-    table: _Table,
-    again: npt.NDArray[np.bool_],
-    born_in: Ints,
-    starts: dict[int, int],
-) -> tuple[Ints, Ints, Ints]:
-    """Begin, end (as far as Python goes) and storage of what is made a second time."""
-    which = np.nonzero(again)[0]
-    if not len(which):
-        empty = np.zeros(0, dtype=np.int64)
-        return empty, empty.copy(), empty.copy()
-    size = len(problem.regions)
-    first, needed, start = (np.zeros(size, dtype=np.int64) for _ in range(3))
-    for index, at in starts.items():
-        first[index] = problem.regions[index].ops[0]
-        needed[index] = problem.regions[index].needed
-        start[index] = at
-    region = born_in[which]
-    offset = table.born[which] - first[region]
-    runs = offset < needed[region]
-    which, region, offset = which[runs], region[runs], offset[runs]
-    ends = np.minimum(table.dies[which] - first[region], needed[region])
-    return start[region] + offset, start[region] + ends, which
-
-
-def _ran(
-    problem: EagerProblem, chosen: list[int], before_op: Ints, starts: dict[int, int], length: int
-) -> Ints:
-    """Which op runs at each place."""
-    ran = np.zeros(length, dtype=np.int64)
-    ran[before_op[:-1]] = np.arange(len(problem.ops))
-    for index in chosen:
-        region = problem.regions[index]
-        first = region.ops[0]
-        ran[starts[index] : starts[index] + region.needed] = np.arange(first, first + region.needed)
-    return ran

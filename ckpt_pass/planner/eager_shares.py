@@ -7,7 +7,8 @@ then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,45 +18,51 @@ from ckpt_pass.planner.eager_parts import EagerPlan, EagerRegion, Ranks, SavedVa
 Ints = npt.NDArray[np.int64]
 
 
-def share_out(
+@dataclass(frozen=True, slots=True)
+class ShareLife:
+    """A part, or the whole that was gathered, in memory: places, the last one not included."""
+
+    storage: int
+    nbytes: int
+    begin: int
+    end: int
+    is_part: bool
+
+
+def shares_of(
     regions: Sequence[EagerRegion],
     values: Sequence[SavedValue],
     plan: EagerPlan,
-    delta: Ints,
-    places: tuple[Ints, Ints, Mapping[int, int]],
-) -> int:
-    """Add the parts and the wholes to the changes of a step's bytes.
+    places: tuple[Ints, Ints, Ints],
+) -> tuple[ShareLife, ...]:
+    """The parts and the wholes of what ranks share out.
 
     What several regions are given is kept once, and gathered by each.
 
     Args:
         regions, values: of the step.
         plan: what is shared out.
-        delta: the changes, by place.
         places: where ops begin, where a death at a moment falls, and where reruns begin.
-
-    Returns:
-        The bytes of all parts.
     """
     before_op, before_death, starts = places
-    spans: dict[int, tuple[int, int, int]] = {}
+    parts: dict[int, ShareLife] = {}
+    wholes = []
     for index in sorted(plan.shards):
         region = regions[index]
         first, last = int(before_op[region.ops[0]]), int(before_death[region.done])
+        start = int(starts[index])
         for storage, part, whole in region.parts:
-            begin, end, _ = spans.get(storage, (first, last, part))
-            spans[storage] = min(begin, first), max(end, last), part
-            taken = starts[index] + region.needed
+            known = parts.get(storage)
+            begin = first if known is None else min(known.begin, first)
+            end = last if known is None else max(known.end, last)
+            parts[storage] = ShareLife(storage, part, begin, end, True)
+            taken = start + region.needed
             for value in values[slice(*region.values)]:
                 if value.storage == storage:
                     released = value.released if value.asked else region.done
                     taken = max(taken, int(before_death[released]))
-            delta[starts[index]] += whole
-            delta[taken] -= whole
-    for begin, end, part in spans.values():
-        delta[begin] += part
-        delta[end] -= part
-    return sum(part for _, _, part in spans.values())
+            wholes.append(ShareLife(storage, whole, start, taken, False))
+    return (*parts.values(), *wholes)
 
 
 def gathers(

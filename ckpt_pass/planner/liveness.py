@@ -79,9 +79,9 @@ def simulate(problem: Problem, steps: Schedule, moves: Sequence[Move] = ()) -> M
         Exact bytes over time, under the rules above.
     """
     tables = Tables.of(problem)
-    held = _held(problem, steps)
+    held = crossing(problem, steps)
     outputs = set(problem.forward_outputs)
-    states = _random_states(problem, steps)
+    states = random_states(problem, steps)
     forward = lives(problem, steps.forward, (), held | outputs, held=(), overwrite=False)
     state_bytes = sum(states.values())
     at_forward = forward.bytes_at.copy()
@@ -108,15 +108,16 @@ def simulate(problem: Problem, steps: Schedule, moves: Sequence[Move] = ()) -> M
 
 def backward_lives(problem: Problem, steps: Schedule) -> Lives:
     """What is alive when in the backward of a step; random states are not among it."""
-    there, kept = _held(problem, steps), problem.output_storages
+    there, kept = crossing(problem, steps), problem.output_storages
     return lives(problem, steps.backward, there, kept, steps.transient)
 
 
-def _held(problem: Problem, steps: Schedule) -> set[int]:
+def crossing(problem: Problem, steps: Schedule) -> set[int]:
+    """The storages that are saved."""
     return {storage for index in steps.saved for storage in problem.ops[index].holds}
 
 
-def _random_states(problem: Problem, steps: Schedule) -> dict[int, int]:
+def random_states(problem: Problem, steps: Schedule) -> dict[int, int]:
     """Bytes of the random state that the forward saves for each op that draws again."""
     random = {i for i in steps.forward if problem.ops[i].random_state_bytes}
     return {i: problem.ops[i].random_state_bytes for i in sorted(random & set(steps.backward))}
@@ -132,6 +133,9 @@ class Lives:
         begins, ends: where its bytes are counted; places, the last one included.
         made: whether it is made along the schedule, at ``first``.
         bytes_at: bytes while each op runs.
+        counted: whether its bytes are counted: it is made, or is there when the schedule begins.
+        throughout: storages that are there all the time besides.
+        overwritten: instances whose memory an op takes at their last use; one a place counts.
     """
 
     storage: Ints
@@ -141,6 +145,9 @@ class Lives:
     ends: Ints
     made: NDArray[np.bool_]
     bytes_at: Ints
+    counted: NDArray[np.bool_]
+    throughout: Ints
+    overwritten: Ints
 
 
 def lives(
@@ -200,13 +207,16 @@ def lives(
     begins = np.where(is_made, first, 0)
     to_end = (stays[found] & final) | (outside[found] & ~is_made)
     ends = np.where(to_end, length - 1, last)
-    counts = (is_made | present[found]).astype(np.int64) * tables.sizes[found]
+    counted = is_made | present[found]
+    counts = counted.astype(np.int64) * tables.sizes[found]
     change = np.zeros(length + 1, dtype=np.int64)
     np.add.at(change, begins, counts)
     np.add.at(change, ends + 1, -counts)
     idle, apart = present & stays, outside.copy()
     idle[found] = apart[found[~is_made]] = False
-    constant = int(tables.sizes[idle | apart].sum())
+    throughout = np.flatnonzero(idle | apart)
+    constant = int(tables.sizes[throughout].sum())
+    overwritten = np.zeros(0, dtype=np.int64)
     if length:
         workspace = tables.workspace[np.asarray(order, dtype=np.int64)]
         bytes_at = np.cumsum(change)[:-1] + extra[:-1] + constant + workspace
@@ -217,7 +227,10 @@ def lives(
             taken = over & own[instance] & (last[instance] == place)
             saving = np.zeros(length, dtype=np.int64)
             saving[place[taken]] = tables.sizes[storage[taken]]  # of several inputs one is taken
+            overwritten = instance[taken]
             bytes_at -= saving
     else:
         bytes_at = np.zeros(0, dtype=np.int64)
-    return Lives(found, first, last, begins, ends, is_made, bytes_at)
+    return Lives(
+        found, first, last, begins, ends, is_made, bytes_at, counted, throughout, overwritten
+    )

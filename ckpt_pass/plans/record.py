@@ -6,10 +6,11 @@ plan has what its own kind needs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckpt_pass.graph.shapes import Dimension
 from ckpt_pass.plans.account import Account
+from ckpt_pass.plans.contents import Contents
 from ckpt_pass.plans.goal import Goal
 from ckpt_pass.plans.link_use import LinkUse
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivations, Signature
@@ -60,6 +61,8 @@ class Predicted:
         account: the memory of the whole job, where an optimizer was given.
         gathered_bytes, gather_s: what a rank gets from others of what they share out, and how long
             that takes.
+        contents: what is in memory at each place of the timeline; ``None`` in a plan that was read
+            from a file, which does not hold it.
     """
 
     peak_bytes: int
@@ -76,6 +79,7 @@ class Predicted:
     account: Account | None = None
     gathered_bytes: int = 0
     gather_s: float = 0.0
+    contents: Contents | None = field(default=None, compare=False, repr=False)
 
     @property
     def overhead_s(self) -> float:

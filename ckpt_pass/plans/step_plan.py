@@ -11,10 +11,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_pass.drawing.web import write_page
 from ckpt_pass.plans.account import Account
 from ckpt_pass.plans.account_file import account_to_data
 from ckpt_pass.plans.audit import findings
+from ckpt_pass.plans.curve import CurveLike, curve_data
 from ckpt_pass.plans.files import PlanFile
+from ckpt_pass.plans.page_data import page_data
 from ckpt_pass.plans.parts import Decision
 from ckpt_pass.plans.reading import is_of_step, read_plan_text, step_from_json
 from ckpt_pass.plans.record import Asked
@@ -177,6 +180,27 @@ class StepPlan(PlanFile):
         if self.account is not None:
             yield ""
             yield from self.account.lines()
+
+    def report(self, path: str | Path, curve: CurveLike | None = None) -> Path:
+        """Write a page that opens in a browser, as :meth:`ckpt_pass.Plan.report` does.
+
+        Each graph has its own curve, and the decisions of all stand in one table.
+
+        Args:
+            path: of the page.
+            curve: points of the trade-off.
+
+        Raises:
+            MissingExtraError: plotly is not installed.
+            InvalidCurveError: the curve is none.
+        """
+        parts = [(f"graph {number}", part) for number, part in enumerate(self.parts)]
+        points = curve_data(self, self.plain_peak_bytes, curve)
+        data = page_data(parts, self.summary(), self.warnings, self.account, points)
+        asked = self.budget_bytes
+        within = self.policy if asked is None else f"within {format_bytes(asked)}"
+        title = f"Plan of the compiled step, in {len(parts)} graphs: {within}"
+        return write_page(title, data, Path(path))
 
     def listing(self) -> str:
         """The summary, and the decisions of each graph."""

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ckpt_pass._errors import nearest
+from ckpt_pass.drawing.web import write_page
 from ckpt_pass.graph.shapes import bytes_at, where_within
 from ckpt_pass.offloading.options import InvalidOffloadError
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.plans.account import Account
 from ckpt_pass.plans.audit import findings
+from ckpt_pass.plans.curve import CurveLike, curve_data
 from ckpt_pass.plans.files import PlanFile
+from ckpt_pass.plans.page_data import page_data
 from ckpt_pass.plans.plot import plot_plan
 from ckpt_pass.plans.reading import plan_from_json
 from ckpt_pass.plans.record import (
@@ -33,6 +36,7 @@ from ckpt_pass.plans.record import (
 from ckpt_pass.plans.region_specs import region_specs
 from ckpt_pass.plans.signature import check_eager_step
 from ckpt_pass.plans.text import listing, overview, summary
+from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.plans.writing import plan_to_json
 from ckpt_pass.policy.sites import CallSite
 from ckpt_pass.regions.wrapping import (
@@ -275,6 +279,31 @@ class Plan(PlanRecord, PlanFile):
         timelines = self.predicted.timeline, self.predicted.plain_timeline
         moved = self.predicted.offloaded
         return plot_plan(title, *timelines, self.budget_bytes, Path(path), moved)
+
+    def report(self, path: str | Path, curve: CurveLike | None = None) -> Path:
+        """Write a page that opens in a browser, without a network; return its path.
+
+        On it are the account of the job (or what the peak consists of), memory over the step with
+        what is alive at any moment, the decisions as a table, and the trade-off. The same plan
+        gives the same bytes. What is alive is not in plan files: of a plan that was read from one
+        the page has the curve alone, and says so.
+
+        Args:
+            path: of the page.
+            curve: points of the trade-off: what :func:`ckpt_pass.sweep` returns, or plans of the
+                same step for other budgets.
+
+        Raises:
+            MissingExtraError: plotly is not installed.
+            InvalidCurveError: the curve is none.
+        """
+        plain = self.predicted.plain_timeline
+        points = curve_data(self, None if plain is None else plain.peak_bytes, curve)
+        parts = [("the step", self)]
+        data = page_data(parts, self.summary(), self.warnings, self.account, points)
+        asked = self.budget_bytes
+        within = self.policy if asked is None else f"within {format_bytes(asked)}"
+        return write_page(f"Plan of the {self.mode} step: {within}", data, Path(path))
 
     def listing(self) -> str:
         """The summary, and one line a decision; views that cost nothing are left out."""

@@ -33,6 +33,7 @@ from ckpt_pass.report.sweeps import BLOCKS, OURS, TORCH, SweepRow, plot_sweep, s
 from ckpt_pass.state.untouched import untouched
 from ckpt_pass.tools.ahead import plan
 from ckpt_pass.tools.arguments import step_arguments
+from ckpt_pass.tools.curve import budgets_between
 from ckpt_pass.tools.users_step import Progress, Told, UsersStep
 
 #: torch's knob, from "recompute only what is nearly free" to "recompute everything".
@@ -202,9 +203,7 @@ def _budgets(
         least = planned(budget=1).peak_bytes or 1
     except InfeasibleBudgetError as error:
         least = error.least_feasible_bytes
-    ratio = (plain / least) ** (1 / (points - 1))
-    between = {round(least * ratio**number) for number in range(1, points - 1)}
-    return [*sorted({least} | between - {plain}), plain]
+    return budgets_between(least, plain, points)
 
 
 def _ours(amount: int, make: Callable[..., Any]) -> _Point:

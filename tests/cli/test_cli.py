@@ -164,6 +164,18 @@ def test_plan_prints_the_overview_and_draws_it(folder: Path) -> None:
     assert "policy       save-nothing" in short.stdout and "▼" not in short.stdout
 
 
+def test_plan_writes_a_page_with_the_trade_off(folder: Path) -> None:
+    target, page = f"{folder / 'model.py'}:with_loss", folder / "plan.html"
+    result = run("plan", target, "--budget=1.0", f"--report={page}", "--curve=2")
+    assert result.exit_code == 0, result.stdout + result.stderr
+    assert f"wrote {page}" in result.stdout.replace("\n", "")
+    text = page.read_text(encoding="utf-8")
+    assert '["planned","nothing recomputed",' in text
+    assert text.count('["planned","budget ') in (1, 2)  # budgets that are equal count once
+    alone = run("plan", target, "--budget=1.0", "--curve=2")
+    assert alone.exit_code == 2 and "got no --report" in alone.stderr.replace("\n", " ")
+
+
 def test_sweep_shows_and_writes_every_point(folder: Path) -> None:
     target, png, rows = f"{folder / 'model.py'}:with_loss", folder / "a.png", folder / "a.json"
     options = ("--no-torch", "--rounds=1", "--budget=16", "--budget=1.0")
