@@ -243,6 +243,10 @@ def stock_backend(inner: str, memory_budget: float) -> Callable[..., CompiledFn]
     return cast(Callable[..., CompiledFn], patched(torch._dynamo.lookup_backend(inner)))
 
 
+#: What torch says of a compiled function by (torch 2.13).
+_MARK = "_is_torch_compile"
+
+
 def compile_apart(
     step: Callable[..., Any], backend: Any, dynamic: bool | None
 ) -> Callable[..., Any]:
@@ -254,7 +258,10 @@ def compile_apart(
     options: dict[str, Any] = {"backend": backend, "dynamic": dynamic}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
+    marked = _MARK in vars(step)
     compiled: Callable[..., Any] = torch.compile(step, **options)
+    if isinstance(step, torch.nn.Module) and not marked:
+        vars(step).pop(_MARK, None)  # by way of its wrapper, torch writes on the user's module
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:

@@ -22,6 +22,11 @@ from torch.utils._pytree import tree_map, tree_map_only
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.ops.taxonomy import op_name
 
+_aten = torch.ops.aten
+_WRITES_BY_INDEX = frozenset(
+    {_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+)
+_WRITES_BY_MASK = frozenset({_aten.masked_scatter.default, _aten.masked_scatter_.default})
 _ASKING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -47,15 +52,40 @@ def asks(func: Any) -> bool:
     return any(tag in getattr(func, "tags", ()) for tag in _ASKING)
 
 
+def is_mask(index: torch.Tensor | None) -> bool:
+    """Whether an index chooses by truth, not by number."""
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def written_by_masks(func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The masks by which an op writes: its backward chooses by them again."""
+    if func in _WRITES_BY_INDEX:
+        return [index for index in args[1] if is_mask(index)]
+    return [args[1]] if func in _WRITES_BY_MASK else []
+
+
 class Answers:
     """What the ops that ask answered, in order; given out once each."""
 
     def __init__(self, given: Iterable[tuple[Any, Any]] = ()) -> None:
         self._given: deque[tuple[Any, Any]] = deque(given)
+        self._counts: deque[tuple[Any, tuple[int, ...]]] = deque()
 
     def anew(self) -> Answers:
         """The same answers, to be given out from the first one on."""
-        return Answers(self._given)
+        again = Answers(self._given)
+        again._counts.extend(self._counts)
+        return again
+
+    def note_counts(self, func: Any, counts: tuple[int, ...]) -> None:
+        """Keep how much an op chose by masks."""
+        self._counts.append((func, counts))
+
+    def next_counts(self, func: Any) -> tuple[int, ...]:
+        """How much an op chooses by masks; nothing where that was not counted."""
+        if not self._counts or self._counts[0][0] is not func:
+            return ()
+        return self._counts.popleft()[1]
 
     def note(self, func: Any, output: Any) -> None:
         """Keep an answer: numbers as they are, tensors by their look."""
@@ -98,10 +128,18 @@ class _Asked(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if masks := written_by_masks(func, args):
+            self._answers.note_counts(func, tuple(_chosen_by(mask, args[0]) for mask in masks))
         output = func(*args, **(kwargs or {}))
         if asks(func):
             self._answers.note(func, output)
         return output
+
+
+def _chosen_by(mask: torch.Tensor, values: torch.Tensor) -> int:
+    if mask.dim() != values.dim():
+        return int(mask.count_nonzero())
+    return int(mask.expand_as(values).count_nonzero())  # ``masked_scatter`` takes smaller ones
 
 
 class _HeldNoneError(BaseException):

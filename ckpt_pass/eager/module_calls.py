@@ -13,11 +13,10 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._pytree import tree_leaves
 
 from ckpt_pass.eager.held_objects import HeldObjects
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace
-from ckpt_pass.eager.trace_ops import is_plain
+from ckpt_pass.eager.trace_ops import is_plain, tensors_in
 
 
 @dataclass
@@ -80,7 +79,7 @@ class ModuleCalls:
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call = self.trace.calls[self._open[-1]]
         call.given = self.storages((args, kwargs))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = list(tensors_in((args, kwargs)))
         goes = (tensor.grad_fn is not None and is_plain(tensor) for tensor in tensors)
         call.tensors = tuple(zip(map(self.number_of, tensors), goes, strict=True))
         self.objects.note(module, call, (args, kwargs))

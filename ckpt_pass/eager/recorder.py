@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten
 
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass._torch.random_states import told_of_states
@@ -22,6 +21,7 @@ from ckpt_pass._torch.storages import told_of_resizes
 from ckpt_pass._torch.wrappers import awaited, shapes_of_the_whole_aside, wraps
 from ckpt_pass.eager.answers import Answers, asks
 from ckpt_pass.eager.constants import Constants
+from ckpt_pass.eager.masks import Masks
 from ckpt_pass.eager.module_calls import ModuleCalls
 from ckpt_pass.eager.packed import Packed
 from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
@@ -45,6 +45,7 @@ from ckpt_pass.eager.trace_ops import (
     saved_numbers_bytes,
     stand_ins,
     storage_ids,
+    tensors_in,
     with_known_shape,
 )
 from ckpt_pass.eager.two_ways import Formulas
@@ -97,6 +98,7 @@ class Recorder(Watcher):
         self._written = Calls(fakes)
         self._sums = Sums()
         self._held = HeldNumbers()
+        self._masks = Masks()
         self._formulas = Formulas(self.trace)
         self._calls = ModuleCalls(
             model, self.trace, lambda: self._module, self._storages, self._number_of
@@ -148,13 +150,14 @@ class Recorder(Watcher):
 
     def _storages(self, value: Any) -> tuple[int, ...]:
         """The storages of the step among the tensors of a value."""
-        keys = storage_ids(t for t in tree_flatten(value)[0] if isinstance(t, torch.Tensor))
+        keys = storage_ids(tensors_in(value))
         return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
 
     def _pack(self, value: torch.Tensor) -> Packed:
         saved = SavedRecord(self._number_of(value), self.moment, plain=is_plain(value))
         self.trace.saved.append(saved)
         number = len(self.trace.saved) - 1
+        self._masks.pack(value, number)
         return Packed(self.trace, number, value, self._written.maker_of(value), self._real(value))
 
     def _real(self, value: torch.Tensor) -> torch.Tensor | None:
@@ -179,6 +182,7 @@ class Recorder(Watcher):
             return packed.real
         with self._rest(), self._fakes:  # the value is described again, not allocated
             value = packed.look()
+            self._masks.unpack(value, packed.number)
         if packed.made_by is not None:
             self._written.note_maker(value, packed.made_by)
         return value
@@ -301,6 +305,8 @@ class Recorder(Watcher):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]
     ) -> Any:
         """Run an op on fake tensors, and on real ones where it makes whole numbers of such."""
+        if self._answers is not None and not self._backward:
+            self._masks.note(func, args, self._answers)
         if self._answers is not None and not self._backward and asks(func):
             return self._answered(self._answers, func, args, kwargs, given)
         if any(autograd.is_fake(tensor) for tensor in given):
@@ -308,7 +314,8 @@ class Recorder(Watcher):
             if found is not None:
                 return found
             if self._backward:  # no Python of the model's runs that could look at values
-                return with_known_shape(func, args, kwargs)
+                chosen = self._masks.chosen(func, args)
+                return with_known_shape(func, args, kwargs) if chosen is None else chosen
             return self._constants.run(func, args, kwargs, given)
         if self._numbers.has_to_fake(func, self._module):
             with self._fakes:

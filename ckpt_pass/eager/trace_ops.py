@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -167,17 +168,28 @@ def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
     The rule for the shapes of products knows bf16 only, while the CPU's kernel takes fp32 too
     (torch 2.13). The bags that a sum over bags did not write down its backward makes again, but
-    none of fake tensors.
+    none of fake tensors. The lengths of sequences that are packed are whole, and known.
     """
     if func is torch.ops.aten._embedding_bag_backward.default and not args[3].numel():
         bags = args[1].new_empty(args[1].shape)
         return func(*args[:3], bags, *args[4:], **kwargs)
     if func is torch.ops.aten.index.Tensor:
         return func(args[0], _without_masks(args[1]))
+    if func is torch.ops.aten._pack_padded_sequence.default and not autograd.is_fake(args[1]):
+        return _packed(*args)
     if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:
         return func(*args, **kwargs)
     halves = [value.to(torch.bfloat16) for value in args[:2]]
     return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
+
+
+def _packed(
+    rows: torch.Tensor, lengths: torch.Tensor, batch_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The packed rows, and how many sequences there are at each time: those are read later."""
+    narrow = torch.empty((*rows.shape[:2], 1))
+    _, at_each_time = torch.ops.aten._pack_padded_sequence(narrow, lengths, batch_first)
+    return rows.new_empty((int(lengths.sum()), *rows.shape[2:])), at_each_time
 
 
 def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -242,9 +254,20 @@ def as_really(call: fx.Node, output: Any, kernels: Kernels, known: set[int]) -> 
     tensors = list(output_tensors(output))
     strided = all(tensor.layout is torch.strided for tensor in tensors)
     fakes = any(autograd.is_fake(tensor) for tensor in tensors)
-    if not fakes or not strided or asks(call.target):
+    by_values = asks(call.target) or call.target is torch.ops.aten._pack_padded_sequence.default
+    if not fakes or not strided or by_values:
         return output
     return with_real_looks(output, kernels.outputs(call), known)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a value: in containers, and in dataclasses, which a region copies as those."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            named = (field.name for field in dataclasses.fields(leaf))
+            yield from tensors_in([getattr(leaf, name, None) for name in named])
 
 
 def saved_numbers_bytes(func: Any, args: tuple[Any, ...], given: Iterable[torch.Tensor]) -> int:

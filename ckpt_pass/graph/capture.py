@@ -206,10 +206,36 @@ def untraceable(model: nn.Module, error: BaseException) -> NotTraceableError:
     words = str(cause).strip().splitlines()
     return NotTraceableError(
         f"{type(model).__name__} cannot be traced{place} ({type(cause).__name__}: "
-        f"{words[0] if words else 'no message'}). Expected a model whose "
-        "Python does not look at tensor values; keep .item(), data-dependent shapes and calls "
-        "into other libraries out of the traced step, or wrap them in a custom op."
+        f"{words[0] if words else 'no message'}). Expected {_expected_of(cause)}"
     )
+
+
+#: What the error of a trace says, and what would be right.
+_BY_WORDS = {
+    "saved tensor hooks": "no transform of torch.func (grad, vjp, hessian) in the forward of a "
+    "step that is planned in eager: plan it compiled, without mode='eager', or take the gradient "
+    "there by torch.autograd.grad.",
+    "TensorWrapper": "no transform of torch.func in the forward of a step that is planned in "
+    "eager: plan it compiled, without mode='eager'.",
+    "on ScriptModules": "no module of TorchScript in a step that is planned in eager: hand in the "
+    "module that it was made of. Regions by hand and placements take it as it is.",
+    "double backward": "no gradient of a gradient through compiled code, which torch.compile does "
+    "not make: plan the step as it runs without it (mode='eager').",
+}
+#: Errors of a program, not of a trace.
+_OF_PROGRAMS = (AttributeError, KeyError, IndexError, NameError, AssertionError, ArithmeticError)
+
+
+def _expected_of(cause: BaseException) -> str:
+    for words, expected in _BY_WORDS.items():
+        if words in str(cause):
+            return expected
+    looks = (
+        "a model whose Python does not look at tensor values; keep .item(), data-dependent shapes "
+        "and calls into other libraries out of the traced step, or wrap them in a custom op."
+    )
+    runs = "a step that runs by itself with these arguments: try model(*args) first. If it does, "
+    return f"{runs}{looks}" if isinstance(cause, _OF_PROGRAMS) else looks
 
 
 def _user_frame(error: BaseException) -> traceback.FrameSummary | None:

@@ -8,6 +8,7 @@ the sizes of groups, is one case of many.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -35,7 +36,16 @@ NOTHING: Mapping[fx.Node, Any] = MappingProxyType({})
 OFFSET_ARGUMENTS = ("offs",)
 #: Arguments of whole numbers from 1 on: of each group how many, of a factor its exchanged rows.
 #: A kernel leaves out what has 0 of something, or refuses it.
-COUNT_ARGUMENTS = ("bag_size", "pivots", "LU_pivots")
+COUNT_ARGUMENTS = ("bag_size", "lengths", "pivots", "LU_pivots")
+_WRITE_BY_INDEX = frozenset(
+    {
+        torch.ops.aten.index_put.default,
+        torch.ops.aten.index_put_.default,
+        torch.ops.aten._unsafe_index_put.default,
+        torch.ops.aten._index_put_impl_.default,
+    }
+)
+_WRITE_BY_MASK = (torch.ops.aten.masked_scatter.default, torch.ops.aten.masked_scatter_.default)
 _COPY_ALL_MEMORY = frozenset(
     {
         torch.ops.aten.copy.default,
@@ -72,6 +82,7 @@ class TensorSpec:
         source: what really makes it, and which output of that it is, where its bytes are opaque:
             they mean something to the kernel that wrote them alone.
         held: elements of its memory, where an op copies all of that and not the tensor alone.
+        chosen: of a mask, how much it chooses; else all.
         conjugate, negative: whether its values are to be read so; most kernels make a copy then.
     """
 
@@ -86,10 +97,12 @@ class TensorSpec:
     negative: bool = False
     held: int = 0
     counts: bool = False
+    chosen: int | None = None
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f" to {self.rows}"
         rows += " counts" * self.counts
+        rows += "" if self.chosen is None else f" choosing {self.chosen}"
         made = "" if self.source is None else f" = {self.source[0]}#{self.source[1]}"
         name = str(self.dtype).removeprefix("torch.")
         read = " conjugate" * self.conjugate + " negative" * self.negative
@@ -115,6 +128,8 @@ class TensorSpec:
         else:
             index = not (self.dtype.is_floating_point or self.dtype.is_complex)
             flat.fill_(0 if index and self.dtype is not torch.bool and not self.counts else 1)
+        if self.chosen is not None:
+            flat[self.chosen :] = 0
         found = flat.as_strided(self.size, self.stride)
         found = torch._neg_view(found) if self.negative else found
         return found.conj() if self.conjugate else found
@@ -245,6 +260,11 @@ def call_of(node: fx.Node, really: Mapping[fx.Node, Any] = NOTHING) -> Call:
                 filled = replace(given, rows=rows, counts=counts)
                 args = tuple(filled if value is given else value for value in args)
                 kwargs = {k: filled if v is given else v for k, v in kwargs.items()}
+    if node.target in _WRITE_BY_INDEX:
+        args = _with_chosen(args)
+    if node.target in _WRITE_BY_MASK:
+        values, mask, written = args
+        args = (values, replace(mask, chosen=math.prod(written.size)), written)
     device = _device(node, args, kwargs)
     return Call(node.target, args, kwargs, device, node.meta.get(WITH_GRAD, False))
 
@@ -323,6 +343,23 @@ def _rows(args: tuple[Any, ...]) -> int:
         return right.size[-1]
     grouped = any(isinstance(arg, TensorSpec) and len(arg.size) == 3 for arg in args)
     return left.size[0 if grouped else 1]
+
+
+def _with_chosen(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of an ``index_put`` by one mask, which chooses as much as is written."""
+    values, indices, written, *others = args
+    at = [i for i, index in enumerate(indices) if index is not None]
+    if len(at) != 1 or indices[at[0]].dtype is not torch.bool:
+        return args
+    dim, mask = at[0], indices[at[0]]
+    ranks = (
+        len(values.size) - len(mask.size) + 1
+    )  # the mask's dimensions are one in what is written
+    if len(written.size) != ranks or written.size[dim] == 1:
+        return args
+    found = list(indices)
+    found[dim] = replace(mask, chosen=written.size[dim])
+    return (values, found, written, *others)
 
 
 def _device(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:

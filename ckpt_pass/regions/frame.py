@@ -301,6 +301,13 @@ class Frame:
             return self._fn(*args, **kwargs)
         except (_Complete, _CompleteAmongHooks):
             return None
+        except RuntimeError:
+            # Code of TorchScript lets no error of Python's through, and raises one of its own.
+            if rerun.refused is not None:
+                raise rerun.refused from None
+            if rerun.complete is _stop and rerun.has_all:
+                return None
+            raise
         finally:
             autograd.pop_saved_hooks()
             autograd.set_grad_enabled(was_enabled)

@@ -62,7 +62,16 @@ class Recomputation:
         checked: whether looks are compared.
     """
 
-    __slots__ = ("_checked", "_count", "_expected", "_name", "_seen", "_store", "complete")
+    __slots__ = (
+        "_checked",
+        "_count",
+        "_expected",
+        "_name",
+        "_seen",
+        "_store",
+        "complete",
+        "refused",
+    )
 
     def __init__(
         self,
@@ -77,6 +86,7 @@ class Recomputation:
         self._expected = expected
         self._count = len(expected)
         self.complete = complete
+        self.refused: RecomputeMismatchError | None = None
         self._checked = checked
 
     def pack(self, value: torch.Tensor) -> int:
@@ -91,7 +101,8 @@ class Recomputation:
         if self._checked and number < self._count:
             looks = (value.shape, value.dtype)
             if looks != self._expected[number]:
-                raise self._mismatch(number, value)
+                self.refused = self._mismatch(number, value)
+                raise self.refused
         store.append(value)
         if number + 1 == self._count:
             self.complete()
@@ -111,6 +122,11 @@ class Recomputation:
                 "the region where a later one takes it, and let it keep the forward's."
             )
         return autograd.without_history(self._store[number])
+
+    @property
+    def has_all(self) -> bool:
+        """Whether all that the forward saved is there, while it is not handed over."""
+        return len(self._store) >= self._count
 
     @property
     def is_complete(self) -> bool:

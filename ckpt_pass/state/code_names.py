@@ -66,7 +66,7 @@ class ReadPlaces:
         generators: list[tuple[weakref.ref[types.FunctionType], str]] = []
         users = [fn for fn in _reached(functions) if is_users_space(fn.__globals__)]
         for fn in users:
-            for name, value in _globals_of(fn):
+            for name, value in globals_of(fn):
                 if list(generators_behind(value, fn.__code__.co_names)):
                     generators.append((weakref.ref(fn), name))
                 for owner, inner in _places(fn, name, value):
@@ -150,7 +150,7 @@ def functions_in(value: Any) -> Iterator[types.FunctionType]:
         yield from (f for f in (value.fget, value.fset) if type(f) is FUNCTION)
     elif isinstance(value, functools.cached_property):
         yield from functions_in(value.func)
-    elif type(value) is _CACHED:
+    elif type(value) is MEMO:
         yield from functions_in(value.__wrapped__)
 
 
@@ -168,7 +168,8 @@ def _is_bound(value: Any) -> bool:
     return isinstance(value, types.BuiltinFunctionType) and owner_of(value) is not None
 
 
-_CACHED = type(functools.cache(int))
+#: What ``functools.cache`` and ``lru_cache`` make.
+MEMO = type(functools.cache(int))
 
 
 def is_users_space(space: dict[str, Any]) -> bool:
@@ -192,14 +193,14 @@ def _reached(functions: Iterable[types.FunctionType]) -> Iterator[types.Function
             continue
         seen.add(fn)
         yield fn
-        for _, value in _globals_of(fn):
+        for _, value in globals_of(fn):
             todo += (f for f in functions_in(value) if f.__globals__ is fn.__globals__)
         for cell in fn.__closure__ or ():
             for value in contents_of(cell):
                 todo += functions_in(value)
 
 
-def _globals_of(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def globals_of(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
     code = fn.__code__
     for name in _globals_in(code):
         missing = MISSING if name in stored_in(code) else FUNCTION
@@ -222,7 +223,7 @@ def _places(fn: types.FunctionType, name: str, value: Any) -> Iterator[tuple[Own
     elif isinstance(value, types.ModuleType):
         own = vars(value)
         if is_users_space(own):
-            names = _attributes_in(fn.__code__)
+            names = attributes_in(fn.__code__)
             yield from ((value, inner) for inner in names if _may_hold(own.get(inner)))
             yield from ((value, new) for new in stored_in(fn.__code__) if new not in own)
     elif _may_hold(value) or value.__name__ != name:  # `act = torch.sin` may be set anew
@@ -254,10 +255,10 @@ def contents_of(cell: types.CellType) -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _attributes_in(code: types.CodeType) -> tuple[str, ...]:
+def attributes_in(code: types.CodeType) -> tuple[str, ...]:
     """The attributes that a function's code names, and that of the functions that it makes."""
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return tuple(dict.fromkeys([*code.co_names, *(n for c in inner for n in _attributes_in(c))]))
+    return tuple(dict.fromkeys([*code.co_names, *(n for c in inner for n in attributes_in(c))]))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -63,6 +63,13 @@ class Holder:
     def _is_dict(self) -> bool:
         return isinstance(self.place, dict)
 
+    def new_values(self) -> list[Any]:
+        """What it holds now, and did not when it was found."""
+        had = set(map(id, self.values()))
+        now = self._content()
+        found = [pair[1] for pair in now] if self._is_dict else now
+        return [value for value in found if id(value) not in had]
+
     def restore(self) -> None:
         """Put back what it held, the very same objects in the same order."""
         now = self._content()
@@ -118,6 +125,11 @@ class Names:
     def values(self) -> Iterator[Any]:
         """What they held when they were found."""
         yield from self._before.values()
+
+    def new_values(self) -> list[Any]:
+        """What they hold now, and did not when they were found."""
+        now = ((read_spot(self._space, name), old) for name, old in self._before.items())
+        return [value for value, old in now if value is not old]
 
     def restore(self) -> None:
         """Put back what they held."""
@@ -206,6 +218,16 @@ class Reached:
                 continue
             self._seen[id(value)] = value  # kept, so that no other object gets this id
             stack.extend(self._inside(value))
+
+    @property
+    def with_code(self) -> Iterator[Any]:
+        """What code belongs to: modules, functions, objects of the user's own classes."""
+        containers = (torch.Tensor, dict, list, deque, set, tuple, types.CellType)
+        return (v for v in self._seen.values() if not isinstance(v, containers))
+
+    def is_kept(self, place: Any) -> bool:
+        """Whether a place was reached, so that somebody puts it back."""
+        return id(place) in self._seen
 
     def _inside(self, value: Any) -> Iterator[Any]:
         if isinstance(value, torch.Tensor):

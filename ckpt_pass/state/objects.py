@@ -217,8 +217,12 @@ def _set_fields(local: threading.local, fields: dict[str, Any]) -> None:
 
 
 def _set_variable(variable: contextvars.ContextVar[Any], value: Any) -> None:
-    if value is not _UNSET:  # a variable that was set cannot be unset
-        variable.set(value)
+    if value is _UNSET:  # a variable that was set cannot be unset, but may have a default
+        try:
+            value = contextvars.Context().run(variable.get)
+        except LookupError:
+            return
+    variable.set(value)
 
 
 _UNSET = object()

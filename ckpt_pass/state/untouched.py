@@ -17,6 +17,7 @@ import torch
 
 from ckpt_pass._torch import autograd
 from ckpt_pass._torch.storages import has_memory
+from ckpt_pass.state.elsewhere import Elsewhere
 from ckpt_pass.state.holders import Reached, replaced
 from ckpt_pass.state.objects import Keeper, SpentIteratorError, keeper_for
 
@@ -44,6 +45,7 @@ def untouched(
         tensors has their stand-ins while the block runs.
     """
     reached = Reached(roots) if reached is None else reached
+    elsewhere = Elsewhere(reached.with_code, reached.is_kept)
     grads = [(tensor, tensor.grad) for tensor in reached.tensors if tensor.is_leaf]
     flags = [(t, t.requires_grad) for t in reached.tensors if t.is_leaf]
     written = [tensor for tensor in reached.tensors if values and _may_change(tensor)]
@@ -60,6 +62,7 @@ def untouched(
         finally:
             for holder in reached.holders:
                 holder.restore()
+            elsewhere.restore()
             for tensor, grad in grads:
                 if tensor.grad is not grad:
                     tensor.grad = grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -108,3 +109,29 @@ def test_numbers_held_by_graphs_of_the_backward() -> None:
     compiled = torch.compile(model, backend=backend)
     measured = ckpt_pass.measure_step(lambda: compiled(x), repeats=1)
     assert measured.peak_bytes == plan.peak_bytes
+
+
+class _Draws(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.generator = torch.Generator().manual_seed(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.bernoulli(torch.full_like(x, 0.9), generator=self.generator)
+        return x + self.down(nn.functional.gelu(self.up(x * mask)))
+
+
+def test_states_of_generators_that_regions_keep() -> None:
+    torch.manual_seed(0)
+    layers, x = nn.Sequential(*(_Draws() for _ in range(4))), torch.randn(256, 16)
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError) as refused:
+        ckpt_pass.plan(layers, x, budget=16, mode="eager", loss_fn=torch.sum)
+    least = refused.value.least_feasible_bytes
+    plan = ckpt_pass.plan(layers, x, budget=least, mode="eager", loss_fn=torch.sum)
+    assert plan.regions and plan.peak_bytes is not None
+    with plan.applied(layers):
+        step = ckpt_pass.measure_step(lambda: layers(x).sum(), repeats=1)
+    assert 0 <= plan.peak_bytes - step.peak_bytes <= 128

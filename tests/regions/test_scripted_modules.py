@@ -69,3 +69,27 @@ def test_state_of_scripted_modules_is_put_back(around: Callable[..., Any]) -> No
     plain, ours = _trained(lambda fn, x: fn(x)), _trained(around)
     # Not to the bit: TorchScript's own second run rounds otherwise than its first.
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_region_that_ends_inside_of_a_script_stops_there() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script = torch.jit.script(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+    x = torch.randn(4, 8)
+    for _ in range(3):  # TorchScript takes its first runs to compile
+        script.zero_grad()
+        script(x).square().sum().backward()
+    expected = [p.grad.clone() for p in script.parameters()]
+    for around in WAYS.values():
+        script.zero_grad()
+        around(script, x).square().sum().backward()
+        assert all(map(torch.equal, [p.grad for p in script.parameters()], expected))
+
+
+def test_a_script_that_compiles_itself_between_two_runs_is_refused_by_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script = torch.jit.script(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+    output = ckpt_pass.checkpoint(script, torch.randn(4, 8, requires_grad=True))
+    with pytest.raises(ckpt_pass.RecomputeMismatchError, match="different metadata"):
+        output.square().sum().backward()
