@@ -46,12 +46,17 @@ def _padded_bytes(node: fx.Node) -> int:
     given = inspect.signature(_chunk_cat).bind(*node.args, **node.kwargs).arguments
     values = [one.meta["val"] for one in given["tensors"]]
     ranks, whole = given["num_chunks"], given["out"].meta["val"]
-    uneven = [value for value in values if value.shape[0] % ranks]
-    padded = sum(
-        (value.nbytes // value.shape[0]) * -(-value.shape[0] // ranks) * ranks for value in uneven
-    )
-    cast = [value.nbytes for value in values if value.dtype is not whole.dtype]
-    return int(padded + max(cast, default=0))
+    sizes = [_shared_out_bytes(value, ranks) for value in values]
+    padded = sum(size for size, value in zip(sizes, values, strict=True) if size > value.nbytes)
+    # What is padded is cast as it is then.
+    cast = (size for size, value in zip(sizes, values, strict=True) if value.dtype != whole.dtype)
+    return padded + max(cast, default=0)
+
+
+def _shared_out_bytes(value: torch.Tensor, ranks: int) -> int:
+    """The bytes of a gradient whose rows are filled up to as many for each rank."""
+    rows = value.shape[0]
+    return int(value.nbytes // rows * -(-rows // ranks) * ranks) if rows else 0
 
 
 def _chunk_cat(tensors: Any, dim: int, num_chunks: int, *, out: Any) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ckpt_pass
-from tests.distributed.ranks import Blocks, batch, made
+from tests.distributed.ranks import WIDTH, Blocks, batch, made
 
 pytestmark = pytest.mark.distributed
 RANKS = (64, 512)
@@ -29,10 +31,10 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def sharded(model: Blocks) -> Blocks:
-    for layer in model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+def sharded(model: nn.Module, **how: Any) -> nn.Module:
+    for layer in model.layers:  # type: ignore[union-attr]
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
     return model
 
 
@@ -55,6 +57,31 @@ def test_peaks_of_a_rank(ranks: int) -> None:
         )
         assert plan.budget_bytes is not None
         assert measured.peak_bytes == plan.peak_bytes <= plan.budget_bytes
+
+
+class Experts(nn.Module):
+    """Parameters of fewer rows than there are ranks: their gradients are filled up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 2 * WIDTH, WIDTH) * 0.1)
+        self.layers = nn.ModuleList([nn.Linear(2 * WIDTH, WIDTH)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.einsum("bh,eoh->ebo", x, self.weight).tanh().sum(0)
+        return self.layers[0](found).square().mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("reduced", [torch.float32, None])
+def test_gradients_of_few_rows(ranks: int, reduced: torch.dtype | None) -> None:
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduced)
+    torch.manual_seed(0)
+    model, inputs = sharded(Experts(), mp_policy=mixed), batch(0)
+    plan = ckpt_pass.plan(model, inputs, budget=1.0, mode="eager")
+    measured = ckpt_pass.measure_step(
+        lambda: model(inputs), params=model.parameters(), repeats=1
+    ).peak_bytes
+    assert measured == plan.peak_bytes
 
 
 def test_meta_tensors_stand_for_a_rank_too(ranks: int) -> None:
