@@ -158,7 +158,7 @@ class Batches:
     def __post_init__(self) -> None:
         if not callable(self.make_batch):
             raise TuneArgumentError(
-                f"Got make_batch={self.make_batch!r} of type {type(self.make_batch).__name__}, "
+                f"Got make_batch of type {type(self.make_batch).__name__}, "
                 "expected a function: make_batch(8) returns the model's arguments for 8 samples."
             )
 
