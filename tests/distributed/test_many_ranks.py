@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -219,6 +220,30 @@ def with_other_collectives(rank: int) -> None:
     distributed.plan_together(model if rank else made(), batch(rank), budget=0.95)
 
 
+def random_pairs(rank: int) -> list[tuple[bool, bool]]:
+    """For each of a hundred pairs of plans: whether they are one, and whether ranks agree."""
+    ways: tuple[dict[str, Any], ...] = (
+        {"budget": 1.0, "mode": "eager"},
+        {"policy": "save-nothing"},
+        {"policy": "save-matmul"},
+    )
+    plans = [
+        ckpt_pass.plan(made(count), batch(0, rows=rows), **how)
+        for count, rows in ((2, 64), (2, 32), (3, 64))
+        for how in ways
+    ]
+    generator, found = random.Random(7), []
+    for number in range(100):
+        pair = generator.choices(range(len(plans)), k=2)
+        try:
+            distributed.agree(plans[pair[rank]], name=f"pair {number}", timeout_s=20.0)
+        except distributed.PlansDivergeError:
+            found.append((pair[0] == pair[1], False))
+        else:
+            found.append((pair[0] == pair[1], True))
+    return found
+
+
 def _loss(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().mean()
 
@@ -286,6 +311,7 @@ OTHERS = (
     without_a_way,
     too_late,
     with_other_collectives,
+    random_pairs,
 )
 
 
@@ -344,6 +370,12 @@ def test_a_rank_that_cannot_plan(found: dict[str, list[Any]]) -> None:
         "RankFailedError",
         "NotTraceableError",
     ]
+
+
+def test_random_pairs_of_plans(found: dict[str, list[Any]]) -> None:
+    one, other = found["random_pairs"]
+    assert one == other and all(same == agreed for same, agreed in one)
+    assert {same for same, _ in one} == {False, True}
 
 
 def test_a_rank_that_is_late(found: dict[str, list[Any]]) -> None:

@@ -100,9 +100,7 @@ def test_a_graph_without_cuts_is_refused() -> None:
 
     with pytest.raises(Exception, match="offloads or shards its inputs, or what is saved"):
         torch.compile(fn, backend="aot_eager", fullgraph=True)(X)
-    with pytest.raises(
-        ckpt_pass.CompiledOffloadError, match="shard_inputs out, or trace"
-    ):
+    with pytest.raises(ckpt_pass.CompiledOffloadError, match="shard_inputs out, or trace"):
         make_fx(fn)(X)
 
 
