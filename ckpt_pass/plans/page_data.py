@@ -13,6 +13,7 @@ from ckpt_pass.planner.alive import KINDS
 from ckpt_pass.plans.account import Account
 from ckpt_pass.plans.contents import Contents, layer_of
 from ckpt_pass.plans.link_use import LinkUse
+from ckpt_pass.plans.numbering import Numbering
 from ckpt_pass.plans.parts import Decision
 from ckpt_pass.plans.record import CompiledExecution, PlanRecord
 from ckpt_pass.plans.timeline import Timeline
@@ -31,22 +32,6 @@ NO_CONTENTS = (
     "This plan was read from a file, which holds the curve but not what lies beneath it. Make the "
     "plan again (ckpt_pass.plan) to see what is in memory at each moment."
 )
-
-
-class Table:
-    """Numbers equal things, in the order in which they come."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Any, int] = {}
-
-    def number(self, thing: Any) -> int:
-        """The number of a thing."""
-        return self._numbers.setdefault(thing, len(self._numbers))
-
-    @property
-    def things(self) -> list[Any]:
-        """The things, by number."""
-        return list(self._numbers)
 
 
 def graph_data(name: str, plan: PlanRecord, alone: bool) -> dict[str, Any]:
@@ -108,7 +93,7 @@ def _changes(levels: Iterable[int]) -> list[int]:
 
 
 def _contents(found: Contents) -> dict[str, Any]:
-    layers = Table()
+    layers = Numbering()
     names = [[layers.number(name.layer), name.words] for name in found.names]
     numbers = {kind: number for number, kind in enumerate(KINDS)}
     lives: list[int] = []
@@ -149,7 +134,7 @@ def _link(found: LinkUse) -> dict[str, Any]:
 
 def decisions_data(graphs: Sequence[Sequence[Decision]]) -> dict[str, Any]:
     """The decisions of each graph, as rows of a table."""
-    layers, rules, classes = Table(), Table(), Table()
+    layers, rules, classes = Numbering(), Numbering(), Numbering()
     rows = [
         [
             number,

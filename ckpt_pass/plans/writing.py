@@ -21,6 +21,7 @@ from ckpt_pass.planner.solvers import SOLVERS
 from ckpt_pass.plans.account_file import account_to_data
 from ckpt_pass.plans.expressions import expression_to_data
 from ckpt_pass.plans.link_use import LinkUse
+from ckpt_pass.plans.numbering import Numbering
 from ckpt_pass.plans.parts import Decision, Replay, SavedActivation, Signature
 from ckpt_pass.plans.record import (
     Asked,
@@ -42,20 +43,6 @@ FORMAT = 2
 SEVERAL = "several graphs"
 #: Members of a group of decisions: module, call, region, and the rows.
 _GROUP = 4
-
-
-class _Table:
-    """Numbers equal things, in the order in which they come."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Any, int] = {}
-
-    def number(self, thing: Any) -> int:
-        return self._numbers.setdefault(thing, len(self._numbers))
-
-    @property
-    def things(self) -> list[Any]:
-        return [list(t) if isinstance(t, tuple) else t for t in self._numbers]
 
 
 def plan_to_json(plan: PlanRecord) -> str:
@@ -116,7 +103,7 @@ def _compact(value: Any) -> str:
 
 
 def _plan_data(plan: PlanRecord) -> dict[str, Any]:
-    rules, times, words = _Table(), _Table(), _Table()
+    rules, times, words = Numbering(), Numbering(), Numbering()
     saved = [_saved_data(item, words) for item in plan.saved]
     decisions = _decisions_data(plan.decisions, rules, times)
     listed = {decision.site for decision in plan.decisions}
@@ -202,7 +189,9 @@ def _site_data(site: CallSite) -> list[Any]:
     return [site.fqn, site.call, site.op, site.occurrence]
 
 
-def _decisions_data(decisions: Sequence[Decision], rules: _Table, times: _Table) -> list[list[Any]]:
+def _decisions_data(
+    decisions: Sequence[Decision], rules: Numbering, times: Numbering
+) -> list[list[Any]]:
     found = []
     for key, group in groupby(decisions, lambda d: (d.site.fqn, d.site.call, d.region)):
         rows = [
@@ -221,7 +210,7 @@ def _decisions_data(decisions: Sequence[Decision], rules: _Table, times: _Table)
     return found
 
 
-def _saved_data(item: SavedActivation, words: _Table) -> list[Any]:
+def _saved_data(item: SavedActivation, words: Numbering) -> list[Any]:
     """A saved activation; what its provenance says in most cases is left out."""
     usual = f"output of {item.site}"
     return [
@@ -241,7 +230,7 @@ def _size(size: object) -> Any:
 
 
 def _replay_data(replay: Replay) -> dict[str, Any]:
-    labels = _Table()
+    labels = Numbering()
     saved = [labels.number(label) for label in replay.saved]
     pairs = {
         name: [[labels.number(one), labels.number(other)] for one, other in found]
@@ -256,7 +245,7 @@ def _replay_data(replay: Replay) -> dict[str, Any]:
 
 
 def _timeline_data(timeline: Timeline) -> dict[str, Any]:
-    steps, seconds = _Table(), _Table()
+    steps, seconds = Numbering(), Numbering()
     before = 0
     changes = []
     for nbytes in timeline.bytes_at:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor import DTensor
 
 import ckpt_pass
@@ -124,6 +125,18 @@ def peaks(model: nn.Module, step: Callable[[], object], predicted_bytes: int, mo
         dist.all_reduce(above)
     model.zero_grad()
     return min(found)
+
+
+def tracked_bytes(model: nn.Module, inputs: Tensor) -> int:
+    """The peak that FSDPMemTracker finds in a step that is run, above parameters and inputs."""
+    tracker = FSDPMemTracker(model)
+    tracker.track_inputs((inputs,))
+    with tracker:
+        model(inputs).backward()
+    snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    found = {str(kind): nbytes for kind, nbytes in snapshot.items()}
+    before = sum(n for kind, n in found.items() if kind.endswith((".SHARDED_PARAM", ".INP")))
+    return found["Total"] - before
 
 
 def on_ranks(jobs: Sequence[Job], folder: Path, ranks: int = 2) -> dict[str, list[Any]]:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -27,11 +26,19 @@ from torch.profiler import profile
 
 import ckpt_pass
 from ckpt_pass import distributed
-from tests.distributed.ranks import ROWS, Block, batch, made, on_ranks, peaks, trained
+from tests.distributed.ranks import (
+    ROWS,
+    Block,
+    batch,
+    made,
+    on_ranks,
+    peaks,
+    tracked_bytes,
+    trained,
+)
 
 pytestmark = pytest.mark.distributed
 BUDGETS = (0.95, 0.7)
-CPU = torch.device("cpu")
 Wrap = Callable[[nn.Module], nn.Module]
 
 
@@ -161,13 +168,7 @@ def beside_torchs_tracker(rank: int) -> tuple[int, int]:
     """The peak of an FSDP2 step: ours, and what FSDPMemTracker finds in one that is run."""
     model, inputs = sharded()(made()), batch(rank)
     plan = ckpt_pass.plan(model, inputs, budget=1.0, mode="eager")
-    tracker = FSDPMemTracker(model)
-    tracker.track_inputs((inputs,))
-    with tracker:
-        model(inputs).backward()
-    found = {str(kind): n for kind, n in tracker.get_tracker_snapshot("peak")[CPU].items()}
-    before = sum(n for kind, n in found.items() if kind.endswith((".SHARDED_PARAM", ".INP")))
-    return plan.peak_bytes, found["Total"] - before
+    return plan.peak_bytes, tracked_bytes(model, inputs)
 
 
 def exchanges(model: nn.Module, inputs: Tensor) -> int:
