@@ -38,9 +38,8 @@ def follow(table: Table, plan: EagerPlan, forward_length: int, in_flight: int) -
         op_region[slice(*region.ops)] = index
         value_region[slice(*region.values)] = index
     before_op, before_death, begun = _places(regions, numbers, count)
-    starts = {index: int(begun[index]) for index in chosen}
     goes = _goes(table, plan)
-    windows = windows_of(table.candidates, table.values, plan, before_death, starts)
+    windows = windows_of(table.candidates, table.values, plan, before_death, begun)
     moved = journeys(windows, in_flight, plan.ahead)
     keeps = _keepings(table, plan, op_region)
     kept = np.zeros(len(table.nbytes), dtype=bool)

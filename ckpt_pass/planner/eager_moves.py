@@ -11,7 +11,7 @@ so that it can be followed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -108,7 +108,7 @@ def windows_of(
     values: Sequence[SavedValue],
     plan: EagerPlan,
     place_of: Ints,
-    starts: Mapping[int, int],
+    starts: Ints,
 ) -> list[Window]:
     """What a plan's modules put away, in the order in which they begin.
 
@@ -116,7 +116,7 @@ def windows_of(
         regions, values: of the step.
         plan: what moves.
         place_of: the place in the simulated step of a moment of the record.
-        starts: the place at which each region that runs again begins to.
+        starts: the place at which each region begins to run again, where it does.
     """
     found = []
     for index in sorted(plan.moved | plan.sends, key=lambda index: regions[index].ops):
@@ -124,7 +124,7 @@ def windows_of(
         if index in plan.moved:
             found.append(_of_saved(region, values, place_of))
         else:
-            found.append(_of_arguments(region, values, place_of, starts[index]))
+            found.append(_of_arguments(region, values, place_of, int(starts[index])))
     return found
 
 
