@@ -306,9 +306,9 @@ class ForwardMode(QuickMode):
         around = () if changes else (*arguments[0], *arguments[1].values())
         if sharding is not None:
             where, seen = memory.next_of(func, key), memory.compared
-            part = ShardedOutput(output, draw, sharding, where, seen, around, settled=not changes)
+            part = ShardedOutput(output, draw, sharding, where, seen, around, not changes)
             return memory.add(key, part)
-        moved = MovedOutput(output, draw, memory.window_for_more(), around, settled=not changes)
+        moved = MovedOutput(output, draw, memory.window_for_more(), around, not changes)
         return memory.add(key, moved)
 
     def _is_state(self, output: Any) -> bool:
