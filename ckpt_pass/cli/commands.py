@@ -18,6 +18,9 @@ from ckpt_pass.cli.job import accumulate_option, job_options, optimizer_option, 
 from ckpt_pass.cli.parts import (
     console_for_tables,
     errors_as_exit_codes,
+    inner_option,
+    offload_of,
+    offload_option,
     progress_on_stderr,
     target_argument,
 )
@@ -25,7 +28,6 @@ from ckpt_pass.cli.tuning import tune_command
 from ckpt_pass.demo.model import ModelConfig
 from ckpt_pass.demo.training import DEFAULTS, DemoSettings, run_demo
 from ckpt_pass.drawing.memory import missing_extra
-from ckpt_pass.offloading.options import TARGETS, Offload
 from ckpt_pass.planner.devices import DEVICES
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, solver_names
 from ckpt_pass.plans.budget import BudgetLike, check_budget, parse_budget
@@ -140,9 +142,7 @@ def _plan_command() -> Callable[..., None]:
     solver_option = typer.Option(DEFAULT_SOLVER, help=f"One of {', '.join(solver_names())}.")
     limit_option = typer.Option(None, "--time-limit", help="Seconds for the solver.")
     cost_option = typer.Option(COSTS[0], help=f"Kernel times: {' or '.join(COSTS)}.")
-    offload_option = typer.Option(None, help=f"Values may move: {' or '.join(TARGETS)}.")
     eager_option = typer.Option(False, "--eager", help="For a step without torch.compile.")
-    inner_option = typer.Option("aot_eager", help="What compiles it: aot_eager or inductor.")
     save_option = typer.Option(None, help="Write the plan here, as JSON.")
     device_option = typer.Option(None, help=f"On paper: {', '.join(DEVICES)}.")
 
@@ -160,9 +160,9 @@ def _plan_command() -> Callable[..., None]:
         time_limit: float | None = limit_option,
         cost: str = cost_option,
         device: str | None = device_option,
-        offload: str | None = offload_option,
+        offload: str | None = offload_option(),
         eager: bool = eager_option,
-        inner: str = inner_option,
+        inner: str = inner_option(),
         save: Path | None = save_option,
     ) -> None:
         """Plan one training step: what is decided in which amounts, and memory over the step.
@@ -180,7 +180,7 @@ def _plan_command() -> Callable[..., None]:
                 "time_limit_s": time_limit,
                 "cost": cost,
                 "device": device,
-                "offload": None if offload is None else Offload(to=offload),
+                "offload": offload_of(offload),
                 "mode": "eager" if eager else "compiled",
                 "inner": inner,
             }
@@ -208,6 +208,8 @@ def _verify_command() -> Callable[..., None]:
 
     plan_option = typer.Option(None, "--plan", help="A plan file, as Plan.save writes it.")
     eager_option = typer.Option(False, "--eager", help="Without torch.compile.")
+    rtol_option = typer.Option(0.0, min=0.0, help="How far gradients may be apart, relative.")
+    atol_option = typer.Option(0.0, min=0.0, help="The same, absolute; inductor rounds elsewhere.")
 
     def verify_(
         target: str = target_argument(),
@@ -217,7 +219,11 @@ def _verify_command() -> Callable[..., None]:
         total: str | None = total_option(),
         optimizer: str | None = optimizer_option(),
         accumulate: int = accumulate_option(),
+        offload: str | None = offload_option(),
         eager: bool = eager_option,
+        inner: str = inner_option(),
+        rtol: float = rtol_option,
+        atol: float = atol_option,
     ) -> None:
         """Run a training step plain and planned, and compare: loss, gradients, peak, flops.
 
@@ -234,7 +240,11 @@ def _verify_command() -> Callable[..., None]:
                 policy=policy,
                 budget=amount,
                 **job_options(model, total, optimizer, accumulate),
+                offload=offload_of(offload),
                 mode="eager" if eager else "compiled",
+                inner=inner,
+                rtol=rtol,
+                atol=atol,
             )
             typer.echo(found)
             if not found.ok:
@@ -250,9 +260,6 @@ def _sweep_command() -> Callable[..., None]:
     budgets_option = typer.Option(
         None, "--budget", help="A budget in the place of --points; may be given several times."
     )
-    inner_option = typer.Option(
-        "aot_eager", help="What compiles every point: inductor or aot_eager."
-    )
     torch_option = typer.Option(
         True,
         "--torch/--no-torch",
@@ -267,7 +274,7 @@ def _sweep_command() -> Callable[..., None]:
         policy: str | None = _policy_option(),
         points: int = points_option,
         budgets: list[str] | None = budgets_option,
-        inner: str = inner_option,
+        inner: str = inner_option(),
         with_torch: bool = torch_option,
         rounds: int = rounds_option,
         png: Path | None = png_option,
@@ -349,9 +356,6 @@ def _demo_command() -> Callable[..., None]:
 
     steps_option = typer.Option(DEFAULTS.steps, min=1, help="Training steps of each variant.")
     out_option = typer.Option(DEFAULTS.out, help="Folder for the plots.")
-    inner_option = typer.Option(
-        DEFAULTS.inner, help="What compiles forward and backward: inductor or aot_eager."
-    )
     threads_option = typer.Option(DEFAULTS.threads, min=1, help="Threads that torch computes on.")
     layers_option = typer.Option(DEFAULTS.model.layers, min=1, help="Layers of the model.")
     dim_option = typer.Option(DEFAULTS.model.dim, min=8, help="Width of the model.")
@@ -364,7 +368,7 @@ def _demo_command() -> Callable[..., None]:
     def demo(
         steps: int = steps_option,
         out: Path = out_option,
-        inner: str = inner_option,
+        inner: str = inner_option(DEFAULTS.inner),
         threads: int = threads_option,
         layers: int = layers_option,
         dim: int = dim_option,

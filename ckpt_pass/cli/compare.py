@@ -12,13 +12,14 @@ from ckpt_pass.cli.factory import build
 from ckpt_pass.cli.parts import (
     console_for_tables,
     errors_as_exit_codes,
+    offload_of,
+    offload_option,
     progress_on_stderr,
     target_argument,
 )
 from ckpt_pass.modules.layers.find import NoLayersError
 from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.modules.layers.profiling import profile_layers
-from ckpt_pass.offloading.options import TARGETS, Offload
 from ckpt_pass.report.page import write_report
 from ckpt_pass.report.strategy_plots import save_plots
 from ckpt_pass.report.strategy_table import Comparison, comparison_table
@@ -39,9 +40,6 @@ def compare_command() -> Callable[..., None]:
         help="A placement (all), a placement and a policy (all:save-matmul), or budget=0.5; may be "
         f"given several times. By default: {', '.join(DEFAULT_STRATEGIES)}.",
     )
-    offload_option = typer.Option(
-        None, help=f"Also plan each budget with values that may move: {' or '.join(TARGETS)}."
-    )
     rounds_option = typer.Option(ROUNDS, min=1, help="Timings of each strategy.")
     plots_option = typer.Option(None, "--plots", help="Folder for the pictures.")
     html_option = typer.Option(None, "--html", help="Write one page with everything here.")
@@ -51,7 +49,7 @@ def compare_command() -> Callable[..., None]:
         target: str = target_argument(),
         strategies: list[str] | None = strategy_option,
         rounds: int = rounds_option,
-        offload: str | None = offload_option,
+        offload: str | None = offload_option("Also plan each budget with values that may move"),
         plots: Path | None = plots_option,
         html: Path | None = html_option,
         json_: Path | None = json_option,
@@ -66,7 +64,7 @@ def compare_command() -> Callable[..., None]:
                     *inputs,
                     strategies=chosen,
                     rounds=rounds,
-                    offload=None if offload is None else Offload(to=offload),
+                    offload=offload_of(offload),
                     progress=progress,
                 )
                 profiles: tuple[LayerProfile, ...] = ()

@@ -11,6 +11,7 @@ from ckpt_pass._errors import CkptPassError
 from ckpt_pass.cli.factory import FactoryError
 from ckpt_pass.demo.training import PLAIN_WIDTH
 from ckpt_pass.drawing.memory import missing_extra
+from ckpt_pass.offloading.options import TARGETS, Offload
 from ckpt_pass.tools.users_step import Progress
 
 if TYPE_CHECKING:
@@ -36,6 +37,25 @@ def target_argument() -> Any:
         help="path/to/file.py:name or package.module:name, a function without arguments that "
         "returns (model, inputs).",
     )
+
+
+def offload_option(help_: str = "Values may move") -> Any:
+    """The option that lets values move."""
+    import typer
+
+    return typer.Option(None, "--offload", help=f"{help_}: {' or '.join(TARGETS)}.")
+
+
+def inner_option(default: str = "aot_eager") -> Any:
+    """The option that names the compiler."""
+    import typer
+
+    return typer.Option(default, "--inner", help="What compiles it: aot_eager or inductor.")
+
+
+def offload_of(target: str | None) -> Offload | None:
+    """What ``--offload`` asks for."""
+    return None if target is None else Offload(to=target)
 
 
 @contextlib.contextmanager

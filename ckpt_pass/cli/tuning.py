@@ -13,11 +13,13 @@ from ckpt_pass.cli.job import optimizer_option
 from ckpt_pass.cli.parts import (
     console_for_tables,
     errors_as_exit_codes,
+    inner_option,
+    offload_of,
+    offload_option,
     progress_on_stderr,
     target_argument,
 )
 from ckpt_pass.job.named import optimizer_named
-from ckpt_pass.offloading.options import TARGETS, Offload
 from ckpt_pass.planner.devices import DEVICES
 from ckpt_pass.plans.budget import parse_budget
 from ckpt_pass.report.tunings import Tuned, tuned_table
@@ -43,8 +45,6 @@ def tune_command() -> Callable[..., None]:
     mode_option = typer.Option(
         None, "--mode", help=f"{' or '.join(MODES)}; may be given several times. [{MODES[0]}]"
     )
-    inner_option = typer.Option("aot_eager", help="What compiles a step: aot_eager or inductor.")
-    offload_option = typer.Option(None, help=f"Values may move: {' or '.join(TARGETS)}.")
     device_option = typer.Option(None, help=f"On paper: {', '.join(DEVICES)}.")
     dim_option = typer.Option(DIMENSIONS[0], help="The dimension that holds the samples.")
     measure_option = typer.Option(None, min=0, help="Candidates that are measured at the most.")
@@ -60,8 +60,8 @@ def tune_command() -> Callable[..., None]:
         global_batch: int = global_option,
         microbatches: list[int] | None = micro_option,
         modes: list[str] | None = mode_option,
-        inner: str = inner_option,
-        offload: str | None = offload_option,
+        inner: str = inner_option(),
+        offload: str | None = offload_option(),
         device: str | None = device_option,
         dim: str = dim_option,
         measure: int | None = measure_option,
@@ -87,7 +87,7 @@ def tune_command() -> Callable[..., None]:
                     microbatches=microbatches or None,
                     mode=modes or MODES[0],
                     inner=inner,
-                    offload=None if offload is None else Offload(to=offload),
+                    offload=offload_of(offload),
                     device=device,
                     measure=measure,
                     rounds=rounds,

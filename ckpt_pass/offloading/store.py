@@ -159,7 +159,9 @@ class Ticket:
 
     def recount(self) -> None:
         """Take the tensor's version as it is now, after a change that changed no value."""
-        if self._held.source is not None:
+        if self._held.source is None:
+            self._changed = False
+        else:
             self._version = storages.version_of(self._held.source)
 
     def close(self) -> None:

@@ -11,26 +11,20 @@ from torch.utils._pytree import tree_map_only
 from ckpt_pass.offloading.store import MovedValueChangedError
 from ckpt_pass.offloading.window import Moved, Window
 from ckpt_pass.ops.taxonomy import op_name
-from ckpt_pass.policy.sites import output_tensors
 from ckpt_pass.regions.draws import Draw
-from ckpt_pass.regions.region import MutatedActivationError, Saved, changed_in_place
+from ckpt_pass.regions.region import MutatedActivationError, changed_in_place
+from ckpt_pass.regions.replaced import ReplacedOutput
 
 
-class MovedOutput(Saved):
+class MovedOutput(ReplacedOutput):
     """A saved output whose tensors are elsewhere, as far as they are worth moving.
 
-    What shares its memory with an argument of the op is held as any saved output: it is somebody
-    else's, and there anyway.
-
     Args:
-        output: what the op returned.
-        draw: what it drew.
+        output, draw, arguments, final: see :class:`ReplacedOutput`.
         window: what puts its tensors away.
-        arguments: those of the op.
-        settled: whether its versions are final; else :meth:`settle` puts it away.
     """
 
-    __slots__ = ("_arguments", "_window")
+    __slots__ = ("_window",)
 
     def __init__(
         self,
@@ -38,36 +32,20 @@ class MovedOutput(Saved):
         draw: Draw | None,
         window: Window,
         arguments: tuple[Any, ...],
-        settled: bool = True,
+        final: bool = True,
     ) -> None:
-        super().__init__(output, draw)
         self._window = window
-        self._arguments = frozenset(t.untyped_storage()._cdata for t in _plain(arguments))
-        if settled:
-            self._put()
+        super().__init__(output, draw, arguments, final)
 
-    def settle(self) -> None:
-        """Put it away, now that autograd has counted the op's change."""
-        super().settle()
-        self._put()
+    def replaced(self, tensor: torch.Tensor) -> Any:
+        """What is on its way, for a tensor."""
+        return self._window.put(tensor) if self._window.is_worth_moving(tensor) else tensor
 
     def recount(self) -> None:
         """Take the versions of what is held, and of what is on its way."""
         super().recount()
         for moved in _moved_in(self._value):
             moved.ticket.recount()
-
-    def _put(self) -> None:
-        def put(tensor: torch.Tensor) -> Any:
-            if not self._window.is_worth_moving(tensor):
-                return tensor
-            if tensor.untyped_storage()._cdata in self._arguments:
-                return tensor
-            return self._window.put(tensor)
-
-        # Only what is held has a version to be looked at: a ticket looks after itself.
-        value = tree_map_only(torch.Tensor, put, self._value)
-        self._hold(value)
 
     def storages(self) -> Iterator[int]:
         """The storages that this output holds, and those that were put away."""
@@ -103,9 +81,3 @@ def _moved_in(value: Any) -> Iterator[Moved]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _moved_in(item)
-
-
-def _plain(arguments: tuple[Any, ...]) -> Iterator[torch.Tensor]:
-    for tensor in output_tensors(arguments):
-        if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
-            yield tensor

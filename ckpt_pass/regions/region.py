@@ -145,6 +145,10 @@ class Reshaped:
 
     def settle(self) -> None:
         """Take the versions as they are, now that autograd has counted (:meth:`Saved.settle`)."""
+        self.recount()
+
+    def recount(self) -> None:
+        """Take the versions as they are now."""
         for entry in self._entries:
             entry.recount()
 

@@ -134,6 +134,7 @@ class ForwardMode(QuickMode):
     _tracing = False
     _by_op_alone = False
     _unsettled: Saved | Reshaped | None = None
+    _changed: tuple[Saved | Reshaped, ...] = ()
     _paused = False
     _state: frozenset[int] | None = None
 
@@ -173,6 +174,7 @@ class ForwardMode(QuickMode):
         try:
             if exc[0] is None:
                 self._settle()
+                self._recount()
                 # In other regions this comes after all contexts: an error in the exit of one of
                 # several holds itself.
                 if self._memory.window is not None and self._hooks is not None:
@@ -191,6 +193,7 @@ class ForwardMode(QuickMode):
     def paused(self) -> Iterator[None]:
         """Let ops pass: a backward inside the forward has the region run again meanwhile."""
         self._settle()
+        self._recount()
         by_op_alone, self._by_op_alone, self._paused = self._by_op_alone, False, True
         try:
             with self._modules.aside() if self._modules is not None else contextlib.nullcontext():
@@ -242,7 +245,18 @@ class ForwardMode(QuickMode):
     def _settle(self) -> None:
         if self._unsettled is not None:
             self._unsettled.settle()
+            self._changed += (self._unsettled,)
             self._unsettled = None
+
+    def _recount(self) -> None:
+        """Take the versions of what ops changed in place once more.
+
+        ``ctx.mark_dirty`` of a Function counts all that it names when its forward has ended, which
+        is some ops later. What an op of the region changes after it was saved is a copy by then.
+        """
+        for entry in self._changed:
+            entry.recount()
+        self._changed = ()
 
     def _keep(
         self,
@@ -292,9 +306,9 @@ class ForwardMode(QuickMode):
         around = () if changes else (*arguments[0], *arguments[1].values())
         if sharding is not None:
             where, seen = memory.next_of(func, key), memory.compared
-            part = ShardedOutput(output, draw, sharding, where, seen, around, settled=not changes)
+            part = ShardedOutput(output, draw, sharding, where, seen, around, not changes)
             return memory.add(key, part)
-        moved = MovedOutput(output, draw, memory.window_for_more(), around, settled=not changes)
+        moved = MovedOutput(output, draw, memory.window_for_more(), around, not changes)
         return memory.add(key, moved)
 
     def _is_state(self, output: Any) -> bool:

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ckpt_pass._torch import autograd, groups
 from ckpt_pass.offloading.sharding import Sharding
 from ckpt_pass.offloading.shards import ShardedValue, worth_sharding
-from ckpt_pass.policy.sites import output_tensors
 from ckpt_pass.regions.arguments import named_arguments
 from ckpt_pass.regions.draws import Draw
-from ckpt_pass.regions.region import Saved
+from ckpt_pass.regions.replaced import ReplacedOutput
 
 
-class ShardedOutput(Saved):
+class ShardedOutput(ReplacedOutput):
     """A saved output of which a part is kept here, as far as it is worth it; gathered when taken.
 
-    What shares its memory with an argument of the op is held as any saved output: it is somebody
-    else's, and there anyway.
-
     Args:
-        output: what the op returned.
-        draw: what it drew.
+        output, draw, arguments, final: see :class:`ReplacedOutput`.
         sharding: over which ranks.
         where: what it is, for messages.
         seen: what ranks have compared already (:class:`ShardedValue`).
-        arguments: those of the op.
-        settled: whether its versions are final; else :meth:`settle` takes it apart.
     """
 
-    __slots__ = ("_arguments", "_seen", "_sharding", "_where")
+    __slots__ = ("_seen", "_sharding", "_where")
 
     def __init__(
         self,
@@ -43,29 +34,16 @@ class ShardedOutput(Saved):
         where: str,
         seen: set[str],
         arguments: tuple[Any, ...],
-        settled: bool = True,
+        final: bool = True,
     ) -> None:
-        super().__init__(output, draw)
-        self._sharding = sharding
-        self._where, self._seen = where, seen
-        self._arguments = frozenset(_storages(arguments))
-        if settled:
-            self._put()
+        self._sharding, self._where, self._seen = sharding, where, seen
+        super().__init__(output, draw, arguments, final)
 
-    def settle(self) -> None:
-        """Take it apart, now that autograd has counted the op's change."""
-        super().settle()
-        self._put()
-
-    def _put(self) -> None:
-        def put(tensor: torch.Tensor) -> Any:
-            if not worth_sharding(tensor, self._sharding):
-                return tensor
-            if not self._arguments.isdisjoint(_storages((tensor,))):
-                return tensor
-            return ShardedValue(tensor, self._sharding, self._where, self._seen)
-
-        self._hold(tree_map_only(torch.Tensor, put, self._value))
+    def replaced(self, tensor: torch.Tensor) -> Any:
+        """This rank's part of a tensor."""
+        if not worth_sharding(tensor, self._sharding):
+            return tensor
+        return ShardedValue(tensor, self._sharding, self._where, self._seen)
 
     def take(self, op: Any, again: bool = False) -> Any:
         """Hand the value out, once (:meth:`Saved.take`); every rank of the group has to.
@@ -121,11 +99,3 @@ class ShardedArguments:
             ShardedValueDiffersError, ShardOrderError, ShardGroupError: see :class:`ShardedValue`.
         """
         return packed.take() if isinstance(packed, ShardedValue) else packed
-
-
-def _storages(values: tuple[Any, ...]) -> Iterator[int]:
-    for tensor in output_tensors(values):
-        if autograd.is_distributed(tensor):
-            tensor = groups.local_part(tensor)
-        if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
-            yield tensor.untyped_storage()._cdata

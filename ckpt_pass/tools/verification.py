@@ -116,6 +116,7 @@ def verify(
     total: TotalLike | None = None,
     optimizer: JobLike | None = None,
     mode: str = "compiled",
+    inner: str = "aot_eager",
     offload: OffloadLike | bool | None = None,
     loss_fn: LossFn | None = None,
     rtol: float = 0.0,
@@ -132,9 +133,9 @@ def verify(
 
     Args:
         model, args, named: the step; what the model returns is a loss, unless there is ``loss_fn``.
-        plan: the plan; or one is made of ``policy``, ``budget``, ``mode``, ``offload`` as by
-            :func:`ckpt_pass.plan`. ``mode="eager"`` with a policy and no budget makes each layer a
-            region with that policy, of which no peak is predicted.
+        plan: the plan; or one is made of ``policy``, ``budget``, ``mode``, ``inner``, ``offload``
+            as by :func:`ckpt_pass.plan`. ``mode="eager"`` with a policy and no budget makes each
+            layer a region with that policy, of which no peak is predicted.
         total, optimizer: as by :func:`ckpt_pass.plan`; three steps of the whole job then run on
             copies of model and optimizer, and the job's peak is compared with the account's.
         loss_fn: makes a loss of the model's output.
@@ -156,7 +157,7 @@ def verify(
             return _verify_policy(policy, used)
         if plan is None:
             how: dict[str, Any] = {"policy": policy, "budget": budget, "offload": offload}
-            how |= {"total": total, "optimizer": optimizer}
+            how |= {"total": total, "optimizer": optimizer, "inner": inner}
             plan = make_plan(model, *args, mode=mode, loss_fn=loss_fn, kwargs=inputs, **how)
         if isinstance(plan, Plan) and plan.mode == "eager":
             found = _verify_eager(plan, used, as_offload(offload))

@@ -178,6 +178,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert "gradients and buffers" in found.output and "FAILED" not in found.output
     assert run(["verify", target, "--policy", "save-matmul"]).exit_code == 0
+    moved = run(["verify", target, "--budget", "0.9", "--eager", "--offload", "host"])
+    assert moved.exit_code == 0, moved.output
+    wrong = run(["verify", target, "--budget", "0.9", "--inner", "inductr"])
+    assert wrong.exit_code == 1
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
     assert run(["verify", target, "--plan", str(broken)]).exit_code == 1
