@@ -12,6 +12,7 @@ from ckpt_pass.cli.factory import build
 from ckpt_pass.cli.parts import (
     console_for_tables,
     errors_as_exit_codes,
+    file_option,
     progress_on_stderr,
     target_argument,
 )
@@ -44,8 +45,8 @@ def compare_command() -> Callable[..., None]:
     )
     rounds_option = typer.Option(ROUNDS, min=1, help="Timings of each strategy.")
     plots_option = typer.Option(None, "--plots", help="Folder for the pictures.")
-    html_option = typer.Option(None, "--html", help="Write one page with everything here.")
-    json_option = typer.Option(None, "--json", help="Write the rows here.")
+    html_option = file_option("Write one page with everything here.", "--html")
+    json_option = file_option("Write the rows here.", "--json")
 
     def compare(
         target: str = target_argument(),

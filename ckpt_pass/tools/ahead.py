@@ -47,7 +47,7 @@ from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.steps.planning import plan_graphs
 from ckpt_pass.steps.running import FakeStep
 from ckpt_pass.tools.arguments import options_of, step_arguments
-from ckpt_pass.tools.cures import cures_of
+from ckpt_pass.tools.cures import changes_of
 
 MODES = ("compiled", "eager")
 
@@ -184,7 +184,7 @@ def plan(
     try:
         return tried(step, asked, offload)
     except InfeasibleTotalError as error:
-        raise error.with_cures(cures_of(error, step, asked, offload, tried)) from None
+        raise error.with_tried(changes_of(error, step, asked, offload, tried)) from None
 
 
 def _planned(step: FakeStep, wanted: _Wanted) -> Plan | StepPlan:

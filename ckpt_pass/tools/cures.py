@@ -35,14 +35,16 @@ Place: TypeAlias = "OffloadLike | bool | None"
 Try: TypeAlias = Callable[[FakeStep, JobAsked, Place], Plan | StepPlan]
 
 
-def cures_of(
+def changes_of(
     error: InfeasibleTotalError,
     step: FakeStep,
     asked: JobAsked,
     offload: Place,
     tried: Try,
 ) -> tuple[Cure, ...]:
-    """Changes that make a job fit its total: three at most, those that change least first.
+    """Changes that may make a job fit its total, each computed: those that change least first.
+
+    Others are looked for until three of them are enough.
 
     Args:
         error: tells by how much it does not.
@@ -50,6 +52,7 @@ def cures_of(
         tried: plans it.
     """
     found: list[Cure] = []
+    enough = 0
     ways = (
         _by_optimizer(error, step, asked),
         _by_gradients(step, asked, offload, tried),
@@ -60,9 +63,9 @@ def cures_of(
         _by_device(error, asked),
     )
     for cure in (cure for way in ways for cure in way):
-        if cure.needed_bytes <= error.total_bytes or cure.is_device:
-            found.append(cure)
-        if len(found) == MOST:
+        found.append(cure)
+        enough += cure.is_enough(error.total_bytes)
+        if enough == MOST:
             break
     return tuple(found)
 
@@ -132,9 +135,8 @@ def _by_batch(
         axis = Axis.of(given, "batch")
     except UnknownDimensionError:
         return
-    rest = max((phase.peak_bytes for phase in error.account.updates), default=0)
-    if rest > error.total_bytes:
-        return  # the optimizer's step alone does not fit
+    if not _is_the_steps(error, error.account.inputs_bytes):
+        return
     size, count = axis.size, asked.job.accumulate
     for _ in range(_HALVINGS):
         if size % 2:
@@ -149,6 +151,18 @@ def _by_batch(
             return
 
 
+def _is_the_steps(error: InfeasibleTotalError, less_bytes: int = 0) -> bool:
+    """Whether all would fit but for what forward and backward allocate.
+
+    Args:
+        error: tells by how much it does not.
+        less_bytes: of what stands there now, how much may go.
+    """
+    account = error.account
+    rest = max((phase.peak_bytes for phase in account.updates), default=0)
+    return max(rest, account.pass_standing_bytes) - less_bytes < error.total_bytes
+
+
 def _by_offload(
     error: InfeasibleTotalError,
     step: FakeStep,
@@ -156,7 +170,7 @@ def _by_offload(
     offload: Place,
     tried: Try,
 ) -> Iterator[Cure]:
-    if not offload and error.account.peak_phase.is_pass:
+    if not offload and _is_the_steps(error):
         yield Cure("offload=True", _needed(tried, step, asked, Offload()))
 
 
