@@ -17,6 +17,7 @@ from ckpt_pass.job.jobs import Job
 from ckpt_pass.job.totals import Cure, InfeasibleTotalError, JobAsked
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.devices import DEVICES
 from ckpt_pass.plans.budget import DEVICE_RESERVE
 from ckpt_pass.plans.step_plan import StepPlan
@@ -272,12 +273,18 @@ def _gradients_kept_in(dtype: torch.dtype, parameters: list[torch.Tensor]) -> It
 
 
 def _by_device(error: InfeasibleTotalError, asked: JobAsked) -> Iterator[Cure]:
-    """The smallest device of the table that has enough, where the job is planned on paper."""
-    if asked.device is None:
+    """All of the device on paper that it is planned for, or the smallest that has enough."""
+    own = asked.device
+    if own is None:
         return
-    found = sorted(DEVICES.values(), key=lambda device: device.memory_bytes)
-    for device in found:
-        room = int(device.memory_bytes * (1 - DEVICE_RESERVE))
-        if device.kind == asked.device.kind and room >= error.needed_bytes:
+    if _room_bytes(own) >= error.needed_bytes:
+        yield Cure(f"all that {own} has", error.needed_bytes, is_device=True)
+        return
+    for device in sorted(DEVICES.values(), key=_room_bytes):
+        if device.kind == own.kind and _room_bytes(device) >= error.needed_bytes:
             yield Cure(f"a {device}", error.needed_bytes, is_device=True)
             return
+
+
+def _room_bytes(device: Device) -> int:
+    return int(device.memory_bytes * (1 - DEVICE_RESERVE))

@@ -164,6 +164,14 @@ def test_a_larger_card_where_the_job_is_on_paper() -> None:
     )  # fmt: skip
 
 
+def test_all_of_the_card_where_the_total_is_a_part_of_it() -> None:
+    model = Blocks(depth=1)
+    optimizer = torch.optim.SGD(model.parameters())
+    error = told(model, X, 1000, optimizer=optimizer, device="l4")
+    assert [cure.words for cure in error.cures] == ["all that l4 (24 GB) has"]
+    assert ckpt_pass.plan(model, X, total="device", optimizer=optimizer, device="l4", mode="eager")
+
+
 def test_none_where_there_is_none() -> None:
     model = Blocks(depth=1)
     error = told(model, X, 1000, optimizer=torch.optim.SGD(model.parameters()))
