@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import ahead, autograd, optimizers
+from ckpt_pass._torch import ahead, autograd, optimizers, wrappers
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.graph.link import device_of
 from ckpt_pass.job.copies import Copier
@@ -174,7 +174,7 @@ class _Ledger:
         # Where gradients stand there later, nothing is higher in the first than in a later one.
         phases = [] if self._job.keeps_gradients else [JobPhase(FIRST_PASS, before, None)]
         gradients = self._make_gradients()
-        with optimizers.as_on_plain_tensors():
+        with optimizers.as_on_plain_tensors(), wrappers.shapes_of_the_whole_aside():
             phases += self._update(FIRST_UPDATE)
             later: list[JobPhase] = []
             for _ in range(1, _STEPS):

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from ckpt_pass._torch.wrappers import wraps
 from ckpt_pass.job.copies import Copier
 from ckpt_pass.job.counting import Around, kept_in
 from ckpt_pass.job.jobs import Job
@@ -222,6 +223,8 @@ def _by_dtype(
     """Gradients of half the size, where the optimizer's step takes them."""
     around = Around.of_step(step.model, step.args, step.kwargs, step.loss_fn)
     single = [p for p in around.trained if p.is_leaf and kept_in(p) is torch.float32]
+    if any(wraps([type(p)]) for p in single):
+        return  # what shards parameters casts their gradients itself
     if not single or not hasattr(torch.Tensor, "grad_dtype"):
         return
     if not _takes_gradients(asked.job, torch.bfloat16):
