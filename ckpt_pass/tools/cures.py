@@ -13,7 +13,7 @@ from torch import nn
 
 from ckpt_pass._torch.wrappers import wraps
 from ckpt_pass.job.copies import Copier
-from ckpt_pass.job.counting import Around, kept_in
+from ckpt_pass.job.counting import Around, OptimizerFailedError, kept_in
 from ckpt_pass.job.jobs import Job
 from ckpt_pass.job.totals import Cure, InfeasibleTotalError, JobAsked
 from ckpt_pass.offloading.options import Offload
@@ -83,7 +83,9 @@ def _by_optimizer(error: InfeasibleTotalError, step: FakeStep, asked: JobAsked) 
         ("foreach=False", {"fused": False, "foreach": False}),
     ):
         job = _with_options(asked.job, options)
-        if job is not None:
+        if job is None:
+            continue
+        with contextlib.suppress(OptimizerFailedError):  # kernels that do not take such tensors
             account = replace(asked, job=job).account(around)
             needed = account.with_step(least, error.account.outputs_bytes).peak_bytes
             yield Cure(f"the optimizer with {words}", needed)

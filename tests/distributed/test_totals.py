@@ -103,7 +103,7 @@ def test_the_job_of_a_rank_that_shards(two_ranks: None, name: str) -> None:
 
 
 def test_the_step_of_the_optimizer_on_what_a_rank_has(two_ranks: None) -> None:
-    model, x = sharded(made(12)), batch(0, rows=1)
+    model, x = sharded(made(9)), batch(0, rows=1)
     job = Job(torch.optim.AdamW(model.parameters(), foreach=True))
     account = planned(model, x, job).account
     assert "optimizer step" in account.peak_phase.name
