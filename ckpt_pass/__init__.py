@@ -117,6 +117,7 @@ from ckpt_pass.modules.training import accumulation_windows as accumulation_wind
 from ckpt_pass.tools.looking import explain as explain
 from ckpt_pass.tools.ahead import plan as plan
 from ckpt_pass.tools.looking import saved_activations as saved_activations
+from ckpt_pass.tools.diagnosing import doctor as doctor
 from ckpt_pass.tools.fitting import Fit as Fit
 from ckpt_pass.tools.fitting import fit as fit
 from ckpt_pass.tools.strategies import Strategy as Strategy
@@ -137,6 +138,7 @@ from ckpt_pass.measure.memory_profiler import MemoryRecord as MemoryRecord
 from ckpt_pass.measure.memory_profiler import Phase as Phase
 from ckpt_pass.measure.step import Measurement as Measurement
 from ckpt_pass.measure.step import measure_step as measure_step
+from ckpt_pass.report.diagnoses import Diagnosis as Diagnosis
 from ckpt_pass.report.page import write_report as write_report
 from ckpt_pass.report.strategy_plots import plot_layers as plot_layers
 from ckpt_pass.report.strategy_rows import StrategyRow as StrategyRow

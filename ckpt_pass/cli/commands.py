@@ -1,6 +1,7 @@
 """The command ``ckpt-pass``: it calls the library and prints, and decides nothing.
 
-Exit codes: 0; 1 for an error of this library; 2 for a wrong command line or factory.
+Exit codes: 0; 1 for an error of this library, or a plan's promise that does not hold; 2 for a wrong
+command line or factory; 3 where the job does not fit that ``doctor`` is asked about.
 """
 
 from __future__ import annotations
@@ -13,14 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckpt_pass.cli.compare import compare_command
+from ckpt_pass.cli.diagnosing import doctor_command
 from ckpt_pass.cli.factory import build
-from ckpt_pass.cli.job import accumulate_option, job_options, optimizer_option, total_option
+from ckpt_pass.cli.job import (
+    accumulate_option,
+    check_job,
+    job_options,
+    optimizer_option,
+    total_option,
+)
 from ckpt_pass.cli.parts import (
     console_for_tables,
+    device_option,
+    eager_option,
     errors_as_exit_codes,
+    file_option,
     inner_option,
-    offload_of,
+    mode_of,
     offload_option,
+    offload_to,
     progress_on_stderr,
     target_argument,
 )
@@ -28,7 +40,6 @@ from ckpt_pass.cli.tuning import tune_command
 from ckpt_pass.demo.model import ModelConfig
 from ckpt_pass.demo.training import DEFAULTS, DemoSettings, run_demo
 from ckpt_pass.drawing.memory import missing_extra
-from ckpt_pass.planner.devices import DEVICES
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, solver_names
 from ckpt_pass.plans.budget import BudgetLike, check_budget, parse_budget
 from ckpt_pass.plans.goal import COSTS
@@ -76,6 +87,7 @@ def make_app() -> typer.Typer:
     app.command("verify")(_verify_command())
     app.command("sweep")(_sweep_command())
     app.command("compare")(compare_command())
+    app.command("doctor")(doctor_command())
     app.command("fit")(_fit_command())
     app.command("tune")(tune_command())
     app.command("policies")(_policies)
@@ -134,17 +146,15 @@ def _explain_command() -> Callable[..., None]:
 def _plan_command() -> Callable[..., None]:
     import typer
 
-    png_option = typer.Option(None, help="Also draw memory over the step here.")
-    report_option = typer.Option(None, help="Also write a page for a browser here.")
+    png_option = file_option("Also draw memory over the step here.")
+    report_option = file_option("Also write a page for a browser here.")
     curve_option = typer.Option(
         0, min=0, help="Of that page: plans for so many further budgets, as the trade-off."
     )
     solver_option = typer.Option(DEFAULT_SOLVER, help=f"One of {', '.join(solver_names())}.")
     limit_option = typer.Option(None, "--time-limit", help="Seconds for the solver.")
     cost_option = typer.Option(COSTS[0], help=f"Kernel times: {' or '.join(COSTS)}.")
-    eager_option = typer.Option(False, "--eager", help="For a step without torch.compile.")
-    save_option = typer.Option(None, help="Write the plan here, as JSON.")
-    device_option = typer.Option(None, help=f"On paper: {', '.join(DEVICES)}.")
+    save_option = file_option("Write the plan here, as JSON.")
 
     def plan_(
         target: str = target_argument(),
@@ -159,9 +169,9 @@ def _plan_command() -> Callable[..., None]:
         solver: str = solver_option,
         time_limit: float | None = limit_option,
         cost: str = cost_option,
-        device: str | None = device_option,
+        device: str | None = device_option(),
         offload: str | None = offload_option(),
-        eager: bool = eager_option,
+        eager: bool = eager_option(),
         inner: str = inner_option(),
         save: Path | None = save_option,
     ) -> None:
@@ -173,6 +183,7 @@ def _plan_command() -> Callable[..., None]:
             raise typer.BadParameter("--curve is for the page of --report PATH; got no --report")
         with errors_as_exit_codes():
             amount = _checked(policy, budget)
+            check_job(total, optimizer, device)
             model, inputs = build(target)
             options: dict[str, Any] = {
                 "policy": policy,
@@ -180,8 +191,8 @@ def _plan_command() -> Callable[..., None]:
                 "time_limit_s": time_limit,
                 "cost": cost,
                 "device": device,
-                "offload": offload_of(offload),
-                "mode": "eager" if eager else "compiled",
+                "offload": offload_to(offload),
+                "mode": mode_of(eager),
                 "inner": inner,
             }
             job = job_options(model, total, optimizer, accumulate)
@@ -207,7 +218,6 @@ def _verify_command() -> Callable[..., None]:
     import typer
 
     plan_option = typer.Option(None, "--plan", help="A plan file, as Plan.save writes it.")
-    eager_option = typer.Option(False, "--eager", help="Without torch.compile.")
     rtol_option = typer.Option(0.0, min=0.0, help="How far gradients may be apart, relative.")
     atol_option = typer.Option(0.0, min=0.0, help="The same, absolute; inductor rounds elsewhere.")
 
@@ -220,7 +230,7 @@ def _verify_command() -> Callable[..., None]:
         optimizer: str | None = optimizer_option(),
         accumulate: int = accumulate_option(),
         offload: str | None = offload_option(),
-        eager: bool = eager_option,
+        eager: bool = eager_option(),
         inner: str = inner_option(),
         rtol: float = rtol_option,
         atol: float = atol_option,
@@ -231,6 +241,7 @@ def _verify_command() -> Callable[..., None]:
         """
         with errors_as_exit_codes():
             amount = _checked(policy, budget)
+            check_job(total, optimizer)
             made = None if plan_file is None else load_plan(plan_file)
             model, inputs = build(target)
             found = verify(
@@ -240,8 +251,8 @@ def _verify_command() -> Callable[..., None]:
                 policy=policy,
                 budget=amount,
                 **job_options(model, total, optimizer, accumulate),
-                offload=offload_of(offload),
-                mode="eager" if eager else "compiled",
+                offload=offload_to(offload),
+                mode=mode_of(eager),
                 inner=inner,
                 rtol=rtol,
                 atol=atol,
@@ -266,8 +277,8 @@ def _sweep_command() -> Callable[..., None]:
         help="Also torch's activation_memory_budget, and a checkpoint around every layer.",
     )
     rounds_option = typer.Option(ROUNDS, min=1, help="Timings of each point.")
-    png_option = typer.Option(None, help="Draw the curve here.")
-    json_option = typer.Option(None, "--json", help="Write the rows here.")
+    png_option = file_option("Draw the curve here.")
+    json_option = file_option("Write the rows here.", "--json")
 
     def sweep_(
         target: str = target_argument(),
@@ -335,6 +346,7 @@ def _fit_command() -> Callable[..., None]:
         """
         with errors_as_exit_codes():
             amount = _checked(policy, budget)
+            check_job(total, optimizer)
             model, inputs = build(target)
             job = job_options(model, total, optimizer, accumulate)
             typer.echo(fit(model, *inputs, budget=amount, **job, dim=dim, policy=policy))

@@ -12,8 +12,9 @@ from ckpt_pass.cli.factory import build
 from ckpt_pass.cli.parts import (
     console_for_tables,
     errors_as_exit_codes,
-    offload_of,
+    file_option,
     offload_option,
+    offload_to,
     progress_on_stderr,
     target_argument,
 )
@@ -42,8 +43,8 @@ def compare_command() -> Callable[..., None]:
     )
     rounds_option = typer.Option(ROUNDS, min=1, help="Timings of each strategy.")
     plots_option = typer.Option(None, "--plots", help="Folder for the pictures.")
-    html_option = typer.Option(None, "--html", help="Write one page with everything here.")
-    json_option = typer.Option(None, "--json", help="Write the rows here.")
+    html_option = file_option("Write one page with everything here.", "--html")
+    json_option = file_option("Write the rows here.", "--json")
 
     def compare(
         target: str = target_argument(),
@@ -64,7 +65,7 @@ def compare_command() -> Callable[..., None]:
                     *inputs,
                     strategies=chosen,
                     rounds=rounds,
-                    offload=offload_of(offload),
+                    offload=offload_to(offload),
                     progress=progress,
                 )
                 profiles: tuple[LayerProfile, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_pass._errors import CkptPassError
@@ -12,6 +13,7 @@ from ckpt_pass.cli.factory import FactoryError
 from ckpt_pass.demo.training import PLAIN_WIDTH
 from ckpt_pass.drawing.memory import missing_extra
 from ckpt_pass.offloading.options import TARGETS, Offload
+from ckpt_pass.planner.devices import DEVICES
 from ckpt_pass.tools.users_step import Progress
 
 if TYPE_CHECKING:
@@ -39,23 +41,56 @@ def target_argument() -> Any:
     )
 
 
-def offload_option(help_: str = "Values may move") -> Any:
-    """The option that lets values move."""
+def file_option(words: str, *names: str) -> Any:
+    """A file to write, in a folder that is there: said before anything is planned or run."""
     import typer
 
-    return typer.Option(None, "--offload", help=f"{help_}: {' or '.join(TARGETS)}.")
+    def checked(path: Path | None) -> Path | None:
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {str(path.parent)!r}")
+        if path is not None and path.is_dir():
+            raise typer.BadParameter(f"{str(path)!r} is a folder, expected a file to write")
+        return path
+
+    return typer.Option(None, *names, help=words, callback=checked)
+
+
+def offload_option(words: str = "Values may move") -> Any:
+    """``--offload``."""
+    import typer
+
+    return typer.Option(None, "--offload", help=f"{words}: {' or '.join(TARGETS)}.")
+
+
+def offload_to(where: str | None) -> Offload | None:
+    """What ``--offload`` means."""
+    return None if where is None else Offload(to=where)
+
+
+def eager_option() -> Any:
+    """``--eager``."""
+    import typer
+
+    return typer.Option(False, "--eager", help="For a step without torch.compile.")
+
+
+def mode_of(eager: bool) -> str:
+    """What ``--eager`` means."""
+    return "eager" if eager else "compiled"
 
 
 def inner_option(default: str = "aot_eager") -> Any:
-    """The option that names the compiler."""
+    """``--inner``."""
     import typer
 
-    return typer.Option(default, "--inner", help="What compiles it: aot_eager or inductor.")
+    return typer.Option(default, "--inner", help="What compiles a step: aot_eager or inductor.")
 
 
-def offload_of(target: str | None) -> Offload | None:
-    """What ``--offload`` asks for."""
-    return None if target is None else Offload(to=target)
+def device_option() -> Any:
+    """``--device``."""
+    import typer
+
+    return typer.Option(None, help=f"On paper: {', '.join(DEVICES)}.")
 
 
 @contextlib.contextmanager

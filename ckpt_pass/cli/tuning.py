@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_pass.cli.factory import build
-from ckpt_pass.cli.job import optimizer_option
+from ckpt_pass.cli.job import DEFAULT_OPTIMIZER, check_job, optimizer_option
 from ckpt_pass.cli.parts import (
     console_for_tables,
+    device_option,
     errors_as_exit_codes,
+    file_option,
     inner_option,
-    offload_of,
     offload_option,
+    offload_to,
     progress_on_stderr,
     target_argument,
 )
 from ckpt_pass.job.named import optimizer_named
-from ckpt_pass.planner.devices import DEVICES
 from ckpt_pass.plans.budget import parse_budget
 from ckpt_pass.report.tunings import Tuned, tuned_table
 from ckpt_pass.tools.ahead import MODES
@@ -45,13 +46,12 @@ def tune_command() -> Callable[..., None]:
     mode_option = typer.Option(
         None, "--mode", help=f"{' or '.join(MODES)}; may be given several times. [{MODES[0]}]"
     )
-    device_option = typer.Option(None, help=f"On paper: {', '.join(DEVICES)}.")
     dim_option = typer.Option(DIMENSIONS[0], help="The dimension that holds the samples.")
     measure_option = typer.Option(None, min=0, help="Candidates that are measured at the most.")
     rounds_option = typer.Option(ROUNDS, min=1, help="Timings of each that is measured.")
-    png_option = typer.Option(None, help="Draw the curve here.")
-    json_option = typer.Option(None, "--json", help="Write the rows here.")
-    save_option = typer.Option(None, help="Write the plan of the choice here, as JSON.")
+    png_option = file_option("Draw the curve here.")
+    json_option = file_option("Write the rows here.", "--json")
+    save_option = file_option("Write the plan of the choice here, as JSON.")
 
     def tune_(
         target: str = target_argument(),
@@ -62,7 +62,7 @@ def tune_command() -> Callable[..., None]:
         modes: list[str] | None = mode_option,
         inner: str = inner_option(),
         offload: str | None = offload_option(),
-        device: str | None = device_option,
+        device: str | None = device_option(),
         dim: str = dim_option,
         measure: int | None = measure_option,
         rounds: int = rounds_option,
@@ -75,6 +75,7 @@ def tune_command() -> Callable[..., None]:
         The factory's inputs are one batch of any size: their samples are repeated, or cut.
         """
         with errors_as_exit_codes():
+            check_job(total, optimizer, device)
             model, inputs = build(target)
             amount: Any = parse_budget(total)
             with progress_on_stderr() as progress:
@@ -82,12 +83,12 @@ def tune_command() -> Callable[..., None]:
                     model,
                     _batches_of(inputs, dim),
                     total=amount,
-                    optimizer=optimizer_named(optimizer or "AdamW", model),
+                    optimizer=optimizer_named(optimizer or DEFAULT_OPTIMIZER, model),
                     global_batch=global_batch,
                     microbatches=microbatches or None,
                     mode=modes or MODES[0],
                     inner=inner,
-                    offload=offload_of(offload),
+                    offload=offload_to(offload),
                     device=device,
                     measure=measure,
                     rounds=rounds,

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass.job.buckets import are_gradients, in_buckets, replicas_in
 
 
 class ReplicaError(CkptPassError):
@@ -30,7 +30,7 @@ def replicas_alone(model: nn.Module) -> Iterator[None]:
     Raises:
         ReplicaError: one casts parameters, or exchanges gradients after the backward.
     """
-    replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    replicas = replicas_in(model)
     for replica in replicas:
         _check(model, replica)
     handles = [handle for replica in replicas for handle in _buckets(replica)]
@@ -72,13 +72,11 @@ def _alone(replica: Any) -> Callable[..., Any]:
 
 def _buckets(replica: Any) -> Iterator[Any]:
     """Copy each gradient to its bucket as it comes, where gradients are views of buckets."""
-    if not replica.gradient_as_bucket_view or not replica.require_backward_grad_sync:
+    if not are_gradients(replica):
         return
-    ignored = replica.parameters_to_ignore
-    for name, parameter in replica.module.named_parameters():
-        if parameter.requires_grad and name not in ignored:
-            bucket = torch.empty_like(parameter, requires_grad=False)
-            yield parameter.register_post_accumulate_grad_hook(_to_bucket(bucket))
+    for parameter in in_buckets(replica):
+        bucket = torch.empty_like(parameter, requires_grad=False)
+        yield parameter.register_post_accumulate_grad_hook(_to_bucket(bucket))
 
 
 def _to_bucket(bucket: torch.Tensor) -> Callable[[torch.Tensor], None]:

@@ -203,13 +203,28 @@ def untraceable(model: nn.Module, error: BaseException) -> NotTraceableError:
     frame = _user_frame(error)
     place = f" at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" if frame else ""
     cause = getattr(error, "inner_exception", error)  # what dynamo wraps
-    words = str(cause).strip().splitlines()
     return NotTraceableError(
         f"{type(model).__name__} cannot be traced{place} ({type(cause).__name__}: "
-        f"{words[0] if words else 'no message'}). Expected {_expected_of(cause)}"
+        f"{_told_by(cause)}). Expected {_expected_of(cause)}"
     )
 
 
+def _told_by(cause: BaseException) -> str:
+    """What an error says in one line: dynamo's first one is a heading."""
+    lines = [line.strip() for line in str(cause).strip().splitlines()]
+    explained = (line.removeprefix(_EXPLAINED) for line in lines if line.startswith(_EXPLAINED))
+    return next(explained, lines[0] if lines else "no message")
+
+
+#: How dynamo begins the line that says what happened.
+_EXPLAINED = "Explanation: "
+_LOOKS = (
+    "a model whose Python does not look at tensor values; keep .item(), data-dependent shapes "
+    "and calls into other libraries out of the traced step, or wrap them in a custom op."
+)
+_RUNS = (
+    f"a step that runs by itself with these arguments: try model(*args) first. If it does, {_LOOKS}"
+)
 #: What the error of a trace says, and what would be right.
 _BY_WORDS = {
     "saved tensor hooks": "no transform of torch.func (grad, vjp, hessian) in the forward of a "
@@ -221,21 +236,28 @@ _BY_WORDS = {
     "module that it was made of. Regions by hand and placements take it as it is.",
     "double backward": "no gradient of a gradient through compiled code, which torch.compile does "
     "not make: plan the step as it runs without it (mode='eager').",
+    "failed to run FX node": _RUNS,
 }
 #: Errors of a program, not of a trace.
-_OF_PROGRAMS = (AttributeError, KeyError, IndexError, NameError, AssertionError, ArithmeticError)
+_OF_PROGRAMS = (
+    AttributeError,
+    KeyError,
+    IndexError,
+    NameError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    ArithmeticError,
+)
 
 
 def _expected_of(cause: BaseException) -> str:
     for words, expected in _BY_WORDS.items():
         if words in str(cause):
             return expected
-    looks = (
-        "a model whose Python does not look at tensor values; keep .item(), data-dependent shapes "
-        "and calls into other libraries out of the traced step, or wrap them in a custom op."
-    )
-    runs = "a step that runs by itself with these arguments: try model(*args) first. If it does, "
-    return f"{runs}{looks}" if isinstance(cause, _OF_PROGRAMS) else looks
+    # Torch's classes of errors are made of RuntimeError: of itself it is an op's, on wrong shapes.
+    is_programs = isinstance(cause, _OF_PROGRAMS) or type(cause) is RuntimeError
+    return _RUNS if is_programs else _LOOKS
 
 
 def _user_frame(error: BaseException) -> traceback.FrameSummary | None:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import ahead, autograd, optimizers
+from ckpt_pass._torch import ahead, autograd, optimizers, wrappers
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.graph.link import device_of
+from ckpt_pass.job.buckets import buckets_of
 from ckpt_pass.job.copies import Copier
 from ckpt_pass.job.follower import Follower
 from ckpt_pass.job.gradients import without_gradient
@@ -56,12 +57,15 @@ class Around:
         buffers: other tensors that they hold.
         inputs: those of one batch.
         trained: those of the parameters that get gradients.
+        buckets: parameters whose gradients have a place that is there before the first step, and
+            whether they lie in it (:mod:`ckpt_pass.job.buckets`).
     """
 
     parameters: tuple[torch.Tensor, ...]
     buffers: tuple[torch.Tensor, ...]
     inputs: tuple[torch.Tensor, ...]
     trained: tuple[torch.Tensor, ...]
+    buckets: tuple[tuple[torch.Tensor, bool], ...] = ()
 
     @classmethod
     def of_step(
@@ -82,7 +86,7 @@ class Around:
         buffers = tuple(t for t in held if not isinstance(t, nn.Parameter))
         unused = without_gradient(model, args, kwargs, loss_fn)
         trained = tuple(t for t in parameters if t.requires_grad and id(t) not in unused)
-        return cls(parameters, buffers, tuple(given.values()), trained)
+        return cls(parameters, buffers, tuple(given.values()), trained, buckets_of(model))
 
     @classmethod
     def of_graph(cls, inputs: Iterable[Any], job: Job) -> Around:
@@ -156,6 +160,11 @@ class _Ledger:
         self._scaler = self._copy(job.scaler)
         pairs = zip(around.trained, self._around.trained, strict=True)
         self._trained = {own: kept_in(p) for p, own in pairs if own.is_leaf}
+        self._buckets = {
+            self._copy(p): torch.empty_like(self._copy(p), requires_grad=False)
+            for p, _ in around.buckets
+        }
+        self._in_buckets = {self._copy(p) for p, holds_gradient in around.buckets if holds_gradient}
 
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         is_number = tensor.numel() <= 1 and tensor.device.type == "cpu"
@@ -169,12 +178,13 @@ class _Ledger:
     def account(self) -> Account:
         follower, around = self._follower, self._around
         held = [follower.hold(part) for part in _parts(around)]
+        beside, places = self._hold_buckets()
         now = follower.hold(_tensors_in(self._optimizers))
         before = follower.live_bytes
         # Where gradients stand there later, nothing is higher in the first than in a later one.
         phases = [] if self._job.keeps_gradients else [JobPhase(FIRST_PASS, before, None)]
         gradients = self._make_gradients()
-        with optimizers.as_on_plain_tensors():
+        with optimizers.as_on_plain_tensors(), wrappers.shapes_of_the_whole_aside():
             phases += self._update(FIRST_UPDATE)
             later: list[JobPhase] = []
             for _ in range(1, _STEPS):
@@ -191,14 +201,20 @@ class _Ledger:
             device=str(self._device),
             job=str(self._job),
             parameters_bytes=parameters,
-            buffers_bytes=buffers,
+            buffers_bytes=buffers + beside,
             inputs_bytes=inputs,
-            gradients_bytes=gradients,
+            gradients_bytes=gradients + places,
             states_bytes=states,
             states_now_bytes=now,
             outputs_bytes=0,
             phases=tuple(_without_repeats([*phases, *later])),
         )
+
+    def _hold_buckets(self) -> tuple[int, int]:
+        """Bytes of buckets beside the gradients, and of those that the gradients lie in."""
+        lie = [bucket for p, bucket in self._buckets.items() if p in self._in_buckets]
+        own = self._follower.hold(lie)
+        return self._follower.hold(self._buckets.values()), own
 
     def _make_gradients(self) -> int:
         missing = [parameter for parameter in self._trained if parameter.grad is None]
@@ -206,8 +222,13 @@ class _Ledger:
             dtype = self._trained[parameter]
             if dtype is not parameter.dtype:
                 parameter.grad_dtype = dtype
-            parameter.grad = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            parameter.grad = self._place_of(parameter, dtype)
         return self._follower.hold(p.grad for p in missing if p.grad is not None)
+
+    def _place_of(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if parameter in self._in_buckets:
+            return self._buckets[parameter]
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
 
     def _drop_gradients(self, to_none: bool = False) -> None:
         if self._job.set_to_none or to_none:

@@ -155,7 +155,9 @@ def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     names, _ = tensor.__tensor_flatten__()
     for name in names:
-        yield from _plain_parts(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, torch.Tensor):  # what is sharded also names its mesh
+            yield from _plain_parts(part)
 
 
 def _made_up(dtype: torch.dtype) -> float | int | bool:

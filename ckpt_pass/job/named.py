@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ckpt_pass._errors import CkptPassError, nearest
+from ckpt_pass.graph.capture import no_gradient
 
 _CALL = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*")
 
@@ -36,25 +38,45 @@ def optimizer_named(text: str, model: nn.Module) -> torch.optim.Optimizer:
 
     Raises:
         UnknownOptimizerError: there is no such class, or it does not take the options.
+        NothingToDifferentiateError: no parameter requires a gradient.
+    """
+    cls, options = optimizer_class(text)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise no_gradient(model)
+    try:
+        return cls(trained, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _not_taken(cls, text, error) from error
+
+
+def optimizer_class(text: str) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+    """The class that a text means, and its options.
+
+    Raises:
+        UnknownOptimizerError: there is no such class, or the options are no literals.
     """
     match = _CALL.fullmatch(text)
     known = {name.lower(): name for name in optimizer_names()}
     name = known.get(match[1].lower()) if match is not None else None
     if match is None or name is None:
+        near = nearest(match[1] if match else text, known.values())
         raise UnknownOptimizerError(
-            f"Got optimizer {text!r}.{nearest(text, known.values())} Expected one of "
+            f"Got optimizer {text!r}.{near} Expected one of "
             f"{', '.join(known.values())}, with options if any: 'SGD(momentum=0.9)'."
         )
+    cls = getattr(torch.optim, name)
     try:
-        found: torch.optim.Optimizer = getattr(torch.optim, name)(
-            [p for p in model.parameters() if p.requires_grad], **_options(match[2] or "")
-        )
-    except (TypeError, ValueError, SyntaxError, RuntimeError) as error:
-        raise UnknownOptimizerError(
-            f"{name} does not take the options in {text!r}: {error}. Expected such as "
-            "'SGD(momentum=0.9)' or 'AdamW(foreach=True)'."
-        ) from error
-    return found
+        return cls, _options(match[2] or "")
+    except (ValueError, SyntaxError) as error:
+        raise _not_taken(cls, text, error) from error
+
+
+def _not_taken(cls: Any, text: str, error: Exception) -> UnknownOptimizerError:
+    return UnknownOptimizerError(
+        f"{cls.__name__} does not take the options in {text!r}: {error}. Expected such as "
+        "'SGD(momentum=0.9)' or 'AdamW(foreach=True)'."
+    )
 
 
 def _options(text: str) -> dict[str, Any]:

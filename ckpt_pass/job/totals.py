@@ -43,6 +43,10 @@ class Cure:
     needed_bytes: int
     is_device: bool = False
 
+    def is_enough(self, total_bytes: int) -> bool:
+        """Whether the job fits then."""
+        return self.is_device or self.needed_bytes <= total_bytes
+
     def __str__(self) -> str:
         return f"{self.words} (needs {format_bytes(self.needed_bytes)})"
 
@@ -55,13 +59,15 @@ class InfeasibleTotalError(CkptPassError):
         total_bytes: what was asked for.
         needed_bytes: the least total that would do; planning with that number works.
         cures: what else would make it fit, each computed; where ``plan`` raises it.
+        short: what was tried likewise, and is not enough.
     """
 
-    def __init__(self, account: Account, total_bytes: int, cures: tuple[Cure, ...] = ()) -> None:
+    def __init__(self, account: Account, total_bytes: int, tried: tuple[Cure, ...] = ()) -> None:
         self.account = account
         self.total_bytes = total_bytes
         self.needed_bytes = account.peak_bytes
-        self.cures = cures
+        self.cures = tuple(cure for cure in tried if cure.is_enough(total_bytes))
+        self.short = tuple(cure for cure in tried if not cure.is_enough(total_bytes))
         missing = self.needed_bytes - total_bytes
         where = account.peak_phase
         rows = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in account.rows())
@@ -70,18 +76,22 @@ class InfeasibleTotalError(CkptPassError):
             f"needs {self.needed_bytes:,} at least, {missing:,} ({format_bytes(missing)}) are "
             f"missing. The peak is in the {where.name}, which adds "
             f"{format_bytes(where.above_bytes or 0)} to the {format_bytes(where.standing_bytes)} "
-            f"that stand there ({rows}). " + _as_words(cures)
+            f"that stand there ({rows}). " + _as_words(self.cures, self.short)
         )
 
-    def with_cures(self, cures: tuple[Cure, ...]) -> InfeasibleTotalError:
-        """The same, with what else would make it fit."""
-        return InfeasibleTotalError(self.account, self.total_bytes, cures)
+    def with_tried(self, tried: tuple[Cure, ...]) -> InfeasibleTotalError:
+        """The same, with changes that may make it fit."""
+        return InfeasibleTotalError(self.account, self.total_bytes, tried)
 
 
-def _as_words(cures: tuple[Cure, ...]) -> str:
-    if not cures:
-        return "Give a larger total, smaller inputs, or an optimizer with less state."
-    return "What would make it fit: " + "; ".join(map(str, cures)) + "."
+def _as_words(cures: tuple[Cure, ...], short: tuple[Cure, ...]) -> str:
+    if cures:
+        return "What would make it fit: " + "; ".join(map(str, cures)) + "."
+    words = "Give a larger total, smaller inputs, or an optimizer with less state."
+    if not short:
+        return words
+    nearest = min(short, key=lambda cure: cure.needed_bytes)
+    return f"Nothing that was tried is enough alone: {nearest} comes nearest. {words}"
 
 
 class _Planned(Protocol):

@@ -108,15 +108,20 @@ def _others(curve: Iterable[Planned]) -> Iterator[list[Any]]:
 def _planned(family: str, plan: Planned, flops: bool) -> list[Any]:
     budget = plan.budget_bytes
     words = plan.policy if budget is None else f"budget {format_bytes(budget)}"
-    return _point(family, words, plan.peak_bytes, _share(plan, flops))
+    return _point(family, words, plan.peak_bytes, recompute_share(plan, flops))
 
 
 def _point(family: str, setting: str, peak_bytes: int, share: float) -> list[Any]:
     return [family, setting, peak_bytes, round(share, 6)]
 
 
-def _share(plan: Planned, flops: bool) -> float:
-    """What is recomputed (and waited for), of the step; of several graphs together."""
+def recompute_share(plan: Planned, flops: bool = False) -> float:
+    """What is recomputed, by what the step itself is; of several graphs together.
+
+    Args:
+        plan: of a step.
+        flops: whether flops count; else modelled seconds, with waiting for copies.
+    """
     parts: Sequence[Any] = getattr(plan, "parts", (plan,))
     found: list[Predicted] = [part.predicted for part in parts]
     if flops:

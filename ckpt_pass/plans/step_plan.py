@@ -177,9 +177,6 @@ class StepPlan(PlanFile):
         if len(self.parts) > _GRAPHS:
             yield f"             and {len(self.parts) - _GRAPHS} more"
         yield from (f"WARNING      {words}" for words in self.warnings)
-        if self.account is not None:
-            yield ""
-            yield from self.account.lines()
 
     def report(self, path: str | Path, curve: CurveLike | None = None) -> Path:
         """Write a page that opens in a browser, as :meth:`ckpt_pass.Plan.report` does.
@@ -207,7 +204,8 @@ class StepPlan(PlanFile):
         return "\n\n".join([self.summary(), *(part.listing() for part in self.parts)])
 
     def __str__(self) -> str:
-        return self.summary()
+        account = () if self.account is None else (str(self.account),)
+        return "\n\n".join([self.summary(), *account])
 
 
 def load_plan(path: str | Path) -> Plan | StepPlan:

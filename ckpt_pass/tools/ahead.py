@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ckpt_pass._errors import CkptPassError, nearest
+from ckpt_pass._torch.autograd import is_distributed
 from ckpt_pass.compile.backend import INNER, as_patterns
 from ckpt_pass.compile.engine import Partitioner, decide, policy_for
 from ckpt_pass.compile.record import record_plan
@@ -20,6 +21,7 @@ from ckpt_pass.eager.planning import plan_eager
 from ckpt_pass.graph.capture import Look, SeveralGraphsError, capture
 from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.graph.joint import JointGraph
+from ckpt_pass.job.buckets import replicas_in
 from ckpt_pass.job.counting import Around
 from ckpt_pass.job.jobs import JobLike
 from ckpt_pass.job.totals import InfeasibleTotalError, JobAsked, TotalLike, asked_job
@@ -47,7 +49,7 @@ from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.steps.planning import plan_graphs
 from ckpt_pass.steps.running import FakeStep
 from ckpt_pass.tools.arguments import options_of, step_arguments
-from ckpt_pass.tools.cures import cures_of
+from ckpt_pass.tools.cures import changes_of
 
 MODES = ("compiled", "eager")
 
@@ -132,7 +134,8 @@ def plan(
         for each of them, and the peak of the whole step.
 
     Raises:
-        PlanModeError: an unknown mode, or arguments that it does not take.
+        PlanModeError: an unknown mode, or arguments that it does not take; an optimizer for a
+            compiled plan of a model that is wrapped for many ranks.
         NotAModuleError, StepArgumentError: there is no model, or its forward does not take these
             arguments.
         SeveralGraphsError: dynamo cuts the step, and ``dynamic`` or ``inner="inductor"`` is set.
@@ -169,6 +172,7 @@ def plan(
     if asked is None:
         return _planned(step, wanted)
     check_open_sizes(dynamic)
+    check_ranks(model, mode)
 
     def tried(one: FakeStep, job: JobAsked, place: OffloadLike | bool | None) -> Plan | StepPlan:
         how = replace(wanted, offload=as_offload(place))
@@ -184,7 +188,7 @@ def plan(
     try:
         return tried(step, asked, offload)
     except InfeasibleTotalError as error:
-        raise error.with_cures(cures_of(error, step, asked, offload, tried)) from None
+        raise error.with_tried(changes_of(error, step, asked, offload, tried)) from None
 
 
 def _planned(step: FakeStep, wanted: _Wanted) -> Plan | StepPlan:
@@ -206,6 +210,25 @@ def check_open_sizes(dynamic: bool) -> None:
         raise PlanModeError(
             "Got dynamic=True together with an optimizer, expected sizes that are known: an "
             "account is in bytes. Leave dynamic out, or give budget= without an optimizer."
+        )
+
+
+def check_ranks(model: nn.Module, mode: str) -> None:
+    """Refuse a compiled plan of a model that is trained on many ranks, beside an account.
+
+    Raises:
+        PlanModeError: the model shards its parameters or exchanges its gradients, and the plan is
+            none for eager.
+    """
+    if mode == "eager":
+        return
+    sharded = next((n for n, p in model.named_parameters() if is_distributed(p)), None)
+    what = "exchanges its gradients" if replicas_in(model) else f"shards {sharded}"
+    if sharded is not None or replicas_in(model):
+        raise PlanModeError(
+            f"Got mode={mode!r} with an optimizer for a {type(model).__name__}, which {what}: "
+            "what ranks gather and exchange is in no compiled plan. Expected mode='eager', or a "
+            "model that is not wrapped."
         )
 
 

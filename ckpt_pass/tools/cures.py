@@ -11,12 +11,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from ckpt_pass._torch.wrappers import wraps
 from ckpt_pass.job.copies import Copier
-from ckpt_pass.job.counting import Around, kept_in
+from ckpt_pass.job.counting import Around, OptimizerFailedError, kept_in
 from ckpt_pass.job.jobs import Job
 from ckpt_pass.job.totals import Cure, InfeasibleTotalError, JobAsked
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.devices import DEVICES
 from ckpt_pass.plans.budget import DEVICE_RESERVE
 from ckpt_pass.plans.step_plan import StepPlan
@@ -35,14 +37,16 @@ Place: TypeAlias = "OffloadLike | bool | None"
 Try: TypeAlias = Callable[[FakeStep, JobAsked, Place], Plan | StepPlan]
 
 
-def cures_of(
+def changes_of(
     error: InfeasibleTotalError,
     step: FakeStep,
     asked: JobAsked,
     offload: Place,
     tried: Try,
 ) -> tuple[Cure, ...]:
-    """Changes that make a job fit its total: three at most, those that change least first.
+    """Changes that may make a job fit its total, each computed: those that change least first.
+
+    Others are looked for until three of them are enough.
 
     Args:
         error: tells by how much it does not.
@@ -50,6 +54,7 @@ def cures_of(
         tried: plans it.
     """
     found: list[Cure] = []
+    enough = 0
     ways = (
         _by_optimizer(error, step, asked),
         _by_gradients(step, asked, offload, tried),
@@ -60,9 +65,9 @@ def cures_of(
         _by_device(error, asked),
     )
     for cure in (cure for way in ways for cure in way):
-        if cure.needed_bytes <= error.total_bytes or cure.is_device:
-            found.append(cure)
-        if len(found) == MOST:
+        found.append(cure)
+        enough += cure.is_enough(error.total_bytes)
+        if enough == MOST:
             break
     return tuple(found)
 
@@ -78,7 +83,9 @@ def _by_optimizer(error: InfeasibleTotalError, step: FakeStep, asked: JobAsked) 
         ("foreach=False", {"fused": False, "foreach": False}),
     ):
         job = _with_options(asked.job, options)
-        if job is not None:
+        if job is None:
+            continue
+        with contextlib.suppress(OptimizerFailedError):  # kernels that do not take such tensors
             account = replace(asked, job=job).account(around)
             needed = account.with_step(least, error.account.outputs_bytes).peak_bytes
             yield Cure(f"the optimizer with {words}", needed)
@@ -132,9 +139,8 @@ def _by_batch(
         axis = Axis.of(given, "batch")
     except UnknownDimensionError:
         return
-    rest = max((phase.peak_bytes for phase in error.account.updates), default=0)
-    if rest > error.total_bytes:
-        return  # the optimizer's step alone does not fit
+    if not _is_the_steps(error, error.account.inputs_bytes):
+        return
     size, count = axis.size, asked.job.accumulate
     for _ in range(_HALVINGS):
         if size % 2:
@@ -149,6 +155,18 @@ def _by_batch(
             return
 
 
+def _is_the_steps(error: InfeasibleTotalError, less_bytes: int = 0) -> bool:
+    """Whether all would fit but for what forward and backward allocate.
+
+    Args:
+        error: tells by how much it does not.
+        less_bytes: of what stands there now, how much may go.
+    """
+    account = error.account
+    rest = max((phase.peak_bytes for phase in account.updates), default=0)
+    return max(rest, account.pass_standing_bytes) - less_bytes < error.total_bytes
+
+
 def _by_offload(
     error: InfeasibleTotalError,
     step: FakeStep,
@@ -156,7 +174,7 @@ def _by_offload(
     offload: Place,
     tried: Try,
 ) -> Iterator[Cure]:
-    if not offload and error.account.peak_phase.is_pass:
+    if not offload and _is_the_steps(error):
         yield Cure("offload=True", _needed(tried, step, asked, Offload()))
 
 
@@ -207,6 +225,8 @@ def _by_dtype(
     """Gradients of half the size, where the optimizer's step takes them."""
     around = Around.of_step(step.model, step.args, step.kwargs, step.loss_fn)
     single = [p for p in around.trained if p.is_leaf and kept_in(p) is torch.float32]
+    if any(wraps([type(p)]) for p in single):
+        return  # what shards parameters casts their gradients itself
     if not single or not hasattr(torch.Tensor, "grad_dtype"):
         return
     if not _takes_gradients(asked.job, torch.bfloat16):
@@ -258,12 +278,18 @@ def _gradients_kept_in(dtype: torch.dtype, parameters: list[torch.Tensor]) -> It
 
 
 def _by_device(error: InfeasibleTotalError, asked: JobAsked) -> Iterator[Cure]:
-    """The smallest device of the table that has enough, where the job is planned on paper."""
-    if asked.device is None:
+    """All of the device on paper that it is planned for, or the smallest that has enough."""
+    own = asked.device
+    if own is None:
         return
-    found = sorted(DEVICES.values(), key=lambda device: device.memory_bytes)
-    for device in found:
-        room = int(device.memory_bytes * (1 - DEVICE_RESERVE))
-        if device.kind == asked.device.kind and room >= error.needed_bytes:
+    if _room_bytes(own) >= error.needed_bytes:
+        yield Cure(f"all that {own} has", error.needed_bytes, is_device=True)
+        return
+    for device in sorted(DEVICES.values(), key=_room_bytes):
+        if device.kind == own.kind and _room_bytes(device) >= error.needed_bytes:
             yield Cure(f"a {device}", error.needed_bytes, is_device=True)
             return
+
+
+def _room_bytes(device: Device) -> int:
+    return int(device.memory_bytes * (1 - DEVICE_RESERVE))

@@ -25,7 +25,7 @@ from ckpt_pass.plans.value import Plan
 from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.policy.sites import Bytes
-from ckpt_pass.tools.ahead import plan_one
+from ckpt_pass.tools.ahead import check_ranks, plan_one
 from ckpt_pass.tools.arguments import step_arguments
 from ckpt_pass.tools.axis import Axis, DimLike, UnknownDimensionError
 
@@ -116,6 +116,8 @@ def fit(
     asked = asked_job(total, optimizer, budget)
     of_total = asked is not None and asked.total is not None
     inputs = step_arguments(model, fit, args, kwargs, named)
+    if asked is not None:
+        check_ranks(model, "compiled")
     given: dict[int | str, Any] = {**dict(enumerate(args))}
     given.update(inputs)
     axis = Axis.of(given, dim)

@@ -17,7 +17,7 @@ from ckpt_pass.planner.devices import DeviceLike
 from ckpt_pass.plans.goal import as_offload, cost_on
 from ckpt_pass.report.tunings import Tuned
 from ckpt_pass.state.given import check_module
-from ckpt_pass.tools.ahead import MODES, PlanModeError
+from ckpt_pass.tools.ahead import MODES, PlanModeError, check_ranks
 from ckpt_pass.tools.candidates import (
     Batches,
     MakeBatch,
@@ -97,6 +97,8 @@ def tune(
     _check_counts(measure, rounds)
     batches = Batches(model, make_batch, tune)
     ways = _ways(mode, inner)
+    for way in ways:
+        check_ranks(model, way.mode)
     paper = cost_on("roofline", device)
     check_total(total)
     asked = asked_job(total, optimizer, None, paper if isinstance(paper, Device) else None)

@@ -36,6 +36,7 @@ from tests.distributed.ranks import (
     tracked_bytes,
     trained,
 )
+from tests.job.jobs import train
 
 pytestmark = pytest.mark.distributed
 BUDGETS = (0.95, 0.7)
@@ -293,6 +294,34 @@ def stage(rank: int, kind: Any, budget: float) -> dict[str, Any]:
     }
 
 
+def whole_job(rank: int) -> dict[str, Any]:
+    """Three steps of a job on what a rank has, within a total."""
+    model, inputs = made(), batch(rank)
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+    def job() -> ckpt_pass.Job:
+        return ckpt_pass.Job(torch.optim.AdamW(model.parameters()), clip_norm=1.0)
+
+    plain = ckpt_pass.plan(model, inputs, total="1MB", optimizer=job(), mode="eager")
+    assert plain.account is not None
+    total = plain.account.peak_bytes - plain.peak_bytes // 10
+    plan = ckpt_pass.plan(model, inputs, total=total, optimizer=job(), mode="eager")
+    assert isinstance(plan, ckpt_pass.Plan) and plan.account is not None
+    plan.apply(model)
+    before = plan.account.before_bytes
+    measured = peaks(
+        model, lambda: train(lambda: model(inputs), model, job()), plan.account.peak_bytes - before
+    )
+    return {
+        "predicted": plan.account.peak_bytes,
+        "measured": before + measured,
+        "budget": total,
+        "regions": len(plan.regions),
+    }
+
+
 # --- tests ----------------------------------------------------------------------------------
 
 TRAINED = (
@@ -313,6 +342,7 @@ OTHERS = (
     too_late,
     with_other_collectives,
     random_pairs,
+    whole_job,
 )
 
 
@@ -344,6 +374,13 @@ def check(ranks: list[list[dict[str, Any]]]) -> None:
             assert one["predicted"] <= one["budget"], one
             # What stages hand to each other is counted whether it is on its way or not.
             assert 0.97 <= one["measured"] / one["predicted"] <= 1.01, one
+
+
+def test_the_whole_job_of_a_rank(found: dict[str, list[Any]]) -> None:
+    """Its account is met where ranks really exchange."""
+    for one in found["whole_job"]:
+        assert one["regions"] and one["predicted"] <= one["budget"], one
+        assert 0.99 <= one["measured"] / one["predicted"] <= 1.01, one
 
 
 def test_a_plan_leaves_fsdp_as_it_was(found: dict[str, list[Any]]) -> None:

@@ -32,9 +32,16 @@ class Wrong(Twice):
         return self.fc(x).missing
 
 
+class Shapes(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.reshape(3, 4)).sum()
+
+
 @pytest.mark.parametrize(
     ("build", "mode", "words"),
     [
+        (Shapes, "compiled", r"is invalid for input of size 8.*try model\(\*args\) first"),
+        (Shapes, "eager", r"is invalid for input of size 8.*try model\(\*args\) first"),
         (Twice, "compiled", "mode='eager'"),
         (Transform, "eager", "without mode='eager'"),
         (Wrong, "eager", r"try model\(\*args\) first"),

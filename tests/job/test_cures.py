@@ -66,6 +66,23 @@ def test_other_kernels_of_the_same_optimizer(options: dict[str, bool]) -> None:
     assert foreach.defaults["foreach"] and foreach.param_groups[0]["foreach"]  # as it was
 
 
+class Picky(torch.optim.AdamW):
+    """Its fused kernels do not take these tensors."""
+
+    def step(self, closure: Any = None) -> Any:
+        """AdamW's, if it is not fused."""
+        if self.param_groups[0]["fused"]:
+            raise RuntimeError("no such kernel")
+        return super().step(closure)
+
+
+def test_kernels_that_do_not_take_the_tensors_are_no_cure() -> None:
+    model, x = Wide(), torch.randn(2, 128)
+    optimizer = Picky(model.parameters(), foreach=True)
+    error = told(model, x, least(model, x, optimizer=optimizer) - 1000, optimizer=optimizer)
+    assert named(error, "foreach=False") == error.cures[0]
+
+
 @pytest.mark.slow
 def test_gradients_that_are_let_go_of() -> None:
     model = Blocks()
@@ -162,6 +179,14 @@ def test_a_larger_card_where_the_job_is_on_paper() -> None:
         model, x, cure, 24 * 10**9, optimizer=torch.optim.AdamW(model.parameters(), fused=True),
         device="l4", loss_fn=torch.sum,
     )  # fmt: skip
+
+
+def test_all_of_the_card_where_the_total_is_a_part_of_it() -> None:
+    model = Blocks(depth=1)
+    optimizer = torch.optim.SGD(model.parameters())
+    error = told(model, X, 1000, optimizer=optimizer, device="l4")
+    assert [cure.words for cure in error.cures] == ["all that l4 (24 GB) has"]
+    assert ckpt_pass.plan(model, X, total="device", optimizer=optimizer, device="l4", mode="eager")
 
 
 def test_none_where_there_is_none() -> None:
