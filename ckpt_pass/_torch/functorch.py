@@ -312,6 +312,18 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def open_sizes(sizes: Sequence[torch.SymInt]) -> Iterator[Any]:
+    """What knows some symbolic sizes, for a fake tensor mode; ``None`` where there is none.
+
+    What is asked of the sizes inside is answered as they were traced, and is no condition of what
+    was compiled.
+    """
+    known = next((size.node.shape_env for size in sizes), None)
+    with known.suppress_guards() if known is not None else contextlib.nullcontext():
+        yield known
+
+
 def storages_of(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, ...]:
     """The memory behind a tensor: of a sparse one that of its indices and values.
 

@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import functorch
 from ckpt_pass._torch.generated import GeneratedHalf
-from ckpt_pass.graph.calls import fake_like
+from ckpt_pass.graph.calls import fake_like, open_like
 from ckpt_pass.graph.held import HeldBytes, device_type_of
 from ckpt_pass.graph.kernel_run import FAILURES
 from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.policy.sites import Bytes
 
 
 class DryRunError(CkptPassError):
@@ -56,37 +57,71 @@ def step_peak(halves: Sequence[GeneratedHalf]) -> StepPeak:
     Raises:
         DryRunError: the code needs data to be run.
     """
-    forward = next((half for half in halves if not half.is_backward), None)
-    backward = next((half for half in halves if half.is_backward), None)
     with functorch.real_tensors():
         step = _Step(halves)
-        returned = step.run(forward, step.inputs_of(forward)) if forward is not None else []
-        if backward is not None:
-            step.backward(backward, forward, returned)
+        step.through()
         return step.memory.peak()
 
 
-class _Step:
-    """A step that is run dry."""
+def open_lifetimes(halves: Sequence[GeneratedHalf]) -> tuple[tuple[int, int, Bytes], ...]:
+    """When each storage of a step is made and gone, and its bytes at every size.
 
-    def __init__(self, halves: Sequence[GeneratedHalf]) -> None:
-        self.fake = functorch.FakeTensorMode(allow_non_fake_inputs=True)
+    Raises:
+        DryRunError: the code needs data to be run.
+    """
+    with functorch.real_tensors(), functorch.open_sizes(_symbolic(halves)) as sizes:
+        step = _Step(halves, sizes)
+        step.through()
+        return step.memory.held.open_lifetimes()
+
+
+def _symbolic(halves: Sequence[GeneratedHalf]) -> list[torch.SymInt]:
+    """The sizes of a step that were left open."""
+    given = [value for half in halves for value in half.inputs]
+    sizes = [size for value in given if isinstance(value, Tensor) for size in value.shape]
+    return [value for value in (*given, *sizes) if isinstance(value, torch.SymInt)]
+
+
+class _Step:
+    """A step that is run dry.
+
+    Args:
+        halves: what inductor generated.
+        sizes: of symbols that stay open; those that were traced stand for them if it is ``None``.
+    """
+
+    def __init__(self, halves: Sequence[GeneratedHalf], sizes: Any = None) -> None:
+        self.halves = halves
+        self.open = sizes is not None
+        self.fake = functorch.FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
         inputs = [v for half in halves for v in half.inputs if isinstance(v, Tensor)]
-        self.memory = _Memory(self.fake, device_type_of(inputs))
+        self.memory = _Memory(self.fake, device_type_of(inputs), calls=not self.open)
         #: Parameters, inputs and constants: they were there before, and stay.
         self.outside: list[Any] = []
+
+    def through(self) -> None:
+        """Run forward and backward."""
+        forward = next((half for half in self.halves if not half.is_backward), None)
+        backward = next((half for half in self.halves if half.is_backward), None)
+        returned = self.run(forward, self.inputs_of(forward)) if forward is not None else []
+        if backward is not None:
+            self.backward(backward, forward, returned)
+
+    def like(self, value: Any) -> Any:
+        """What stands for a value of the traced step."""
+        return open_like(value) if self.open else fake_like(value)
 
     def inputs_of(self, half: GeneratedHalf) -> list[Any]:
         """What a half is traced with, as fake tensors that were there before."""
         with self.fake:
-            made = [fake_like(value) for value in half.inputs]
+            made = [self.like(value) for value in half.inputs]
         self.outside += made
         return list(made)
 
     def run(self, half: GeneratedHalf, args: list[Any]) -> list[Any]:
         """Run one half; ``args`` is emptied, as on the real run."""
         with self.fake:
-            constants = {name: fake_like(value) for name, value in half.constants.items()}
+            constants = {name: self.like(value) for name, value in half.constants.items()}
         self.outside.append(constants)
         self.memory.half = "backward" if half.is_backward else "forward"
         try:
@@ -110,7 +145,7 @@ class _Step:
         args = [*numbers, *(value for value in saved if isinstance(value, Tensor))]
         del saved
         with self.fake, self.memory:
-            tangents = [fake_like(value) for value in half.inputs[half.given :]]
+            tangents = [self.like(value) for value in half.inputs[half.given :]]
         gradients = self.run(half, [*_emptied(args), *tangents])
         with self.fake, self.memory:
             _accumulate(gradients, parameters)
@@ -160,9 +195,9 @@ def _is_dense(value: Tensor) -> bool:
 class _Memory(TorchDispatchMode):
     """Counts the storages that ops make, until nothing holds them any more."""
 
-    def __init__(self, fake: functorch.FakeTensorMode, device_type: str) -> None:
+    def __init__(self, fake: functorch.FakeTensorMode, device_type: str, calls: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held = HeldBytes(fake, device_type)
+        self.held = HeldBytes(fake, device_type, calls)
         self.half = ""
 
     def __torch_dispatch__(

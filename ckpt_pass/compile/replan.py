@@ -19,14 +19,16 @@ from torch import fx
 
 from ckpt_pass._torch import compilers
 from ckpt_pass._torch.generated import GeneratedHalf
-from ckpt_pass.compile.dry_run import StepPeak, step_peak
+from ckpt_pass.compile.dry_run import StepPeak, open_lifetimes, step_peak
 from ckpt_pass.compile.engine import FreeOps, Partitioner
 from ckpt_pass.compile.remembered import Remembered, key_of, recalled, remember
 from ckpt_pass.compile.replay import warn_if_over
+from ckpt_pass.compile.symbolic import peak_of_lifetimes
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.goal import Goal
 from ckpt_pass.plans.record import InductorPeak
 from ckpt_pass.plans.value import Plan
+from ckpt_pass.policy.sites import Bytes
 
 #: Plans made for less by what the last one was over.
 _LOWERED = 2
@@ -44,8 +46,14 @@ _LAST_RESORTS = (0.0, 0.1, 0.3)
 #: and images are memory on top. What is to be reused stays from its last use to the next one, up to
 #: the peak that inductor thinks the half has: a Llama of 4 layers with a large loss takes 20.0 MB
 #: with it where 15.8 do. Kernels keep to the plan's order then (:mod:`ckpt_pass._torch.fusion`): on
-#: T5 (4 and 4 layers) kernels over the whole backward take 19.6 MB where 7.3 are planned.
-_CAREFUL = {"layout_optimization": False, "allow_buffer_reuse": False}
+#: T5 (4 and 4 layers) kernels over the whole backward take 19.6 MB where 7.3 are planned. So do
+#: calls of libraries: for fewer CUDA graphs (``mode="reduce-overhead"``), those that only make
+#: gradients would run last, where no graph can hold them, on the CPU all of them.
+_CAREFUL = {
+    "layout_optimization": False,
+    "allow_buffer_reuse": False,
+    "triton.reorder_for_reducing_graph_partitions": False,
+}
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,16 @@ class _Round:
 
     def planned(self) -> Plan | None:
         """Its plan, with the peak of what inductor makes of it."""
-        if self.plan is None:
-            return None
-        inner = InductorPeak(self.peak.nbytes, 0, self.careful)
-        return self.plan.within_inductor(self.plan.budget_bytes, inner, self.peak.where)
+        return None if self.plan is None else self.taken(self.plan, self.plan.budget_bytes)
+
+    def taken(self, plan: Plan, budget_bytes: int | None, replans: int = 0) -> Plan:
+        """The plan of this round for a budget, with the peak of what inductor makes of it."""
+        inner = InductorPeak(self.peak.nbytes, replans, self.careful)
+        dimensions = plan.dimensions
+        expression: Bytes = self.peak.nbytes
+        if dimensions:
+            expression = peak_of_lifetimes(open_lifetimes(self.halves), dimensions, expression)
+        return plan.within_inductor(budget_bytes, inner, self.peak.where, expression)
 
     @property
     def overhead_s(self) -> float:
@@ -192,8 +206,7 @@ def _best_of(step: _Step, partitioner: Partitioner, goal: Goal) -> tuple[_Round,
         search.add(first.plan.budget_bytes, first)
     best = search.found()
     assert best.plan is not None
-    inner = InductorPeak(best.peak.nbytes, search.rounds - 1, best.careful)
-    return best, best.plan.within_inductor(search.budget_bytes, inner, best.peak.where)
+    return best, best.taken(best.plan, search.budget_bytes, search.rounds - 1)
 
 
 @dataclass

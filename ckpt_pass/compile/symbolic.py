@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,33 +54,103 @@ def symbolic_peak(
     """
     described = replace(described, workspace_sizes=open_workspaces(described))
     sizes = (*described.storage_sizes, *described.workspace_sizes)
-    symbols = set().union(*(s.free_symbols for s in sizes if isinstance(s, sympy.Expr)))
-    if not symbols:
+    if not _symbols_of(sizes):
         return solution.peak_bytes
-    least = {dimension.symbol: dimension.least for dimension in dimensions}
-    # Written in what a size has above its least, few coefficients are negative, and one polynomial
-    # whose coefficients are nowhere below another's is nowhere below it.
-    above = {s: sympy.Symbol(f"{s}_above", integer=True, nonnegative=True) for s in symbols}
-    shifted = {s: new + least.get(str(s), 1) for s, new in above.items()}
-    back = {new: s - least.get(str(s), 1) for s, new in above.items()}
-    terms = {size: _terms(size, shifted) for size in set(sizes)}
-    monomials = sorted({m for found in terms.values() for m in found}, key=sympy.default_sort_key)
-    scale = math.lcm(*(int(c.q) for found in terms.values() for c in found.values()))
-    random = {sympy.S.One: scale}
+    written = _Written.of(sizes, dimensions)
+    random = {sympy.S.One: written.scale}
     moments = np.stack(
         [
-            _coefficients(described, solution, terms, monomial, scale, random.get(monomial, 0))
-            for monomial in monomials
+            _coefficients(
+                described, solution, written.terms, monomial, written.scale, random.get(monomial, 0)
+            )
+            for monomial in written.monomials
         ],
         axis=1,
     )
-    signs = [bool(monomial.is_nonnegative) for monomial in monomials]
-    peaks = [
-        sum(sympy.Rational(int(c), scale) * m for c, m in zip(row, monomials, strict=True))
-        for row in undominated(moments, signs)
-    ]
-    found = [sympy.expand(sympy.sympify(peak).xreplace(back)) for peak in peaks]
-    return found[0] if len(found) == 1 else sympy.Max(*found, evaluate=False)
+    return written.most(moments)
+
+
+def peak_of_lifetimes(
+    lifetimes: Sequence[tuple[int, int, Bytes]], dimensions: Sequence[Dimension], peak_bytes: int
+) -> Bytes:
+    """The peak of code that makes and frees storages, for every size of its symbolic dimensions.
+
+    Args:
+        lifetimes: of each storage when it is made, when it is gone, and its bytes.
+        dimensions: the symbols, their least sizes, and those that were traced.
+        peak_bytes: the peak at the traced sizes. What it has more than the storages, or less (what
+            kernels allocate besides, blocks that are rounded up), is the same at all sizes.
+    """
+    sizes = [size for _, _, size in lifetimes]
+    if not _symbols_of(sizes):
+        return peak_bytes
+    written = _Written.of(sizes, dimensions)
+    number = {monomial: column for column, monomial in enumerate(written.monomials)}
+    steps = np.zeros((2 + max(died for _, died, _ in lifetimes), len(number)), dtype=np.int64)
+    for born, died, size in lifetimes:
+        for monomial, coefficient in written.terms[size].items():
+            steps[born, number[monomial]] += int(coefficient * written.scale)
+            steps[died, number[monomial]] -= int(coefficient * written.scale)
+    moments = steps.cumsum(axis=0)
+    found = written.most(moments)
+    besides = peak_bytes - at_sizes(found, traced_sizes(dimensions))
+    moments[:, number[sympy.S.One]] += besides * written.scale
+    return written.most(moments)
+
+
+def _symbols_of(sizes: Iterable[Bytes]) -> set[sympy.Symbol]:
+    return set().union(*(s.free_symbols for s in sizes if isinstance(s, sympy.Expr)))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Sizes as sums of monomials in what each symbol has above its least size.
+
+    Written so, few coefficients are negative, and one polynomial whose coefficients are nowhere
+    below another's is nowhere below it.
+
+    Attributes:
+        terms: the coefficients of each size.
+        monomials: all that there are.
+        scale: makes the coefficients whole numbers.
+        back: from the new symbols to sizes.
+    """
+
+    terms: Mapping[Bytes, Rationals]
+    monomials: Sequence[sympy.Expr]
+    scale: int
+    back: Mapping[sympy.Symbol, sympy.Expr]
+
+    @classmethod
+    def of(cls, sizes: Iterable[Bytes], dimensions: Iterable[Dimension]) -> _Written:
+        least = {dimension.symbol: dimension.least for dimension in dimensions}
+        symbols = _symbols_of(sizes)
+        above = {s: sympy.Symbol(f"{s}_above", integer=True, nonnegative=True) for s in symbols}
+        shifted = {s: new + least.get(str(s), 1) for s, new in above.items()}
+        back = {new: s - least.get(str(s), 1) for s, new in above.items()}
+        terms = {size: _terms(size, shifted) for size in set(sizes)}
+        every = {m for found in terms.values() for m in found}
+        monomials = sorted(every, key=sympy.default_sort_key)
+        scale = math.lcm(*(int(c.q) for found in terms.values() for c in found.values()))
+        return cls(terms, monomials, scale, back)
+
+    def most(self, moments: Ints) -> Bytes:
+        """The largest of some moments, whatever the sizes are.
+
+        Args:
+            moments: [moments, monomials] coefficients, times ``scale``.
+        """
+        signs = [bool(monomial.is_nonnegative) for monomial in self.monomials]
+        rows = undominated(moments, signs)
+        peaks = [
+            sum(
+                sympy.Rational(int(c), self.scale) * m
+                for c, m in zip(row, self.monomials, strict=True)
+            )
+            for row in rows
+        ]
+        found = [sympy.expand(sympy.sympify(peak).xreplace(self.back)) for peak in peaks]
+        return found[0] if len(found) == 1 else sympy.Max(*found, evaluate=False)
 
 
 #: A workspace is taken to grow in so many parts of the output: kernels' casts and masks have a

@@ -6,7 +6,7 @@ A node holds no tensor of the step, so that it keeps nothing alive; equal calls 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -132,6 +132,17 @@ def fake_like(value: Any) -> Any:
     if value.layout is not torch.strided:
         return torch.empty(value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
     size, stride = ([*map(optimization_hint, part)] for part in (value.shape, value.stride()))
+    return _strided(value, size, stride)
+
+
+def open_like(value: Any) -> Any:
+    """As :func:`fake_like`, with symbolic sizes as they are."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return value if isinstance(value, torch.SymInt) else fake_like(value)
+    return _strided(value, value.shape, value.stride())
+
+
+def _strided(value: Tensor, size: Sequence[Any], stride: Sequence[Any]) -> Tensor:
     found = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
     found = torch._neg_view(found) if value.is_neg() else found
     return found.conj() if value.is_conj() else found

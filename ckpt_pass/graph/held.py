@@ -17,12 +17,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_pass._torch import functorch
 from ckpt_pass.graph.calls import Calls
+from ckpt_pass.graph.cost import as_bytes
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernel_ops import is_computing
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels
 from ckpt_pass.offloading.graph_ops import FETCH, PUT, fetched_memory
 from ckpt_pass.planner.caching_allocator import Lifetime, handed_out
-from ckpt_pass.policy.sites import output_tensors
+from ckpt_pass.policy.sites import Bytes, optimization_hint, output_tensors
 
 Looks: TypeAlias = Callable[[fx.Node, Any, set[int]], Any]
 """``looks(call, result, given)``: the result, looking as a kernel's; ``given`` are the storages
@@ -54,11 +55,13 @@ class Curve:
 class _Storage:
     """A storage of the step: its size, and the moments at which it was there."""
 
-    __slots__ = ("born", "died", "index", "maker", "nbytes", "reference")
+    __slots__ = ("born", "died", "index", "maker", "nbytes", "reference", "size")
 
-    def __init__(self, reference: StorageWeakRef | None, nbytes: int, born: int) -> None:
+    def __init__(self, reference: StorageWeakRef | None, nbytes: Any, born: int) -> None:
         self.reference = reference
-        self.nbytes = nbytes
+        self.nbytes = optimization_hint(nbytes)
+        #: The same, with sizes that are symbolic.
+        self.size = as_bytes(nbytes)
         self.born = born
         self.died: int | None = None
         #: The call that made it, and which of its outputs it is behind.
@@ -77,10 +80,15 @@ class HeldBytes:
     Args:
         fake: the mode of the fake tensors.
         device_type: the device whose memory counts.
+        calls: whether calls are written down, for what kernels allocate besides. Their sizes are
+            no symbols then.
     """
 
-    def __init__(self, fake: functorch.FakeTensorMode, device_type: str) -> None:
+    def __init__(
+        self, fake: functorch.FakeTensorMode, device_type: str, calls: bool = True
+    ) -> None:
         self._device_type = device_type
+        self._writes_calls = calls
         self._alive: dict[int, _Storage] = {}
         self._storages: list[_Storage] = []
         self._where: list[str] = []
@@ -114,7 +122,8 @@ class HeldBytes:
         """
         given = given_storages(args, kwargs)
         self._let_go()
-        node = self._calls.node(func, args, kwargs, result) if is_computing(func) else None
+        written = self._writes_calls and is_computing(func)
+        node = self._calls.node(func, args, kwargs, result) if written else None
         if looks is not None and node is not None:
             found = looks(node, result, given)
             if found is not result:
@@ -178,6 +187,14 @@ class HeldBytes:
         else:
             bytes_at = handed_out(lifetimes, workspaces, self.moment)
         return Curve(tuple(bytes_at), tuple(self._where))
+
+    def open_lifetimes(self) -> tuple[tuple[int, int, Bytes], ...]:
+        """Of each storage when it is made, when it is gone, and its bytes at every size."""
+        self._let_go()
+        return tuple(
+            (one.born, self.moment if one.died is None else one.died, one.size)
+            for one in self._storages
+        )
 
     @staticmethod
     def _nbytes(storage: _Storage, facts: Mapping[fx.Node, KernelFacts]) -> int:

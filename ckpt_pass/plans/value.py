@@ -38,7 +38,7 @@ from ckpt_pass.plans.signature import check_eager_step
 from ckpt_pass.plans.text import listing, overview, summary
 from ckpt_pass.plans.wording import format_bytes
 from ckpt_pass.plans.writing import plan_to_json
-from ckpt_pass.policy.sites import CallSite
+from ckpt_pass.policy.sites import Bytes, CallSite
 from ckpt_pass.regions.wrapping import (
     RegionSpec,
     UnknownRegionError,
@@ -158,18 +158,25 @@ class Plan(PlanRecord, PlanFile):
         """What inductor makes of it, where it was made for inductor."""
         return self.execution.inductor if isinstance(self.execution, CompiledExecution) else None
 
-    def within_inductor(self, budget_bytes: int | None, peak: InductorPeak, peak_at: str) -> Plan:
+    def within_inductor(
+        self, budget_bytes: int | None, peak: InductorPeak, peak_at: str, expression: Bytes
+    ) -> Plan:
         """This plan with inductor's peak as its own, and the budget that was asked for, if any.
 
         The plan itself may have been made for another one; its timeline stays that of the graph
         that inductor is given.
+
+        Args:
+            budget_bytes: the budget.
+            peak, peak_at: inductor's, and where it is.
+            expression: the peak for all sizes.
         """
         assert isinstance(self.execution, CompiledExecution)
         return replace(
             self,
             asked=replace(self.asked, budget_bytes=budget_bytes),
             predicted=replace(self.predicted, peak_bytes=peak.peak_bytes, peak_at=peak_at),
-            execution=replace(self.execution, inductor=peak),
+            execution=replace(self.execution, inductor=peak, peak_expression=expression),
         )
 
     def with_account(self, account: Account) -> Plan:

@@ -148,7 +148,7 @@ def remove_regions(model: nn.Module) -> None:
     if not found:
         raise NotAppliedError(
             f"{type(model).__name__} has no checkpoint region, so there is nothing to remove. "
-            "Expected a model that a plan was applied to."
+            "Expected a model that a plan with regions was applied to (plan.regions may be empty)."
         )
     for region in found.values():
         if region.before is not None:

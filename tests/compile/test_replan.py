@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Never
 
 import pytest
@@ -127,6 +129,52 @@ def test_a_graph_without_a_backward_has_no_plan() -> None:
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(net, backend=backend)(x), net(x))
     assert not backend.plans
+
+
+def test_open_sizes() -> None:
+    """One compilation: its peak is known at all of its sizes, and warned of where it is over."""
+    net, backend = Net(), ckpt_pass.make_backend(budget=0.7, inner="inductor")
+    compiled = torch.compile(net, backend=backend, dynamic=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ckpt_pass.BudgetExceededWarning)
+        measured = {48: peak_at(compiled, 48), 20: peak_at(compiled, 20)}
+    with pytest.warns(ckpt_pass.BudgetExceededWarning, match=r"with s\d+ = 60 peaks"):
+        measured[60] = peak_at(compiled, 60)
+    (plan,) = backend.plans
+    assert plan.budget_bytes is not None and measured[60] > plan.budget_bytes > measured[48]
+    assert plan.peak_bytes == measured[48]
+    found = {size: plan.peak_bytes_at({"L['x'] dim 0": size}) for size in measured}
+    assert found == measured
+
+
+def peak_at(compiled: Callable[[Tensor], Tensor], size: int) -> int:
+    x = torch.randn(size, 64)
+    return ckpt_pass.measure_step(lambda: compiled(x), repeats=1).peak_bytes
+
+
+@pytest.mark.slow
+def test_open_sizes_of_attention() -> None:
+    net = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+    backend = ckpt_pass.make_backend(budget=0.8, inner="inductor")
+    compiled = torch.compile(lambda x: net(x).square().mean(), backend=backend, dynamic=True)
+    for sizes in ((4, 12), (3, 9), (2, 20)):
+        x = torch.randn(*sizes, 32)
+        step = ckpt_pass.measure_step(lambda x=x: compiled(x), repeats=1)
+        at = {f"L['x'] dim {place}": size for place, size in enumerate(sizes)}
+        assert step.peak_bytes == backend.plans[-1].peak_bytes_at(at), sizes
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", pytest.param("lite", marks=pytest.mark.slow)])
+def test_modes(mode: str) -> None:
+    """What no CUDA graph can hold would run last, in the backward all products of weights."""
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(5)))
+    x = torch.randn(512, 64)
+    backend = ckpt_pass.make_backend(budget=0.5)
+    compiled = torch.compile(lambda x: net(x).square().mean(), backend=backend, mode=mode)
+    step = ckpt_pass.measure_step(lambda: compiled(x), repeats=1)
+    (plan,) = backend.plans
+    assert plan.budget_bytes is not None
+    assert step.peak_bytes == plan.peak_bytes <= plan.budget_bytes
 
 
 def test_sizes_that_depend_on_data_are_refused() -> None:
