@@ -154,6 +154,15 @@ class HeldBytes:
 
         return let_go
 
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Python itself has taken a storage's memory, or given it back, whoever holds it (FSDP)."""
+        self._let_go()
+        before = self._alive.pop(storage._cdata, None)
+        if before is not None:
+            before.died = self.moment
+        if storage.nbytes():
+            self._begin(storage)
+
     def _let_go(self) -> None:
         gone = [key for key, storage in self._alive.items() if storage.is_gone]
         for key in gone:
@@ -163,10 +172,14 @@ class HeldBytes:
         storage = tensor.untyped_storage()
         if tensor.device.type != self._device_type or storage._cdata in self._alive:
             return
-        made = _Storage(StorageWeakRef(storage), storage.nbytes(), self.moment)
+        made = self._begin(storage)
         made.maker, made.index = node, index
+
+    def _begin(self, storage: torch.UntypedStorage) -> _Storage:
+        made = _Storage(StorageWeakRef(storage), storage.nbytes(), self.moment)
         self._alive[storage._cdata] = made
         self._storages.append(made)
+        return made
 
     def curve(self) -> Curve:
         """The bytes over what has run, workspaces of the kernels among them."""

@@ -19,6 +19,7 @@ from torch import fx
 
 from ckpt_pass._torch import ahead, compilers, functorch
 from ckpt_pass._torch.random_states import told_of_states
+from ckpt_pass._torch.storages import told_of_resizes
 from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner
@@ -164,7 +165,7 @@ class Graphs:
         self.mode.watcher = self._watch
         seen = self.mode if isinstance(self.mode, WatchedMode) else contextlib.nullcontext()
         try:
-            with seen, told_of_states(self._state_read):
+            with seen, told_of_states(self._state_read), told_of_resizes(self._resized):
                 yield
         finally:
             self.mode.watcher = None
@@ -175,6 +176,10 @@ class Graphs:
             return
         storage = state.untyped_storage()
         weakref.finalize(storage, self.held.hold(storage.nbytes())).atexit = False
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        if self.mode.watcher is not None:
+            self.held.resized(storage)
 
     @contextlib.contextmanager
     def _unseen(self) -> Iterator[None]:

@@ -227,8 +227,8 @@ def check_ranks(model: nn.Module, mode: str) -> None:
     if sharded is not None or replicas_in(model):
         raise PlanModeError(
             f"Got mode={mode!r} with an optimizer for a {type(model).__name__}, which {what}: "
-            "what ranks gather and exchange is in no compiled plan. Expected mode='eager', or a "
-            "model that is not wrapped."
+            "what ranks gather and exchange is in no account of a compiled plan. Expected "
+            "mode='eager', or a model that is not wrapped."
         )
 
 

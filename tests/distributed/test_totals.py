@@ -165,9 +165,9 @@ def test_no_compiled_plans_with_an_account(one_rank: None) -> None:
     for model in (DistributedDataParallel(made()), sharded(made())):
         optimizer, x = torch.optim.AdamW(model.parameters()), batch(0)
         for tool in (ckpt_pass.plan, ckpt_pass.fit, ckpt_pass.doctor):
-            with pytest.raises(ckpt_pass.PlanModeError, match="is in no compiled plan"):
+            with pytest.raises(ckpt_pass.PlanModeError, match="in no account of a compiled plan"):
                 tool(model, x, total="1MB", optimizer=optimizer)
-        with pytest.raises(ckpt_pass.PlanModeError, match="is in no compiled plan"):
+        with pytest.raises(ckpt_pass.PlanModeError, match="in no account of a compiled plan"):
             ckpt_pass.tune(
                 model, batch, total="1MB", optimizer=optimizer, mode=["eager", "compiled"]
             )

@@ -1,0 +1,52 @@
+"""Compiled plans of models that FSDP2 shards: dynamo cuts the step at each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import ckpt_pass
+from tests.distributed.ranks import batch, made
+from tests.distributed.test_simulated_ranks import sharded
+
+pytestmark = pytest.mark.distributed
+MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """A process group of two, of which this process is the first."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("how", "part"),
+    [
+        pytest.param({}, 0.65, id="sharded again"),
+        pytest.param({}, 0.9, id="wide", marks=pytest.mark.slow),
+        pytest.param({"reshard_after_forward": False}, 0.8, id="kept", marks=pytest.mark.slow),
+        pytest.param({"mp_policy": MIXED}, 0.95, id="mixed precision", marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_rank_gathers_is_in_the_peak(
+    two_ranks: None, how: dict[str, Any], part: float
+) -> None:
+    """FSDP takes and gives back the memory of gathered parameters: no graph has them."""
+    model, inputs = sharded(made(), **how), batch(0)
+    params = list(model.parameters())
+    plain = ckpt_pass.measure_step(lambda: model(inputs), params=params, repeats=1).peak_bytes
+    plan = ckpt_pass.plan(model, inputs, budget=int(part * plain))
+    assert isinstance(plan, ckpt_pass.StepPlan)
+    compiled = torch.compile(model, backend=ckpt_pass.make_backend(plan=plan))
+    step = ckpt_pass.measure_step(lambda: compiled(inputs), params=params, repeats=1)
+    assert step.peak_bytes == plan.peak_bytes <= part * plain
