@@ -129,7 +129,7 @@ class _Written:
         shifted = {s: new + least.get(str(s), 1) for s, new in above.items()}
         back = {new: s - least.get(str(s), 1) for s, new in above.items()}
         terms = {size: _terms(size, shifted) for size in set(sizes)}
-        every = {m for found in terms.values() for m in found}
+        every = {sympy.S.One, *(m for found in terms.values() for m in found)}
         monomials = sorted(every, key=sympy.default_sort_key)
         scale = math.lcm(*(int(c.q) for found in terms.values() for c in found.values()))
         return cls(terms, monomials, scale, back)
