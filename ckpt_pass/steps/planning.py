@@ -141,9 +141,10 @@ class _Planning:
         found = self._chosen(levels, least(moments, levels), budget_bytes)
         if found.peak_bytes <= budget_bytes:
             return found
+        cuts = f" (it cuts the step at {'; at '.join(found.breaks)})" if found.breaks else ""
         why = (
             f"{format_bytes(found.outside_bytes)} are held while code runs that dynamo "
-            f"leaves to Python (it cuts the step at {'; at '.join(found.breaks) or 'no place'}); "
+            f"leaves to Python{cuts}; "
             "what that code saves is in no plan. mode='eager' plans the whole step."
         )
         least_bytes = min(found.peak_bytes, lowest or found.peak_bytes)

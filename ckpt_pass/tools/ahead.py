@@ -223,8 +223,9 @@ def check_ranks(model: nn.Module, mode: str) -> None:
     if mode == "eager":
         return
     sharded = next((n for n, p in model.named_parameters() if is_distributed(p)), None)
-    what = "exchanges its gradients" if replicas_in(model) else f"shards {sharded}"
-    if sharded is not None or replicas_in(model):
+    exchanges = bool(replicas_in(model))
+    if exchanges or sharded is not None:
+        what = "exchanges its gradients" if exchanges else f"shards {sharded}"
         raise PlanModeError(
             f"Got mode={mode!r} with an optimizer for a {type(model).__name__}, which {what}: "
             "what ranks gather and exchange is in no account of a compiled plan. Expected "

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ckpt_pass
 from ckpt_pass._torch.collector import quiet_collector
@@ -23,6 +24,16 @@ from ckpt_pass.measure.allocations import profiled, read_recording
 Job = Callable[[int], Any]
 LIMIT_S = 60
 WIDTH, ROWS = 32, 64
+
+
+@contextmanager
+def simulated(ranks: int) -> Iterator[None]:
+    """A process group of so many ranks, of which this process is the first; none exchanges."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 class Block(nn.Module):

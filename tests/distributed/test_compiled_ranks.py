@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ckpt_pass
-from tests.distributed.ranks import batch, made
+from tests.distributed.ranks import batch, made, trained
 from tests.distributed.test_simulated_ranks import sharded
 
 pytestmark = pytest.mark.distributed
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
-
-@pytest.fixture
-def two_ranks() -> Iterator[None]:
-    """A process group of two, of which this process is the first."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -50,3 +37,14 @@ def test_what_a_rank_gathers_is_in_the_peak(
     compiled = torch.compile(model, backend=ckpt_pass.make_backend(plan=plan))
     step = ckpt_pass.measure_step(lambda: compiled(inputs), params=params, repeats=1)
     assert step.peak_bytes == plan.peak_bytes <= part * plain
+
+
+def test_gradients(one_rank: None) -> None:
+    """Losses and gradients of three steps, bit by bit; gloo gathers from one rank."""
+    model = sharded(made())
+    plain = ckpt_pass.plan(model, batch(0), budget=1.0)
+    assert isinstance(plain, ckpt_pass.StepPlan)
+    plan = ckpt_pass.plan(model, batch(0), budget=int(0.85 * plain.peak_bytes))
+    assert any(part.with_fate("recomputed") for part in plan.parts)
+    compiled = torch.compile(model, backend=ckpt_pass.make_backend(plan=plan))
+    assert trained(compiled, 0) == trained(sharded(made()), 0)

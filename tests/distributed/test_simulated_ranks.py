@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ckpt_pass
-from tests.distributed.ranks import WIDTH, Blocks, batch, made, tracked_bytes
+from tests.distributed.ranks import WIDTH, Blocks, batch, made, simulated, tracked_bytes
 
 pytestmark = pytest.mark.distributed
 RANKS = (64, 512)
@@ -22,11 +20,8 @@ RANKS = (64, 512)
 @pytest.fixture(params=RANKS)
 def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
     """A process group of so many, of which this process is the first."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
-    try:
+    with simulated(request.param):
         yield request.param
-    finally:
-        dist.destroy_process_group()
 
 
 def sharded(model: nn.Module, **how: Any) -> nn.Module:
