@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,37 @@ def compare_gradients(
     Raises:
         NoLossError: a step returned no scalar that requires grad.
     """
+    return compare_runs(Run(plain), Run(other), params, rtol=rtol, atol=atol, seed=seed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One side of a comparison.
+
+    Attributes:
+        forward: returns a scalar loss.
+        around: what forward and backward run in. Attributes are put back after both: sharded
+            modules (FSDP2) keep on themselves, in forward, what their backward needs.
+    """
+
+    forward: Callable[[], Tensor]
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def compare_runs(
+    plain: Run,
+    other: Run,
+    params: Mapping[str, Tensor] | nn.Module,
+    *,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    seed: int = 0,
+) -> GradientComparison:
+    """The same as :func:`compare_gradients`, of steps that run in a context.
+
+    Raises:
+        NoLossError: a step returned no scalar that requires grad.
+    """
     named = dict(params.named_parameters() if isinstance(params, nn.Module) else params)
     module = params if isinstance(params, nn.Module) else None
     with gradients_restored(named.values()):
@@ -140,14 +171,14 @@ def gradients_restored(leaves: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _loss_and_state(
-    fn: Callable[[], Tensor], named: Mapping[str, Tensor], module: nn.Module | None, seed: int
+    run: Run, named: Mapping[str, Tensor], module: nn.Module | None, seed: int
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Run ``fn`` and its backward; return its loss, and gradients and buffers by name."""
+    """Run a step and its backward; return its loss, and gradients and buffers by name."""
     for leaf in named.values():
         leaf.grad = None
-    with rng_restored(None):
+    with rng_restored(None), run.around():
         torch.manual_seed(seed)
-        loss = fn()
+        loss = run.forward()
         if not is_loss(loss):
             raise NoLossError(loss)
         loss.backward()

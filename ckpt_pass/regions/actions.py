@@ -159,6 +159,13 @@ def statistics(op: Any) -> tuple[int, ...]:
     return tuple(names.index(n) for n in ("running_mean", "running_var") if n in names)
 
 
+#: Ops that overwrite an argument which autograd has saved by then, for their backward: a
+#: recomputation that stops with the last saved value would stop before they do
+#: (``derivatives.yaml``; no other op's backward reads an argument that the op writes to).
+FILL_WHAT_IS_SAVED = frozenset(
+    (torch.ops.aten.rrelu_with_noise.default, torch.ops.aten.rrelu_with_noise_.default)
+)
+
 #: By the ``id`` of ops: what calls them if they are simple; and the op, which keeps its ``id``.
 SIMPLE: dict[int, tuple[Callable[..., Any] | None, Any]] = {}
 

@@ -24,6 +24,7 @@ from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.frame import Frame, RegionOptions
 from ckpt_pass.regions.keeps import Keeps, Moves
 from ckpt_pass.regions.sac import context_fn as make_context_fn
+from ckpt_pass.regions.sac import contexts_of_recomputed
 from ckpt_pass.regions.writes import known_of
 
 _TENSORS = frozenset((torch.Tensor, nn.Parameter))
@@ -154,6 +155,7 @@ def checkpoint(
         )
     if (policy is not None) + (plan is not None) + (context_fn is not None) > 1:
         raise _several({"policy": policy, "plan": plan, "context_fn": context_fn})
+    traced = torch.compiler.is_compiling()  # dynamo would guard on the table of usual options
     if autograd.debugs(debug):
         return _logged(fn, args, kwargs, policy, context_fn, preserve_rng_state)
     if plan is not None:
@@ -167,7 +169,7 @@ def checkpoint(
     elif context_fn is not None:
         draws = None if preserve_rng_state else False
         options = RegionOptions(_shown(fn, name), context_fn, context_fn, draws, root=fn)
-    elif name is None and preserve_rng_state and isinstance(fn, nn.Module):
+    elif isinstance(fn, nn.Module) and name is None and preserve_rng_state and not traced:
         options = _usual_options(fn, None if policy is None else as_policy(policy))
     else:
         options = options_for(fn, policy, None, name, preserve_rng_state)
@@ -237,18 +239,9 @@ def run_region(
     """The same, with options that were made before; ``link`` is its place in a segment."""
     if not torch.is_grad_enabled() or _leaves_no_region():
         return fn(*args, **kwargs)
-    if torch.compiler.is_compiling() or functorch.proxy_graph() is not None:
-        if options.moves_its_own:
-            return _outside_graphs(fn, args, kwargs, options, link)
-        traced: dict[str, Any] = {} if options.traced is None else {"context_fn": options.traced}
-        return torch.utils.checkpoint.checkpoint(
-            fn,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=options.draws is not False,
-            **traced,
-            **kwargs,
-        )
+    if _in_trace():
+        run = _outside_graphs if options.moves_its_own else _in_graph_or_outside
+        return run(fn, args, kwargs, options)
     if not autograd.hooks_enabled():  # torch.autograd.graph.disable_saved_tensors_hooks
         return fn(*args, **kwargs)
     if options.offload_saved:
@@ -265,20 +258,42 @@ def run_region(
     return frame.forward(args, kwargs)
 
 
+def _in_trace() -> bool:
+    """Whether ops are being written down, by dynamo or below it."""
+    return torch.compiler.is_compiling() or functorch.proxy_graph() is not None
+
+
 def _in_eager_mode(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    options: RegionOptions,
-    link: Link | None,
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: RegionOptions
 ) -> Any:
-    if torch.compiler.is_compiling() or functorch.proxy_graph() is not None:
-        raise CompiledOffloadError(
-            f"{options.name} offloads or shards its inputs, or what is saved inside, which is not "
-            "supported in a graph that is traced as a whole. Leave offload_inputs and shard_inputs "
-            "out, or trace the model without its regions."
-        )
-    return run_region(fn, args, kwargs, options, link)
+    """A region by itself: where a graph is cut, those before it in a segment are in the graph."""
+    if _in_trace():
+        if options.moves_its_own:
+            raise CompiledOffloadError(
+                f"{options.name} offloads or shards its inputs, or what is saved inside, which is "
+                "not supported in a graph that is traced as a whole. Leave offload_inputs and "
+                "shard_inputs out, or trace the model without its regions."
+            )
+        return _in_graph(fn, args, kwargs, options)
+    return run_region(fn, args, kwargs, options)
+
+
+def _in_graph(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: RegionOptions
+) -> Any:
+    """A region of torch's own, which torch's partitioner recomputes."""
+    contexts = options.traced
+    if contexts is None and torch.compiler.is_compiling():
+        contexts = contexts_of_recomputed
+    traced: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+    return torch.utils.checkpoint.checkpoint(
+        fn,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=options.draws is not False,
+        **traced,
+        **kwargs,
+    )
 
 
 #: The same for a region that dynamo meets: it cuts the graph there, and traces nothing of it.
@@ -286,6 +301,12 @@ _outside_graphs = torch.compiler.disable(
     _in_eager_mode,
     reason="a region that offloads or shards its inputs, or what is saved, runs in eager mode",
 )
+#: A region that dynamo takes into its graph or, where it cannot, runs in eager mode. It cannot
+#: where the region moves state that is no tensor: torch's own region would move it twice there.
+_in_graph_or_outside = torch.compiler.disable(
+    _in_eager_mode, reason="a region with side effects runs in eager mode"
+)
+torch.compiler.substitute_in_graph(_in_graph_or_outside)(_in_graph)
 
 
 def _leaves_no_region() -> bool:

@@ -255,7 +255,8 @@ class Frame:
         """
         # A backward inside the region's own forward needs what was saved until now, and the forward
         # goes no further: it must not be overtaken.
-        stops = not self._complete or (self._stops_early and not to_end)
+        early = self._stops_early and not (to_end or self._outside.is_filled)
+        stops = not self._complete or early
         self._store = []
         rerun = Recomputation(
             self._options.name,

@@ -29,6 +29,7 @@ class Known:
             that is known.
         short_tail: how many values that run had saved, and what the last looks like, if little was
             left to be run then.
+        fills: whether it runs an op that autograd saves an argument of before the op has filled it.
         name: of the module's class or of the function, once it is needed.
         compared: of what it keeps in parts, that which ranks have compared.
     """
@@ -39,6 +40,7 @@ class Known:
         "_lost",
         "_track",
         "compared",
+        "fills",
         "generators",
         "name",
         "overwritten",
@@ -50,7 +52,7 @@ class Known:
 
     def __init__(self) -> None:
         self.watched = False
-        self.quiet = False
+        self.quiet = self.fills = False
         self.overwritten: set[str] = set()
         self.repointed: set[str] = set()
         self.generators = global_generators()

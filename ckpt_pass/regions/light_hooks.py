@@ -10,6 +10,7 @@ backwards stay torch's.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ class LightHooks:
     __slots__ = (
         "_checked",
         "_complete",
+        "_end",
         "_in_use",
         "_range",
         "_rerun",
@@ -56,6 +58,8 @@ class LightHooks:
         #: Recomputed values, each until it is taken.
         self.store: list[torch.Tensor | None] = []
         self._rerun: Recomputation | None = None
+        #: What tells torch that all is there, where the recomputation runs to its end.
+        self._end: Callable[[], Any] | None = None
         self._in_use = False
         #: For messages and profilers.
         self.name = "a checkpoint region"
@@ -131,9 +135,12 @@ class LightHooks:
         if self._surroundings is not None and self._surroundings.changed():
             self._undo = contextlib.ExitStack()
             self._surroundings.restore(self._undo)
-        self._rerun = Recomputation(
-            self.name, self._saved.looks, lambda: pack(_VALUE), self._checked
-        )
+        # Torch ends the recomputation when it has the one value that it knows of.
+        end = functools.partial(pack, _VALUE)
+        to_end = self.outside is not None and self.outside.is_filled
+        self._end = end if to_end else None
+        complete = _go_on if to_end else end
+        self._rerun = Recomputation(self.name, self._saved.looks, complete, self._checked)
         autograd.push_saved_hooks(self._rerun.pack, self._rerun.unpack)
         return True
 
@@ -155,8 +162,15 @@ class LightHooks:
         made = rerun.handed_over()
         if rerun.is_complete:  # torch's early stop is an error here too
             self.store = made
+        end, self._end = self._end, None
         if not failed:
             rerun.check_count(exactly=self._complete and not self._stops_early)
+            if end is not None:
+                end()
+
+
+def _go_on() -> None:
+    pass
 
 
 def _name_of(fn: Any) -> str:

@@ -112,6 +112,15 @@ class Outside:
         moved = {id(value) for value, _, _ in state.contents.moved(state.holders)}
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
 
+    def fills(self) -> None:
+        """Note that the region runs an op that fills what autograd has saved already."""
+        self._known.fills = True
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether it does, as far as is known: it is to run to its end then."""
+        return self._known.fills
+
     def owners_of_statistics(self, *arguments: Any) -> tuple[nn.Module, ...]:
         """The modules that the region runs, as far as they have running statistics.
 

@@ -53,10 +53,12 @@ from ckpt_pass.regions.region import RegionMemory, Reshaped, Saved
 from ckpt_pass.regions.rerun_mode import RecomputeMode, key_of
 from ckpt_pass.regions.shards import ShardedOutput
 from ckpt_pass.regions.statistics import Owners, state_addresses
+from ckpt_pass.regions.traced_reads import TracedReads
 from ckpt_pass.regions.watch import RegionRecord, new_record
 
 Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
 
+_NOTHING = as_policy("save-nothing")
 _SETTLED = frozenset((Action.SAVE, Action.STORE, Action.MOVE))
 _PASSED = frozenset((Action.PASS, Action.RESHAPE))
 NOT_SAVED = Opinion(CheckpointPolicy.PREFER_RECOMPUTE, "made again from what it shows")
@@ -95,6 +97,15 @@ def _contexts_for(policy: PolicyLike) -> Contexts:
 
 def _light_contexts(policy: Policy, offload: OffloadLike | None = None) -> Contexts:
     return selective_contexts(policy, LightHooks(), memory=RegionMemory(offload))
+
+
+def contexts_of_recomputed() -> Contexts:
+    """The modes of a traced region that keeps nothing but what it must."""
+    return _light_contexts(_NOTHING)
+
+
+#: What torch's cache of compiled graphs tells this function by (``autograd_cache.py``).
+contexts_of_recomputed.cache_hash = "ckpt_pass: a region that keeps nothing"  # type: ignore[attr-defined]
 
 
 def selective_contexts(
@@ -137,6 +148,7 @@ class ForwardMode(QuickMode):
     _changed: tuple[Saved | Reshaped, ...] = ()
     _paused = False
     _state: frozenset[int] | None = None
+    _reads: TracedReads | None = None
 
     def __init__(
         self,
@@ -365,7 +377,11 @@ class ForwardMode(QuickMode):
             self._numbers = CallNumbers()
         path = self._numbers.numbered(module_path(meta.get("nn_module_stack")))
         found = self._decide(self._visit(func, path, None, output, args, kwargs))
-        for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
+        nodes = list(itertools.islice(reversed(graph.nodes), len(graph.nodes) - before))
+        for node in nodes:
             node.meta["recompute"] = found.decision
+        if self._reads is None:
+            self._reads = TracedReads()
+        self._reads.ran(func, args, kwargs, output, nodes)
         self._memory.keep(key_of(func, args), output)
         return output

@@ -18,7 +18,13 @@ import torch
 from torch import nn
 
 from ckpt_pass._torch.dispatch import QuickMode
-from ckpt_pass.regions.actions import is_free, is_mutable, overwritten, statistics
+from ckpt_pass.regions.actions import (
+    FILL_WHAT_IS_SAVED,
+    is_free,
+    is_mutable,
+    overwritten,
+    statistics,
+)
 from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.known import Known
 from ckpt_pass.regions.outside import Outside
@@ -96,6 +102,8 @@ class WriteWatch(QuickMode):
         """Copy what an op is about to overwrite, note what it reads."""
         for tensor in tensors_in(args, kwargs):
             self._outside.about_to_read(tensor)
+        if func in FILL_WHAT_IS_SAVED:
+            self._outside.fills()
         for tensor in _written(func, args, kwargs):
             if _address(tensor) in self._storages:
                 self._outside.about_to_change(tensor)

@@ -18,7 +18,7 @@ from torch import nn
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.eager.prediction import Predictor, predictor
 from ckpt_pass.graph.capture import LossFn, NotTraceableError
-from ckpt_pass.measure.gradients import gradients_restored
+from ckpt_pass.measure.gradients import Run, gradients_restored
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.measure.timing import Variant, clock_for, interleave, resting_collector
 from ckpt_pass.modules.applying import choose
@@ -310,7 +310,7 @@ def _peak(choice: Choice, known: Predictor) -> int | None:
 def _filled(
     step: _Step, row: StrategyRow, regions: Mapping[str, RegionSpec], predicted: int | None
 ) -> StrategyRow:
-    same = compare_with_regions(step.model, regions, step.run)
+    same = compare_with_regions(step.model, regions, Run(step.run))
     with applied_regions(step.model, regions):
         found: Measurement = measure_step(
             step.run, backward=True, params=step.leaves, device=step.device, warmup=0, repeats=1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from ckpt_pass.compile.backend import make_backend
 from ckpt_pass.graph.capture import LossFn, whole_step
 from ckpt_pass.job.jobs import Job, JobLike, as_job
 from ckpt_pass.job.totals import TotalLike
-from ckpt_pass.measure.gradients import GradientComparison, NoLossError, compare_gradients
+from ckpt_pass.measure.gradients import GradientComparison, NoLossError, Run, compare_runs
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
 from ckpt_pass.offloading.stores import OffloadLike
@@ -30,9 +32,6 @@ from ckpt_pass.policy.rules import PolicyLike, describe
 from ckpt_pass.regions.wrapping import (
     RegionSpec,
     applied_regions,
-    apply_regions,
-    regions_of,
-    remove_regions,
 )
 from ckpt_pass.state.untouched import holders_restored, untouched
 from ckpt_pass.tools.ahead import plan as make_plan
@@ -198,11 +197,6 @@ class _Used:
         """The plain step."""
         return step_of(self.model, self.args, self.loss_fn, self.kwargs)
 
-    @property
-    def step(self) -> Callable[[], Tensor]:
-        """The plain step, anew."""
-        return self.anew(self.plain)
-
     def measured(self, step: Callable[[], Tensor] | None = None) -> Measurement:
         """What a step (the plain one) costs that begins with the same attributes each time.
 
@@ -213,22 +207,17 @@ class _Used:
         leaves = [leaf for leaf in given if isinstance(leaf, Tensor) and leaf.requires_grad]
 
         def whole() -> None:
-            with holders_restored(self.model, self.loss_fn, self.args, self.kwargs):
+            with self.anew():
                 forward().backward()
 
         return measure_step(whole, repeats=1, backward=False, params=leaves)
 
-    def anew(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A step that begins with the attributes that the first one began with.
+    def anew(self) -> AbstractContextManager[None]:
+        """For a step to begin with the attributes that the first one began with.
 
         What a model makes at first use would be there in the second run, and change its graph.
         """
-
-        def run() -> Tensor:
-            with holders_restored(self.model, self.loss_fn, self.args, self.kwargs):
-                return step()
-
-        return run
+        return holders_restored(self.model, self.loss_fn, self.args, self.kwargs)
 
     def same(self, found: GradientComparison) -> tuple[Check, Check]:
         """What a comparison says."""
@@ -236,7 +225,8 @@ class _Used:
 
     def with_regions(self, specs: Mapping[str, RegionSpec]) -> tuple[Check, Check]:
         """The plain step beside the one with regions."""
-        return self.same(compare_with_regions(self.model, specs, self.step, self.rtol, self.atol))
+        plain = Run(self.plain, self.anew)
+        return self.same(compare_with_regions(self.model, specs, plain, self.rtol, self.atol))
 
 
 def step_of(
@@ -293,22 +283,25 @@ def _verify_eager(plan: Plan, used: _Used, offload: OffloadLike | None) -> Verdi
 def _verify_compiled(plan: Plan | StepPlan, used: _Used) -> Verdict:
     backend = make_backend(plan=plan)
     dynamic = bool(plan.dimensions) if isinstance(plan, Plan) else None
-    steps = []
-    for compiler in (backend.inner, backend):
-        whole = whole_step(used.model, used.loss_fn)
+    whole = whole_step(used.model, used.loss_fn)
+
+    def run_of(compiler: Any) -> Run:
         compiled = compilers.compile_apart(whole, compiler, dynamic)
-        steps.append(lambda c=compiled: c(*used.args, **used.kwargs))
-    plain, planned = map(used.anew, steps)
+        return Run(lambda: compiled(*used.args, **used.kwargs), used.anew)
+
+    planned = run_of(backend)
     with compilers.own_profile():
-        found = compare_gradients(plain, planned, used.model, rtol=used.rtol, atol=used.atol)
-        promises = tuple(_promises(plan, used.measured(steps[-1])))
+        found = compare_runs(
+            run_of(backend.inner), planned, used.model, rtol=used.rtol, atol=used.atol
+        )
+        promises = tuple(_promises(plan, used.measured(planned.forward)))
     return Verdict(f"plan {plan.fingerprint[:12]}", (*used.same(found), *promises))
 
 
 def compare_with_regions(
     model: nn.Module,
     specs: Mapping[str, RegionSpec],
-    step: Callable[[], Tensor],
+    plain: Run,
     rtol: float = 0.0,
     atol: float = 0.0,
 ) -> GradientComparison:
@@ -317,17 +310,13 @@ def compare_with_regions(
     Raises:
         NoLossError: the step returns no scalar.
     """
-    before = set(regions_of(model))
 
-    def planned() -> Tensor:
-        apply_regions(model, specs)
-        return step()
+    @contextlib.contextmanager
+    def with_regions() -> Iterator[None]:
+        with applied_regions(model, specs), plain.around():
+            yield
 
-    try:
-        return compare_gradients(step, planned, model, rtol=rtol, atol=atol)
-    finally:
-        if set(regions_of(model)) != before:
-            remove_regions(model)
+    return compare_runs(plain, Run(plain.forward, with_regions), model, rtol=rtol, atol=atol)
 
 
 def _same(found: GradientComparison, rtol: float, atol: float) -> tuple[Check, Check]:

@@ -1,0 +1,59 @@
+"""An op that fills, for its backward, an argument that autograd has saved before it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+import ckpt_pass
+from ckpt_pass import recompute, save
+
+KEPT = save(op="aten.rrelu_with_noise") | recompute()
+
+
+class Leaky(nn.Module):
+    """Ends with random slopes, which lie in memory that is empty when autograd saves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.leak = nn.Linear(8, 8), nn.RReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.leak(self.up(x))
+
+
+def torchs(layer: nn.Module, x: Tensor, **named: Any) -> Any:
+    return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, **named)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        ckpt_pass.checkpoint,
+        lambda layer, x: ckpt_pass.checkpoint(layer, x, policy=KEPT),
+        lambda layer, x: torchs(layer, x, context_fn=ckpt_pass.context_fn(KEPT)),
+        lambda layer, x: torchs(layer, x, context_fn=ckpt_pass.context_fn("save-matmul")),
+    ],
+    ids=["region", "policy", "context_fn", "context_fn that keeps another"],
+)
+def test_the_recomputation_fills_it(way: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    layer, x = Leaky(), torch.randn(4, 8)
+    for _ in range(2):  # the first run is looked at
+        ckpt_pass.compare_gradients(
+            lambda: layer(x).sum(), lambda: way(layer, x).sum(), layer
+        ).raise_if_different()
+
+
+def test_a_plan_of_it() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), *(Leaky() for _ in range(3)))
+    x = torch.randn(64, 8)
+    loss_fn = torch.sum
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError) as error:
+        ckpt_pass.plan(model, x, budget=1, mode="eager", loss_fn=loss_fn)
+    least = error.value.least_feasible_bytes
+    ckpt_pass.verify(model, x, budget=least, mode="eager", loss_fn=loss_fn).raise_if_failed()
