@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from ckpt_pass.eager.alike import Alike
 from ckpt_pass.eager.step_record import LOCAL, CallRecord, EagerTrace, OpRecord
@@ -326,16 +325,9 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
         reruns=min(asked),
         done=max(trace.saved[number].released for number in inside),
         arguments=tuple(sorted({*outside, *call.held})),
-        extra_bytes=_state_bytes(ops) + (torch.get_rng_state().nbytes if draws else 0),
+        extra_bytes=torch.get_rng_state().nbytes if draws else 0,
         dropped=call.dropped,
     )
-
-
-def _state_bytes(ops: Sequence[OpRecord]) -> int:
-    """The states of the user's own random generators, which a region keeps as well."""
-    given = (leaf for op in ops if op.draws for leaf in tree_leaves((op.call.args, op.call.kwargs)))
-    found = {id(leaf): leaf for leaf in given if isinstance(leaf, torch.Generator)}
-    return sum(generator.get_state().nbytes for generator in found.values())
 
 
 def _needed(trace: EagerTrace, call: CallRecord) -> int:

@@ -20,6 +20,7 @@ from torch import fx
 
 from ckpt_pass.graph.cost import at_traced_shape, storage_sizes
 from ckpt_pass.graph.formulas import formula_call
+from ckpt_pass.graph.inner_graphs import inner_bytes, inner_graphs
 from ckpt_pass.graph.kernel_cache import KernelCache, KernelFacts, OutputFacts
 from ckpt_pass.graph.kernel_call import NOTHING, Call, KernelError, call_of
 from ckpt_pass.graph.kernel_child import measure_apart
@@ -93,6 +94,20 @@ class Kernels:
             assert callable(node.target)
             self.unmeasured.append(Unmeasured(node.name, op_name(node.target), reason))
             found[node] = KernelFacts(_output_bytes(node) if "workspace" in what else None)
+        if "workspace" in what:
+            found |= self._facts_of_inner_graphs(nodes)
+        return found
+
+    def _facts_of_inner_graphs(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, KernelFacts]:
+        """Those of ops that run graphs, of which each kernel is measured."""
+        found = {}
+        for node in nodes:
+            graphs = inner_graphs(node) if node.op == "call_function" else ()
+            if graphs:
+                inside = [inner for graph in graphs for inner in graph.nodes]
+                known = self.facts(inside).items()
+                workspaces = {inner: facts.workspace_bytes or 0 for inner, facts in known}
+                found[node] = KernelFacts(inner_bytes(node, workspaces))
         return found
 
     def _facts(

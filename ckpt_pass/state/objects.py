@@ -90,13 +90,13 @@ def generators_behind(value: Any, names: tuple[str, ...]) -> Iterator[Any]:
 _PYTHONS: random.Random = random.seed.__self__  # type: ignore[attr-defined]
 
 
-def _state_of_torchs(generator: torch.Generator) -> torch.Tensor:
-    return generator.get_state()
+def _state_of_torchs(generator: torch.Generator) -> bytes:
+    # No tensor: every run of a region reads it, used or not, and holds it until the backward.
+    return generator.get_state().numpy().tobytes()
 
 
-def _same_states(one: torch.Tensor, other: torch.Tensor) -> bool:
-    # Not by an op of torch, which dispatch modes around would see.
-    return bool(one.numpy().tobytes() == other.numpy().tobytes())
+def _set_torchs(generator: torch.Generator, state: bytes) -> None:
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def _contents(values: Any) -> bytes | None:
@@ -226,7 +226,7 @@ def _set_variable(variable: contextvars.ContextVar[Any], value: Any) -> None:
 
 
 _UNSET = object()
-_TORCHS = Keeper(_state_of_torchs, _same_states, lambda g, state: g.set_state(state))
+_TORCHS = Keeper(_state_of_torchs, write=_set_torchs)
 _RANDOM = Keeper(lambda g: g.getstate(), write=lambda g, state: g.setstate(state))
 _BYTES = Keeper(bytes, write=_replace)
 _ARRAY = Keeper(lambda a: a[:], write=_replace)
