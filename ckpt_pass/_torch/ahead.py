@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 
 from ckpt_pass._torch import compilers
 from ckpt_pass._torch.collector import quiet_collector
+from ckpt_pass._torch.nested import inline_nested_regions
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Graphs:
         self.whole = False
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        inline_nested_regions(gm)
         placeholders = tuple(gm.graph.find_nodes(op="placeholder"))
         examples = tuple(example(node) for node in placeholders)
         found = _joint_of(gm, inputs)  # may ask dynamo to begin anew, by an exception

@@ -13,6 +13,7 @@ from torch import fx
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import compilers, frames, functorch
+from ckpt_pass._torch.nested import inline_nested_regions
 from ckpt_pass.compile.breaks import Coverage, graph_break
 from ckpt_pass.compile.engine import Partitioner, policy_for
 from ckpt_pass.compile.replan import compile_planned, compile_within
@@ -144,6 +145,8 @@ class Backend:
         mode: str | None,
         account: Account | None = None,
     ) -> Callable[..., Any]:
+        if torch.is_grad_enabled():
+            inline_nested_regions(gm)
         names = tuple(
             compilers.placeholder_source(node) for node in gm.graph.find_nodes(op="placeholder")
         )
