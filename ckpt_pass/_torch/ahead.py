@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 from ckpt_pass._torch import compilers
 from ckpt_pass._torch.collector import quiet_collector
 from ckpt_pass._torch.nested import inline_nested_regions
+from ckpt_pass._torch.operators import was_nested_by
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,10 @@ class Fakes:
         with _disable_current_modes():
             placed = self._moved or tensor.device.type == "meta"
             if not placed or tensor.layout is not torch.strided:
-                return self.mode.from_tensor(tensor, static_shapes=True)
+                # Offsets of a nested tensor that has been are noted as such, by the tensor itself,
+                # which a mode without open sizes refuses.
+                plain = tensor.detach() if was_nested_by(tensor) else tensor
+                return self.mode.from_tensor(plain, static_shapes=True)
             parts = is_traceable_wrapper_subclass(tensor)
             found = self._wrapper(tensor) if parts else self._placed(tensor)
         found.requires_grad_(tensor.requires_grad)

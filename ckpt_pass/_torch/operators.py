@@ -10,6 +10,7 @@ import functools
 import importlib
 import operator
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,23 @@ from torch._ops import OpOverloadPacket as OpOverloadPacket
 
 # Bound on cached answers: four registries' worth (torch 2.13 has 3,675 overloads).
 CACHE_SIZE = 16_384
+
+
+#: Imported by the first jagged nested tensor; its import logs a warning.
+_NESTED = "torch.nested._internal.nested_tensor"
+
+
+def is_nested(kind: type) -> bool:
+    """Whether a class is that of jagged nested tensors."""
+    module = sys.modules.get(_NESTED)
+    return module is not None and issubclass(kind, module.NestedTensor)
+
+
+def was_nested_by(tensor: torch.Tensor) -> bool:
+    """Whether a jagged nested tensor was made with these offsets, which have been noted since."""
+    module = sys.modules.get(_NESTED)
+    return module is not None and tensor in module._tensor_symint_registry
+
 
 # Modules that register operators when they are first imported. Without them the registry of a
 # process depends on what ran before; each may be absent in some build or version of torch.

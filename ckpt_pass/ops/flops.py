@@ -14,7 +14,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ckpt_pass._torch.operators import OpOverloadPacket
+from ckpt_pass._torch.operators import OpOverloadPacket, is_nested
 from ckpt_pass.ops.taxonomy import functional_twin
 
 #: Torch's names of fused attention, each with a backward of the name with this at its end. Torch
@@ -111,6 +111,8 @@ class FlopCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(map(is_nested, types)):
+            return NotImplemented  # it calls ops on what it is made of, which come here then
         formula = flop_formula(func)
         inner = _inner_operator(args)
         if formula is None and inner is None and hasattr(func, "decompose"):
