@@ -127,9 +127,13 @@ class _Once:
 
 
 def _may_change(tensor: torch.Tensor) -> bool:
-    plain = not isinstance(tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return not isinstance(tensor, torch.nn.Parameter) and may_be_copied(tensor)
+
+
+def may_be_copied(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has values of its own, and counts how often it is written to."""
     known = tensor.device.type != "meta" and not tensor.is_inference()
-    return plain and known and has_memory(tensor)
+    return tensor.layout is torch.strided and known and has_memory(tensor)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,13 @@ from ckpt_pass.compile.backend import make_backend
 from ckpt_pass.graph.capture import LossFn, whole_step
 from ckpt_pass.job.jobs import Job, JobLike, as_job
 from ckpt_pass.job.totals import TotalLike
-from ckpt_pass.measure.gradients import GradientComparison, NoLossError, Run, compare_runs
+from ckpt_pass.measure.gradients import (
+    GradientComparison,
+    NoLossError,
+    Run,
+    compare_runs,
+    parameters_restored,
+)
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
 from ckpt_pass.offloading.stores import OffloadLike
@@ -151,7 +157,8 @@ def verify(
     """
     inputs = step_arguments(model, verify, args, kwargs, named)
     used = _Used(model, args, inputs, loss_fn, rtol, atol)
-    with untouched(model, loss_fn, args, inputs, values=True):
+    given = untouched(model, loss_fn, args, inputs, values=True)
+    with given, parameters_restored(model.parameters()):
         if plan is None and mode == "eager" and budget is None and total is None:
             return _verify_policy(policy, used)
         if plan is None:
