@@ -20,6 +20,7 @@ from ckpt_pass.compile.moving import MovedNode, write_moves
 from ckpt_pass.compile.reinplace import overwrite_in_place
 from ckpt_pass.compile.schedule import reorder
 from ckpt_pass.graph.joint import JointGraph, is_epilogue
+from ckpt_pass.graph.reinplace import note_uncertain_layouts
 from ckpt_pass.ops.taxonomy import draws_random
 from ckpt_pass.policy.rules import OFFLOADING, RECOMPUTING, SAVING
 
@@ -237,6 +238,8 @@ def split(
         where: the store that they go to (:mod:`ckpt_pass.offloading.graph_ops`).
     """
     _free_after_use(joint, saved)
+    if joint.in_place:
+        note_uncertain_layouts(joint.nodes)
     forward, backward, num_symbols = functorch.extract_forward_backward(
         joint.module,
         [

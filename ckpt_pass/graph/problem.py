@@ -28,7 +28,7 @@ from ckpt_pass.graph.cost import (
 from ckpt_pass.graph.inlined import inlined_ops
 from ckpt_pass.graph.joint import JointGraph, StorageKey, is_epilogue, is_multi_output_access
 from ckpt_pass.graph.kernel_cache import KernelFacts
-from ckpt_pass.graph.reinplace import makes_anew, overwritable_inputs
+from ckpt_pass.graph.reinplace import makes_anew, note_uncertain_layouts, overwritable_inputs
 from ckpt_pass.ops.taxonomy import draws_random, never_recompute
 from ckpt_pass.planner.inlined import with_inlined
 from ckpt_pass.planner.problem import Op, Problem
@@ -130,6 +130,8 @@ def build_problem(
     Raises:
         SymbolicBytesError: a size depends on data.
     """
+    if joint.in_place:
+        note_uncertain_layouts(joint.nodes)
     table = _Storages()
     for node in joint.primals:
         for storage in table.of(node.meta.get("val")):

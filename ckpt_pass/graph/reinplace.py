@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,24 @@ _ELEMENTWISE = """
 # Row by row: each row is read to its end before it is written, by one thread. So it is on the CPU
 # (aten/src/ATen/native/cpu/SoftMaxKernel.cpp); of other devices' kernels nothing is known.
 _ROWWISE_ON_CPU = "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data"
+# Normalisations whose results lie otherwise than their fake tensors say (torch 2.13, CPU): some in
+# rows, whatever they are given, some like one of their inputs, or in rows where that has no format.
+_NORMS_IN_ROWS = """
+    native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward
+    _fused_rms_norm _fused_rms_norm_backward
+    """
+_NORMS_LIKE_AN_INPUT = """
+    native_batch_norm native_batch_norm_backward _native_batch_norm_legit
+    _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
+    _batch_norm_with_update _batch_norm_with_update_functional batch_norm_backward
+    """
+# Ops whose results lie in rows, whatever they are given.
+_LAYS_OUT_IN_ROWS = """
+    mm addmm bmm baddbmm _grouped_mm sum mean var embedding embedding_dense_backward full zeros ones
+    select_backward slice_backward nll_loss_backward nll_loss2d_backward
+    """
+#: On a node whose result may lie in memory otherwise than its fake tensor says.
+UNCERTAIN = "ckpt_pass_uncertain_layout"
 # What these make is memory of its own: functional ops whose kernels never return an input. The list
 # is closed because some do (`native_dropout` with nothing to drop, `copy`).
 _MAKES_ANEW = """
@@ -80,6 +98,8 @@ def overwritable_inputs(node: fx.Node) -> Iterator[fx.Node]:
     value = node.meta["val"]
     layout = _layout(value)
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    if any(n.meta.get(UNCERTAIN) for n in tensors):
+        return
     if not layout or any(_would_be_cast(n.meta["val"], value) for n in tensors):
         return
     for source in tensors:
@@ -89,6 +109,45 @@ def overwritable_inputs(node: fx.Node) -> Iterator[fx.Node]:
             same = [n for n in tensors if n.meta["val"].untyped_storage()._cdata == storage]
             if same == [source]:
                 yield source
+
+
+def note_uncertain_layouts(nodes: Iterable[fx.Node]) -> None:
+    """Mark the nodes of a graph whose real strides may be others than their fake ones.
+
+    To write over such a value could give an op's result another layout than it has by itself, and
+    what sums it up another order: other bits.
+    """
+    for node in nodes:
+        if node.op != "call_function" or node.target in _named(_LAYS_OUT_IN_ROWS):
+            continue
+        if _lies_anew(node) or any(given.meta.get(UNCERTAIN) for given in node.all_input_nodes):
+            node.meta[UNCERTAIN] = True
+
+
+def _lies_anew(node: fx.Node) -> bool:
+    """Whether a normalisation is given what lies neither in rows nor with its channels last."""
+    in_rows = node.target in _named(_NORMS_IN_ROWS)
+    if not in_rows and node.target not in _named(_NORMS_LIKE_AN_INPUT):
+        return False
+    values = (given.meta.get("val") for given in node.all_input_nodes)
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    dims = max((tensor.dim() for tensor in tensors), default=0)
+    whole = [tensor for tensor in tensors if tensor.dim() == dims]
+    orders = [[*range(dims)]]
+    if not in_rows and dims in (4, 5):  # those that have such a format
+        orders.append([0, *range(2, dims), 1])
+    return not any(all(_lies(tensor, order) for tensor in whole) for order in orders)
+
+
+def _lies(tensor: torch.Tensor, order: Sequence[int]) -> bool:
+    """Whether a tensor is dense in an order of its dimensions, the last one next to each other."""
+    count: Any = 1
+    for dim in reversed(order):
+        size = as_bytes(tensor.shape[dim])
+        if size != 1 and as_bytes(tensor.stride(dim)) != count:
+            return False
+        count = count * size
+    return True
 
 
 def is_elementwise(op: object) -> bool:
@@ -144,6 +203,11 @@ def _out_variant(op: OpOverload) -> OpOverload | None:
         if len(written) == 1 and taken == wanted:
             return other
     return None
+
+
+@functools.cache
+def _named(names: str) -> frozenset[OpOverload]:
+    return frozenset(op for base in names.split() for op in _functional_overloads(base))
 
 
 @functools.cache
