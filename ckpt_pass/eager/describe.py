@@ -81,6 +81,8 @@ def eager_problem(
             v.saved_at,
             trace.asked.get(number, 0),
             turns.get(number, 0),
+            v.node,
+            v.waits,
         )
         for number, v in enumerate(trace.saved)
     )

@@ -154,7 +154,13 @@ class Recorder(Watcher):
         return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
 
     def _pack(self, value: torch.Tensor) -> Packed:
-        saved = SavedRecord(self._number_of(value), self.moment, plain=is_plain(value))
+        saved = SavedRecord(
+            self._number_of(value),
+            self.moment,
+            plain=is_plain(value),
+            node=autograd.newest_node_number(),
+            waits=not value.requires_grad,
+        )
         self.trace.saved.append(saved)
         number = len(self.trace.saved) - 1
         self._masks.pack(value, number)
@@ -205,7 +211,7 @@ class Recorder(Watcher):
         changes = tuple(self._changed(func, args, kwargs))
         unknown = [tensor for tensor in given if not self._constants.knows(tensor)]
         self._numbers.check(unknown, changes, self._number_of)
-        self._formulas.note(given)
+        self._formulas.note(func, given)
         self._held.begins()
         site = self._site(func)
         index = self.moment

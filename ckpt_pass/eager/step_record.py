@@ -32,13 +32,16 @@ class StorageRecord:
 class SavedRecord:
     """A value that autograd saved at a moment; ``storage`` is -1 for what existed before.
 
-    It is ``plain`` where a store takes such a tensor.
+    It is ``plain`` where a store takes such a tensor. ``node`` tells whether the same node saved
+    another one. One that has no history ``waits``: its op may fill it yet.
     """
 
     storage: int
     saved_at: int
     released: int = NEVER
     plain: bool = False
+    node: int = 0
+    waits: bool = False
 
 
 @dataclass

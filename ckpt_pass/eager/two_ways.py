@@ -27,12 +27,17 @@ class Formulas:
         self._forwards: dict[int, _Forward] = {}
         self._found: dict[int, FormulaRecord] = {}
 
-    def note(self, given: Sequence[torch.Tensor]) -> None:
-        """Look at the op that begins, from these tensors."""
+    def note(self, op: object, given: Sequence[torch.Tensor]) -> None:
+        """Look at the op that begins, from these tensors.
+
+        The formula begins when autograd has taken its saved values, each by a ``detach``: all of
+        them are there then.
+        """
         index = len(self._trace.ops)
         node = autograd.node_number()
         if node >= 0:
-            if autograd.node_name() in TWO_WAYS and node in self._forwards:
+            begins = node in self._found or op is not torch.ops.aten.detach.default
+            if begins and autograd.node_name() in TWO_WAYS and node in self._forwards:
                 self._ran(node, index)
         elif torch.is_grad_enabled():
             needs = tuple(tensor.requires_grad for tensor in given)

@@ -129,13 +129,34 @@ def windows_of(
 
 
 def _of_saved(region: EagerRegion, values: Sequence[SavedValue], place_of: Ints) -> Window:
-    goes = [values[number] for number in region.moves]
-    puts = tuple((value.storage, value.saved_at) for value in goes)
+    goes = [(values[number], at) for number, at in _puts(region, values)]
+    puts = tuple((value.storage, at) for value, at in goes)
     asks = []
-    for number, value in enumerate(goes, start=1):
+    for number, (value, _) in enumerate(goes, start=1):
         at, end = int(place_of[value.asked_at]), int(place_of[value.released])
         asks.append(Ask(value.turn, ((value.storage, end),), at, at, number, shared=True))
     return Window(puts, region.ops[1], tuple(asks), last_first=True)
+
+
+def _puts(region: EagerRegion, values: Sequence[SavedValue]) -> Iterator[tuple[int, int]]:
+    """The values that go, in their order, and when each is put.
+
+    As :meth:`ckpt_pass.offloading.saved_hooks.SavedHooks.pack` does it.
+    """
+    moves = frozenset(region.moves)
+    waiting: list[int] = []
+    node = -1
+    for number in range(*region.values):
+        value = values[number]
+        if waiting and value.node != node:
+            yield from ((one, value.saved_at) for one in waiting)
+            waiting = []
+        if number in moves and value.waits:
+            waiting.append(number)
+            node = value.node
+        elif number in moves:
+            yield number, value.saved_at
+    yield from ((one, region.ops[1]) for one in waiting)
 
 
 def _of_arguments(

@@ -60,6 +60,8 @@ class SavedValue:
             and otherwise when it is done.
         saved_at, asked_at: the moments when it is saved, and when the backward looks at it.
         turn: the how manyth that is.
+        node: tells whether the same node saves another one.
+        waits: whether it goes when another node saves something, not at once.
     """
 
     storage: int
@@ -68,6 +70,8 @@ class SavedValue:
     saved_at: int = 0
     asked_at: int = 0
     turn: int = 0
+    node: int = 0
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
