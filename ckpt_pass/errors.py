@@ -102,7 +102,6 @@ from ckpt_pass.policy.opinion import UnclassifiedOpWarning as UnclassifiedOpWarn
 from ckpt_pass.policy.rules import InvalidRuleError as InvalidRuleError
 from ckpt_pass.policy.rules import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.regions.arguments import MutatedArgumentError as MutatedArgumentError
-from ckpt_pass.regions.checkpointing import CompiledOffloadError as CompiledOffloadError
 from ckpt_pass.regions.checkpointing import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.regions.checkpointing import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.regions.checkpointing import ReentrantRegionError as ReentrantRegionError
@@ -111,6 +110,7 @@ from ckpt_pass.regions.outside import MutatedStateError as MutatedStateError
 from ckpt_pass.regions.region import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.regions.region import MutatedActivationError as MutatedActivationError
 from ckpt_pass.regions.region import RecomputeMismatchError as RecomputeMismatchError
+from ckpt_pass.regions.running import CompiledOffloadError as CompiledOffloadError
 from ckpt_pass.regions.saved_values import EndedRecomputationError as EndedRecomputationError
 from ckpt_pass.regions.wrapping import AlreadyAppliedError as AlreadyAppliedError
 from ckpt_pass.regions.wrapping import NotAppliedError as NotAppliedError

@@ -6,7 +6,9 @@ the step: no decision about the step is possible then. Their ops are put in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,22 +66,12 @@ def _hand_out(module: fx.GraphModule, call: fx.Node, output: Any) -> None:
 
 def _own_attribute(module: fx.GraphModule, inner: fx.GraphModule, name: str) -> str:
     """The name in the outer module of what an inner one has."""
-    value: Any = inner
-    for part in name.split("."):
-        value = getattr(value, part)
-    for own in _names(name.replace(".", "_")):
-        if getattr(module, own, value) is value:
-            setattr(module, own, value)
-            return own
-    raise AssertionError("names do not end")
-
-
-def _names(stem: str) -> Iterator[str]:
-    yield stem
-    number = 0
-    while True:
-        number += 1
-        yield f"{stem}_{number}"
+    value = operator.attrgetter(name)(inner)
+    stem = name.replace(".", "_")
+    names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(1)))
+    own = next(name for name in names if getattr(module, name, value) is value)
+    setattr(module, own, value)
+    return own
 
 
 class _Renamed:

@@ -155,7 +155,7 @@ class Backend:
             backend.budget, backend.solver, backend.time_limit_s, backend.cost, backend.offload
         )
         policy = policy_for(backend.policy, backend.budget)
-        in_place = backend.inner == "aot_eager"
+        inner_options = dict(backend.inner_options)
         part = self.coverage.is_part(gm)
         if backend.budget is not None and backend.plan is None and torch.is_grad_enabled():
             self.coverage.tell_of_cut(gm, backend.budget)
@@ -166,7 +166,7 @@ class Backend:
             goal,
             made.append,
             backend.given,
-            in_place,
+            backend.inner == "aot_eager",
             part,
             offload=as_offload(backend.offload) or Offload(),
             leaves=leaves_among(example_inputs),
@@ -181,18 +181,15 @@ class Backend:
         elif any(plan.inductor is not None for plan in backend.given):
             careful = any(p.inductor is not None and p.inductor.careful for p in backend.given)
             compiled, plan = compile_planned(
-                gm, example_inputs, partition, dict(backend.inner_options), mode, careful
+                gm, example_inputs, partition, inner_options, mode, careful
             )
             made = [plan] if plan is not None else []
         elif goal is not None and backend.plan is None:
-            options_of_inductor = dict(backend.inner_options)
-            compiled, plan = compile_within(
-                gm, example_inputs, partition, options_of_inductor, mode
-            )
+            compiled, plan = compile_within(gm, example_inputs, partition, inner_options, mode)
             made += [plan] if plan is not None else []
         else:
             compiled = compilers.compile_inductor(
-                gm, example_inputs, partition, dict(backend.inner_options), mode
+                gm, example_inputs, partition, inner_options, mode
             )
         cut = graph_break(gm)
         if cut:

@@ -30,7 +30,6 @@ from ckpt_pass.eager.step_record import (
     LOCAL,
     EagerTrace,
     OpRecord,
-    SavedRecord,
     StorageRecord,
 )
 from ckpt_pass.eager.trace_ops import (
@@ -40,9 +39,9 @@ from ckpt_pass.eager.trace_ops import (
     differentiate,
     fresh_ids,
     has_effects,
-    is_plain,
     is_taken_over,
     saved_numbers_bytes,
+    saved_record,
     stand_ins,
     storage_ids,
     tensors_in,
@@ -154,14 +153,7 @@ class Recorder(Watcher):
         return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
 
     def _pack(self, value: torch.Tensor) -> Packed:
-        saved = SavedRecord(
-            self._number_of(value),
-            self.moment,
-            plain=is_plain(value),
-            node=autograd.newest_node_number(),
-            waits=not value.requires_grad,
-        )
-        self.trace.saved.append(saved)
+        self.trace.saved.append(saved_record(value, self._number_of(value), self.moment))
         number = len(self.trace.saved) - 1
         self._masks.pack(value, number)
         return Packed(self.trace, number, value, self._written.maker_of(value), self._real(value))

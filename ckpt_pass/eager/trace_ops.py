@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass.eager.answers import asks
-from ckpt_pass.eager.step_record import OpRecord
+from ckpt_pass.eager.step_record import OpRecord, SavedRecord
 from ckpt_pass.graph.capture import no_gradient
 from ckpt_pass.graph.kernel_cache import OutputFacts
 from ckpt_pass.graph.kernels import Kernels
@@ -107,6 +107,17 @@ def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a fake tensor stands for one that a store takes: plain values in one storage."""
     dense = autograd.is_fake(tensor) and tensor.layout is torch.strided
     return dense and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+
+
+def saved_record(value: torch.Tensor, storage: int, moment: int) -> SavedRecord:
+    """What is noted of a value that autograd saves now."""
+    return SavedRecord(
+        storage,
+        moment,
+        plain=is_plain(value),
+        node=autograd.newest_node_number(),
+        waits=not value.requires_grad,
+    )
 
 
 class Sums:

@@ -6,9 +6,8 @@ any more. What kernels allocate besides is measured (:mod:`ckpt_pass.graph.kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +21,7 @@ from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernel_ops import is_computing
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels
 from ckpt_pass.offloading.graph_ops import FETCH, PUT, fetched_memory
-from ckpt_pass.planner.caching_allocator import Lifetime, handed_out
+from ckpt_pass.planner.caching_allocator import Lifetime, added_up, handed_out
 from ckpt_pass.policy.sites import Bytes, optimization_hint, output_tensors
 
 Looks: TypeAlias = Callable[[fx.Node, Any, set[int]], Any]
@@ -196,7 +195,7 @@ class HeldBytes:
             for storage in self._storages
         ]
         if self._device_type == "cpu":
-            bytes_at = _added_up(lifetimes, workspaces, self.moment)
+            bytes_at = added_up(lifetimes, workspaces, self.moment)
         else:
             bytes_at = handed_out(lifetimes, workspaces, self.moment)
         return Curve(tuple(bytes_at), tuple(self._where))
@@ -217,20 +216,6 @@ class HeldBytes:
             real = found.outputs[storage.index].storage_bytes
             return storage.nbytes if real is None else real
         return storage.nbytes
-
-
-def _added_up(
-    lifetimes: Sequence[Lifetime], workspaces: Mapping[int, int], moments: int
-) -> list[int]:
-    """The bytes at each moment where memory is handed out to the byte."""
-    steps = [0] * (moments + 1)
-    for one in lifetimes:
-        steps[one.born] += one.nbytes
-        steps[one.died] -= one.nbytes
-    bytes_at = [*accumulate(steps[:-1])]
-    for moment, nbytes in workspaces.items():
-        bytes_at[moment] += nbytes
-    return bytes_at
 
 
 def given_storages(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]:

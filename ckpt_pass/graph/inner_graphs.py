@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import fx
 
 from ckpt_pass.graph.cost import at_traced_shape, storage_sizes
+from ckpt_pass.planner.caching_allocator import Lifetime, added_up
 
 #: Those that run one graph once, and return what it returns. Others loop: they hold what earlier
 #: rounds have returned while the next one runs, and put it together in the end.
@@ -36,22 +38,14 @@ def inner_bytes(node: fx.Node, workspaces: Mapping[fx.Node, int]) -> int:
 
 def _most_bytes(graph: fx.Graph, workspaces: Mapping[fx.Node, int]) -> int:
     """The most bytes that a graph holds while it runs op by op, its inputs not counted."""
-    own: dict[object, int] = {}
-    last: dict[object, fx.Node] = {}
-    for node in graph.nodes:
+    nodes = list(graph.nodes)
+    place = {node: number for number, node in enumerate(nodes)}
+    lifetimes: dict[object, Lifetime] = {}
+    for node in nodes:
+        died = 1 + max(place[user] for user in (node, *node.users))
         for key, size in storage_sizes(node.meta.get("val")).items():
-            if node.op == "placeholder":
-                own[key] = 0
-            own.setdefault(key, at_traced_shape(size))
-            for user in (node, *node.users):
-                last[key] = max(last.get(key, node), user)
-    held = most = 0
-    there: set[object] = set()
-    for node in graph.nodes:
-        new = storage_sizes(node.meta.get("val")).keys() - there
-        there |= new
-        held += sum(own[key] for key in new)
-        most = max(most, held + workspaces.get(node, 0))
-        held -= sum(own[key] for key in there if last[key] is node)
-        there = {key for key in there if last[key] is not node}
-    return most
+            nbytes = 0 if node.op == "placeholder" else at_traced_shape(size)
+            one = lifetimes.setdefault(key, Lifetime(place[node], died, nbytes))
+            lifetimes[key] = replace(one, died=max(one.died, died))
+    while_running = {place[node]: nbytes for node, nbytes in workspaces.items() if node in place}
+    return max(added_up(lifetimes.values(), while_running, len(nodes)), default=0)

@@ -10,7 +10,8 @@ from torch import nn
 from ckpt_pass.modules.choice import PlacementError
 from ckpt_pass.modules.segments import optimal_segment_count, segment_boundaries
 from ckpt_pass.policy.rules import PolicyLike
-from ckpt_pass.regions.checkpointing import options_for, refuse_reentrance, run_region
+from ckpt_pass.regions.checkpointing import options_for, refuse_reentrance
+from ckpt_pass.regions.running import run_region
 
 Step = Callable[[Any], Any]
 

@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 _MIB = 1 << 20
 #: Blocks are multiples of so many bytes.
@@ -35,6 +36,20 @@ class Lifetime:
     born: int
     died: int
     nbytes: int
+
+
+def added_up(
+    lifetimes: Iterable[Lifetime], workspaces: Mapping[int, int], moments: int
+) -> list[int]:
+    """The bytes at each moment where memory is handed out to the byte."""
+    steps = [0] * (moments + 1)
+    for one in lifetimes:
+        steps[one.born] += one.nbytes
+        steps[one.died] -= one.nbytes
+    bytes_at = [*accumulate(steps[:-1])]
+    for moment, nbytes in workspaces.items():
+        bytes_at[moment] += nbytes
+    return bytes_at
 
 
 def handed_out(

@@ -12,22 +12,18 @@ import torch.utils.checkpoint
 from torch import nn
 
 from ckpt_pass._errors import CkptPassError, nearest
-from ckpt_pass._torch import autograd, functorch
-from ckpt_pass.offloading.saved_hooks import offloaded_inside
+from ckpt_pass._torch import autograd
 from ckpt_pass.offloading.sharding import Sharding, ShardLike, as_sharding
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.regions.actions import actions_for
-from ckpt_pass.regions.caches import with_empty_caches
-from ckpt_pass.regions.chain import Link
-from ckpt_pass.regions.frame import Frame, RegionOptions
+from ckpt_pass.regions.frame import RegionOptions
 from ckpt_pass.regions.keeps import Keeps, Moves
+from ckpt_pass.regions.running import run_region
 from ckpt_pass.regions.sac import context_fn as make_context_fn
-from ckpt_pass.regions.sac import contexts_of_recomputed
 from ckpt_pass.regions.writes import known_of
 
-_TENSORS = frozenset((torch.Tensor, nn.Parameter))
 DETERMINISM_CHECKS = ("default", "none")
 
 
@@ -73,10 +69,6 @@ class DeterminismCheckError(CkptPassError, ValueError):
     """A way to check recomputed values that there is not."""
 
 
-class CompiledOffloadError(CkptPassError, RuntimeError):
-    """A region in a traced graph is to offload what only an eager region can."""
-
-
 class RegionPlan(Protocol):
     """What tells the region of a module by its name: a :class:`ckpt_pass.Plan`."""
 
@@ -107,9 +99,9 @@ def checkpoint(
     As ``torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False)``, whose keywords it
     takes, at about half of its cost on small regions: hooks on saved values, and no stash of the
     random state where nothing random was drawn. Regions nest, with torch's too. Under
-    ``torch.compile`` this is torch's ``checkpoint`` with our ``context_fn``; under ``torch.func``
-    transforms, which allow no hooks, under forward-mode derivatives and in ``torch.export``, ``fn``
-    simply runs.
+    ``torch.compile`` this is torch's ``checkpoint`` with our ``context_fn``, or an eager region
+    between two graphs where dynamo finds side effects; under ``torch.func`` transforms, which allow
+    no hooks, under forward-mode derivatives and in ``torch.export``, ``fn`` simply runs.
 
     Args:
         fn: a module or function. It runs twice: it must do the same both times.
@@ -226,99 +218,6 @@ def _logged(
         preserve_rng_state=preserve_rng_state,
         **extra,
         **kwargs,
-    )
-
-
-def run_region(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    options: RegionOptions,
-    link: Link | None = None,
-) -> Any:
-    """The same, with options that were made before; ``link`` is its place in a segment."""
-    if not torch.is_grad_enabled() or _leaves_no_region():
-        return fn(*args, **kwargs)
-    if _in_trace():
-        run = _outside_graphs if options.moves_its_own else _in_graph_or_outside
-        return run(fn, args, kwargs, options)
-    if not autograd.hooks_enabled():  # torch.autograd.graph.disable_saved_tensors_hooks
-        return fn(*args, **kwargs)
-    if options.offload_saved:
-        root = fn if options.root is None else options.root
-        chosen = () if options.moves is None else (options.moves.numbers, options.moves.ahead)
-        with offloaded_inside(root, (args, kwargs), options.offload, *chosen):
-            return fn(*args, **kwargs)
-    if kwargs or not _TENSORS.issuperset(map(type, args)):
-        root = fn if options.root is None else options.root
-        run, args, kwargs = with_empty_caches(root, fn, args, kwargs)
-        if run is not fn:
-            fn, options = run, replace(options, root=root)
-    frame = Frame(fn, options) if link is None else link.frame(fn, options)
-    return frame.forward(args, kwargs)
-
-
-def _in_trace() -> bool:
-    """Whether ops are being written down, by dynamo or below it."""
-    return torch.compiler.is_compiling() or functorch.proxy_graph() is not None
-
-
-def _in_eager_mode(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: RegionOptions
-) -> Any:
-    """A region by itself: where a graph is cut, those before it in a segment are in the graph."""
-    if _in_trace():
-        if options.moves_its_own:
-            raise CompiledOffloadError(
-                f"{options.name} offloads or shards its inputs, or what is saved inside, which is "
-                "not supported in a graph that is traced as a whole. Leave offload_inputs and "
-                "shard_inputs out, or trace the model without its regions."
-            )
-        return _in_graph(fn, args, kwargs, options)
-    return run_region(fn, args, kwargs, options)
-
-
-def _in_graph(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: RegionOptions
-) -> Any:
-    """A region of torch's own, which torch's partitioner recomputes."""
-    contexts = options.traced
-    if contexts is None and torch.compiler.is_compiling():
-        contexts = contexts_of_recomputed
-    traced: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
-    return torch.utils.checkpoint.checkpoint(
-        fn,
-        *args,
-        use_reentrant=False,
-        preserve_rng_state=options.draws is not False,
-        **traced,
-        **kwargs,
-    )
-
-
-#: The same for a region that dynamo meets: it cuts the graph there, and traces nothing of it.
-_outside_graphs = torch.compiler.disable(
-    _in_eager_mode,
-    reason="a region that offloads or shards its inputs, or what is saved, runs in eager mode",
-)
-#: A region that dynamo takes into its graph or, where it cannot, runs in eager mode. It cannot
-#: where the region moves state that is no tensor: torch's own region would move it twice there.
-_in_graph_or_outside = torch.compiler.disable(
-    _in_eager_mode, reason="a region with side effects runs in eager mode"
-)
-torch.compiler.substitute_in_graph(_in_graph_or_outside)(_in_graph)
-
-
-def _leaves_no_region() -> bool:
-    """Whether what runs now is transformed, or written down, into what knows no regions.
-
-    ``torch.func`` allows no hooks; ``torch.export`` makes a graph that has no backward; what
-    forward-mode derivatives add to arguments is gone when their level ends, before the backward.
-    """
-    return (
-        autograd.transforms_active()
-        or autograd.forward_derivatives_active()
-        or functorch.traces_before_autograd()
     )
 
 

@@ -255,7 +255,7 @@ class Frame:
         """
         # A backward inside the region's own forward needs what was saved until now, and the forward
         # goes no further: it must not be overtaken.
-        early = self._stops_early and not (to_end or self._outside.is_filled)
+        early = self._stops_early and not (to_end or self._known.fills)
         stops = not self._complete or early
         self._store = []
         rerun = Recomputation(

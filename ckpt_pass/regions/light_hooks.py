@@ -137,7 +137,7 @@ class LightHooks:
             self._surroundings.restore(self._undo)
         # Torch ends the recomputation when it has the one value that it knows of.
         end = functools.partial(pack, _VALUE)
-        to_end = self.outside is not None and self.outside.is_filled
+        to_end = self.outside is not None and self.outside.known.fills
         self._end = end if to_end else None
         complete = _go_on if to_end else end
         self._rerun = Recomputation(self.name, self._saved.looks, complete, self._checked)

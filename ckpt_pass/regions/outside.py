@@ -59,19 +59,19 @@ class Outside:
         "_addresses",
         "_before",
         "_copies",
-        "_known",
         "_looks",
         "_roots",
         "_start_by_id",
         "_starts",
         "_state",
         "_switched",
+        "known",
         "suspects",
     )
 
     def __init__(self, root: Any, known: Known) -> None:
         self._roots: tuple[Any, ...] = (root,)
-        self._known = known
+        self.known = known
         self._state = known.look(root)
         #: What tensors looked at when the forward began: aliases keep it.
         self._starts: list[torch.Tensor] = []
@@ -87,11 +87,11 @@ class Outside:
     def add(self, *arguments: Any) -> None:
         """Hold what arguments lead to as well."""
         self._roots += arguments
-        self._state = Searched(Holders(*self._roots, *self._known.generators))
+        self._state = Searched(Holders(*self._roots, *self.known.generators))
         self._note_tensors()
 
     def _note_tensors(self) -> None:
-        known, state = self._known, self._state
+        known, state = self.known, self._state
         #: How often each tensor was written to, and whether it requires a gradient.
         self._looks = _looks_of(state.tensors)
         if known.overwritten:
@@ -104,22 +104,13 @@ class Outside:
 
     def learn(self) -> None:
         """Let later runs know what the forward has done, which was looked at and ends now."""
-        known, state = self._known, self._state
+        known, state = self.known, self._state
         for tensor in state.tensors:
             self.about_to_read(tensor)
         known.overwritten.update(self.overwritten())
         quiet = not self._tensors_moved(_looks_of(state.tensors)) and state.is_still_held()
         moved = {id(value) for value, _, _ in state.contents.moved(state.holders)}
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
-
-    def fills(self) -> None:
-        """Note that the region runs an op that fills what autograd has saved already."""
-        self._known.fills = True
-
-    @property
-    def is_filled(self) -> bool:
-        """Whether it does, as far as is known: it is to run to its end then."""
-        return self._known.fills
 
     def owners_of_statistics(self, *arguments: Any) -> tuple[nn.Module, ...]:
         """The modules that the region runs, as far as they have running statistics.
@@ -174,7 +165,7 @@ class Outside:
     def about_to_read(self, tensor: torch.Tensor) -> None:
         """Note where the forward has made a tensor look at other memory."""
         if self._looks_elsewhere(tensor):
-            self._known.repointed.add(self.name_of(tensor))
+            self.known.repointed.add(self.name_of(tensor))
 
     def _start(self, tensor: torch.Tensor) -> torch.Tensor | None:
         found = self._start_by_id
@@ -202,7 +193,7 @@ class Outside:
 
         A switched flag alone is nothing.
         """
-        if self._copies or self._known.repointed:
+        if self._copies or self.known.repointed:
             return True
         if looks != self._looks and list(map(_first, looks)) != list(map(_first, self._looks)):
             return True
@@ -237,9 +228,9 @@ class Outside:
             self._switch_flags()
         if not moved and state.is_still_held():
             # What has changed nothing will not, this time.
-            self._before = None if self._known.quiet else state
-            return self._known.quiet and state.has_no_hooks
-        self._known.quiet = False
+            self._before = None if self.known.quiet else state
+            return self.known.quiet and state.has_no_hooks
+        self.known.quiet = False
         holders = state.holders
         before = Searched(holders)
         state.contents.put_into(holders)
@@ -303,13 +294,13 @@ class Outside:
 
     def _kept(self, tensor: torch.Tensor, version: int) -> bool:
         """Whether the memory that a tensor looked at surely holds what it held."""
-        return _version(tensor) == version or self.name_of(tensor) in self._known.repointed
+        return _version(tensor) == version or self.name_of(tensor) in self.known.repointed
 
     def _start_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a tensor was when the forward began, if the forward makes it another."""
         start = self._start(tensor)
         moves = self._looks_elsewhere(tensor) or (
-            self._known.repointed and self.name_of(tensor) in self._known.repointed
+            self.known.repointed and self.name_of(tensor) in self.known.repointed
         )
         return start if start is not None and moves else tensor
 
@@ -358,7 +349,7 @@ class Outside:
 
     def _moved(self, tensor: torch.Tensor) -> MutatedStateError:
         if not isinstance(tensor, nn.Parameter):
-            self._known.overwritten.add(self.name_of(tensor))
+            self.known.overwritten.add(self.name_of(tensor))
         return MutatedStateError(
             f"{self.name_of(tensor)} (shape {list(tensor.shape)}), which a checkpoint region "
             "reads, was changed in place between the region's forward and its recomputation, so "

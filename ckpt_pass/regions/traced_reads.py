@@ -15,8 +15,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ckpt_pass.regions.actions import is_free, is_mutable, overwritten, statistics
-from ckpt_pass.regions.writes import tensors_in
+from ckpt_pass.regions.actions import is_free, statistics
+from ckpt_pass.regions.writes import tensors_in, written
 
 
 class TracedReads:
@@ -39,12 +39,15 @@ class TracedReads:
         read = {_memory(tensor) for tensor in tensors_in(args, kwargs)} - self._made - self._moved
         called = [node for node in nodes if node.op == "call_function"]
         kept = [node for node in called if not is_free(node.target)]
-        if is_mutable(op):
-            if not statistics(op):  # its own result is made of what it overwrites
-                self._note(read, kept)
-            for tensor in overwritten(op, args, kwargs):
-                self._move(_memory(tensor))
-        self._note(read - self._moved, kept)
+        # What a normalisation returns is not made of the statistics that it moves; what others
+        # return is made of what they overwrite.
+        norm = bool(statistics(op))
+        if not norm:
+            self._note(read, kept)
+        for tensor in written(op, args, kwargs):
+            self._move(_memory(tensor))
+        if norm:
+            self._note(read - self._moved, kept)
         outputs = output if isinstance(output, (list, tuple)) else (output,)
         made = {_memory(tensor) for tensor in outputs if isinstance(tensor, torch.Tensor)}
         self._made |= made - read - self._moved

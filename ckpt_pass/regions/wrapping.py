@@ -17,7 +17,8 @@ from torch import nn
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.checkpointing import RegionSpec as RegionSpec
-from ckpt_pass.regions.checkpointing import options_for, run_region, with_moves
+from ckpt_pass.regions.checkpointing import options_for, with_moves
+from ckpt_pass.regions.running import run_region
 from ckpt_pass.regions.writes import forget
 
 

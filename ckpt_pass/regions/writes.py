@@ -103,8 +103,8 @@ class WriteWatch(QuickMode):
         for tensor in tensors_in(args, kwargs):
             self._outside.about_to_read(tensor)
         if func in FILL_WHAT_IS_SAVED:
-            self._outside.fills()
-        for tensor in _written(func, args, kwargs):
+            self._outside.known.fills = True
+        for tensor in written(func, args, kwargs):
             if _address(tensor) in self._storages:
                 self._outside.about_to_change(tensor)
 
@@ -142,7 +142,8 @@ def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.
                 yield item
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that an op overwrites, running statistics among them."""
     if is_mutable(func):
         yield from overwritten(func, args, kwargs)
     for index in statistics(func):
