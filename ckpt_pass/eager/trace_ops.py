@@ -15,12 +15,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ckpt_pass._torch import autograd, functorch
-from ckpt_pass.eager.answers import asks
 from ckpt_pass.eager.step_record import OpRecord, SavedRecord
 from ckpt_pass.graph.capture import no_gradient
 from ckpt_pass.graph.kernel_cache import OutputFacts
 from ckpt_pass.graph.kernels import Kernels
-from ckpt_pass.ops.taxonomy import never_recompute
+from ckpt_pass.ops.taxonomy import is_sized_by_values, never_recompute
 from ckpt_pass.policy.sites import output_tensors
 
 #: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
@@ -265,8 +264,7 @@ def as_really(call: fx.Node, output: Any, kernels: Kernels, known: set[int]) -> 
     tensors = list(output_tensors(output))
     strided = all(tensor.layout is torch.strided for tensor in tensors)
     fakes = any(autograd.is_fake(tensor) for tensor in tensors)
-    by_values = asks(call.target) or call.target is torch.ops.aten._pack_padded_sequence.default
-    if not fakes or not strided or by_values:
+    if not fakes or not strided or is_sized_by_values(call.target):
         return output
     return with_real_looks(output, kernels.outputs(call), known)
 

@@ -21,6 +21,7 @@ from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernel_ops import is_computing
 from ckpt_pass.graph.kernels import WORKSPACE, Kernels
 from ckpt_pass.offloading.graph_ops import FETCH, PUT, fetched_memory
+from ckpt_pass.ops.taxonomy import is_sized_by_values
 from ckpt_pass.planner.caching_allocator import Lifetime, added_up, handed_out
 from ckpt_pass.policy.sites import Bytes, optimization_hint, output_tensors
 
@@ -211,7 +212,9 @@ class HeldBytes:
     @staticmethod
     def _nbytes(storage: _Storage, facts: Mapping[fx.Node, KernelFacts]) -> int:
         maker = storage.maker
-        found = facts.get(maker) if maker is not None and not _is_sized_by_values(maker) else None
+        if maker is None or is_sized_by_values(maker.target):
+            return storage.nbytes
+        found = facts.get(maker)
         if found is not None and found.outputs and storage.index < len(found.outputs):
             real = found.outputs[storage.index].storage_bytes
             return storage.nbytes if real is None else real
@@ -222,11 +225,6 @@ def given_storages(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]
     """What tells the storages apart that an op is given."""
     passed = (*output_tensors(args), *output_tensors(tuple(kwargs.values())))
     return {tensor.untyped_storage()._cdata for tensor in passed if _lies(tensor)}
-
-
-def _is_sized_by_values(node: fx.Node) -> bool:
-    """Whether what an op returns is as large as values say: made-up ones tell nothing of it."""
-    return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
 
 
 def _lies(tensor: Tensor) -> bool:

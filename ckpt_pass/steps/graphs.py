@@ -281,7 +281,7 @@ class Graphs:
             with self.fake:
                 result = self._left.next(func)
         else:
-            between = self.backward and not self._inside and not self._is_real
+            between = self.backward and not self._inside
             joins = between and self._sums.adds_up(func, args, kwargs)
             result = run(torch.ops.aten.add_.Tensor if joins else func)
         if not self._inside:

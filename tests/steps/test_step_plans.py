@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import ckpt_pass
 from ckpt_pass._torch import compilers
@@ -327,9 +328,31 @@ class Edges(nn.Module):
         return (sent[source] * sent[target]).square().mean()
 
 
-def test_what_is_chosen_by_values_is_as_large_as_these_say() -> None:
+class Packed(nn.Module):
+    """Sequences of given lengths, packed: dynamo leaves the LSTM to Python, whose step runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rnn = nn.Linear(8, 8), nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        rows = self.first(rows)
+        packed = pack_padded_sequence(rows, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0].square().mean()
+
+
+def edges() -> Built:
+    return Edges(), (torch.randn(16, 8), torch.randint(0, 16, (2, 400)))
+
+
+def packed() -> Built:
+    return Packed(), (torch.randn(4, 12, 8), torch.tensor([12, 3, 2, 6]))
+
+
+@pytest.mark.parametrize("make", [edges, packed])
+def test_what_is_sized_by_values_is_as_large_as_these_say(make: Callable[[], Built]) -> None:
     torch.manual_seed(0)
-    model, inputs = Edges(), (torch.randn(16, 8), torch.randint(0, 16, (2, 400)))
+    model, inputs = make()
     plan = ckpt_pass.plan(model, *inputs, budget=1.0)
     torch._dynamo.reset()
     backend = ckpt_pass.make_backend(plan=plan, inner="aot_eager")
