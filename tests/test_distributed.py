@@ -112,6 +112,19 @@ def same_plan(rank: int) -> str:
     return plan.fingerprint
 
 
+def twice_under_one_name(rank: int) -> str:
+    """The second time rank 1 has another plan than the first time, and rank 0 comes later."""
+    plan, other = (
+        ckpt_pass.plan(made(), batch(0, 0), budget=part, mode="eager") for part in (0.8, 0.9)
+    )
+    agree(plan)
+    time.sleep(1.0 - rank)
+    with pytest.raises(PlansDivergeError):
+        agree(other if rank == 1 else plan)
+    agree(other)
+    return other.fingerprint
+
+
 def other_shape(rank: int) -> float:
     plan = ckpt_pass.plan(made(), batch(0, 0, 32 + 32 * rank), budget=0.8, mode="eager")
     start = time.monotonic()
@@ -251,6 +264,11 @@ def _local(gradient: Any) -> Tensor:
 
 def test_ranks_agree(tmp_path: Path) -> None:
     one, other = on_ranks(same_plan, tmp_path)
+    assert one == other and len(one) == 64
+
+
+def test_what_was_said_before_is_not_heard_again(tmp_path: Path) -> None:
+    one, other = on_ranks(twice_under_one_name, tmp_path)
     assert one == other and len(one) == 64
 
 

@@ -21,6 +21,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
+from ckpt_pass._torch.batched import or_batched
 from ckpt_pass._torch.fusion import end_kernels_early, fusion_between_calls
 from ckpt_pass._torch.generated import GeneratedHalf, catch_generated
 
@@ -72,12 +73,13 @@ def compile_eager(
 
 
 def _half(is_backward: bool, around: Around | None) -> Callable[..., CompiledFn]:
-    if around is None:
-        return boxed_nop
-    told = around
-
     def compiler(half: fx.GraphModule, inputs: Sequence[Any]) -> CompiledFn:
-        run = boxed_nop(half, list(inputs))
+        run: RunHalf = boxed_nop(half, list(inputs))
+        if is_backward:
+            run = or_batched(half, run)
+        if around is None:
+            return run
+        told = around
 
         def run_told(args: list[Any]) -> Any:
             return told(is_backward, run, args)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ckpt_pass._torch import functorch
+from ckpt_pass._torch.batched import FUNCTIONAL
 from ckpt_pass.graph.joint import is_multi_output_access, storage_keys
 from ckpt_pass.graph.reinplace import makes_anew, overwritable_inputs, overwriting_variant
 from ckpt_pass.policy.sites import output_tensors
@@ -108,5 +109,6 @@ def _storages(node: fx.Node) -> set[int]:
 
 def _write_over(node: fx.Node, target: object, source: fx.Node) -> None:
     out = next(a.name for a in target._schema.arguments if a.is_out)  # type: ignore[attr-defined]
+    node.meta[FUNCTIONAL] = node.target, out
     node.target = target  # type: ignore[assignment]
     node.kwargs = {**node.kwargs, out: source}

@@ -7,7 +7,9 @@ before us are the user's (``torch.utils.checkpoint`` inside the compiled code): 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
+import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -23,6 +25,7 @@ from ckpt_pass.policy.sites import SiteContext
 #: them are pure, so that saving a few bytes of seeds makes every recomputation draw alike.
 SEEDS = "prims.inductor_seed"
 
+COPIED_INPUT = "a copy of an input, which may change before the backward"
 _KEEPING = SAVING | OFFLOADING
 USER_TAG = "tag set before this pass (torch.utils.checkpoint in the compiled code)"
 
@@ -80,6 +83,12 @@ def _decide(node: fx.Node, context: SiteContext, policy: Policy, offloads: bool)
         found = Opinion.of(check_decision(users, USER_TAG, context.site, offloads), USER_TAG)
     else:
         found = opinion(policy, context, offloads)
+    if (
+        users is None
+        and found.decision is CheckpointPolicy.PREFER_RECOMPUTE
+        and _is_copied_input(node)
+    ):
+        return Opinion(CheckpointPolicy.MUST_SAVE, COPIED_INPUT)
     if not may_not_repeat(node):
         return found
     if found.decision is CheckpointPolicy.MUST_RECOMPUTE:
@@ -91,6 +100,29 @@ def _decide(node: fx.Node, context: SiteContext, policy: Policy, offloads: bool)
     if found.saves or found.offloads:
         return found
     return Opinion(CheckpointPolicy.MUST_SAVE, f"never recomputed ({context.op_class})")
+
+
+def _is_copied_input(node: fx.Node) -> bool:
+    """Whether a call is ``.clone()`` of an input, or of a view of one, that takes no gradient.
+
+    It was asked for since the input changes before the backward, as a queue of keys does (MoCo):
+    eager mode keeps the copy. ``contiguous()`` is a clone with a memory format.
+    """
+    if node.target is not torch.ops.aten.clone.default or "memory_format" in node.kwargs:
+        return False
+    source = node.args[0]
+    while _is_view(source):
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or not functorch.is_primal(source):
+        return False
+    value = source.meta.get("val")
+    return isinstance(value, torch.Tensor) and not value.requires_grad
+
+
+def _is_view(value: object) -> TypeGuard[fx.Node]:
+    if not isinstance(value, fx.Node) or value.op != "call_function":
+        return False
+    return classify(value.target) is OpClass.VIEW
 
 
 def may_not_repeat(node: fx.Node) -> bool:

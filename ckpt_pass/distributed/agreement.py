@@ -29,7 +29,8 @@ def agree(plan: Plan, *, name: str = "step", timeout_s: float = DEFAULT_TIMEOUT_
 
     Args:
         plan: this rank's plan.
-        name: tells apart several plans of one program, such as of two models; a name is used once.
+        name: tells apart several plans of one program, such as of two models. Of calls with
+            one name, the first of each rank belong together, then the second.
         timeout_s: how long to wait for the other ranks, in seconds.
 
     Raises:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import functorch
 
+_STORE_IS_GONE = "keeps the store of the process group, and is gone"
+
 
 class RankMissingError(CkptPassError):
     """A rank did not come to compare its plan in time."""
@@ -27,13 +29,17 @@ class NoProcessGroupError(CkptPassError):
 class Exchange:
     """One conversation of the ranks of the default process group.
 
+    The first of a rank under a name is with the first of every other, the second with the second:
+    what was said in an earlier one is not heard again.
+
     Args:
-        prefix: names the conversation; a name is used once.
+        prefix: names the conversation.
         tool: the function that every rank calls, for messages.
         timeout_s: how long to wait for all of the others together, at each question.
 
     Raises:
         NoProcessGroupError: ``torch.distributed`` is not initialised.
+        RankMissingError: the rank that keeps the store is gone.
 
     Attributes:
         rank, size: this rank, and how many there are.
@@ -45,10 +51,15 @@ class Exchange:
                 f"{tool}() compares the plans of a process group, but torch.distributed is not "
                 f"initialised. Call init_process_group first, or leave {tool}() out on one process."
             )
-        self._store = dist.PrefixStore(prefix, functorch.default_store())
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._tool = tool
         self._timeout_s = timeout_s
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        named = dist.PrefixStore(prefix, functorch.default_store())
+        try:
+            number = named.add(f"begun/{self.rank}", 1)
+        except (RuntimeError, ValueError) as error:
+            raise self._missing(0, _STORE_IS_GONE) from error
+        self._store = dist.PrefixStore(str(number), named)
 
     def tell(self, what: str, value: Any) -> None:
         """Give the others a value that JSON can carry.
@@ -59,7 +70,7 @@ class Exchange:
         try:
             self._store.set(f"{what}/{self.rank}", json.dumps(value))
         except (RuntimeError, ValueError) as error:
-            raise self._missing(0, "keeps the store of the process group, and is gone") from error
+            raise self._missing(0, _STORE_IS_GONE) from error
 
     def ask_all(self, what: str) -> list[Any]:
         """What each rank has told, this one among them.

@@ -62,7 +62,8 @@ def plan_together(
         model, args, named, kwargs: this rank's model and batch (:func:`ckpt_pass.plan`).
         budget: this rank's budget; a fraction is of its own step.
         loss_fn, in_flight, gradients, cost: as of :func:`ckpt_pass.plan`.
-        name: tells apart several plans of one program; a name is used once.
+        name: tells apart several plans of one program. Of calls with one name, the first of each
+            rank belong together, then the second.
         timeout_s: how long to wait for what the other ranks say, in seconds.
 
     Raises:

@@ -13,6 +13,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 from ckpt_pass.eager.held_objects import HeldObjects
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace
@@ -47,22 +48,20 @@ class ModuleCalls:
     def followed(self) -> Iterator[None]:
         """Note the calls that are made inside."""
         parts = list(self.model.modules())
-        handles = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
+        with contextlib.ExitStack() as stack:
+
+            def add(handle: RemovableHandle) -> None:
+                stack.callback(handle.remove)
+
+            add(register_module_forward_pre_hook(self._enter))
+            add(register_module_forward_hook(self._leave, always_call=True))
             # Hooks on all modules at once are not told keyword arguments.
-            *(
-                part.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True)
-                for part in parts
-            ),
+            for part in parts:
+                add(part.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True))
             # A region is the forward alone: what hooks before it do, FSDP's say, happens once.
-            *(part.register_forward_pre_hook(self._begin) for part in parts),
-        ]
-        try:
+            for part in parts:
+                add(part.register_forward_pre_hook(self._begin))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @property
     def _here(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -16,7 +16,7 @@ from ckpt_pass.eager.in_step import in_step
 from ckpt_pass.eager.step_record import EagerTrace
 from ckpt_pass.eager.trace import Surroundings, trace_step
 from ckpt_pass.eager.writing import Writer, step_words
-from ckpt_pass.graph.capture import raise_for
+from ckpt_pass.graph.capture import raise_for, refuse_scripted
 from ckpt_pass.graph.device_rates import with_device_times
 from ckpt_pass.graph.kernels import (
     WORKSPACE,
@@ -204,6 +204,7 @@ def traced(
         NotTraceableError: the model's forward or backward fails on fake tensors.
         NothingToDifferentiateError: there is no backward.
     """
+    refuse_scripted(model)
     try:
         return trace_step(model, args, loss_fn, kwargs, kernels, how)
     except CkptPassError:

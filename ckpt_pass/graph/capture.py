@@ -178,6 +178,29 @@ def no_graph(model: nn.Module) -> NotTraceableError:
     )
 
 
+def scripted_in(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """A module of TorchScript in a model, whose parameters nothing in Python can stand in for."""
+    named = model.named_modules()
+    return next((one for one in named if isinstance(one[1], torch.jit.ScriptModule)), None)
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Refuse modules of TorchScript.
+
+    Raises:
+        NotTraceableError: there is one.
+    """
+    found = scripted_in(model)
+    if found is not None:
+        name, part = found
+        raise NotTraceableError(
+            f"{type(model).__name__} cannot be traced in eager: {name or 'it'} is a module of "
+            f"TorchScript ({type(part).__name__}). Expected none in a step that is planned in "
+            "eager: hand in the module that it was made of. Regions by hand and placements take "
+            "it as it is."
+        )
+
+
 def no_gradient(model: nn.Module) -> NothingToDifferentiateError:
     """The error for a model of which nothing requires a gradient."""
     return NothingToDifferentiateError(
@@ -232,8 +255,6 @@ _BY_WORDS = {
     "there by torch.autograd.grad.",
     "TensorWrapper": "no transform of torch.func in the forward of a step that is planned in "
     "eager: plan it compiled, without mode='eager'.",
-    "on ScriptModules": "no module of TorchScript in a step that is planned in eager: hand in the "
-    "module that it was made of. Regions by hand and placements take it as it is.",
     "double backward": "no gradient of a gradient through compiled code, which torch.compile does "
     "not make: plan the step as it runs without it (mode='eager').",
     "failed to run FX node": _RUNS,

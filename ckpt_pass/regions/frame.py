@@ -177,7 +177,7 @@ class Frame:
         outside.check_iterators()
         if self._memory is not None and self._memory.window is not None:
             self._memory.window.finish()
-        if before is not None and not options.draws and not before.moved():
+        if before is not None and not (options.draws or known.draws) and not before.moved():
             self._random = None
         self._complete = True
         self._store = []  # what a backward inside the region had made and left

@@ -55,6 +55,7 @@ class Holders:
         lasting: whether the only tensors are modules' parameters and buffers, which stay.
         simple: whether there is nothing else besides numbers and code, either.
         norms: whether a normalisation that may have running statistics is among the modules.
+        seeds: whether code of theirs may set a random state.
     """
 
     __slots__ = (
@@ -73,6 +74,7 @@ class Holders:
         "objects",
         "owners",
         "parameters",
+        "seeds",
         "sets",
         "simple",
         "spots",
@@ -94,7 +96,7 @@ class Holders:
         self.objects: list[tuple[Any, Keeper]] = []
         self.tensors: list[torch.Tensor] = []
         self.lasting = self.simple = True
-        self.norms = False
+        self.norms = self.seeds = False
         self._movable: list[torch.Tensor] | None = None
         self._seen: set[Any] = set()
         self._todo: list[tuple[Any, int]] = []
@@ -123,7 +125,7 @@ class Holders:
         made.maps = made.lists = made.sets = made.cells = made.objects = _NOTHING
         if inner is not None:
             made.maps, made.lists, made.sets = inner.maps, list(inner.lists), inner.sets
-        made.lasting = made.simple = True
+        made.lasting, made.simple, made.seeds = True, True, False
         made._movable = None
         made._seen = set()
         return made
@@ -274,6 +276,7 @@ class Holders:
         self.owners.append(owner)
 
     def _read(self, reads: Reads) -> None:
+        self.seeds |= reads.seeds
         for owner, (space, name) in zip(reads.owners, reads.names, strict=True):
             value = read_spot(space, name)
             self._note(owner, space, name, value)

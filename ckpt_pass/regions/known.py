@@ -27,6 +27,8 @@ class Known:
         repointed: of those that it makes look at other memory (``tensor.data = ...``).
         generators: those of the global random generators that it draws from; all of them until
             that is known.
+        draws: whether it draws torch's random numbers, or may set a random state: then the state
+            says nothing when it is the same afterwards as before (a seed, ``fork_rng``).
         short_tail: how many values that run had saved, and what the last looks like, if little was
             left to be run then.
         fills: whether it runs an op that autograd saves an argument of before the op has filled it.
@@ -40,6 +42,7 @@ class Known:
         "_lost",
         "_track",
         "compared",
+        "draws",
         "fills",
         "generators",
         "name",
@@ -52,7 +55,7 @@ class Known:
 
     def __init__(self) -> None:
         self.watched = False
-        self.quiet = self.fills = False
+        self.quiet = self.fills = self.draws = False
         self.overwritten: set[str] = set()
         self.repointed: set[str] = set()
         self.generators = global_generators()

@@ -65,6 +65,7 @@ class Outside:
         "_starts",
         "_state",
         "_switched",
+        "changed_anew",
         "known",
         "suspects",
     )
@@ -78,6 +79,8 @@ class Outside:
         self._start_by_id: dict[int, torch.Tensor] | None = None
         #: Copies of storages as they were when the forward began, by the storage's address.
         self._copies: dict[int, torch.UntypedStorage] = {}
+        #: Storages that the forward has changed, and were not held when it began.
+        self.changed_anew: set[int] = set()
         self._before: Noted | None = None
         self._switched: list[torch.Tensor] = []
         #: What has moved and has no copy, by its storage: the recomputation must not read it.
@@ -108,7 +111,13 @@ class Outside:
         for tensor in state.tensors:
             self.about_to_read(tensor)
         known.overwritten.update(self.overwritten())
+        if self.changed_anew and not state.is_still_held():
+            known.overwritten.update(self._made_and_changed())
         quiet = not self._tensors_moved(_looks_of(state.tensors)) and state.is_still_held()
+        if state.holders.seeds:  # it may move what it leaves as it was
+            known.draws = True
+            known.learnt(False, known.generators)
+            return
         moved = {id(value) for value, _, _ in state.contents.moved(state.holders)}
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
 
@@ -161,6 +170,13 @@ class Outside:
         for tensor in self._state.tensors:
             if self._copied(tensor) is not None:
                 yield self.name_of(tensor)
+
+    def _made_and_changed(self) -> Iterator[str]:
+        """The names of the tensors that the forward has made, let be held, and overwritten."""
+        now = Searched(Holders(*self._roots))
+        for tensor in filter(has_memory, now.tensors):
+            if tensor.untyped_storage()._cdata in self.changed_anew:
+                yield name_of(tensor, self._roots, now.holders, now.contents)
 
     def about_to_read(self, tensor: torch.Tensor) -> None:
         """Note where the forward has made a tensor look at other memory."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ckpt_pass._torch.dispatch import QuickMode
+from ckpt_pass.ops.taxonomy import draws_random
 from ckpt_pass.regions.actions import (
     FILL_WHAT_IS_SAVED,
     is_free,
@@ -99,14 +100,18 @@ class WriteWatch(QuickMode):
         return output
 
     def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Copy what an op is about to overwrite, note what it reads."""
+        """Copy what an op is about to overwrite, note what it reads, and whether it draws."""
         for tensor in tensors_in(args, kwargs):
             self._outside.about_to_read(tensor)
-        if func in FILL_WHAT_IS_SAVED:
-            self._outside.known.fills = True
+        known = self._outside.known
+        known.fills |= func in FILL_WHAT_IS_SAVED
+        known.draws |= draws_random(func, args, kwargs)
         for tensor in written(func, args, kwargs):
-            if _address(tensor) in self._storages:
+            address = _address(tensor)
+            if address in self._storages:
                 self._outside.about_to_change(tensor)
+            else:
+                self._outside.changed_anew.add(address)
 
 
 class ReadWatch(QuickMode):

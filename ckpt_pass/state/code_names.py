@@ -37,6 +37,7 @@ class Reads:
             dict or a class) and a name.
         owners: what the namespaces are found by.
         generators: the random generators that they draw from by a module's functions.
+        seeds: whether they may set a random state.
         cells: variables of their closures.
         defaults: values of their parameters that are made once, and kept from call to call.
         functions: themselves; they have attributes, too.
@@ -45,6 +46,7 @@ class Reads:
     names: tuple[tuple[Any, str], ...]
     owners: tuple[Owner, ...]
     generators: tuple[Any, ...]
+    seeds: bool
     cells: tuple[types.CellType, ...]
     defaults: tuple[Any, ...]
     functions: tuple[types.FunctionType, ...]
@@ -59,7 +61,15 @@ class ReadPlaces:
         functions: those, and so those that they call in their file or close over.
     """
 
-    __slots__ = ("_functions", "_generators", "_missing", "_names", "_with_cells", "_with_defaults")
+    __slots__ = (
+        "_functions",
+        "_generators",
+        "_missing",
+        "_names",
+        "_seeds",
+        "_with_cells",
+        "_with_defaults",
+    )
 
     def __init__(self, functions: Iterable[types.FunctionType]) -> None:
         names: dict[tuple[int, str], tuple[weakref.ref[Owner], str]] = {}
@@ -73,6 +83,7 @@ class ReadPlaces:
                     names[id(space_of(owner)), inner] = (weakref.ref(owner), inner)
         self._names = tuple(names.values())
         self._generators = tuple(generators)
+        self._seeds = any(map(_is_seeding, (n for fn in users for n in attributes_in(fn.__code__))))
         self._functions = tuple(map(weakref.ref, users))
         #: Names of what is not there yet, if it ever will be.
         self._missing = tuple((weakref.ref(fn), n) for fn in users for n in _missing_in(fn))
@@ -101,6 +112,7 @@ class ReadPlaces:
             tuple((space, name) for space, (_, name) in spaces),
             tuple(owners),
             tuple(self._drawn_from()) if self._generators else (),
+            self._seeds,
             tuple(cells.values()),
             tuple(defaults.values()),
             tuple(functions),
@@ -122,6 +134,15 @@ def reads_of(functions: Iterable[types.FunctionType]) -> Reads:
     found = ReadPlaces(held).reads()
     assert found is not None, "functions that are held are there"
     return found
+
+
+#: Parts of names of functions that set random states: ``manual_seed``, ``seed_everything``,
+#: ``fork_rng``, ``set_rng_state``, ``setstate`` and ``set_state``.
+_SEEDING = ("seed", "rng", "setstate", "set_state")
+
+
+def _is_seeding(name: str) -> bool:
+    return any(part in name.lower() for part in _SEEDING)
 
 
 def _missing_in(fn: types.FunctionType) -> Iterator[str]:

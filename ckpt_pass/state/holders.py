@@ -257,6 +257,8 @@ class Reached:
             yield from (value.func, value.args, value.keywords)
         if isinstance(value, nn.Module):
             yield from self._named_by(type(value))
+        if isinstance(value, torch.jit.ScriptModule):  # it keeps them where Python sees no place
+            yield from (*value.parameters(), *value.buffers())
         if _is_open(value):
             yield vars(value)
         names = () if isinstance(value, torch.Tensor) else slots_of(type(value))

@@ -20,7 +20,7 @@ from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.engine import Partitioner
 from ckpt_pass.eager.answers import Answers, OtherPathError, real_answers
 from ckpt_pass.eager.trace_ops import differentiate
-from ckpt_pass.graph.capture import LossFn, input_words, raise_for, whole_step
+from ckpt_pass.graph.capture import LossFn, input_words, raise_for, scripted_in, whole_step
 from ckpt_pass.graph.held import device_type_of
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import random_state_restored, untouched
@@ -85,6 +85,8 @@ class FakeStep:
 
     def _in_some_way(self, partitioner: Partitioner, stack: ExitStack) -> StepRuns:
         """On fake tensors; told of values where it looks at them; or for real where it must be."""
+        if scripted_in(self.model) is not None:
+            return stack.enter_context(self._for_real(partitioner))
         try:
             return stack.enter_context(self._on_fakes(partitioner, None))
         except autograd.NO_VALUES:

@@ -54,3 +54,16 @@ def test_the_cure_is_of_the_cause(build: type[Twice], mode: str, words: str) -> 
             ckpt_pass.plan(model, x, budget=1.0, mode="eager")
         else:
             ckpt_pass.plan(model, x, budget=1.0)
+
+
+@pytest.mark.parametrize("kind", ["scripted", "traced"])
+def test_modules_of_torchscript_are_refused_in_eager_plans(kind: str) -> None:
+    inner: nn.Module = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    x = torch.randn(2, 4)
+    made = torch.jit.script(inner) if kind == "scripted" else torch.jit.trace(inner, x)
+    model = nn.Sequential(nn.Linear(4, 4), made, nn.Linear(4, 1))
+    hooks = len(nn.modules.module._global_forward_hooks)
+    with pytest.raises(ckpt_pass.NotTraceableError, match="1 is a module of TorchScript"):
+        ckpt_pass.plan(model, x, budget=1.0, mode="eager")
+    assert all(p.grad is None for p in model.parameters())
+    assert len(nn.modules.module._global_forward_hooks) == hooks

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,7 +65,46 @@ def test_a_mode_sees_what_is_asked() -> None:
             seen.append(func)
             return func(*args, **(kw or {}))
 
-    module, x = nn.Dropout(0.5), torch.ones(2, 4, requires_grad=True)
+    module, x = nn.Tanh(), torch.ones(2, 4, requires_grad=True)
     with Seeing():
         ckpt_pass.checkpoint(module, x).sum().backward()
     assert torch.ops.aten.equal.default in seen
+
+
+class Seeding(nn.Module):
+    """Draws, and leaves the generator as every run of it leaves it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.how = nn.Linear(8, 8), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "forked":
+            with torch.random.fork_rng(devices=[]):
+                return torch.tanh(self.fc(x) * torch.rand(8))
+        if self.how == "python":
+            random.seed(3)
+            return torch.tanh(self.fc(x)) * random.random()
+        noise = torch.rand(8)
+        torch.manual_seed(3)
+        return torch.tanh(self.fc(x) * noise)
+
+
+@pytest.mark.parametrize("how", ["seeded", "forked", "python"])
+def test_a_region_that_sets_the_state(how: str) -> None:
+    def run(around: Callable[..., Any]) -> tuple[list[Tensor], Tensor, float]:
+        torch.manual_seed(0)
+        random.seed(0)
+        layers, x = [Seeding(how) for _ in range(3)], torch.randn(4, 8)
+        for _ in range(2):
+            h = x
+            for layer in layers:
+                h = around(layer, h)
+            torch.rand(1)
+            h.square().sum().backward()
+        gradients = [p.grad for layer in layers for p in layer.parameters()]
+        return gradients, torch.rand(1), random.random()
+
+    (found, *drawn), (expected, *plainly) = run(ckpt_pass.checkpoint), run(lambda f, x: f(x))
+    assert all(map(torch.equal, found, expected))
+    assert drawn == plainly

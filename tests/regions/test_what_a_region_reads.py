@@ -188,6 +188,17 @@ SHARED: dict[str, Any] = {"scale": torch.ones(()), "calls": 0}
 SEEN: list[Tensor] = []
 
 
+class Late(Layer):
+    """Makes the buffer, which it overwrites ever after, when it first runs."""
+
+    def between(self, h: Tensor) -> Tensor:
+        if not hasattr(self, "count"):
+            self.register_buffer("count", torch.zeros(()))
+        count: Any = self.count
+        count += 1
+        return h / count.clone()
+
+
 class Global(Layer):
     """State in globals of its file."""
 
@@ -207,7 +218,18 @@ class OfTheClass(Layer):
         return h + sum(self.history)
 
 
-STATE = [DelayedScale, MovingMean, Membrane, Grown, Alternating, Powers, Normed, Global, OfTheClass]
+STATE = [
+    DelayedScale,
+    MovingMean,
+    Membrane,
+    Grown,
+    Alternating,
+    Powers,
+    Normed,
+    Late,
+    Global,
+    OfTheClass,
+]
 
 
 def forget() -> None:
