@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -58,6 +59,20 @@ _RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
 _BETWEEN = frozenset(("torch._compile", "torch._dynamo.eval_frame"))
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+@contextlib.contextmanager
+def without_accumulated_hooks(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Inside, nobody is told that a leaf has its gradient: an optimizer in the backward, say."""
+    found = [leaf._post_accumulate_grad_hooks for leaf in leaves]
+    kept = [(hooks, dict(hooks)) for hooks in found if hooks]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 def saved_hooks() -> tuple[PackHook, UnpackHook] | None:

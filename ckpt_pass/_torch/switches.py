@@ -42,6 +42,7 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),
     (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
     (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
 )
 _OF_CUDA: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),

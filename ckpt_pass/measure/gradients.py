@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass.state.untouched import may_be_copied, untouched
+from ckpt_pass.state.untouched import parameters_restored, untouched
 
 
 class NoLossError(CkptPassError):
@@ -124,7 +124,7 @@ def compare_runs(
     named = dict(params.named_parameters() if isinstance(params, nn.Module) else params)
     module = params if isinstance(params, nn.Module) else None
     with gradients_restored(named.values()):
-        with untouched(module, values=True), parameters_restored(named.values()):
+        with untouched(module, values=True):
             first_loss, first = _loss_and_state(plain, named, module, seed)
         # What the other step itself does to the module, such as making regions of it, stays.
         with buffers_restored(module), parameters_restored(named.values()):
@@ -169,23 +169,6 @@ def gradients_restored(leaves: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for leaf, grad in kept:
             leaf.grad = grad
-
-
-@contextmanager
-def parameters_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Give parameters their values back that a step overwrites (``nn.Embedding(max_norm=...)``).
-
-    The copies lie on the CPU, whatever the device: nothing of what is measured has room for them.
-    """
-    plain = [t for t in tensors if type(t) is nn.Parameter and may_be_copied(t)]
-    kept = [(t, t._version, t.detach().to("cpu", copy=True)) for t in plain]
-    try:
-        yield
-    finally:
-        for tensor, version, values in kept:
-            if tensor._version != version:
-                with torch.no_grad():
-                    tensor.copy_(values)
 
 
 def _loss_and_state(

@@ -193,7 +193,9 @@ class Frame:
                 policy, owners=owners, memory=self._memory, outside=self._outside
             )
         # What keeps nothing must not change its modules' buffers twice, either.
-        return (None, RecomputeMode(RegionMemory(), owners=owners)) if owners else _NONE
+        if not owners:
+            return _NONE
+        return None, RecomputeMode(RegionMemory(), owners=owners, outside=self._outside)
 
     def _kept(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], as_they_are: bool = False

@@ -22,6 +22,9 @@ from ckpt_pass.state.shown import SHOWING
 #: Standard modules whose instances are containers.
 _PLAIN_OBJECTS = frozenset({"argparse", "collections", "types", "weakref"})
 
+#: Where torch has objects, no modules, with numbers that they draw from.
+_TORCHS_OBJECTS = "torch.quasirandom"
+
 #: Types of values that hold nothing.
 ATOMS: frozenset[type] = frozenset(
     (
@@ -77,6 +80,7 @@ def _find_kind(cls: type) -> Kind:
     if keeper_for(cls) is not None:
         return Kind.STATE
     plain = _library(cls) in _PLAIN_OBJECTS or dataclasses.is_dataclass(cls)
+    plain = plain or cls.__module__ == _TORCHS_OBJECTS
     return Kind.OBJECT if plain or is_users(cls) else Kind.IGNORED
 
 

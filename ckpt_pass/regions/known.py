@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -20,8 +21,8 @@ class Known:
     """What earlier runs of a region have told; nothing in it leads back to the region's module.
 
     Attributes:
-        watched: whether a run was looked at, op by op.
-        quiet: whether that run has left everything as it was.
+        watched: whether a run was looked at, op by op, in the mode (training or not) of this one.
+        quiet: whether such runs have left everything as they found it.
         overwritten: names of the tensors that the region overwrites, as :meth:`Outside.name_of`
             gives them.
         repointed: of those that it makes look at other memory (``tensor.data = ...``).
@@ -29,6 +30,7 @@ class Known:
             that is known.
         draws: whether it draws torch's random numbers, or may set a random state: then the state
             says nothing when it is the same afterwards as before (a seed, ``fork_rng``).
+        reads_statistics: whether it reads running statistics that it has moved.
         short_tail: how many values that run had saved, and what the last looks like, if little was
             left to be run then.
         fills: whether it runs an op that autograd saves an argument of before the op has filled it.
@@ -38,8 +40,11 @@ class Known:
 
     __slots__ = (
         "__weakref__",
+        "_drawn",
         "_found",
         "_lost",
+        "_mode",
+        "_modes",
         "_track",
         "compared",
         "draws",
@@ -48,6 +53,7 @@ class Known:
         "name",
         "overwritten",
         "quiet",
+        "reads_statistics",
         "repointed",
         "short_tail",
         "watched",
@@ -55,7 +61,7 @@ class Known:
 
     def __init__(self) -> None:
         self.watched = False
-        self.quiet = self.fills = self.draws = False
+        self.quiet = self.fills = self.draws = self.reads_statistics = False
         self.overwritten: set[str] = set()
         self.repointed: set[str] = set()
         self.generators = global_generators()
@@ -64,11 +70,20 @@ class Known:
         self.compared: set[str] = set()
         self._track: Track | None = None
         self._found = self._lost = 0
+        #: Modes in which a run was watched, and that of the latest one.
+        self._modes: set[bool] = set()
+        self._drawn: tuple[Any, ...] = ()
+        self._mode = True
+        _everyone.add(self)
 
     def look(self, root: Any) -> Noted:
         """The state of a region now."""
         if not isinstance(root, nn.Module):  # a partial or a method leads to more than its module
             return Searched(Holders(root, *self.generators))
+        self._mode = root.training
+        self.watched = self._mode in self._modes
+        if not self.watched:
+            self.generators = global_generators()
         found = None if self._track is None else self._track.found()
         if found is not None:
             self._found += 1
@@ -86,5 +101,24 @@ class Known:
 
     def learnt(self, quiet: bool, generators: tuple[Any, ...]) -> None:
         """Note what a run that was looked at has done."""
-        self.watched, self.quiet, self.generators = True, quiet, generators
+        first = not self._modes
+        self._modes.add(self._mode)
+        self.watched, self.quiet = True, quiet and (first or self.quiet)
+        drawn = {id(one): one for one in (*self._drawn, *generators)}
+        self.generators = self._drawn = tuple(drawn.values())
         self._track = None
+
+    def watch_again(self) -> None:
+        """Look at the next run: what this one has told of those before it was not all."""
+        self.watched = False
+        self._modes.clear()
+
+
+#: One region is an error when it overwrites what it did not before; others like it learn from that.
+_everyone: weakref.WeakSet[Known] = weakref.WeakSet()
+
+
+def watch_all_again() -> None:
+    """Look at the next run of every region."""
+    for known in tuple(_everyone):
+        known.watch_again()

@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
+from ckpt_pass._torch.switches import set_switches, switches_now
 from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.holders import Holders, has_memory
-from ckpt_pass.regions.known import Known
+from ckpt_pass.regions.known import Known, watch_all_again
 from ckpt_pass.regions.naming import name_of
 from ckpt_pass.regions.noted import Noted, Searched
 from ckpt_pass.state.code_names import contents_of
@@ -43,7 +44,8 @@ Look = tuple[int, bool]
 
 _address = torch.Tensor.data_ptr
 _stride = torch.Tensor.stride
-_first = operator.itemgetter(0)
+_version_in, _flag = operator.itemgetter(0), operator.itemgetter(1)
+_requires_grad = operator.attrgetter("requires_grad")
 _look: Callable[[torch.Tensor], Look] = operator.attrgetter("_version", "requires_grad")
 
 
@@ -59,14 +61,17 @@ class Outside:
         "_addresses",
         "_before",
         "_copies",
+        "_flags",
         "_looks",
         "_roots",
         "_start_by_id",
         "_starts",
         "_state",
-        "_switched",
+        "_statistics",
+        "_switches",
         "changed_anew",
         "known",
+        "stand_ins",
         "suspects",
     )
 
@@ -81,8 +86,15 @@ class Outside:
         self._copies: dict[int, torch.UntypedStorage] = {}
         #: Storages that the forward has changed, and were not held when it began.
         self.changed_anew: set[int] = set()
+        #: Running statistics, which most regions move and do not read.
+        self._statistics: list[torch.Tensor] = []
         self._before: Noted | None = None
-        self._switched: list[torch.Tensor] = []
+        #: What :meth:`put_in` has found: which tensors require gradients, and torch's switches. A
+        #: region that sets and sets back may be left in between.
+        self._flags: list[bool] = []
+        self._switches: list[Any] = []
+        #: The storages of what stands in for what the forward has overwritten, by address.
+        self.stand_ins: frozenset[int] = frozenset()
         #: What has moved and has no copy, by its storage: the recomputation must not read it.
         self.suspects: dict[int, torch.Tensor] = {}
         self._note_tensors()
@@ -97,6 +109,11 @@ class Outside:
         known, state = self.known, self._state
         #: How often each tensor was written to, and whether it requires a gradient.
         self._looks = _looks_of(state.tensors)
+        if state.norms and (known.reads_statistics or not known.watched):
+            self._statistics = list(running_buffers(self.owners_of_statistics()))
+        if known.reads_statistics:
+            for tensor in self._statistics:
+                self.about_to_change(tensor)
         if known.overwritten:
             for tensor in self.storages().values():
                 if self.name_of(tensor) in known.overwritten:
@@ -110,6 +127,9 @@ class Outside:
         known, state = self.known, self._state
         for tensor in state.tensors:
             self.about_to_read(tensor)
+        if not known.reads_statistics:
+            for tensor in self._statistics:
+                self._copies.pop(tensor.untyped_storage()._cdata, None)
         known.overwritten.update(self.overwritten())
         if self.changed_anew and not state.is_still_held():
             known.overwritten.update(self._made_and_changed())
@@ -156,7 +176,7 @@ class Outside:
 
     def storages(self) -> dict[int, torch.Tensor]:
         """One tensor for each storage that is held, by the storage's address."""
-        found = filter(has_memory, self._state.tensors)
+        found = filter(has_memory, (*self._state.tensors, *self._statistics))
         return {t.untyped_storage()._cdata: t for t in found}
 
     def about_to_change(self, tensor: torch.Tensor) -> None:
@@ -211,7 +231,9 @@ class Outside:
         """
         if self._copies or self.known.repointed:
             return True
-        if looks != self._looks and list(map(_first, looks)) != list(map(_first, self._looks)):
+        if looks != self._looks and list(map(_version_in, looks)) != list(
+            map(_version_in, self._looks)
+        ):
             return True
         movable = self._state.movable()
         if list(map(_address, movable)) == self._addresses and (
@@ -239,9 +261,10 @@ class Outside:
         """
         state = self._state
         looks = _looks_of(state.tensors)
+        self._flags, self._switches = list(map(_flag, looks)), switches_now()
         moved = self._tensors_moved(looks)
         if looks != self._looks:
-            self._switch_flags()
+            self._switch_flags(map(_flag, self._looks))
         if not moved and state.is_still_held():
             # What has changed nothing will not, this time.
             self._before = None if self.known.quiet else state
@@ -262,12 +285,11 @@ class Outside:
             self._replace(stand_ins)
         return False
 
-    def _switch_flags(self) -> None:
-        """Let leaves require gradients as they did; :meth:`put_back` ends that."""
-        for tensor, (_, flag) in zip(self._state.tensors, self._looks, strict=True):
-            if tensor.is_leaf and tensor.requires_grad is not flag:
+    def _switch_flags(self, flags: Iterable[bool]) -> None:
+        """Let leaves require gradients, or not."""
+        for tensor, flag in zip(self._state.tensors, flags, strict=True):
+            if tensor.requires_grad is not flag and tensor.is_leaf:
                 tensor.requires_grad_(flag)
-                self._switched.append(tensor)
 
     def _copied_iterators(self) -> dict[int, Any]:
         """Iterators that have moved on, by their id, and what takes their places."""
@@ -280,18 +302,26 @@ class Outside:
     def put_back(self) -> None:
         """Make the holders hold what they held before :meth:`put_in`."""
         before, self._before = self._before, None
-        if self._switched or self.suspects:
-            switched, self._switched, self.suspects = self._switched, [], {}
-            for tensor in switched:
-                tensor.requires_grad_(not tensor.requires_grad)
+        if self.stand_ins or self.suspects:
+            self.stand_ins, self.suspects = frozenset(), {}
+        if list(map(_requires_grad, self._state.tensors)) != self._flags:
+            self._switch_flags(self._flags)
+        if switches_now() != self._switches:
+            set_switches(self._switches)
         if before is not None and not before.is_still_held():
             before.contents.put_into(before.holders)
 
     def _substitutes(self, differentiable: bool) -> dict[int, Any]:
         """What takes the places of tensors that were changed in place, by their id."""
         copies = {address: _copy(storage) for address, storage in self._copies.items()}
+        self.stand_ins = frozenset(copied._cdata for copied in copies.values())
         stand_ins: dict[int, Any] = {}
         present = {id(value) for value in self._present()}
+        for tensor in self._statistics:
+            if id(tensor) in present and tensor.untyped_storage()._cdata in copies:
+                stand_ins[id(tensor)] = _alias(
+                    tensor, tensor, copies[tensor.untyped_storage()._cdata]
+                )
         for tensor, (version, _) in zip(self._state.tensors, self._looks, strict=True):
             if id(tensor) not in present or id(tensor) in stand_ins:
                 continue
@@ -366,6 +396,7 @@ class Outside:
     def _moved(self, tensor: torch.Tensor) -> MutatedStateError:
         if not isinstance(tensor, nn.Parameter):
             self.known.overwritten.add(self.name_of(tensor))
+            watch_all_again()
         return MutatedStateError(
             f"{self.name_of(tensor)} (shape {list(tensor.shape)}), which a checkpoint region "
             "reads, was changed in place between the region's forward and its recomputation, so "
@@ -377,6 +408,13 @@ class Outside:
     def name_of(self, thing: Any) -> str:
         """A name for a tensor or an object that is held."""
         return name_of(thing, self._roots, self._state.holders, self._state.contents)
+
+
+def running_buffers(owners: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+    """The buffers that normalisations in training update."""
+    for module in (module for owner in owners for module in owner.modules()):
+        if isinstance(module, _NormBase) and module.training:
+            yield from filter(has_memory, module.buffers(recurse=False))
 
 
 def _has_statistics(module: nn.Module) -> bool:

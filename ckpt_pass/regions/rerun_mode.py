@@ -17,6 +17,7 @@ from ckpt_pass.regions.actions import (
     is_mutable,
     overwritten,
     simple_call,
+    statistics,
 )
 from ckpt_pass.regions.light_hooks import LightHooks
 from ckpt_pass.regions.outside import Outside
@@ -42,6 +43,8 @@ class RecomputeMode(QuickMode):
     """Runs a region again and hands out what its forward saved."""
 
     _buffers: frozenset[int] = frozenset()
+    _stand_ins: frozenset[int] = frozenset()
+    _reads_statistics = False
     _collects = False
     _has_suspects = False
     _pause: contextlib.AbstractContextManager[None] | None = None
@@ -52,6 +55,7 @@ class RecomputeMode(QuickMode):
         hooks: LightHooks | None = None,
         owners: Owners = (),
         forward: Pausable | None = None,
+        outside: Outside | None = None,
     ) -> None:
         super().__init__()
         self._owners = owners
@@ -60,6 +64,8 @@ class RecomputeMode(QuickMode):
         self._counted = memory.entries
         self._hooks = hooks
         self._outside: Outside | None = None
+        #: The same, where whoever runs the region puts it in.
+        self._state = outside
 
     def __enter__(self) -> RecomputeMode:
         self._memory.start_recompute()
@@ -72,10 +78,17 @@ class RecomputeMode(QuickMode):
             self._pause = self._forward.paused()
             self._pause.__enter__()
         if self._owners:
-            self._buffers = frozenset(running_statistics(self._owners))
+            self._look_at_statistics(self._state if outside is None else outside)
         self._collects = self._hooks is not None and self._hooks.enter_recompute()
         super().__enter__()
         return self
+
+    def _look_at_statistics(self, outside: Outside | None) -> None:
+        buffers = frozenset(running_statistics(self._owners))
+        if outside is not None:
+            self._stand_ins = outside.stand_ins
+            self._reads_statistics = outside.known.reads_statistics
+        self._buffers = buffers - self._stand_ins
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
@@ -117,10 +130,12 @@ class RecomputeMode(QuickMode):
                 args = with_copies(func, args, kwargs, self._buffers)
         # What is ignored is never counted.
         if func in IGNORED or is_cached_cast(func, args):
-            return run_again(func, args, kwargs)
+            return run_again(func, args, kwargs, self._stand_ins)
         entry = self._memory.next(key_of(func, args), func)
         if entry is None:
-            return run_again(func, args, kwargs)
+            return run_again(func, args, kwargs, self._stand_ins)
+        if self._reads_statistics and statistics(func):  # what comes of it is there; they are not
+            run_again(func, args, kwargs, self._stand_ins)
         value = entry.take(func, again=not self._memory.complete)
         if is_mutable(func) and functorch.proxy_graph() is None:
             with torch.no_grad():

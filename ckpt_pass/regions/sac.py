@@ -126,7 +126,7 @@ def selective_contexts(
     """
     memory = RegionMemory() if memory is None else memory
     forward = ForwardMode(policy, memory, hooks, owners, outside)
-    return forward, RecomputeMode(memory, hooks, owners, forward)
+    return forward, RecomputeMode(memory, hooks, owners, forward, outside)
 
 
 class ForwardMode(QuickMode):

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ckpt_pass.regions.actions import overwritten, statistics
-from ckpt_pass.regions.outside import Outside
+from ckpt_pass.regions.outside import Outside, running_buffers
 
 Owners = tuple[nn.Module, ...]
 
 
 def running_statistics(owners: Owners) -> Iterator[int]:
     """The storages of the buffers that normalisations in training update, by their address."""
-    for module in (module for owner in owners for module in owner.modules()):
-        if isinstance(module, _NormBase) and module.training:
-            yield from (b.untyped_storage()._cdata for b in module.buffers(recurse=False))
+    return (buffer.untyped_storage()._cdata for buffer in running_buffers(owners))
 
 
-def run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an op as its forward did, but leave running statistics alone: the forward moved them."""
+def run_again(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], stand_ins: Collection[int] = ()
+) -> Any:
+    """Run an op as its forward did, but leave running statistics alone: the forward moved them.
+
+    Args:
+        func, args, kwargs: the call.
+        stand_ins: storages of statistics that are the recomputation's own, by address: what reads
+            them afterwards is to see them moved.
+    """
     positions = statistics(func)
     if positions:
         args = tuple(
-            value.clone() if index in positions and isinstance(value, torch.Tensor) else value
+            value.clone() if index in positions and _is_others(value, stand_ins) else value
             for index, value in enumerate(args)
         )
     return func(*args, **kwargs)
+
+
+def _is_others(value: Any, stand_ins: Collection[int]) -> bool:
+    return isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in stand_ins
 
 
 def with_copies(

@@ -88,6 +88,7 @@ class WriteWatch(QuickMode):
         self._outside = outside
         self._tail = tail
         self._storages = outside.storages()
+        self._statistics: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -101,9 +102,11 @@ class WriteWatch(QuickMode):
 
     def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Copy what an op is about to overwrite, note what it reads, and whether it draws."""
+        known = self._outside.known
         for tensor in tensors_in(args, kwargs):
             self._outside.about_to_read(tensor)
-        known = self._outside.known
+            known.reads_statistics |= _address(tensor) in self._statistics
+        self._statistics.update(map(_address, moved_statistics(func, args)))
         known.fills |= func in FILL_WHAT_IS_SAVED
         known.draws |= draws_random(func, args, kwargs)
         for tensor in written(func, args, kwargs):
@@ -151,9 +154,14 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
     """The tensors that an op overwrites, running statistics among them."""
     if is_mutable(func):
         yield from overwritten(func, args, kwargs)
+    yield from moved_statistics(func, args)
+
+
+def moved_statistics(func: Any, args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    """The running statistics that an op overwrites; in evaluation, too, though only read then."""
     for index in statistics(func):
         if index < len(args) and isinstance(args[index], torch.Tensor):
-            yield args[index]  # copied in evaluation, too, though only read then
+            yield args[index]
 
 
 def _address(tensor: torch.Tensor) -> int:

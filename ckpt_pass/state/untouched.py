@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def untouched(
         roots: models, arguments, and containers of them.
         stand_in: makes what stands in for each tensor inside the ``with`` block: once for each, so
             that tied tensors stay tied.
-        values: also give tensors their contents back, parameters apart: for steps on real tensors.
+        values: also give tensors their contents back: for steps on real tensors.
         reached: what is reached from the roots, where that is known already.
 
     Yields:
@@ -50,7 +50,7 @@ def untouched(
     flags = [(t, t.requires_grad) for t in reached.tensors if t.is_leaf]
     written = [tensor for tensor in reached.tensors if values and _may_change(tensor)]
     copies = [(tensor, tensor.detach().clone()) for tensor in written]
-    with random_state_restored():
+    with random_state_restored(), parameters_restored(reached.tensors if values else ()):
         try:
             if stand_in is None and not any(keeper.copy for _, keeper, _ in reached.objects):
                 yield roots
@@ -134,6 +134,24 @@ def may_be_copied(tensor: torch.Tensor) -> bool:
     """Whether a tensor has values of its own, and counts how often it is written to."""
     known = tensor.device.type != "meta" and not tensor.is_inference()
     return tensor.layout is torch.strided and known and has_memory(tensor)
+
+
+@contextlib.contextmanager
+def parameters_restored(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Give parameters their values back that a step overwrites.
+
+    ``nn.Embedding(max_norm=...)`` does, and an optimizer that a hook in the backward calls. The
+    copies lie on the CPU, whatever the device: nothing of what is measured has room for them.
+    """
+    plain = [t for t in tensors if type(t) is torch.nn.Parameter and may_be_copied(t)]
+    kept = [(t, t._version, t.detach().to("cpu", copy=True)) for t in plain]
+    try:
+        yield
+    finally:
+        for tensor, version, values in kept:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(values)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ from ckpt_pass.measure.gradients import (
     NoLossError,
     Run,
     compare_runs,
-    parameters_restored,
 )
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
@@ -157,8 +156,7 @@ def verify(
     """
     inputs = step_arguments(model, verify, args, kwargs, named)
     used = _Used(model, args, inputs, loss_fn, rtol, atol)
-    given = untouched(model, loss_fn, args, inputs, values=True)
-    with given, parameters_restored(model.parameters()):
+    with untouched(model, loss_fn, args, inputs, values=True):
         if plan is None and mode == "eager" and budget is None and total is None:
             return _verify_policy(policy, used)
         if plan is None:
@@ -226,13 +224,19 @@ class _Used:
         """
         return holders_restored(self.model, self.loss_fn, self.args, self.kwargs)
 
+    @contextlib.contextmanager
+    def compared(self) -> Iterator[None]:
+        """The same, and with arguments that the first one had: a step may write to them."""
+        with self.anew(), untouched(self.args, self.kwargs, values=True):
+            yield
+
     def same(self, found: GradientComparison) -> tuple[Check, Check]:
         """What a comparison says."""
         return _same(found, self.rtol, self.atol)
 
     def with_regions(self, specs: Mapping[str, RegionSpec]) -> tuple[Check, Check]:
         """The plain step beside the one with regions."""
-        plain = Run(self.plain, self.anew)
+        plain = Run(self.plain, self.compared)
         return self.same(compare_with_regions(self.model, specs, plain, self.rtol, self.atol))
 
 
@@ -294,7 +298,7 @@ def _verify_compiled(plan: Plan | StepPlan, used: _Used) -> Verdict:
 
     def run_of(compiler: Any) -> Run:
         compiled = compilers.compile_apart(whole, compiler, dynamic)
-        return Run(lambda: compiled(*used.args, **used.kwargs), used.anew)
+        return Run(lambda: compiled(*used.args, **used.kwargs), used.compared)
 
     planned = run_of(backend)
     with compilers.own_profile():

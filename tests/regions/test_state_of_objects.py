@@ -335,6 +335,55 @@ def test_torchs_switches_are_those_of_the_forward(around: Around) -> None:
     assert same(*found)
 
 
+class SetsAndSetsBack(Counted):
+    """Its recomputation ends in between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc.weight.requires_grad_(False)
+        torch.use_deterministic_algorithms(True)
+        torch.set_float32_matmul_precision("high")
+        y: Tensor = super().forward(x).tanh().sin()
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
+        self.fc.weight.requires_grad_(True)
+        return y
+
+
+@every_way
+def test_what_a_region_sets_and_sets_back_is_as_before(around: Around) -> None:
+    layer, x = SetsAndSetsBack(), torch.randn(2, WIDTH, requires_grad=True)
+    try:
+        around(layer, x).sum().backward()
+        assert layer.fc.weight.requires_grad
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
+
+
+class Quasirandom(Counted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = torch.quasirandom.SobolEngine(WIDTH, scramble=True, seed=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x + self.engine.draw(len(x))).tanh()
+        return y
+
+
+@every_way
+def test_quasirandom_numbers(around: Around) -> None:
+    found = []
+    for way in (plain, around):
+        torch.manual_seed(0)
+        layer, x = Quasirandom(), torch.randn(2, WIDTH)
+        for _ in range(2):
+            way(layer, x).sum().backward()
+        found.append(gradients(layer))
+    assert same(*found)
+
+
 # --- what allows no region --------------------------------------------------------------------
 
 

@@ -321,6 +321,78 @@ def test_a_buffer_that_moves_later_is_an_error_once(around: Around) -> None:
 
 
 @every_way
+def test_one_layer_that_moves_a_buffer_later_tells_of_all(around: Around) -> None:
+    class Observed(Layer):
+        """As quantisation aware training switches its observers on, two buffers each."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("least", torch.ones(()))
+            self.register_buffer("most", torch.ones(()))
+            self.register_buffer("on", torch.zeros((), dtype=torch.bool))
+
+        def between(self, h: Tensor) -> Tensor:
+            least, most, on = self.least, self.most, self.on
+            if on:
+                least.copy_(torch.minimum(least, h.detach().amin()))
+                most.copy_(torch.maximum(most, h.detach().amax()))
+            return h * (most.clone() - 0.5 * least)
+
+    model, x, errors = made(Observed, around), torch.randn(6, WIDTH), 0
+    for number in range(4):
+        for name, buffer in model.named_buffers():
+            if name.endswith("on"):
+                buffer.fill_(number > 0)
+        try:
+            model(x).backward()
+        except ckpt_pass.MutatedStateError:
+            errors += 1
+    assert errors <= 1
+
+
+@every_way
+def test_what_is_moved_in_training_alone(around: Around) -> None:
+    def train(around: Around) -> list[Tensor]:
+        model = made(Powers, around)
+        model.eval()
+        model(torch.randn(6, WIDTH)).backward()
+        model.train()
+        return state_after(model)
+
+    assert_alike(train(around), train(plain))
+
+
+class Statistics(Layer):
+    """Reads what its normalisation has moved: a mean, a count, or the same norm in evaluation."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.norm, self.kind = nn.BatchNorm1d(2 * WIDTH), kind
+
+    def between(self, h: Tensor) -> Tensor:
+        y, norm = self.norm(h), self.norm
+        mean, count = norm.running_mean, norm.num_batches_tracked
+        assert mean is not None and count is not None
+        if self.kind == "mean":
+            return (h - mean.clone()) * y
+        if self.kind == "count":
+            return y / count.clone()
+        norm.eval()
+        y = norm(h)
+        norm.train()
+        return y
+
+
+@every_way
+@pytest.mark.parametrize("kind", ["mean", "count", "evaluated"])
+def test_running_statistics_that_are_read(around: Around, kind: str) -> None:
+    def after(around: Around) -> list[Tensor]:
+        return state_after(made(lambda: Statistics(kind), around))
+
+    assert_alike(after(around), after(plain))
+
+
+@every_way
 def test_swapped_parameters_mode_and_hooks(around: Around) -> None:
     """As functional_call, a hook for the forward only, eval() and other tied weights leave them."""
 

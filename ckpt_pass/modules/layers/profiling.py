@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._errors import CkptPassError, nearest
+from ckpt_pass._torch import autograd
 from ckpt_pass.eager.planning import traced
 from ckpt_pass.eager.step_record import CallRecord, EagerTrace
 from ckpt_pass.measure.gradients import gradients_restored
@@ -256,6 +257,7 @@ class _Step:
         with (
             untouched(self._model, self._loss_fn, self._args, self._kwargs, values=True),
             gradients_restored(self._leaves),
+            autograd.without_accumulated_hooks(self._leaves),
             resting_collector(),
         ):
             for number in range(rounds + 1 if rounds else 0):
