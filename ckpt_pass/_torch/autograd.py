@@ -221,7 +221,7 @@ def uses_when_alone() -> int:
     """What torch counts of a gradient that the engine alone holds, as a dispatch mode sees it.
 
     A sum in the backward of a function of two uses tells; other versions of torch may count
-    otherwise. To be asked before a backward begins.
+    otherwise. To be asked outside of every ``__torch_dispatch__``, in which it is another.
     """
     seen = []
 

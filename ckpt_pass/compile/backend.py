@@ -29,11 +29,12 @@ from ckpt_pass.job.totals import (
     told_of_total,
 )
 from ckpt_pass.offloading.options import Offload
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.account import Account
 from ckpt_pass.plans.budget import BudgetLike
-from ckpt_pass.plans.goal import as_goal, as_offload, check_offload
+from ckpt_pass.plans.goal import as_goal, check_offload
+from ckpt_pass.plans.signature import PlanMismatchError
 from ckpt_pass.plans.step_plan import StepPlan, load_plan
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.named import as_policy
@@ -355,9 +356,9 @@ def make_backend(
             not one of these; so UnknownSolverError, InvalidTimeLimitError.
         PlanFileError: ``plan`` names a file that is none.
         UnknownOptionError: ``plan`` is given together with what it already says.
+        PlanMismatchError: ``plan`` is an eager one; or comes when a graph is compiled.
         InvalidTotalError, InvalidJobError: a total or an optimizer that is none.
-        InfeasibleBudgetError, InfeasibleTotalError, PlanMismatchError, DryRunError: come when a
-            graph is compiled.
+        InfeasibleBudgetError, InfeasibleTotalError, DryRunError: come when a graph is compiled.
     """
     options: dict[str, Any] = {"inner_options": dict(inner_options or {})}
     if inner is not None:
@@ -373,6 +374,12 @@ def make_backend(
                 )
         if isinstance(plan, (str, Path)):
             plan = load_plan(plan)
+        if isinstance(plan, Plan) and plan.mode == "eager":
+            raise PlanMismatchError(
+                "Got an eager plan, whose regions are modules of a step without torch.compile. "
+                "Expected a plan of the compiled step: ckpt_pass.plan(...) without mode='eager'. "
+                "An eager one is carried out by plan.apply(model)."
+            )
         options.setdefault("inner", parts_of(plan)[0].inner)
         asked = plan.asked
         goals = [part.asked.goal for part in parts_of(plan) if part.asked.goal is not None]

@@ -24,12 +24,12 @@ from ckpt_pass.compile.partition import (
     split,
 )
 from ckpt_pass.compile.record import Decided, record_plan, solver_rule
-from ckpt_pass.compile.replay import plan_of, replay, signature_of
+from ckpt_pass.compile.replay import counts_workspaces, plan_of, replay, signature_of
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernel_call import NOTHING
-from ckpt_pass.graph.kernels import TIME, Kernels
+from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
 from ckpt_pass.graph.labels import node_labels
 from ckpt_pass.graph.link import device_of_graph, link_of
 from ckpt_pass.graph.paper import kernels_for
@@ -75,7 +75,7 @@ def decide(
     part: bool = False,
     waiting_bytes: int = 0,
     offload: OffloadLike | None = None,
-    cost: CostLike = "roofline",
+    cost: CostLike | None = None,
 ) -> Decided:
     """Tag a joint graph and find what crosses from its forward to its backward.
 
@@ -87,7 +87,8 @@ def decide(
         part: whether it is one of several graphs of a step.
         waiting_bytes: what others hold between its forward and its backward.
         offload: where what is moved goes; ``None`` where nothing can be.
-        cost: how times are found where there is no goal, which has its own.
+        cost: where there is no goal, which has its own: how times are found of a step that is
+            planned, whose workspaces are measured; ``None`` for one that is only compiled.
 
     Raises:
         InfeasibleBudgetError, InvalidBudgetError, SymbolicBytesError: see
@@ -119,13 +120,13 @@ def _anew(
     part: bool,
     waiting_bytes: int,
     offload: OffloadLike | None,
-    cost: CostLike,
+    cost: CostLike | None,
 ) -> tuple[Decided, list[tuple[fx.Node, fx.Node]]]:
     offloads = offload is not None
     tags, sites, merged, saved = _tagged(joint, policy, goal is None, offloads)
     if goal is None:
-        times = _times(joint, cost)
-        return settled(joint, policy, tags, saved, sites, offload=offload, times=times), merged
+        facts = {} if cost is None else _measured(joint, cost)
+        return settled(joint, policy, tags, saved, sites, offload=offload, facts=facts), merged
     goal = _with_place(goal, tags, offload)
     met = meet_budget(joint, goal, part, waiting_bytes)
     for node, found in tags.items():
@@ -137,12 +138,13 @@ def _anew(
     return settled(joint, policy, tags, saved, sites, met, goal, offload), merged
 
 
-def _times(joint: JointGraph, cost: CostLike) -> dict[fx.Node, KernelFacts]:
-    """The times of a graph's kernels that are not modelled by the rates of the device here."""
-    if cost == "roofline":
-        return {}
+def _measured(joint: JointGraph, cost: CostLike) -> dict[fx.Node, KernelFacts]:
+    """What a graph's kernels allocate, and the times that are no rates of the device here."""
     calls = [node for node in joint.nodes if node.op == "call_function"]
-    return kernels_for(cost).facts(calls, TIME)
+    what = WORKSPACE if cost == "roofline" else WORKSPACE_AND_TIME
+    facts = kernels_for(cost).facts(calls, what)
+    tell_real_sizes(facts)
+    return facts
 
 
 def _with_place(goal: Goal, tags: dict[fx.Node, Tag], offload: OffloadLike | None) -> Goal:
@@ -183,7 +185,7 @@ def _again(
     offload: OffloadLike | None,
 ) -> tuple[Decided, Replay | None]:
     """Carry out the decisions of the plan that was made for a graph."""
-    if any(plan.budget_bytes is not None for plan in plans):
+    if any(counts_workspaces(plan) for plan in plans):
         calls = [node for node in joint.nodes if node.op == "call_function"]
         tell_real_sizes(Kernels().facts(calls))  # bytes were written down as these are
     tags = tag(joint, OPEN)
@@ -237,10 +239,10 @@ def settled(
     met: Met | None = None,
     goal: Goal | None = None,
     offload: OffloadLike | None = None,
-    times: Mapping[fx.Node, KernelFacts] = NOTHING,
+    facts: Mapping[fx.Node, KernelFacts] = NOTHING,
 ) -> Decided:
     """What was decided, with the numbers that the simulator finds for the graph as it is now."""
-    described = build_problem(joint, met.facts if met else times)
+    described = build_problem(joint, met.facts if met else facts)
     number = described.index
     held = [number[node] for node in saved.values]
     link = met.link if met else None

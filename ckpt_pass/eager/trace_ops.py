@@ -124,6 +124,7 @@ class Sums:
 
     def __init__(self) -> None:
         self._made_by: dict[int, int] = {}
+        autograd.uses_when_alone()  # not to be found out by the first op that is seen
 
     def note(self, output: Any) -> None:
         """Remember the node of the graph in whose backward the tensors of an output are made."""
@@ -350,7 +351,6 @@ def differentiate(
     del value
     if not outputs:
         raise no_gradient(model)
-    autograd.uses_when_alone()  # not to be found out while a backward runs
     if len(outputs) == 1 and outputs[0].numel() == 1:
         outputs[0].backward()
     else:

@@ -23,7 +23,7 @@ from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.modules.layers.profiling import profile_layers
 from ckpt_pass.modules.placement import PlacementLike, as_placement
 from ckpt_pass.offloading.sharding import ShardLike, as_sharding
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.plans.budget import BudgetLike
 from ckpt_pass.plans.goal import as_goal
 from ckpt_pass.plans.value import Plan
@@ -78,7 +78,7 @@ def apply(
     optimizer: JobLike | None = None,
     example_inputs: Any = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
-    offload: OffloadLike | None = None,
+    offload: OffloadLike | bool | None = None,
     offload_inputs: bool = False,
     shard_inputs: ShardLike | None = None,
 ) -> Choice:
@@ -116,10 +116,12 @@ def apply(
         PlacementError: the placement does not fit the model, or arguments contradict each other.
         SharedModuleError: one module would be two regions.
         NoLayersError: the placement needs layers, and there are none.
+        InvalidOffloadError: ``offload`` is no place.
         InfeasibleBudgetError and others: see :func:`ckpt_pass.plan`.
     """
     check_module(model, "apply")
     _refuse_twice(model)
+    where = as_offload(offload)
     asked = asked_job(total, optimizer, budget)
     if budget is None and total is None:
         if asked is not None:
@@ -128,7 +130,7 @@ def apply(
                 "not look at the optimizer. Give total=, or leave optimizer= out."
             )
         choice = choose(model, placement, policy, example_inputs, loss_fn)
-        choice = choice.with_offload(offload, "inputs" if offload_inputs else None)
+        choice = choice.with_offload(where, "inputs" if offload_inputs else None)
         choice = choice.with_shards(as_sharding(shard_inputs))
     else:
         _check_budget_alone(placement, policy, example_inputs)
@@ -137,7 +139,7 @@ def apply(
                 "Got budget= together with offload_inputs= or shard_inputs=, expected one of them: "
                 "within a budget a plan chooses. Give offload= alone, or leave budget= out."
             )
-        choice = _planned(model, budget, asked, _as_args(example_inputs), loss_fn, offload)
+        choice = _planned(model, budget, asked, _as_args(example_inputs), loss_fn, where)
     _check_shared(model, choice)
     _warn_inactive(model, choice)
     apply_regions(model, choice.regions)

@@ -23,6 +23,7 @@ from ckpt_pass.modules.choice import (
 )
 from ckpt_pass.modules.layers.find import find_layers
 from ckpt_pass.offloading.options import Offload
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 
 #: Parts of layers by Megatron Core's names, each with patterns of FQNs and class names; those of
 #: the first group that fits anything count.
@@ -64,10 +65,11 @@ class Offloaded:
 
     Raises:
         PlacementError: ``what`` is neither.
+        InvalidOffloadError: ``offload`` is no place.
     """
 
     placement: Placement
-    offload: Offload = field(default_factory=Offload)
+    offload: OffloadLike = field(default_factory=Offload)
     what: str = "inputs"
 
     name: ClassVar[str] = "offloaded"
@@ -79,6 +81,7 @@ class Offloaded:
                 f"Got what={self.what!r}, expected one of {', '.join(WHAT_MOVES)}."
                 f"{nearest(str(self.what), WHAT_MOVES)}"
             )
+        object.__setattr__(self, "offload", as_offload(self.offload) or Offload())
         if not isinstance(self.placement, Placement) or isinstance(self.placement, type):
             raise PlacementError(
                 f"Got {self.placement!r} of type {type(self.placement).__name__} as the placement "

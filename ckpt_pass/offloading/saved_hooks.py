@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ckpt_pass._torch import autograd, storages
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.store import MovedValueChangedError, changed_on_its_way
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.offloading.window import AHEAD, Moved, Window
 
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
@@ -171,7 +171,7 @@ def _changed(packed: _Packed, tensor: torch.Tensor) -> bool:
 
 def offload_activations(
     model: nn.Module | None = None,
-    offload: OffloadLike | None = None,
+    offload: OffloadLike | bool | None = None,
     *,
     in_flight: int = Offload.IN_FLIGHT,
 ) -> contextlib.AbstractContextManager[None]:
@@ -185,16 +185,17 @@ def offload_activations(
     Args:
         model: its parameters, buffers and inputs stay. Without it inputs that require no gradient
             are taken for activations, and moved to no avail.
-        offload: where values go; to the host where ``None``. ``Offload(min_bytes=...)`` says from
-            which size on.
+        offload: where values go; to the host where ``None`` or ``True``.
+            ``Offload(min_bytes=...)`` says from which size on.
         in_flight: how many values may be on their way at once; with 0 every one is waited for.
 
     Raises:
+        InvalidOffloadError: ``offload`` is no place.
         StoreFullError: a value does not fit.
         StoreWriteError: a value could not be written.
         StoreReadError, MovedValueChangedError: come in the backward.
     """
-    return _Offloaded(model, offload, in_flight)
+    return _Offloaded(model, as_offload(offload), in_flight)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,27 @@ from ckpt_pass.offloading.store import PooledStore, Store
 OffloadLike: TypeAlias = "Offload | Store"
 
 
+def as_offload(offload: OffloadLike | bool | None) -> OffloadLike | None:
+    """Where values may be moved to; ``None`` for nowhere.
+
+    Args:
+        offload: ``True`` for the host, options, a store, ``False`` or ``None``.
+
+    Raises:
+        InvalidOffloadError: it is none of these.
+    """
+    if offload is None or offload is False:
+        return None
+    if offload is True:
+        return Offload()
+    if isinstance(offload, (Offload, Store)):
+        return offload
+    raise InvalidOffloadError(
+        f"Got offload={offload!r}, expected True, False, Offload(to='host' or 'disk', ...), or a "
+        "store."
+    )
+
+
 def host_store(budget_bytes: int | None = None, bytes_per_s: float | None = None) -> PooledStore:
     """Plain host memory, for values of the CPU.
 

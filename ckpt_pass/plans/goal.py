@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ckpt_pass._errors import CkptPassError, nearest
-from ckpt_pass.offloading.options import InvalidOffloadError, Offload
+from ckpt_pass.offloading.options import InvalidOffloadError
 from ckpt_pass.offloading.sharding import InvalidShardingError, Sharding
-from ckpt_pass.offloading.store import Store
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.planner.device import Device, InvalidDeviceError
 from ckpt_pass.planner.devices import DeviceLike, as_device
 from ckpt_pass.planner.solvers import (
@@ -218,24 +217,3 @@ def check_offload(offload: object, budget: object, policy: object) -> None:
             "moved is chosen so that the step keeps to a budget, or is named by a policy "
             "(ckpt_pass.offload(...)). Give budget=, or policy=."
         )
-
-
-def as_offload(offload: OffloadLike | bool | None) -> OffloadLike | None:
-    """Where values may be moved to; ``None`` for nowhere.
-
-    Args:
-        offload: ``True`` for the host, options, a store, ``False`` or ``None``.
-
-    Raises:
-        InvalidOffloadError: it is none of these.
-    """
-    if offload is None or offload is False:
-        return None
-    if offload is True:
-        return Offload()
-    if isinstance(offload, (Offload, Store)):
-        return offload
-    raise InvalidOffloadError(
-        f"Got offload={offload!r}, expected True, False, Offload(to='host' or 'disk', ...), or a "
-        "store."
-    )

@@ -18,7 +18,7 @@ from ckpt_pass._errors import nearest
 from ckpt_pass.drawing.web import write_page
 from ckpt_pass.graph.shapes import bytes_at, where_within
 from ckpt_pass.offloading.options import InvalidOffloadError
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.plans.account import Account
 from ckpt_pass.plans.audit import findings
 from ckpt_pass.plans.curve import CurveLike, curve_data
@@ -123,7 +123,7 @@ class Plan(PlanRecord, PlanFile):
         """
         return cls(**plan_from_json(text))
 
-    def apply(self, model: nn.Module, offload: OffloadLike | None = None) -> None:
+    def apply(self, model: nn.Module, offload: OffloadLike | bool | None = None) -> None:
         """Make the plan's regions checkpoint regions of an eager model, until :meth:`remove`.
 
         The model is not edited: each region's module gets a ``forward`` of its own. A plan that
@@ -189,7 +189,7 @@ class Plan(PlanRecord, PlanFile):
         found = account.with_step(self.peak_bytes, outputs if isinstance(outputs, int) else 0)
         return replace(self, predicted=replace(self.predicted, account=found))
 
-    def _check(self, model: nn.Module, offload: OffloadLike | None) -> None:
+    def _check(self, model: nn.Module, offload: OffloadLike | bool | None) -> None:
         check_regions(model, self.region_specs(offload))
         if self.mode == "eager":
             check_eager_step(self.signature, model)
@@ -204,13 +204,13 @@ class Plan(PlanRecord, PlanFile):
         remove_regions(model)
 
     def applied(
-        self, model: nn.Module, offload: OffloadLike | None = None
+        self, model: nn.Module, offload: OffloadLike | bool | None = None
     ) -> AbstractContextManager[nn.Module]:
         """The same inside a ``with`` block only."""
         self._check(model, offload)
         return applied_regions(model, self.region_specs(offload))
 
-    def region_specs(self, offload: OffloadLike | None = None) -> Mapping[str, RegionSpec]:
+    def region_specs(self, offload: OffloadLike | bool | None = None) -> Mapping[str, RegionSpec]:
         """What becomes of each region in eager mode, by FQN.
 
         Args:
@@ -223,7 +223,7 @@ class Plan(PlanRecord, PlanFile):
         if not any(spec.moves is not None for spec in found.values()):
             return found
         goal = self.asked.goal
-        where = goal.offload if offload is None and goal is not None else offload
+        where = goal.offload if offload is None and goal is not None else as_offload(offload)
         if where is None:
             raise InvalidOffloadError(
                 "The plan moves values to a store of the user's, which its file does not hold. "

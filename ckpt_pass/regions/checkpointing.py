@@ -14,7 +14,7 @@ from torch import nn
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import autograd
 from ckpt_pass.offloading.sharding import Sharding, ShardLike, as_sharding
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike
 from ckpt_pass.regions.actions import actions_for
@@ -89,7 +89,7 @@ def checkpoint(
     debug: bool = False,
     early_stop: bool = True,
     preserve_rng_state: bool = True,
-    offload: OffloadLike | None = None,
+    offload: OffloadLike | bool | None = None,
     offload_inputs: bool = False,
     shard_inputs: ShardLike | None = None,
     **kwargs: Any,
@@ -118,7 +118,7 @@ def checkpoint(
         early_stop: end the recomputation with the last value that the backward needs, unless so
             little comes after it that to stop would take longer.
         preserve_rng_state: draw the same random numbers in both runs.
-        offload: where values go that the policy offloads; to the host where ``None``.
+        offload: where values go that the policy offloads; to the host where ``None`` or ``True``.
         offload_inputs: also move the activations among the arguments (tensors that have a history;
             what the region gets from elsewhere is there anyway) until the region runs again.
         shard_inputs: keep a part of each of these on each rank instead, as for :func:`apply`.
@@ -131,6 +131,7 @@ def checkpoint(
         ContradictoryRegionError: ``policy``, ``plan`` and ``context_fn`` exclude each other, and so
             do ``offload_inputs`` and ``shard_inputs``.
         UnknownRegionError: ``plan`` knows no module of that ``name``.
+        InvalidOffloadError: ``offload`` is no place.
         StoreFullError, StoreWriteError: a value cannot be offloaded.
         StoreReadError: comes in the backward.
         ShardedValueDiffersError, ShardOrderError: come in the backward, on all ranks.
@@ -166,7 +167,7 @@ def checkpoint(
     else:
         options = options_for(fn, policy, None, name, preserve_rng_state)
     if offload is not None or offload_inputs:
-        where = options.offload if offload is None else offload
+        where = options.offload if offload is None else as_offload(offload)
         inputs = options.offload_inputs or offload_inputs
         options = replace(options, offload=where, offload_inputs=inputs)
     sharding = as_sharding(shard_inputs)

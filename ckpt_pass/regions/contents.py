@@ -15,6 +15,7 @@ from ckpt_pass.regions.module_dicts import FORWARD_HOOKS, read_by_runs
 from ckpt_pass.regions.steps import Inner
 from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import Keeper
+from ckpt_pass.state.raw import entries_of, items_of, mapping_class
 from ckpt_pass.state.spots import read_spot, write_spot
 
 
@@ -50,9 +51,9 @@ class Contents:
         read = len(holders.hookless)
         self.copies = [*map(read_by_runs, dicts[:read]), *(own.copy() for own in dicts[read:])]
         self.spots = _read_all(holders.spots)
-        self.maps: list[dict[Any, Any]] = list(map(dict, holders.maps))
-        self.lists: list[list[Any]] = list(map(list, holders.lists))
-        self.sets: list[set[Any]] = list(map(set, holders.sets))
+        self.maps: list[dict[Any, Any]] = list(map(entries_of, holders.maps))
+        self.lists: list[list[Any]] = list(map(items_of, holders.lists))
+        self.sets: list[set[Any]] = [set(items_of(group)) for group in holders.sets]
         self.cells = [tuple(contents_of(cell)) for cell in holders.cells]
         self.states = [keeper.read(value) for value, keeper in holders.objects]
         self.hooks = _hooks_on(holders.hookless)
@@ -185,7 +186,7 @@ def _same(now: Iterable[Iterable[Any]], was: Iterable[Iterable[Any]]) -> bool:
     """Whether iterables give the same objects."""
     return all(
         len(a) == len(b) and all(map(is_, a, b))
-        for a, b in zip(map(list, now), map(list, was), strict=True)
+        for a, b in zip(map(items_of, now), map(items_of, was), strict=True)
     )
 
 
@@ -211,7 +212,7 @@ def _read_all(spots: list[Spot]) -> list[Any]:
 
 def _fill_mapping(mapping: dict[Any, Any], held: dict[Any, Any]) -> None:
     # A subclass may refuse changes, as transformers' outputs do.
-    base: Any = collections.OrderedDict if isinstance(mapping, collections.OrderedDict) else dict
+    base = mapping_class(mapping)
     base.clear(mapping)
     for key, value in held.items():
         base.__setitem__(mapping, key, value)

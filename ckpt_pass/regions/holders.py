@@ -26,6 +26,7 @@ from ckpt_pass.regions.module_dicts import FIRST, FORWARD_HOOKS, INTERNAL, NAMES
 from ckpt_pass.regions.steps import Inner
 from ckpt_pass.state.code_names import FUNCTION, Reads, contents_of, reads_of
 from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
+from ckpt_pass.state.raw import items_of
 from ckpt_pass.state.remembered import Remembered
 from ckpt_pass.state.shown import owner_of, shown_by
 from ckpt_pass.state.spots import MISSING, Owner, read_spot, slots_of
@@ -330,12 +331,12 @@ class Holders:
             self._contents(dict.values(value), depth)
         elif kind is Kind.LIST:
             self.lists.append(value)
-            self._contents(value, depth)
+            self._contents(items_of(value), depth)
         elif kind is Kind.TUPLE:
             self._contents(value, depth)
         elif kind is Kind.SET:
             self.sets.append(value)
-            self._contents(value, depth)
+            self._contents(items_of(value), depth)
         elif kind is Kind.FUNCTION:
             self._closure(value, depth)
         elif kind is Kind.METHOD:

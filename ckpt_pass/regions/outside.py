@@ -30,6 +30,7 @@ from ckpt_pass.regions.naming import name_of
 from ckpt_pass.regions.noted import Noted, Searched
 from ckpt_pass.state.code_names import contents_of
 from ckpt_pass.state.objects import SpentIteratorError
+from ckpt_pass.state.raw import items_of
 from ckpt_pass.state.spots import read_spot, write_spot
 
 
@@ -368,7 +369,7 @@ class Outside:
         for mapping in holders.mappings():
             yield from dict.values(mapping)
         for sequence in (*holders.lists, *holders.sets):
-            yield from sequence
+            yield from items_of(sequence)
         for cell in holders.cells:
             yield from contents_of(cell)
         for space, name, _ in holders.spots:
@@ -381,7 +382,7 @@ class Outside:
             for key, value in found.items():
                 dict.__setitem__(mapping, key, value)
         for sequence in holders.lists:
-            for index, value in enumerate(list(sequence)):
+            for index, value in enumerate(items_of(sequence)):
                 if id(value) in stand_ins:
                     sequence[index] = stand_ins[id(value)]
         for cell in holders.cells:
@@ -400,9 +401,10 @@ class Outside:
         return MutatedStateError(
             f"{self.name_of(tensor)} (shape {list(tensor.shape)}), which a checkpoint region "
             "reads, was changed in place between the region's forward and its recomputation, so "
-            "the recomputation would read other values. Expected the same values in both. Make "
-            "the change after the backward, put a new tensor in its place (x = x + 1 in place of "
-            "x += 1), or take the module out of the region."
+            "the recomputation would read other values. Expected the same values in both. If the "
+            "region itself changes it, the next step is right: regions learn what they change. "
+            "Else make the change after the backward, put a new tensor in its place (x = x + 1 in "
+            "place of x += 1), or take the module out of the region."
         )
 
     def name_of(self, thing: Any) -> str:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ckpt_pass._torch import functorch
 from ckpt_pass._torch.dispatch import QuickMode
 from ckpt_pass.offloading.sharding import Sharding
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.named import DEFAULT_POLICY, as_policy
@@ -65,7 +65,7 @@ NOT_SAVED = Opinion(CheckpointPolicy.PREFER_RECOMPUTE, "made again from what it 
 
 
 def context_fn(
-    policy: PolicyLike = DEFAULT_POLICY, offload: OffloadLike | None = None
+    policy: PolicyLike = DEFAULT_POLICY, offload: OffloadLike | bool | None = None
 ) -> Callable[[], Contexts]:
     """Build the ``context_fn`` argument of ``torch.utils.checkpoint.checkpoint``.
 
@@ -76,19 +76,21 @@ def context_fn(
 
     Args:
         policy: what is saved, recomputed, or offloaded.
-        offload: where values go that are offloaded; to the host where ``None``.
+        offload: where values go that are offloaded; to the host where ``None`` or ``True``.
 
     Raises:
         UnknownPolicyError: ``policy`` is none of these.
+        InvalidOffloadError: ``offload`` is no place.
     """
     # A partial: dynamo accepts it as a context_fn, and guards on the policy's value. Inside code
     # that dynamo traces the policy stays what the user wrote: dynamo takes functions and lists
     # of ops as constants, but not a value that it saw being built.
     if torch.compiler.is_dynamo_compiling():
         return functools.partial(_contexts_for, policy)
-    if offload is None:
+    where = as_offload(offload)
+    if where is None:
         return functools.partial(_light_contexts, as_policy(policy))
-    return functools.partial(_light_contexts, as_policy(policy), offload)
+    return functools.partial(_light_contexts, as_policy(policy), where)
 
 
 def _contexts_for(policy: PolicyLike) -> Contexts:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.state.code_names import functions_in, is_users_space, reads_of
 from ckpt_pass.state.objects import Keeper, held_inside, keeper_for
+from ckpt_pass.state.raw import items_of, mapping_class
 from ckpt_pass.state.shown import SHOWING, shown_by
 from ckpt_pass.state.spots import read_spot, slots_of, write_spot
 
@@ -50,10 +51,10 @@ class Holder:
     def _content(self) -> list[Any]:
         place = self.place
         if isinstance(place, dict):
-            return list(_kind(place).items(place))
+            return list(mapping_class(place).items(place))
         if isinstance(place, types.CellType):
             return [place.cell_contents] if _is_filled(place) else []
-        return list(place)
+        return items_of(place)
 
     def values(self) -> Iterator[Any]:
         """What it held when it was found."""
@@ -77,7 +78,7 @@ class Holder:
             return
         place, before = self.place, self._before
         if isinstance(place, dict):
-            kind = _kind(place)
+            kind = mapping_class(place)
             kind.clear(place)
             for key, value in before:
                 kind.__setitem__(place, key, value)
@@ -101,7 +102,7 @@ class Holder:
             for key, value in self._before:
                 other = replaced(value, replace)
                 if other is not value:
-                    _kind(place).__setitem__(place, key, other)
+                    mapping_class(place).__setitem__(place, key, other)
         elif isinstance(place, types.CellType):
             if self._before:
                 other = replaced(self._before[0], replace)
@@ -143,11 +144,6 @@ class Names:
             other = replaced(value, replace)
             if other is not value:
                 write_spot(self._space, name, other)
-
-
-def _kind(place: dict[Any, Any]) -> type[dict[Any, Any]]:
-    """The class whose methods do nothing but hold: a subclass may do more when it is written to."""
-    return OrderedDict if isinstance(place, OrderedDict) else dict
 
 
 def _identical(now: list[Any], before: list[Any]) -> bool:

@@ -27,7 +27,7 @@ from ckpt_pass.job.jobs import JobLike
 from ckpt_pass.job.totals import InfeasibleTotalError, JobAsked, TotalLike, asked_job
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.sharding import ShardLike, as_sharding
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.planner.device import Device, InvalidDeviceError
 from ckpt_pass.planner.devices import DeviceLike
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
@@ -37,7 +37,6 @@ from ckpt_pass.plans.goal import (
     Goal,
     InFlight,
     as_goal,
-    as_offload,
     check_offload,
     cost_on,
     with_microbatches,

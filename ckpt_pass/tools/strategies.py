@@ -25,10 +25,9 @@ from ckpt_pass.modules.applying import choose
 from ckpt_pass.modules.choice import Choice, PlacementError
 from ckpt_pass.modules.layers.find import NoLayersError
 from ckpt_pass.modules.placement import Placement, as_placement
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.budget import BudgetLike, check_budget, parse_budget
-from ckpt_pass.plans.goal import as_offload
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.named import POLICIES, as_policy
 from ckpt_pass.policy.rules import PolicyLike, describe

@@ -11,10 +11,10 @@ from ckpt_pass.graph.capture import LossFn
 from ckpt_pass.job.counting import Around
 from ckpt_pass.job.jobs import Job, JobLike
 from ckpt_pass.job.totals import TotalLike, asked_job, check_total
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.devices import DeviceLike
-from ckpt_pass.plans.goal import as_offload, cost_on
+from ckpt_pass.plans.goal import cost_on
 from ckpt_pass.report.tunings import Tuned
 from ckpt_pass.state.given import check_module
 from ckpt_pass.tools.ahead import MODES, PlanModeError, check_ranks

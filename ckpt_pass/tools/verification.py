@@ -25,9 +25,8 @@ from ckpt_pass.measure.gradients import (
 )
 from ckpt_pass.measure.step import Measurement, measure_step
 from ckpt_pass.modules.layers.find import NoLayersError, find_layers
-from ckpt_pass.offloading.stores import OffloadLike
+from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.plans.budget import BudgetLike
-from ckpt_pass.plans.goal import as_offload
 from ckpt_pass.plans.signature import check_eager_step
 from ckpt_pass.plans.step_plan import StepPlan
 from ckpt_pass.plans.value import Plan

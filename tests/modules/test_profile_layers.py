@@ -166,6 +166,23 @@ def test_nothing_is_left_behind() -> None:
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
+def test_an_optimizer_in_the_backward_takes_no_step(x: Tensor) -> None:
+    model, steps = Net(), []
+    for parameter in model.parameters():
+        optimizer = torch.optim.SGD([parameter], 0.1)
+
+        def step(leaf: Tensor, optimizer: torch.optim.SGD = optimizer) -> None:
+            optimizer.step()
+            steps.append(leaf)
+
+        parameter.register_post_accumulate_grad_hook(step)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    profile_layers(model, x, loss_fn=torch.sum, rounds=1)
+    assert not steps and all(map(torch.equal, model.parameters(), before))
+    model(x).sum().backward()
+    assert len(steps) == len(before)
+
+
 def test_what_cannot_be_profiled(x: Tensor) -> None:
     model = Net()
     with pytest.raises(ckpt_pass.ProfileError, match=r"no module 'layer\.0'.*'layers\.0'"):

@@ -300,6 +300,41 @@ def test_options_that_make_no_sense(options: dict[str, Any], says: str) -> None:
         ckpt_pass.Offload(**options)
 
 
+RULES = ckpt_pass.offload(op_class="matmul") | ckpt_pass.recompute()
+MOVING: dict[str, Callable[[nn.Module, Tensor, Any], Any]] = {
+    "checkpoint": lambda m, x, to: ckpt_pass.checkpoint(m, x, policy=RULES, offload=to),
+    "context_fn": lambda m, x, to: ckpt_pass.checkpoint(
+        m, x, context_fn=ckpt_pass.context_fn(RULES, to)
+    ),
+    "applied": lambda m, x, to: _applied(m, x, "all", offload=to, offload_inputs=True),
+    "Offloaded": lambda m, x, to: _applied(m, x, ckpt_pass.Offloaded(ckpt_pass.AllLayers(), to)),
+    "activations": lambda m, x, to: _with_activations(m, x, to),
+}
+
+
+def _applied(model: nn.Module, x: Tensor, placement: Any, **how: Any) -> Tensor:
+    with ckpt_pass.applied(model, placement, **how):
+        found: Tensor = model(x)
+        found.sum().backward()
+    return found
+
+
+def _with_activations(model: nn.Module, x: Tensor, to: Any) -> Tensor:
+    with ckpt_pass.offload_activations(model, to):
+        found: Tensor = model(x)
+    return found
+
+
+@pytest.mark.parametrize("way", MOVING)
+def test_a_place_is_checked_before_anything_runs(way: str) -> None:
+    layers = (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(3))
+    model, x = nn.Sequential(*layers), torch.randn(4, 8)
+    assert torch.equal(MOVING[way](model, x, True), model(x))
+    for wrong in ("disk", 3):
+        with pytest.raises(ckpt_pass.InvalidOffloadError, match=f"offload={wrong!r}"):
+            MOVING[way](model, x, wrong)
+
+
 def test_options() -> None:
     assert ckpt_pass.Offload(host_budget="1.5 GiB").host_budget_bytes == 3 * 2**29
     assert ckpt_pass.Offload(host_budget=7).host_budget_bytes == 7

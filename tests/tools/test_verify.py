@@ -82,6 +82,25 @@ def test_tensors_that_a_step_leaves_on_modules_are_there_until_its_backward_is_o
     assert peak.got == peak.expected
 
 
+@pytest.mark.parametrize("mode", ["compiled", "eager"])
+def test_inputs_that_a_step_writes_to(mode: str) -> None:
+    class Scaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in "ab"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x.mul_(0.9)
+            return self.layers(x).square().mean()
+
+    x = torch.randn(64, 8)
+    before = x.clone()
+    found = ckpt_pass.verify(Scaling(), x, budget=1.0, mode=mode)
+    assert found.ok, str(found)
+    assert torch.equal(x, before)
+
+
 def test_a_policy_holds_compiled() -> None:
     model, args = hf.gpt2()
     ckpt_pass.verify(model, *args, policy="save-matmul").raise_if_failed()
