@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 
 #: Tells whether a storage is still there, and keeps its address from being used again meanwhile.
 WeakStorage = StorageWeakRef
@@ -43,10 +46,13 @@ _VIEWS = torch._C.DispatchKey.ADInplaceOrView
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:
     """The same, whatever modes dispatch now: none sees it."""
-    if torch._C._len_torch_dispatch_stack():
-        with torch._C._DisableTorchDispatch():
+    if not torch._C._len_torch_dispatch_stack():
+        return shared_alias(tensor)
+    if is_traceable_wrapper_subclass(tensor):  # a DTensor, whose class makes the alias
+        with _disable_current_modes():
             return shared_alias(tensor)
-    return shared_alias(tensor)
+    with torch._C._DisableTorchDispatch():
+        return shared_alias(tensor)
 
 
 def has_memory(tensor: torch.Tensor) -> bool:

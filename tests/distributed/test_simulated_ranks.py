@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.utils.flop_counter import FlopCounterMode
 
 import ckpt_pass
 from tests.distributed.ranks import WIDTH, Blocks, batch, made, simulated, tracked_bytes
@@ -90,3 +98,15 @@ def test_torchs_tracker_finds_no_higher_peak(ranks: int) -> None:
     model, inputs = sharded(made()), batch(0)
     plan = ckpt_pass.plan(model, inputs, budget=1.0, mode="eager")
     assert plan.peak_bytes >= 0.99 * tracked_bytes(model, inputs)
+
+
+def test_saved_dtensors_stay_what_they_are_under_a_mode() -> None:
+    """Weights that stay are held without their history, by an alias: a DTensor's own."""
+    with simulated(2):
+        model = made()
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.layers:  # type: ignore[union-attr]
+            parallelize_module(layer, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        with FlopCounterMode(display=False), ckpt_pass.offload_activations(model):
+            model(batch(0)).backward()
+        assert all(isinstance(p.grad, DTensor) for n, p in model.named_parameters() if "up" in n)
