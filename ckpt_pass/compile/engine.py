@@ -25,6 +25,7 @@ from ckpt_pass.compile.partition import (
 )
 from ckpt_pass.compile.record import Decided, record_plan, solver_rule
 from ckpt_pass.compile.replay import counts_workspaces, plan_of, replay, signature_of
+from ckpt_pass.compile.shapes_read import read_shapes_alone
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernel_cache import KernelFacts
@@ -341,6 +342,8 @@ class Partitioner(compilers.NamedPartitioner):
         ``static_lifetime_input_indices`` matter here.
         """
         gm.graph.eliminate_dead_code()
+        if self.free is not None:
+            read_shapes_alone(gm)
         static = kwargs.get("static_lifetime_input_indices") or ()
         outputs = kwargs["num_fwd_outputs"]
         joint = read_joint(gm, outputs, static, self.regions, self.input_names, self.leaves)
