@@ -24,13 +24,13 @@ from ckpt_pass.compile.partition import (
     split,
 )
 from ckpt_pass.compile.record import Decided, record_plan, solver_rule
-from ckpt_pass.compile.replay import counts_workspaces, plan_of, replay, signature_of
+from ckpt_pass.compile.replay import plan_of, replay, signature_of
 from ckpt_pass.compile.shapes_read import read_shapes_alone
 from ckpt_pass.compile.tagging import Tag, tag
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernel_call import NOTHING
-from ckpt_pass.graph.kernels import WORKSPACE, WORKSPACE_AND_TIME, Kernels
+from ckpt_pass.graph.kernels import TIME, WORKSPACE, Kernels
 from ckpt_pass.graph.labels import node_labels
 from ckpt_pass.graph.link import device_of_graph, link_of
 from ckpt_pass.graph.paper import kernels_for
@@ -76,7 +76,8 @@ def decide(
     part: bool = False,
     waiting_bytes: int = 0,
     offload: OffloadLike | None = None,
-    cost: CostLike | None = None,
+    cost: CostLike = "roofline",
+    workspaces: bool = False,
 ) -> Decided:
     """Tag a joint graph and find what crosses from its forward to its backward.
 
@@ -88,8 +89,9 @@ def decide(
         part: whether it is one of several graphs of a step.
         waiting_bytes: what others hold between its forward and its backward.
         offload: where what is moved goes; ``None`` where nothing can be.
-        cost: where there is no goal, which has its own: how times are found of a step that is
-            planned, whose workspaces are measured; ``None`` for one that is only compiled.
+        cost: how times are found where there is no goal, which has its own.
+        workspaces: whether what kernels allocate is measured where there is no goal, with which it
+            always is.
 
     Raises:
         InfeasibleBudgetError, InvalidBudgetError, SymbolicBytesError: see
@@ -109,7 +111,9 @@ def decide(
         if plans:
             decided, script = _again(joint, plans, labels, offload)
         else:
-            decided, merged = _anew(joint, policy, goal, part, waiting_bytes, offload, cost)
+            decided, merged = _anew(
+                joint, policy, goal, part, waiting_bytes, offload, cost, workspaces
+            )
             script = _script(decided, labels, merged)
     return replace(decided, signature=signature, script=script)
 
@@ -121,12 +125,13 @@ def _anew(
     part: bool,
     waiting_bytes: int,
     offload: OffloadLike | None,
-    cost: CostLike | None,
+    cost: CostLike,
+    workspaces: bool,
 ) -> tuple[Decided, list[tuple[fx.Node, fx.Node]]]:
     offloads = offload is not None
     tags, sites, merged, saved = _tagged(joint, policy, goal is None, offloads)
     if goal is None:
-        facts = {} if cost is None else _measured(joint, cost)
+        facts = _measured(joint, cost, workspaces)
         return settled(joint, policy, tags, saved, sites, offload=offload, facts=facts), merged
     goal = _with_place(goal, tags, offload)
     met = meet_budget(joint, goal, part, waiting_bytes)
@@ -139,13 +144,13 @@ def _anew(
     return settled(joint, policy, tags, saved, sites, met, goal, offload), merged
 
 
-def _measured(joint: JointGraph, cost: CostLike) -> dict[fx.Node, KernelFacts]:
+def _measured(joint: JointGraph, cost: CostLike, workspaces: bool) -> dict[fx.Node, KernelFacts]:
     """What a graph's kernels allocate, and the times that are no rates of the device here."""
+    what = (WORKSPACE if workspaces else frozenset()) | (
+        TIME if cost != "roofline" else frozenset()
+    )
     calls = [node for node in joint.nodes if node.op == "call_function"]
-    what = WORKSPACE if cost == "roofline" else WORKSPACE_AND_TIME
-    facts = kernels_for(cost).facts(calls, what)
-    tell_real_sizes(facts)
-    return facts
+    return kernels_for(cost).facts(calls, what) if what else {}
 
 
 def _with_place(goal: Goal, tags: dict[fx.Node, Tag], offload: OffloadLike | None) -> Goal:
@@ -186,7 +191,7 @@ def _again(
     offload: OffloadLike | None,
 ) -> tuple[Decided, Replay | None]:
     """Carry out the decisions of the plan that was made for a graph."""
-    if any(counts_workspaces(plan) for plan in plans):
+    if any(plan.budget_bytes is not None for plan in plans):
         calls = [node for node in joint.nodes if node.op == "call_function"]
         tell_real_sizes(Kernels().facts(calls))  # bytes were written down as these are
     tags = tag(joint, OPEN)

@@ -194,7 +194,7 @@ def replay(
     kernels = kernels_for("roofline" if goal is None else goal.cost)
     what = WORKSPACE_AND_TIME if goal is not None and goal.cost == "measured" else WORKSPACE
     nodes = [node for node in joint.nodes if node.op == "call_function"]
-    facts = kernels.facts(nodes, what) if counts_workspaces(plan) else {}
+    facts = kernels.facts(nodes, what) if plan.budget_bytes is not None else {}
     tell_real_sizes(facts)
     if goal is not None and goal.offload is not None:
         facts = with_device_times(facts, nodes, kernels)
@@ -221,11 +221,6 @@ def replay(
     plain = without_recompute(described.written)
     timeline = timeline_of(described.written, plain.profile)
     return Met(solution, drops, plan.budget_bytes, facts, timeline, moved, link)
-
-
-def counts_workspaces(plan: Plan) -> bool:
-    """Whether what kernels allocate is in a plan's peak: of those made without a budget as well."""
-    return plan.budget_bytes is not None or plan.predicted.measured_workspaces > 0
 
 
 def link_of(plan: Plan) -> Link | None:

@@ -165,7 +165,9 @@ def plan(
         return goal
 
     goal = None if asked is not None and known is None else goal_for(known, offload)
-    wanted = _Wanted(policy, goal, mode, dynamic, as_offload(offload), inner, costs)
+    wanted = _Wanted(
+        policy, goal, mode, dynamic, as_offload(offload), inner, costs, asked is not None
+    )
     inputs = step_arguments(model, plan, args, kwargs, named)
     step = FakeStep(model, args, inputs, loss_fn, as_patterns(regions))
     if asked is None:
@@ -273,6 +275,7 @@ class _Wanted:
     offload: OffloadLike | None = None
     inner: str = "aot_eager"
     cost: CostLike = "roofline"
+    for_job: bool = False
 
     @property
     def chosen(self) -> Policy:
@@ -358,6 +361,7 @@ def _plan_of(joint: JointGraph, wanted: _Wanted) -> Plan:
             wanted.goal,
             offload=wanted.offload or Offload(),
             cost=wanted.cost,
+            workspaces=wanted.for_job,
         )
     )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import ckpt_pass
 from ckpt_pass import ForeignOptimizerError, InvalidJobError, Job, OptimizerFailedError
 from ckpt_pass.job.counting import Around, account_of
 from ckpt_pass.job.named import UnknownOptimizerError, optimizer_named, optimizer_names
@@ -289,3 +290,22 @@ def test_a_step_that_compiles_parts_of_itself() -> None:
     found = account(model, Compiled(model.parameters(), lr=0.1))
     assert 4 * found.states_bytes == found.gradients_bytes
     assert phase(found, UPDATE) == max(4 * p.numel() for p in trained(model)) + NUMBERS
+
+
+class Unpooling(nn.Module):
+    """Kernels that allocate as much as they return: convolutions, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, at = nn.functional.max_pool2d(torch.relu(self.down(x)), 2, return_indices=True)
+        return nn.functional.mse_loss(self.up(nn.functional.max_unpool2d(h, at, 2)), x)
+
+
+def test_an_account_without_a_budget_counts_what_kernels_allocate() -> None:
+    model, x = Unpooling(), torch.randn(4, 3, 32, 32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    found = ckpt_pass.verify(model, x, policy="save-everything", optimizer=optimizer)
+    assert found.ok, str(found)
