@@ -83,7 +83,7 @@ class Known:
         self._mode = root.training
         self.watched = self._mode in self._modes
         if not self.watched:
-            self.generators = global_generators()
+            self.generators, self._track = global_generators(), None
         found = None if self._track is None else self._track.found()
         if found is not None:
             self._found += 1

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
 from ckpt_pass._torch.switches import set_switches, switches_now
 from ckpt_pass.regions.behind import modules_behind
+from ckpt_pass.regions.buffers import alias_like, copy_of, has_statistics, running_buffers
 from ckpt_pass.regions.holders import Holders, has_memory
 from ckpt_pass.regions.known import Known, watch_all_again
 from ckpt_pass.regions.naming import name_of
@@ -150,8 +149,8 @@ class Outside:
         """
         root = self._roots[0]
         if isinstance(root, nn.Module):
-            return (root,) if self._state.norms and _has_statistics(root) else ()
-        return tuple(filter(_has_statistics, modules_behind(*self._roots, *arguments)))
+            return (root,) if self._state.norms and has_statistics(root) else ()
+        return tuple(filter(has_statistics, modules_behind(*self._roots, *arguments)))
 
     def check_iterators(self) -> None:
         """Raise where the forward, which ends now, has moved what cannot be moved back.
@@ -184,7 +183,7 @@ class Outside:
         """Copy the storage of a tensor that the forward overwrites; once."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._copies:
-            self._copies[storage._cdata] = _copy(storage)
+            self._copies[storage._cdata] = copy_of(storage)
 
     def overwritten(self) -> Iterator[str]:
         """The names of the tensors that are copied."""
@@ -314,13 +313,13 @@ class Outside:
 
     def _substitutes(self, differentiable: bool) -> dict[int, Any]:
         """What takes the places of tensors that were changed in place, by their id."""
-        copies = {address: _copy(storage) for address, storage in self._copies.items()}
+        copies = {address: copy_of(storage) for address, storage in self._copies.items()}
         self.stand_ins = frozenset(copied._cdata for copied in copies.values())
         stand_ins: dict[int, Any] = {}
         present = {id(value) for value in self._present()}
         for tensor in self._statistics:
             if id(tensor) in present and tensor.untyped_storage()._cdata in copies:
-                stand_ins[id(tensor)] = _alias(
+                stand_ins[id(tensor)] = alias_like(
                     tensor, tensor, copies[tensor.untyped_storage()._cdata]
                 )
         for tensor, (version, _) in zip(self._state.tensors, self._looks, strict=True):
@@ -332,7 +331,7 @@ class Outside:
             if copied is None and start is not tensor and self._kept(tensor, version):
                 copied = start.untyped_storage()
             if copied is not None and not (differentiable and tensor.requires_grad):
-                stand_ins[id(tensor)] = _alias(tensor, start, copied)
+                stand_ins[id(tensor)] = alias_like(tensor, start, copied)
             elif _version(tensor) != version or copied is not None:
                 if not address:
                     raise self._moved(tensor)
@@ -412,18 +411,6 @@ class Outside:
         return name_of(thing, self._roots, self._state.holders, self._state.contents)
 
 
-def running_buffers(owners: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
-    """The buffers that normalisations in training update."""
-    for module in (module for owner in owners for module in owner.modules()):
-        if isinstance(module, _NormBase) and module.training:
-            yield from filter(has_memory, module.buffers(recurse=False))
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    norms = (inner for inner in module.modules() if isinstance(inner, _NormBase))
-    return any(norm.track_running_stats for norm in norms)
-
-
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
@@ -433,21 +420,3 @@ def _looks_of(tensors: list[torch.Tensor]) -> list[Look]:
         return list(map(_look, tensors))
     except RuntimeError:  # inference tensors have no versions
         return [(_version(tensor), tensor.requires_grad) for tensor in tensors]
-
-
-def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    with _disable_current_modes():  # no op of the region
-        copied: torch.UntypedStorage = storage.clone()
-    return copied
-
-
-def _alias(
-    tensor: torch.Tensor, start: torch.Tensor, storage: torch.UntypedStorage
-) -> torch.Tensor:
-    """A leaf like a tensor, over another storage, which it looks at as ``start`` does."""
-    with torch.no_grad():
-        made = torch.empty(0, dtype=start.dtype, device=start.device)
-        made.set_(storage, start.storage_offset(), start.size(), start.stride())
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(made, tensor.requires_grad)
-    return made.requires_grad_(tensor.requires_grad)

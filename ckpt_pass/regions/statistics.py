@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ckpt_pass.regions.actions import overwritten, statistics
-from ckpt_pass.regions.outside import Outside, running_buffers
+from ckpt_pass.regions.buffers import running_buffers
+from ckpt_pass.regions.outside import Outside
 
 Owners = tuple[nn.Module, ...]
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ckpt_pass._torch.dispatch import QuickMode
+from ckpt_pass._torch.operators import argument_value
 from ckpt_pass.ops.taxonomy import draws_random
 from ckpt_pass.regions.actions import (
     FILL_WHAT_IS_SAVED,
@@ -105,8 +106,7 @@ class WriteWatch(QuickMode):
         known = self._outside.known
         for tensor in tensors_in(args, kwargs):
             self._outside.about_to_read(tensor)
-            known.reads_statistics |= _address(tensor) in self._statistics
-        self._statistics.update(map(_address, moved_statistics(func, args)))
+        self._note_statistics(func, args, kwargs)
         known.fills |= func in FILL_WHAT_IS_SAVED
         known.draws |= draws_random(func, args, kwargs)
         for tensor in written(func, args, kwargs):
@@ -115,6 +115,14 @@ class WriteWatch(QuickMode):
                 self._outside.about_to_change(tensor)
             else:
                 self._outside.changed_anew.add(address)
+
+    def _note_statistics(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note whether an op reads what a normalisation has moved; one that moves them does not."""
+        moved = set(map(_address, moved_statistics(func, args)))
+        moves = moved and argument_value(func, "training", args, kwargs) is True
+        read = set(map(_address, tensors_in(args, kwargs))) - (moved if moves else set())
+        self._outside.known.reads_statistics |= not self._statistics.isdisjoint(read)
+        self._statistics |= moved
 
 
 class ReadWatch(QuickMode):
