@@ -146,9 +146,7 @@ def _anew(
 
 def _measured(joint: JointGraph, cost: CostLike, workspaces: bool) -> dict[fx.Node, KernelFacts]:
     """What a graph's kernels allocate, and the times that are no rates of the device here."""
-    what = (WORKSPACE if workspaces else frozenset()) | (
-        TIME if cost != "roofline" else frozenset()
-    )
+    what = frozenset().union(WORKSPACE if workspaces else (), TIME if cost != "roofline" else ())
     calls = [node for node in joint.nodes if node.op == "call_function"]
     return kernels_for(cost).facts(calls, what) if what else {}
 

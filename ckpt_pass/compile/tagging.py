@@ -7,7 +7,6 @@ before us are the user's (``torch.utils.checkpoint`` inside the compiled code): 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeGuard
 
 import torch
 from torch import fx
@@ -64,7 +63,7 @@ def tag(joint: JointGraph, policy: Policy, offloads: bool = False) -> dict[fx.No
     functorch.force_save_effects(joint.module)
     tags: dict[fx.Node, Tag] = {}
     for node, context in joint.sites():
-        tags[node] = Tag(context, _decide(node, context, policy, offloads))
+        tags[node] = Tag(context, _decide(joint, node, context, policy, offloads))
         report_unclassified(node.target)
     for node, found in tags.items():
         producer = _waited_on(node)
@@ -75,7 +74,9 @@ def tag(joint: JointGraph, policy: Policy, offloads: bool = False) -> dict[fx.No
     return tags
 
 
-def _decide(node: fx.Node, context: SiteContext, policy: Policy, offloads: bool) -> Opinion:
+def _decide(
+    joint: JointGraph, node: fx.Node, context: SiteContext, policy: Policy, offloads: bool
+) -> Opinion:
     if context.site.op.startswith(SEEDS):
         return Opinion(CheckpointPolicy.MUST_SAVE, "seeds of random ops")
     users = node.meta.get("recompute")
@@ -83,11 +84,8 @@ def _decide(node: fx.Node, context: SiteContext, policy: Policy, offloads: bool)
         found = Opinion.of(check_decision(users, USER_TAG, context.site, offloads), USER_TAG)
     else:
         found = opinion(policy, context, offloads)
-    if (
-        users is None
-        and found.decision is CheckpointPolicy.PREFER_RECOMPUTE
-        and _is_copied_input(node)
-    ):
+    undecided = users is None and found.decision is CheckpointPolicy.PREFER_RECOMPUTE
+    if undecided and _is_copied_input(joint, node):
         return Opinion(CheckpointPolicy.MUST_SAVE, COPIED_INPUT)
     if not may_not_repeat(node):
         return found
@@ -102,7 +100,7 @@ def _decide(node: fx.Node, context: SiteContext, policy: Policy, offloads: bool)
     return Opinion(CheckpointPolicy.MUST_SAVE, f"never recomputed ({context.op_class})")
 
 
-def _is_copied_input(node: fx.Node) -> bool:
+def _is_copied_input(joint: JointGraph, node: fx.Node) -> bool:
     """Whether a call is ``.clone()`` of an input, or of a view of one, that takes no gradient.
 
     It was asked for since the input changes before the backward, as a queue of keys does (MoCo):
@@ -111,18 +109,11 @@ def _is_copied_input(node: fx.Node) -> bool:
     if node.target is not torch.ops.aten.clone.default or "memory_format" in node.kwargs:
         return False
     source = node.args[0]
-    while _is_view(source):
-        source = source.args[0]
-    if not isinstance(source, fx.Node) or not functorch.is_primal(source):
+    owner = joint.owner(source) if isinstance(source, fx.Node) else None
+    if owner is None or not functorch.is_primal(owner):
         return False
-    value = source.meta.get("val")
+    value = owner.meta.get("val")
     return isinstance(value, torch.Tensor) and not value.requires_grad
-
-
-def _is_view(value: object) -> TypeGuard[fx.Node]:
-    if not isinstance(value, fx.Node) or value.op != "call_function":
-        return False
-    return classify(value.target) is OpClass.VIEW
 
 
 def may_not_repeat(node: fx.Node) -> bool:

@@ -338,11 +338,8 @@ def draws_random(op: Op, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | N
 
 def is_sized_by_values(op: object) -> bool:
     """Whether what an op returns is as large as values say: made-up ones tell nothing of it."""
-    if (
-        op is torch.ops.aten._pack_padded_sequence.default
-    ):  # by the lengths; torch has no tag for it
-        return True
-    return torch.Tag.dynamic_output_shape in getattr(op, "tags", ())
+    by_lengths = torch.ops.aten._pack_padded_sequence.default  # torch has no tag for it
+    return op is by_lengths or torch.Tag.dynamic_output_shape in getattr(op, "tags", ())
 
 
 _DATA_DEPENDENT_TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
