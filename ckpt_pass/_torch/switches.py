@@ -54,6 +54,20 @@ if torch.backends.cuda.is_built():
     _SWITCHES += _OF_CUDA
 #: Whether autocast is on for the CPU or another type of device, whose name need not be read.
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+def autocast_caches() -> bool:
+    """Whether autocast runs an op now and keeps the casts of weights that it makes for that.
+
+    Asked from below it, where it is switched off: then only how deep its contexts are tells.
+    """
+    if any_autocast() or not torch.is_autocast_cache_enabled():
+        return False
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth > 1
+
+
 #: What tells what they are: half a microsecond for all.
 READERS = tuple(read for read, _ in _SWITCHES)
 

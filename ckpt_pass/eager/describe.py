@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -62,8 +62,9 @@ def eager_problem(
     """
     costs = {op.call: _cost(op.call, kernels) for op in trace.ops}
     overwritten = {storage for op in trace.ops for storage in op.changes}
+    may_keep = set(range(trace.forward_length)) - _numbered_otherwise(trace)
     ops = tuple(
-        _op(op, index < trace.forward_length, costs[op.call], overwritten)
+        _op(op, index in may_keep, costs[op.call], overwritten)
         for index, op in enumerate(trace.ops)
     )
     added = _added(trace)
@@ -181,17 +182,18 @@ def _cost(call: fx.Node, kernels: Mapping[fx.Node, KernelFacts]) -> tuple[float,
 
 
 def _op(
-    op: OpRecord, forward: bool, cost: tuple[float, int, int], overwritten: set[int]
+    op: OpRecord, may_keep: bool, cost: tuple[float, int, int], overwritten: set[int]
 ) -> EagerOp:
     time_s, flops, workspace = cost
     assert callable(op.call.target)
     computes = bool(op.makes) or bool(op.changes)
     keepable = (
-        forward
+        may_keep
         and not (op.site is not None and op.site.op.startswith(LOCAL))
         and bool(op.makes)
         and not op.changes
         and not op.draws
+        and not op.casts_weight
         and overwritten.isdisjoint(op.makes)
         and classify(op.call.target) not in (OpClass.VIEW, OpClass.METADATA)
     )
@@ -203,6 +205,7 @@ def _op(
         makes=op.makes,
         keepable=keepable,
         must_keep=op.effects,
+        cached=op.cached,
     )
 
 
@@ -252,7 +255,30 @@ def _why_not_tied(trace: EagerTrace, calls: list[CallRecord]) -> str:
 
 
 def _ops_of(trace: EagerTrace, call: CallRecord) -> tuple[object, ...]:
-    return tuple(op.call.target for op in trace.ops[slice(*call.ops)])
+    return tuple(trace.ops[index].call.target for index in _indices_of(trace, call))
+
+
+def _indices_of(trace: EagerTrace, call: CallRecord) -> list[int]:
+    """The ops that every call of the module runs, whatever is in autocast's cache by then."""
+    return [index for index in range(*call.ops) if not trace.ops[index].cached]
+
+
+def _numbered_otherwise(trace: EagerTrace) -> set[int]:
+    """Ops of modules that are called again whose number is another one in another call.
+
+    One policy tells all calls what to keep, by those numbers; only the first call casts weights.
+    """
+    by_name: dict[str, list[CallRecord]] = defaultdict(list)
+    for call in trace.calls:
+        by_name[call.name].append(call)
+    found = set[int]()
+    for calls in by_name.values():
+        if len(calls) > 1:
+            for same in zip(*(_indices_of(trace, call) for call in calls), strict=False):
+                sites = (trace.ops[index].site for index in same)
+                if len({(site.op, site.occurrence) for site in sites if site is not None}) > 1:
+                    found.update(same)
+    return found
 
 
 def _why_once(trace: EagerTrace, call: CallRecord) -> str:
@@ -313,9 +339,10 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
     if not asked:
         return None
     ops = trace.ops[first:last]
+    casts = dict(_casts_anew(trace, call, _needed(trace, call)))
     used = {storage for op in ops for storage in op.uses}
     used |= {trace.saved[number].storage for number in inside} | {*call.given}
-    outside = sorted(s for s in used if s >= 0 and trace.storages[s].born < first)
+    outside = [s for s in used if s >= 0 and trace.storages[s].born < first and s not in casts]
     # What draws nothing in evaluation may do so in training, where the plan may be used.
     draws = any(op.draws for op in ops) or not call.trains
     return EagerRegion(
@@ -329,7 +356,23 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
         arguments=tuple(sorted({*outside, *call.held})),
         extra_bytes=torch.get_rng_state().nbytes if draws else 0,
         dropped=call.dropped,
+        casts=tuple(casts.items()),
     )
+
+
+def _casts_anew(trace: EagerTrace, call: CallRecord, needed: int) -> Iterator[tuple[int, int]]:
+    """The weights that autocast had cast before a call, and its op that uses each first.
+
+    A recomputation has a cache of its own, and casts them again.
+    """
+    first = call.ops[0]
+    seen = set(call.given)
+    for offset, op in enumerate(trace.ops[first : first + needed]):
+        for storage in op.uses:
+            maker = trace.storages[storage].born
+            if storage not in seen and maker < first and trace.ops[maker].cached:
+                yield storage, offset
+            seen.add(storage)
 
 
 def _needed(trace: EagerTrace, call: CallRecord) -> int:

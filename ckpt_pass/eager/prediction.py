@@ -93,7 +93,8 @@ class Predictor:
 
 def _saves(policy: Policy, op: OpRecord) -> bool | None:
     """Whether a region with this policy keeps an op's outputs; ``None`` if the op does not tell."""
-    if op.changes or op.call.target in IGNORED or is_free(op.call.target):
+    target = op.call.target
+    if op.changes or op.casts_weight or target in IGNORED or is_free(target):
         return False
     found = settled(policy, SiteCounter().visit(op.call.target, ()))
     tells = found is not None and not found.offloads and found.sharding is None

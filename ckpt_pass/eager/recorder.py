@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ckpt_pass._torch import autograd, functorch
 from ckpt_pass._torch.random_states import told_of_states
 from ckpt_pass._torch.storages import told_of_resizes
+from ckpt_pass._torch.switches import autocast_caches
 from ckpt_pass._torch.wrappers import awaited, shapes_of_the_whole_aside, wraps
 from ckpt_pass.eager.answers import Answers, asks
 from ckpt_pass.eager.constants import Constants
@@ -55,6 +56,7 @@ from ckpt_pass.graph.watching import Watcher
 from ckpt_pass.ops.taxonomy import draws_random, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
+from ckpt_pass.regions.actions import is_cached_cast
 
 #: Ops that compute nothing and hold no memory: questions, and marks for a profiler.
 _UNSEEN = ("prim.", "profiler.")
@@ -208,7 +210,10 @@ class Recorder(Watcher):
         site = self._site(func)
         index = self.moment
         draws = draws_random(func, args, kwargs)
-        self.trace.ops.append(OpRecord(site, _NO_CALL, (), uses, changes, draws, False))
+        cast = is_cached_cast(func, args)
+        caches = cast and autocast_caches()
+        record = OpRecord(site, _NO_CALL, (), uses, changes, draws, False, cast, caches)
+        self.trace.ops.append(record)
         output = self._run(func, args, kwargs, given)
         if draws:
             with self._rest():  # fake tensors draw nothing, and regions look whether anything was
@@ -216,7 +221,6 @@ class Recorder(Watcher):
         numbers = saved_numbers_bytes(func, args, given)
         if numbers:
             self._hold(StorageRecord(numbers, index, of_graph=not self._backward))
-        record = self.trace.ops[index]
         with self._rest():
             known |= stand_ins(self._fakes, given, output)
             record.call = self._written.node(func, args, kwargs, output)

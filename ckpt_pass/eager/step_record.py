@@ -56,6 +56,8 @@ class OpRecord:
         changes: those of them that it overwrites; -1 for what existed before.
         draws: whether it draws random numbers.
         effects: whether it must not run twice.
+        casts_weight: whether it is a cast that regions make again in any case.
+        cached: whether autocast then hands out what it made to all that use the weight.
     """
 
     site: CallSite | None
@@ -65,6 +67,8 @@ class OpRecord:
     changes: tuple[int, ...]
     draws: bool
     effects: bool
+    casts_weight: bool = False
+    cached: bool = False
 
 
 @dataclass

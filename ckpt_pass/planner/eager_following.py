@@ -62,6 +62,10 @@ def follow(table: Table, plan: EagerPlan, forward_length: int, in_flight: int) -
     taken = np.where(table.asked, table.released, regions.done[held_in])
     np.maximum.at(ends, table.value_storage[held], taken[held])
     foreign = inside & ~own & ~goes[table.value_number]
+    casting = [index for index in chosen if table.candidates[index].casts]
+    for index in casting:
+        anew = np.isin(table.value_storage, table.regions.casts[index][0])
+        foreign &= ~(anew & (held_in == index))
     np.maximum.at(ends, table.value_storage[foreign], regions.done[held_in[foreign]])
     for index in chosen:
         arguments = _held_arguments(table, plan, index)
@@ -88,6 +92,10 @@ def follow(table: Table, plan: EagerPlan, forward_length: int, in_flight: int) -
     at = np.where(keeps.reached, begun[keeps.region] + place, late)
     np.maximum.at(end_places, keeps.storage, at)
 
+    for index in casting:
+        cast, begins, ends = _casts_anew(table, index, before_death, begun)
+        bytes2 = np.concatenate([bytes2, cast])
+        begin2, end2 = np.concatenate([begin2, begins]), np.concatenate([end2, ends])
     with_state = numbers[regions.extra_bytes[numbers] > 0]
     first, extra = regions.first[with_state], regions.extra_bytes[with_state]
     held_until = before_death[regions.done[with_state]]
@@ -196,6 +204,21 @@ def _second_lives(
     first, needed = table.regions.first[region], table.regions.needed[region]
     ends = np.minimum(table.dies[which] - first, needed)
     return starts[region] + offset, starts[region] + ends, which
+
+
+def _casts_anew(
+    table: Table, index: int, before_death: Ints, starts: Ints
+) -> tuple[Ints, Ints, Ints]:
+    """What a region casts anew, and begins and ends: a cache's, and of what autograd saves."""
+    storages, offsets = table.regions.casts[index]
+    begins = starts[index] + offsets
+    ends = np.full(len(storages), starts[index] + table.regions.needed[index])
+    region = table.candidates[index]
+    for value in table.values[slice(*region.values)]:
+        until = value.released if value.asked else region.done
+        here = storages == value.storage
+        ends[here] = np.maximum(ends[here], before_death[until])
+    return storages, begins, ends
 
 
 def _ran(table: Table, chosen: Ints, before_op: Ints, starts: Ints, length: int) -> Ints:

@@ -16,6 +16,8 @@ class EagerOp:
         makes: the storages that it allocates.
         keepable: whether its outputs can be kept by a region that is recomputed.
         must_keep: whether a region must keep them: it must not run twice.
+        cached: whether only the first of several calls of a module runs it; the others find what it
+            makes in a cache.
     """
 
     name: str
@@ -25,6 +27,7 @@ class EagerOp:
     makes: tuple[int, ...]
     keepable: bool = False
     must_keep: bool = False
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,8 @@ class EagerRegion:
         sent: those of its arguments that go if they move.
         parts: those that ranks may share out: the storage, the bytes of a part, and the bytes that
             are gathered.
+        casts: storages from outside that it makes anew, since a cache of casts had them: each with
+            the number of its ops that have run by then.
     """
 
     name: str
@@ -108,6 +113,7 @@ class EagerRegion:
     moves: tuple[int, ...] = ()
     sent: tuple[int, ...] = ()
     parts: tuple[tuple[int, int, int], ...] = ()
+    casts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ class Regions:
         self.extra_bytes = ints(r.extra_bytes for r in regions)
         self.arguments = [ints(r.arguments) for r in regions]
         self.dropped = [ints(r.dropped) for r in regions]
+        self.casts = [(ints(s for s, _ in r.casts), ints(o for _, o in r.casts)) for r in regions]
         again = [ops[r.ops[0] : r.ops[0] + r.needed] for r in regions]
         self.seconds = [math.fsum(op.time_s for op in some) for some in again]
         self.flops = [sum(op.flops for op in some) for some in again]

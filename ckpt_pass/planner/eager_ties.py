@@ -65,16 +65,16 @@ class Ties:
 
     def _kept(self, plan: EagerPlan, index: int) -> set[int]:
         """What a call keeps: what any of the module's calls does, as far as all of them may."""
-        ops, regions = self._problem.ops, self._problem.regions
-        begins = [regions[call].ops[0] for call in self._calls[index]]
-        asked = {
-            op - regions[call].ops[0]
-            for call in self._calls[index]
-            for op in plan.kept.intersection(range(*regions[call].ops))
-        }
-        may = (
-            offset
-            for offset in asked
-            if all(ops[b + offset].keepable or ops[b + offset].must_keep for b in begins)
-        )
-        return {regions[index].ops[0] + offset for offset in may}
+        same = zip(*map(self._ops_of, self._calls[index]), strict=True)
+        kept = {turn for turn, ops in enumerate(same) if self._may_all(ops, plan)}
+        return {op for turn, op in enumerate(self._ops_of(index)) if turn in kept}
+
+    def _may_all(self, same: tuple[int, ...], plan: EagerPlan) -> bool:
+        """Whether any of the ops that are one op of a module is kept, and all may be."""
+        ops = (self._problem.ops[op] for op in same)
+        return not plan.kept.isdisjoint(same) and all(op.keepable or op.must_keep for op in ops)
+
+    def _ops_of(self, index: int) -> list[int]:
+        """The ops of a call that every call of its module runs."""
+        ops = self._problem.ops
+        return [op for op in range(*self._problem.regions[index].ops) if not ops[op].cached]
