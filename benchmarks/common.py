@@ -333,6 +333,27 @@ class ClockRow:
 
 
 @dataclass(frozen=True)
+class WayRow:
+    """A plan made in one way, on a link of a known rate.
+
+    Attributes:
+        way: what decides, and what may be decided.
+        rate: of the link, bytes per second.
+        moved_bytes, recompute_s, stall_s: of the plan, see :class:`ClockRow`.
+        measured_s: median.
+    """
+
+    way: str
+    rate: float
+    budget_bytes: int
+    moved_bytes: int
+    recompute_s: float
+    stall_s: float
+    measured_s: float
+    measured_bytes: int
+
+
+@dataclass(frozen=True)
 class PublishedRow:
     """A training speed that others published, and what a plan on paper says of that step."""
 
@@ -385,6 +406,7 @@ OwnRow: TypeAlias = (
     | InductorRow
     | GpuRow
     | ClockRow
+    | WayRow
     | PublishedRow
     | TuningRow
 )

@@ -63,7 +63,7 @@ def _rows(
 ) -> Iterator[ClockRow]:
     plain = ckpt_pass.plan(module, *inputs, budget=1.0, cost="measured")
     timeline = plain.predicted.timeline
-    base = _compiled(module, plan=plain)
+    base = compiled(module, plan=plain)
     step_s, top = timeline.duration_s, plain.peak_bytes
     for rate in rates:
         bytes_per_s = rate * float(plain.saved_bytes) / timeline.backward_at_s
@@ -74,11 +74,11 @@ def _rows(
             plan = ckpt_pass.plan(module, *inputs, budget=budget, cost="measured", offload=store)
             found = plan.predicted.offloaded
             assert found is not None
-            step = _compiled(module, plan=plan, offload=store)
+            step = compiled(module, plan=plan, offload=store)
             measured = ckpt_pass.measure_step(
                 lambda step=step: loss_of(step(*inputs)), repeats=1, params=module.parameters()
             )
-            ours, without = _times((step, base), inputs, module, rounds)
+            ours, without = times_in_turn((step, base), inputs, module, rounds)
             yield ClockRow(
                 rate=bytes_per_s,
                 budget_bytes=budget,
@@ -92,7 +92,8 @@ def _rows(
             )
 
 
-def _compiled(module: nn.Module, **options: Any) -> Callable[..., Any]:
+def compiled(module: nn.Module, **options: Any) -> Callable[..., Any]:
+    """The module compiled around aot_eager by a backend of these options."""
     torch._dynamo.reset()
     backend = ckpt_pass.make_backend(inner="aot_eager", **options)
     return torch.compile(module, backend=backend, fullgraph=True)
@@ -106,7 +107,7 @@ def _least(module: nn.Module, inputs: tuple[Any, ...], store: Any) -> int:
     raise AssertionError("a budget of one byte was met")
 
 
-def _times(
+def times_in_turn(
     steps: Sequence[Callable[..., Any]], inputs: tuple[Any, ...], module: nn.Module, rounds: int
 ) -> list[float]:
     """Median seconds of each step, in turn; the first round warms up."""

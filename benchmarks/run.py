@@ -35,6 +35,7 @@ from benchmarks import (  # noqa: E402
     inductor_table,
     inductor_times,
     offload_clock,
+    offload_ways,
     optimum,
     partition_cost,
     peaks,
@@ -57,6 +58,7 @@ NAMES = (
     "inductor",
     "inductor-times",
     "offload",
+    "offload-ways",
     "planning",
     "deep",
     "published",
@@ -130,6 +132,8 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
             yield budget_times.run(points, rounds or budget_times.ROUNDS)
     elif name == "offload":
         yield offload_clock.run(rounds=rounds or offload_clock.ROUNDS)
+    elif name == "offload-ways":
+        yield offload_ways.run(rounds=rounds or offload_ways.ROUNDS)
     elif name == "inductor":
         if options.all:
             yield inductor_table.run(RESULTS / "inductor-rows.jsonl")

@@ -24,6 +24,7 @@ from benchmarks.common import (
     StrategyOf,
     TimingRow,
     TuningRow,
+    WayRow,
 )
 from ckpt_pass.report.strategy_table import HEADS, cells
 
@@ -213,6 +214,25 @@ def _strategies(title: str, rows: Sequence[StrategyOf]) -> Table:
     return table
 
 
+def _ways(title: str, rows: Sequence[WayRow]) -> Table:
+    table = Table(title=title)
+    table.add_column("way")
+    for head in ("link", "budget", "peak", "moved", "recompute", "waiting", "measured"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(
+            row.way,
+            f"{row.rate / 1e6:,.0f} MB/s",
+            f"{row.budget_bytes / 1e6:.1f} MB",
+            f"{row.measured_bytes / 1e6:.1f} MB",
+            f"{row.moved_bytes / 1e6:.1f} MB",
+            f"{row.recompute_s * 1e3:.1f} ms",
+            f"{row.stall_s * 1e3:.1f} ms",
+            f"{row.measured_s * 1e3:.1f} ms",
+        )
+    return table
+
+
 def _clock(title: str, rows: Sequence[ClockRow]) -> Table:
     table = Table(title=title)
     heads = (
@@ -290,6 +310,7 @@ _TABLES: dict[type, Callable[[str, Any], Table]] = {
     OptimumRow: _optimum,
     ClaimRow: _claims,
     ClockRow: _clock,
+    WayRow: _ways,
     PublishedRow: _published,
     StrategyOf: _strategies,
     TuningRow: _tunings,

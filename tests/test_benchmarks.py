@@ -24,6 +24,7 @@ from benchmarks import (
     gpu_offload,
     inductor,
     inductor_times,
+    offload_ways,
     on_gpu,
     optimum,
     partition_cost,
@@ -51,6 +52,7 @@ from benchmarks.common import (
     TimingRow,
     TuningRow,
     Variant,
+    WayRow,
     interleave,
 )
 from ckpt_pass.ops.flops import FlopCounter
@@ -417,6 +419,17 @@ def test_tuning_beside_a_sweep_of_a_small_model() -> None:
     rows = [row for row in result.rows if isinstance(row, TuningRow)]
     assert {row.way for row in rows} == set(tuning.WAYS) and sum(row.chosen for row in rows) == 1
     assert all(row.swept_per_s > 0 and row.peak_bytes <= row.total_bytes for row in rows)
+
+
+@pytest.mark.slow
+def test_ways_of_offloading_are_timed_within_their_budget() -> None:
+    result = offload_ways.run(small, parts=(0.6,), rounds=1)
+    rows = [row for row in result.rows if isinstance(row, WayRow)]
+    ways = [row.way for row in rows]
+    assert ways[:2] == [offload_ways.JOINT, offload_ways.ALONE] and "offload only" in ways
+    assert all(row.measured_bytes <= row.budget_bytes and row.measured_s > 0 for row in rows)
+    assert all(row.moved_bytes and not row.recompute_s for row in rows[2:])
+    assert offload_ways.JOINT in shown(result)
 
 
 def test_an_unknown_benchmark_is_refused() -> None:
