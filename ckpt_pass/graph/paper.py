@@ -1,9 +1,14 @@
-"""Kernels of a device that is not here: times by its rates, nothing run."""
+"""Kernels of a device that is not here: times by its rates, nothing run.
+
+What they allocate besides their outputs is not known, but for two bounds: what products get, once
+for all (``Device.product_workspace_bytes``), and what the backward of flash attention allocates.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from ckpt_pass.graph.cost import moved_bytes, node_flops
@@ -12,11 +17,12 @@ from ckpt_pass.graph.kernels import WORKSPACE, Kernels
 from ckpt_pass.planner.device import Device
 from ckpt_pass.policy.sites import output_tensors
 
+#: What stands for flash attention's backward where a step is traced as on the CPU.
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
 
 class PaperKernels(Kernels):
     """Tells of kernels what a device's rates say.
-
-    What they allocate besides their outputs is not known, and left out.
 
     Args:
         device: the device.
@@ -36,7 +42,8 @@ class PaperKernels(Kernels):
             if made is not None:
                 dtype = str(made.dtype).removeprefix("torch.")
                 time_s = self._device.time_s(dtype, node_flops(node), moved_bytes(node))
-                found[node] = KernelFacts(None, time_s)
+                workspace = attention_workspace(node) if self._device.kind == "cuda" else None
+                found[node] = KernelFacts(workspace, time_s)
         return found
 
     def formula_bytes(self, node: fx.Node, needs: tuple[bool, ...]) -> int | None:
@@ -46,6 +53,32 @@ class PaperKernels(Kernels):
     def outputs(self, node: fx.Node) -> tuple[OutputFacts, ...] | None:
         """As the rules for fake tensors say."""
         return None
+
+
+def attention_workspace(node: fx.Node) -> int | None:
+    """The most that the backward of flash attention allocates on a CUDA device; else ``None``.
+
+    Sums of the queries' gradients in fp32 and a row of the same, in blocks of 128 positions and 32
+    channels; copies of the others' gradients where queries have more heads (``mha_bwd`` in
+    ``aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp``). It takes halves with
+    multiples of 8 channels, 256 at the most, and no mask; other attention is not known here.
+    """
+    if node.target is not _ATTENTION_BACKWARD or node.kwargs.get("attn_mask") is not None:
+        return None
+    query, key, *_ = (t for n in node.all_input_nodes[1:3] for t in output_tensors(n.meta["val"]))
+    batch, heads, length, channels = map(int, query.shape)
+    if query.dtype not in (torch.float16, torch.bfloat16) or channels % 8 or channels > 256:
+        return None
+    rows = batch * heads * _up_to(length, 128)
+    wide = _up_to(channels, 32) if channels <= 192 else 256
+    expands = int(key.shape[1]) != heads
+    copies = 2 * batch * heads * int(key.shape[2]) * channels if expands else 0
+    return rows * (wide + 1) * torch.float32.itemsize + copies * query.dtype.itemsize
+
+
+def _up_to(count: int, block: int) -> int:
+    """The next multiple of a block."""
+    return -(-count // block) * block
 
 
 def kernels_for(cost: str | Device) -> Kernels:

@@ -88,4 +88,14 @@ def _options(text: str) -> dict[str, Any]:
     call = ast.parse(f"f({text})", mode="eval").body
     if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
         raise ValueError("options are given by name")
-    return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    return {str(k.arg): _literal(str(k.arg), k.value) for k in call.keywords}
+
+
+def _literal(name: str, value: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except ValueError:
+        said = ast.unparse(value)
+        raise ValueError(
+            f"{name}={said} is no literal, as a number, True or (0.9, 0.99) are"
+        ) from None

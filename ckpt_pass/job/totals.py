@@ -167,6 +167,7 @@ class JobAsked:
         else:
             where = torch.device("cuda:0" if paper.kind == "cuda" else "cpu")
             found = account_of(around, self.job, PaperKernels(paper), where)
+            found = found.with_workspaces(paper.product_workspace_bytes)
             found = replace(found, device=f"{paper}, on paper")
         if self.total is None:
             return found

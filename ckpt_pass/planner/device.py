@@ -31,6 +31,8 @@ class Device:
         attained: the share of these rates that kernels reach.
         kind: what torch calls such devices, ``cuda`` or ``cpu``: how optimizers go, and in which
             blocks memory is handed out.
+        product_workspace_bytes: what its library of matrix products gets once, and keeps; 0 where
+            that is not known.
 
     Raises:
         InvalidDeviceError: an amount is not positive and finite.
@@ -44,6 +46,7 @@ class Device:
     launch_s: float = 3e-6
     attained: float = ATTAINED
     kind: str = "cuda"
+    product_workspace_bytes: int = 0
 
     def __post_init__(self) -> None:
         pairs = self.flops_per_s.items() if isinstance(self.flops_per_s, dict) else self.flops_per_s
@@ -61,6 +64,12 @@ class Device:
                     f"Got {name}={value!r} of a Device {self.name!r}, expected a positive, finite "
                     "number: a time is an amount divided by a rate."
                 )
+        workspace = self.product_workspace_bytes
+        if not isinstance(workspace, int) or isinstance(workspace, bool) or workspace < 0:
+            raise InvalidDeviceError(
+                f"Got product_workspace_bytes={workspace!r} of a Device {self.name!r}, expected a "
+                "whole number of bytes, or 0 where it is not known."
+            )
         if self.kind not in ("cuda", "cpu"):
             raise InvalidDeviceError(
                 f"Got kind={self.kind!r} of a Device {self.name!r}, expected 'cuda' or 'cpu'."

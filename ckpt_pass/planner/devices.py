@@ -17,6 +17,12 @@ from ckpt_pass.planner.device import Device, InvalidDeviceError
 DeviceLike: TypeAlias = str | Device
 
 
+#: What torch gives cuBLAS (``parseChosenWorkspaceSize``) and cuBLASLt, where that has its own, by
+#: default: ``aten/src/ATen/cuda/CublasHandlePool.cpp``. Hopper cards have a larger one.
+_CUBLAS = 2 * 2**22 + 8 * 2**14 + 2**20
+_CUBLAS_OF_HOPPER = 2**25 + 2**20
+
+
 class UnknownDeviceError(CkptPassError):
     """A device that is not in the table."""
 
@@ -28,9 +34,17 @@ def _device(
     single: float,
     bytes_per_s: float,
     host_bytes_per_s: float,
+    product_workspace_bytes: int = _CUBLAS,
 ) -> Device:
     rates = (("bfloat16", half), ("float16", half), ("float32", single))
-    return Device(name, memory_bytes, rates, bytes_per_s, host_bytes_per_s)
+    return Device(
+        name,
+        memory_bytes,
+        rates,
+        bytes_per_s,
+        host_bytes_per_s,
+        product_workspace_bytes=product_workspace_bytes,
+    )
 
 
 #: What the figures are from stands above each device: memory, half and single precision, bandwidth.
@@ -44,11 +58,11 @@ DEVICES: dict[str, Device] = {
         _device("a100-80gb", 80 * 10**9, 312e12, 19.5e12, 2039e9, 32e9),
         # NVIDIA H100 Tensor Core GPU data sheet, SXM: 80 GB, 1,979 with sparsity and 67 Tflop/s,
         # 3.35 TB/s, PCIe 5.
-        _device("h100", 80 * 10**9, 989e12, 67e12, 3350e9, 64e9),
+        _device("h100", 80 * 10**9, 989e12, 67e12, 3350e9, 64e9, _CUBLAS_OF_HOPPER),
         # The same, PCIe: 1,513 with sparsity and 51 Tflop/s, 2 TB/s.
-        _device("h100-pcie", 80 * 10**9, 756e12, 51e12, 2000e9, 64e9),
+        _device("h100-pcie", 80 * 10**9, 756e12, 51e12, 2000e9, 64e9, _CUBLAS_OF_HOPPER),
         # NVIDIA H200 data sheet, SXM: 141 GB, rates of the H100, 4.8 TB/s, PCIe 5.
-        _device("h200", 141 * 10**9, 989e12, 67e12, 4800e9, 64e9),
+        _device("h200", 141 * 10**9, 989e12, 67e12, 4800e9, 64e9, _CUBLAS_OF_HOPPER),
         # NVIDIA L4 data sheet: 24 GB, 242 with sparsity and 30.3 Tflop/s, 300 GB/s, PCIe 4.
         _device("l4", 24 * 10**9, 121e12, 30.3e12, 300e9, 32e9),
         # NVIDIA L40S data sheet: 48 GB, 362 and 91.6 Tflop/s, 864 GB/s, PCIe 4.
@@ -57,8 +71,8 @@ DEVICES: dict[str, Device] = {
         # 82.6 Tflop/s, 1,008 GB/s, PCIe 4.
         _device("rtx-4090", 24 * 10**9, 165.2e12, 82.6e12, 1008e9, 32e9),
         # AMD Instinct MI300X data sheet (2023): 192 GB, 1,307.4 and 163.4 Tflop/s, 5.3 TB/s,
-        # PCIe 5.
-        _device("mi300x", 192 * 10**9, 1307.4e12, 163.4e12, 5300e9, 64e9),
+        # PCIe 5. What torch gives rocBLAS is not known here.
+        _device("mi300x", 192 * 10**9, 1307.4e12, 163.4e12, 5300e9, 64e9, 0),
         # A few server cores, as in graph.cost.ROOFLINES; 64 GB stand for any amount.
         Device("cpu", 64 * 10**9, (("float32", 5e10),), 1e10, 1e10, 1e-6, 1.0, "cpu"),
     )

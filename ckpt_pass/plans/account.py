@@ -18,6 +18,8 @@ FIRST_UPDATE = "first optimizer step"
 UPDATE = "optimizer step"
 PHASES = (FIRST_PASS, FIRST_UPDATE, PASS, UNSCALING, CLIPPING, UPDATE)
 
+#: What a library of matrix products keeps.
+WORKSPACES = "products' workspace"
 #: Characters of a bar in the text.
 _WIDTH = 56
 _STANDS, _ADDS, _EMPTY, _TOTAL = "█", "▒", " ", "│"
@@ -64,6 +66,7 @@ class Account:
         outputs_bytes: what the step returns, there until the next one has returned.
         phases: the parts of the job, in order; of parts that come again the highest.
         total_bytes: what was asked for, if anything.
+        workspaces_bytes: what a library of matrix products keeps, of a device on paper.
     """
 
     device: str
@@ -77,6 +80,7 @@ class Account:
     outputs_bytes: int
     phases: tuple[JobPhase, ...]
     total_bytes: int | None = None
+    workspaces_bytes: int = 0
 
     @property
     def standing_bytes(self) -> int:
@@ -86,8 +90,13 @@ class Account:
     @property
     def before_bytes(self) -> int:
         """What stands there before the first step."""
-        held = self.parameters_bytes + self.buffers_bytes + self.inputs_bytes
-        return held + self.states_now_bytes
+        return self._held_bytes + self.states_now_bytes
+
+    @property
+    def _held_bytes(self) -> int:
+        """What stands there whatever happens."""
+        own = self.parameters_bytes + self.buffers_bytes + self.inputs_bytes
+        return own + self.workspaces_bytes
 
     @property
     def pass_standing_bytes(self) -> int:
@@ -130,6 +139,13 @@ class Account:
             phases.append(JobPhase(phase.name, phase.standing_bytes + held, above))
         return replace(self, outputs_bytes=outputs_bytes, phases=tuple(phases))
 
+    def with_workspaces(self, nbytes: int) -> Account:
+        """This account with what stands there for products, from the start to the end."""
+        phases = (
+            replace(phase, standing_bytes=phase.standing_bytes + nbytes) for phase in self.phases
+        )
+        return replace(self, workspaces_bytes=nbytes, phases=tuple(phases))
+
     def within(self, total_bytes: int | None) -> Account:
         """This account with the total that was asked for."""
         return replace(self, total_bytes=total_bytes)
@@ -142,6 +158,7 @@ class Account:
             ("inputs", self.inputs_bytes),
             ("optimizer states", self.states_bytes),
             ("gradients", self.gradients_bytes),
+            (WORKSPACES, self.workspaces_bytes),
         )
         return tuple(row for row in found if row[1])
 
@@ -157,7 +174,6 @@ class Account:
 
     def parts(self, phase: JobPhase) -> tuple[tuple[str, int], ...]:
         """What is there in a part of the job, in order: name and bytes; they add up to its peak."""
-        held = self.parameters_bytes + self.buffers_bytes + self.inputs_bytes
         outputs = 0 if phase.name == FIRST_PASS else self.outputs_bytes
         stands = not phase.is_pass or self.keeps_gradients
         gradients = self.gradients_bytes if stands else 0
@@ -165,7 +181,8 @@ class Account:
             ("parameters", self.parameters_bytes),
             ("buffers", self.buffers_bytes),
             ("inputs", self.inputs_bytes),
-            ("optimizer states", phase.standing_bytes - held - gradients - outputs),
+            (WORKSPACES, self.workspaces_bytes),
+            ("optimizer states", phase.standing_bytes - self._held_bytes - gradients - outputs),
             ("gradients", gradients),
             ("outputs", outputs),
             ("added while it runs", phase.above_bytes or 0),

@@ -34,6 +34,7 @@ def account_from_data(reader: Reader) -> Account:
         outputs_bytes=reader["outputs_bytes"].whole(),
         phases=tuple(map(_phase, reader["phases"].items())),
         total_bytes=reader["total_bytes"].maybe(Reader.whole),
+        workspaces_bytes=reader.get("workspaces_bytes").maybe(Reader.whole) or 0,
     )
 
 

@@ -75,6 +75,7 @@ def _cost(reader: Reader) -> CostLike:
             launch_s=reader["launch_s"].number(),
             attained=reader["attained"].number(),
             kind=reader["kind"].text(),
+            product_workspace_bytes=reader.get("product_workspace_bytes").maybe(Reader.whole) or 0,
         )
     except InvalidDeviceError as error:
         raise PlanFileError(reader.where, "a device", str(error)) from None

@@ -95,8 +95,9 @@ def _inner(plan: PlanRecord) -> list[str]:
     goal = plan.asked.goal
     if goal is not None and isinstance(goal.cost, Device):
         lines.append(
-            f"on paper     for {goal.cost}: times by its rates; what its kernels allocate besides "
-            "their outputs is not known here, and not in the peak"
+            f"on paper     for {goal.cost}: times by its rates; of what kernels allocate besides "
+            "their outputs, at the most that of products (in the account) and of flash attention's "
+            "backward counts, the rest is not known"
         )
         return lines
     measured = plan.predicted.measured_workspaces

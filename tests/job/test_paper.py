@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ckpt_pass
 from ckpt_pass import (
@@ -21,6 +22,7 @@ from ckpt_pass import (
     UnknownCostError,
     UnknownDeviceError,
 )
+from ckpt_pass.graph.paper import attention_workspace
 from ckpt_pass.planner.devices import DEVICES, as_device
 from ckpt_pass.plans.account import UPDATE
 from tests.job.jobs import Blocks
@@ -170,3 +172,66 @@ def test_what_is_free_of_a_device_on_paper_depends_on_the_job() -> None:
 def test_a_device_has_rates_to_divide_by(field: str, value: Any) -> None:
     with pytest.raises(InvalidDeviceError, match=field):
         replace(SMALL, **{field: value})
+
+
+def attended(groups: int, mask: bool, dtype: torch.dtype = torch.bfloat16) -> list[int | None]:
+    """What each op of attention's forward and backward allocates, where that is bounded."""
+
+    def step(query: torch.Tensor, key: torch.Tensor) -> Any:
+        ones = torch.ones(100, 100, dtype=torch.bool).tril() if mask else None
+        found = nn.functional.scaled_dot_product_attention(
+            query, key, key, attn_mask=ones, is_causal=not mask, enable_gqa=groups > 1
+        )
+        return torch.autograd.grad(found.float().square().sum(), (query, key))
+
+    query = torch.randn(2, 4, 100, 24, dtype=dtype, requires_grad=True)
+    key = torch.randn(2, 4 // groups, 100, 24, dtype=dtype, requires_grad=True)
+    graph = make_fx(step, tracing_mode="fake")(query, key).graph
+    found = [attention_workspace(node) for node in graph.nodes if "attention" in str(node.target)]
+    assert len(found) == 2
+    return found
+
+
+def test_the_backward_of_flash_attention_is_bounded() -> None:
+    """Sums of 128 rows and 32 channels, and a row, in fp32; keys' gradients of all heads."""
+    sums = 2 * 4 * 128 * (32 + 1) * 4
+    assert attended(1, mask=False) == [None, sums]
+    assert attended(2, mask=False) == [None, sums + 2 * (2 * 4 * 100 * 24) * 2]
+    assert attended(1, mask=True) == [None, None]
+    assert attended(1, mask=False, dtype=torch.float32) == [None, None]
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(24, 24, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of what is attended to."""
+        x = self.project(x)
+        return nn.functional.scaled_dot_product_attention(x, x, x).sum()
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_plans_on_paper_count_what_is_bounded(mode: str) -> None:
+    """The peak is in attention's backward, on a card alone; products have their room anyway."""
+    model, x = Attends(), torch.randn(2, 4, 100, 24, dtype=torch.bfloat16)
+    card = replace(SMALL, product_workspace_bytes=5000)
+    here, there = (
+        ckpt_pass.plan(model, x, budget=1.0, optimizer=job(model), device=device, mode=mode)
+        for device in (replace(SMALL, kind="cpu"), card)
+    )
+    assert there.peak_bytes > here.peak_bytes + 2 * 4 * 128 * 33 * 2
+    account = there.account
+    assert account is not None and here.account is not None
+    assert account.workspaces_bytes == 5000 and not here.account.workspaces_bytes
+    assert ("products' workspace", 5000) in account.rows()
+    assert all(dict(account.parts(p))["products' workspace"] == 5000 for p in account.phases)
+    assert all(sum(dict(account.parts(p)).values()) == p.peak_bytes for p in account.phases)
+    assert Plan.from_json(there.to_json()).account == account
+
+
+def test_a_workspace_that_is_none_is_refused() -> None:
+    with pytest.raises(InvalidDeviceError, match="product_workspace_bytes"):
+        replace(SMALL, product_workspace_bytes=-1)
+    assert DEVICES["h100"].product_workspace_bytes > DEVICES["l4"].product_workspace_bytes > 0
