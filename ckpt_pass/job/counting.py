@@ -33,7 +33,7 @@ from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
 
 #: Steps that an optimizer is looked at: what it makes at its first and second step stays.
-_STEPS = 3
+STEPS = 3
 _EXPECTED_OPTIMIZER = (
     "Expected the optimizer that steps this model: made with model.parameters(), after the model "
     "was moved or converted."
@@ -187,7 +187,7 @@ class _Ledger:
         with optimizers.as_on_plain_tensors(), wrappers.shapes_of_the_whole_aside():
             phases += self._update(FIRST_UPDATE)
             later: list[JobPhase] = []
-            for _ in range(1, _STEPS):
+            for _ in range(1, STEPS):
                 self._drop_gradients()
                 stands = follower.live_bytes
                 self._make_gradients()

@@ -40,7 +40,8 @@ def summary(plan: PlanRecord) -> str:
             f"{counts['unused']} not needed by the backward",
             f"saved bytes  {format_bytes(plan.saved_bytes)} (outputs "
             f"{format_bytes(found.output_bytes)} more)",
-            f"peak         {format_bytes(found.peak_bytes)} predicted, {found.peak_at}",
+            f"peak         {format_bytes(found.peak_bytes)} predicted, {found.peak_at}"
+            f"{_without(plan)}",
             *shape_lines(plan.peak_expression, plan.dimensions, plan.budget_bytes),
             f"recompute    {_share(found.recompute_flops, found.step_flops)} of the flops, "
             f"{_share(found.recompute_time_s, found.step_time_s)} of the modelled time",
@@ -50,6 +51,13 @@ def summary(plan: PlanRecord) -> str:
             *warning_lines(plan),
         ]
     )
+
+
+def _without(plan: PlanRecord) -> str:
+    """What is not in the peak: by a policy alone, kernels are not measured."""
+    if plan.budget_bytes is not None or plan.account is not None:
+        return ""
+    return ", without kernels' workspaces"
 
 
 def _gathers(plan: PlanRecord) -> list[str]:

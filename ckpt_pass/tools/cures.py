@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch.wrappers import wraps
 from ckpt_pass.job.copies import Copier
-from ckpt_pass.job.counting import Around, OptimizerFailedError, kept_in
+from ckpt_pass.job.counting import STEPS, Around, OptimizerFailedError, kept_in
 from ckpt_pass.job.jobs import Job
 from ckpt_pass.job.totals import Cure, InfeasibleTotalError, JobAsked
 from ckpt_pass.offloading.options import Offload
@@ -109,20 +110,28 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _needed(tried: Try, step: FakeStep, asked: JobAsked, offload: Place) -> int:
-    """What a job needs for its total: what it takes, where that fits."""
+def _needed(
+    words: str, tried: Try, step: FakeStep, asked: JobAsked, offload: Place
+) -> Iterator[Cure]:
+    """A change and what the job needs for its total then: what it takes, where that fits.
+
+    None where no plan can be made of the changed job, such as of a model that does not run with a
+    smaller batch.
+    """
     try:
         account = tried(step, asked, offload).account
         assert account is not None
-        return account.peak_bytes
+        yield Cure(words, account.peak_bytes)
     except InfeasibleTotalError as error:
-        return error.needed_bytes
+        yield Cure(words, error.needed_bytes)
+    except CkptPassError:
+        return
 
 
 def _by_gradients(step: FakeStep, asked: JobAsked, offload: Place, tried: Try) -> Iterator[Cure]:
     if not asked.job.set_to_none:
         changed = replace(asked, job=replace(asked.job, set_to_none=True))
-        yield Cure("set_to_none=True", _needed(tried, step, changed, offload))
+        yield from _needed("set_to_none=True", tried, step, changed, offload)
 
 
 def _by_batch(
@@ -149,9 +158,10 @@ def _by_batch(
         args, kwargs = axis.resized(size)
         smaller = replace(step, args=args, kwargs=kwargs)
         changed = replace(asked, job=replace(asked.job, accumulate=count))
-        needed = _needed(tried, smaller, changed, offload)
-        yield Cure(f"microbatches of {size}, accumulate={count}", needed)
-        if needed <= error.total_bytes:
+        words = f"microbatches of {size}, accumulate={count}"
+        found = list(_needed(words, tried, smaller, changed, offload))
+        yield from found
+        if not found or found[0].is_enough(error.total_bytes):
             return
 
 
@@ -175,7 +185,7 @@ def _by_offload(
     tried: Try,
 ) -> Iterator[Cure]:
     if not offload and _is_the_steps(error):
-        yield Cure("offload=True", _needed(tried, step, asked, Offload()))
+        yield from _needed("offload=True", tried, step, asked, Offload())
 
 
 def _by_states(error: InfeasibleTotalError, step: FakeStep, asked: JobAsked) -> Iterator[Cure]:
@@ -233,24 +243,26 @@ def _by_dtype(
         return
     changed = replace(asked, total=error.total_bytes)  # gradients that are there are put aside
     with _gradients_kept_in(torch.bfloat16, single):
-        needed = _needed(tried, step, changed, offload)
-    yield Cure("gradients in bfloat16 (grad_dtype of each parameter)", needed)
+        words = "gradients in bfloat16 (grad_dtype of each parameter)"
+        found = list(_needed(words, tried, step, changed, offload))
+    yield from found
 
 
 def _takes_gradients(job: Job, dtype: torch.dtype) -> bool:
-    """Whether the optimizers step on gradients of another dtype: tried on a few numbers.
+    """Whether the optimizers step on gradients of another dtype: tried on a few numbers, as often
+    as accounts step.
 
     Fake tensors do not tell: kernels look at it, and the rules for fake ones do not.
     """
     copies: tuple[torch.optim.Optimizer, ...] = Copier(_small)(tuple(job.optimizers))
     with untouched(*(vars(one) for one in job.optimizers)):
         try:
-            for one in copies:
+            for one in copies * STEPS:
                 for parameter in (p for group in one.param_groups for p in group["params"]):
                     parameter.grad_dtype = dtype
                     parameter.grad = torch.zeros_like(parameter, dtype=dtype)
                 one.step()
-        except (RuntimeError, TypeError, ValueError):  # kernels want one dtype of all
+        except Exception:  # whatever the optimizer's own code raises: it does not take them
             return False
     return True
 

@@ -193,3 +193,56 @@ def test_none_where_there_is_none() -> None:
     model = Blocks(depth=1)
     error = told(model, X, 1000, optimizer=torch.optim.SGD(model.parameters()))
     assert error.cures == () and "Give a larger total" in str(error)
+
+
+class Own(torch.optim.Optimizer):
+    """What an optimizer's own code may raise on tensors that it was not written for."""
+
+    def __init__(self, model: nn.Module, why: str) -> None:
+        super().__init__(model.parameters(), {})
+        self.why = why
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if self.why == "assert":
+                assert p.grad.dtype == p.dtype
+            elif self.why == "index":
+                p[..., 5] -= p.grad[..., 5]
+            elif "scale" in self.state[p]:  # the second step's kernel wants one dtype
+                p.sub_(p.grad.flatten().dot(self.state[p]["scale"].flatten()))
+            self.state[p]["scale"] = torch.ones_like(p)
+
+
+@pytest.mark.parametrize("why", ["assert", "index", "second step"])
+def test_an_optimizer_that_takes_no_other_gradients(why: str) -> None:
+    """Whatever it raises when that is tried, and whenever: it is no cure."""
+    model, x = Wide(), torch.randn(2, 128)
+    error = told(
+        model, x, least(model, x, optimizer=Own(model, why)) - 1000, optimizer=Own(model, why)
+    )
+    assert not any("bfloat16" in cure.words for cure in (*error.cures, *error.short))
+
+
+class FixedBatch(Blocks):
+    """Runs with a batch of 64 alone."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.register_buffer("table", torch.ones(64, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean square of what comes out."""
+        return super().forward(x * self.table)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_a_batch_that_cannot_be_smaller_is_no_cure(mode: str) -> None:
+    """It still fits or does not, and other cures are found."""
+    model = FixedBatch()
+    optimizer = torch.optim.SGD(model.parameters())
+    total = least(model, X, optimizer=optimizer) - 1000
+    found = ckpt_pass.doctor(model, X, total=total, optimizer=optimizer, mode=mode)
+    assert found.fits == (mode == "compiled")
+    assert not any("microbatches" in cure.words for cure in (*found.cures, *found.short))
+    assert not ckpt_pass.doctor(model, X, total=total // 2, optimizer=optimizer, mode=mode).fits
