@@ -162,6 +162,7 @@ from ckpt_pass.errors import DeterminismCheckError as DeterminismCheckError
 from ckpt_pass.errors import DryRunError as DryRunError
 from ckpt_pass.errors import EndedRecomputationError as EndedRecomputationError
 from ckpt_pass.errors import EstimateArgumentError as EstimateArgumentError
+from ckpt_pass.errors import FirstUseWarning as FirstUseWarning
 from ckpt_pass.errors import ForeignOptimizerError as ForeignOptimizerError
 from ckpt_pass.errors import ForkedStoreError as ForkedStoreError
 from ckpt_pass.errors import GradientMismatchError as GradientMismatchError

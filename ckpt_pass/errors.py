@@ -28,6 +28,7 @@ from ckpt_pass.eager.alike import ShardedStepsDifferError as ShardedStepsDifferE
 from ckpt_pass.eager.alike import UnknownValuesError as UnknownValuesError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
 from ckpt_pass.eager.replicas import ReplicaError as ReplicaError
+from ckpt_pass.graph.capture import FirstUseWarning as FirstUseWarning
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError
 from ckpt_pass.graph.capture import NotTraceableError as NotTraceableError
 from ckpt_pass.graph.capture import SeveralGraphsError as SeveralGraphsError

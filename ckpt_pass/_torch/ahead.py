@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 
 from ckpt_pass._torch import compilers
 from ckpt_pass._torch.collector import quiet_collector
+from ckpt_pass._torch.first_use import set_at_first_use
 from ckpt_pass._torch.nested import inline_nested_regions
 from ckpt_pass._torch.operators import was_nested_by
 
@@ -75,6 +76,7 @@ class Graphs:
         seen: all graphs that dynamo made, in order, those without a backward among them.
         runs: how often each of them ran, which is never where one graph holds the whole step.
         whole: whether one does.
+        first_used: modules, and attributes that the first graph looks for and sets.
     """
 
     #: Read by torch.compile to name the compiler in its logs.
@@ -86,12 +88,14 @@ class Graphs:
         self.seen: list[fx.GraphModule] = []
         self.runs: list[int] = []
         self.whole = False
+        self.first_used: list[tuple[torch.nn.Module, str]] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         inline_nested_regions(gm)
         placeholders = tuple(gm.graph.find_nodes(op="placeholder"))
         examples = tuple(example(node) for node in placeholders)
         found = _joint_of(gm, inputs)  # may ask dynamo to begin anew, by an exception
+        self.first_used += set_at_first_use()
         index = len(self.seen)
         self.seen.append(gm)
         self.runs.append(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -34,6 +35,10 @@ class NotTraceableError(CkptPassError):
 
 class NothingToDifferentiateError(CkptPassError):
     """No output of the model depends on anything that requires a gradient."""
+
+
+class FirstUseWarning(UserWarning):
+    """The step sets what the next one finds there: a plan of it is not one of the next."""
 
 
 class SeveralGraphsError(NotTraceableError):
@@ -120,6 +125,7 @@ def capture(
             ) from error
         except Exception as error:  # re-raised with the place in the user's code
             raise_for(model, error)
+        _warn_of_first_use(model, graphs)
         found = _only(model, graphs)
         names = names_of(found.placeholders, found.examples)
     found.module.graph.eliminate_dead_code()
@@ -128,6 +134,23 @@ def capture(
     joint = read_joint(found.module, outputs, static, regions, names, leaves)
     joint.graph_break = "" if graphs.whole else "; ".join(graphs.breaks())
     yield joint
+
+
+def _warn_of_first_use(model: nn.Module, graphs: ahead.Graphs) -> None:
+    """Say what the step makes when it first runs, if anything."""
+    if not graphs.first_used:
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    found = [f"{names.get(id(m), type(m).__name__)}.{name}" for m, name in graphs.first_used]
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    warnings.warn(
+        f"{type(model).__name__} sets {found[0].lstrip('.')}{more} where it finds no tensor: the "
+        "next step finds one, and torch.compile makes another graph of it, which this plan is not "
+        "for. Run the model once before you plan and compile it, or give the backend the budget "
+        "instead of a plan.",
+        FirstUseWarning,
+        stacklevel=2,
+    )
 
 
 def input_words(model: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
