@@ -14,8 +14,9 @@ from torch._dynamo.variables import TensorVariable
 def set_at_first_use() -> Iterator[tuple[nn.Module, str]]:
     """The attributes of modules that the code of a graph looks for and then sets to a tensor.
 
-    What is put into a dict, such as a buffer that was ``None``, is not seen. Asked while dynamo calls its backend. What is only written does not count: nothing depends on
-    whether it is there.
+    Asked while dynamo calls its backend. What is put into a dict, such as a buffer that was
+    ``None``, is not seen. What is only written does not count: nothing depends on whether it is
+    there.
     """
     translator = InstructionTranslator.current_tx()
     looked_for = {_place(guard) for guard in translator.output.guards}
