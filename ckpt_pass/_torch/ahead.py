@@ -17,6 +17,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._torch import compilers
 from ckpt_pass._torch.collector import quiet_collector
@@ -76,6 +77,7 @@ class Graphs:
         seen: all graphs that dynamo made, in order, those without a backward among them.
         runs: how often each of them ran, which is never where one graph holds the whole step.
         whole: whether one does.
+        trains: whether what the step returned, where its own code ran, has a backward.
         first_used: modules, and attributes that the first graph looks for and sets.
     """
 
@@ -87,7 +89,7 @@ class Graphs:
         self.captured: list[Captured] = []
         self.seen: list[fx.GraphModule] = []
         self.runs: list[int] = []
-        self.whole = False
+        self.whole = self.trains = False
         self.first_used: list[tuple[torch.nn.Module, str]] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -200,7 +202,9 @@ def step_graphs(
     graphs = Graphs(look)
     whole = contextlib.suppress(_Whole)
     with whole, on_fakes(mode):
-        compilers.compile_apart(step, graphs, dynamic)(*args, **kwargs)
+        found = compilers.compile_apart(step, graphs, dynamic)(*args, **kwargs)
+        tensors = (leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor))
+        graphs.trains = any(tensor.requires_grad for tensor in tensors)
     return graphs
 
 

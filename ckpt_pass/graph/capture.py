@@ -173,7 +173,7 @@ def _only(model: nn.Module, graphs: ahead.Graphs) -> ahead.Captured:
     Raises:
         NothingToDifferentiateError, NotTraceableError, SeveralGraphsError: there is not one.
     """
-    if not graphs.seen:
+    if not graphs.seen or (graphs.trains and not graphs.captured):
         raise no_graph(model)
     if not graphs.captured:
         raise no_gradient(model)
@@ -194,10 +194,11 @@ def _only(model: nn.Module, graphs: ahead.Graphs) -> ahead.Captured:
 def no_graph(model: nn.Module) -> NotTraceableError:
     """The error for a model that dynamo leaves to Python as a whole."""
     return NotTraceableError(
-        f"torch.compile made no graph of {type(model).__name__}. Expected a step that it "
-        "compiles: look for torch.compiler.disable, for a stance other than the default, for graph "
-        "breaks in loops, and for what torch never compiles (RNN modules). TORCH_LOGS=graph_breaks "
-        "says more; mode='eager' plans the step as it runs without torch.compile."
+        f"torch.compile made no graph of {type(model).__name__} that has a backward. Expected a "
+        "step that it compiles: look for torch.compiler.disable, for a stance other than the "
+        "default, for graph breaks in loops, and for what torch never compiles (RNN modules, some "
+        "autograd Functions). TORCH_LOGS=graph_breaks says more; mode='eager' plans the step as it "
+        "runs without torch.compile."
     )
 
 

@@ -7,6 +7,7 @@ for all (``Device.product_workspace_bytes``), and what the backward of flash att
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import fx
@@ -65,7 +66,8 @@ def attention_workspace(node: fx.Node) -> int | None:
     """
     if node.target is not _ATTENTION_BACKWARD or node.kwargs.get("attn_mask") is not None:
         return None
-    query, key, *_ = (t for n in node.all_input_nodes[1:3] for t in output_tensors(n.meta["val"]))
+    query: torch.Tensor = cast(fx.Node, node.args[1]).meta["val"]
+    key: torch.Tensor = cast(fx.Node, node.args[2]).meta["val"]
     batch, heads, length, channels = map(int, query.shape)
     if query.dtype not in (torch.float16, torch.bfloat16) or channels % 8 or channels > 256:
         return None

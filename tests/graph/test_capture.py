@@ -320,3 +320,42 @@ def test_planning_does_not_count_as_a_compilation() -> None:
     backend = ckpt_pass.make_backend(inner="aot_eager")
     torch.compile(model, backend=backend)(torch.randn(12, WIDTH))
     assert [plan.dimensions for plan in backend.plans] == [()]
+
+
+class ByHand(torch.autograd.Function):
+    """A layer that keeps its input alone; dynamo leaves it to Python."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, *weights)
+        with torch.no_grad():
+            found: torch.Tensor = x + layer(x)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        with torch.enable_grad():
+            again = x.detach().requires_grad_()
+            y = again + ctx.layer(again)
+        return (None, *torch.autograd.grad(y, (again, *weights), gradients))
+
+
+class Reversed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = ByHand.apply(lambda z, layer=layer: layer(z).tanh(), x, *layer.parameters())
+        return x.sum()
+
+
+def test_a_backward_that_is_in_no_graph_is_said() -> None:
+    """It trains; what torch.compile makes of it has no backward."""
+    with pytest.raises(
+        ckpt_pass.NotTraceableError, match="no graph of Reversed that has a backward.*eager"
+    ):
+        ckpt_pass.plan(Reversed(), torch.randn(4, 16), budget=1.0)
