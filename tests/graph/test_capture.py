@@ -356,6 +356,6 @@ class Reversed(nn.Module):
 def test_a_backward_that_is_in_no_graph_is_said() -> None:
     """It trains; what torch.compile makes of it has no backward."""
     with pytest.raises(
-        ckpt_pass.NotTraceableError, match="no graph of Reversed that has a backward.*eager"
+        ckpt_pass.NotTraceableError, match=r"no graph of Reversed that has a backward.*eager"
     ):
         ckpt_pass.plan(Reversed(), torch.randn(4, 16), budget=1.0)
