@@ -201,7 +201,7 @@ def step_graphs(
     """
     graphs = Graphs(look)
     whole = contextlib.suppress(_Whole)
-    with whole, on_fakes(mode):
+    with whole, on_fakes(mode), without_log():
         found = compilers.compile_apart(step, graphs, dynamic)(*args, **kwargs)
         tensors = (leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor))
         graphs.trains = any(tensor.requires_grad for tensor in tensors)
