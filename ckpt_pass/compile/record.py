@@ -147,8 +147,18 @@ def _predicted(decided: Decided, outputs: list[fx.Node]) -> Predicted:
         plain_timeline=decided.plain,
         measured_workspaces=sum(1 for i in ran if ops[i].workspace_bytes),
         offloaded=_offloaded(decided),
+        beside_gradients_bytes=_beside_gradients(decided.joint),
         contents=contents(decided.joint, decided.described, found, decided.tags),
     )
+
+
+def _beside_gradients(joint: JointGraph) -> int:
+    """What the gradients keep besides themselves, where they are parts of something larger."""
+    gradients = list(dict.fromkeys(joint.backward_outputs))
+    whole = held_bytes(gradients)
+    values = (node.meta.get("val") for node in gradients)
+    own = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+    return max(0, whole - own) if isinstance(whole, int) and isinstance(own, int) else 0
 
 
 def _offloaded(decided: Decided) -> LinkUse | None:

@@ -130,6 +130,8 @@ class EagerTrace:
     output_bytes: int = 0
     #: What an earlier step has left that this one finds: gradients.
     found_bytes: int = 0
+    #: What parameters' gradients keep besides themselves, being parts of something larger.
+    beside_gradients_bytes: int = 0
     #: What it hands to other stages of a pipeline: its outputs, and the gradients of its inputs.
     passed_bytes: int = 0
     #: The storages that are resized.

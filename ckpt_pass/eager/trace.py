@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ckpt_pass._torch import ahead, autograd, modules
+from ckpt_pass._torch import ahead, autograd, functorch, modules
+from ckpt_pass._torch.wrappers import wraps
 from ckpt_pass.eager.answers import Answers, real_answers
 from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.real_numbers import Maker, StaleNumbers, is_number
@@ -118,16 +119,17 @@ class _Step:
                 )
 
             with modules.converted_by_replacement(self.model), replicas_alone(self.model):
-                left = 0
+                left = beside = 0
                 if self.how.again:
                     before = recorder(answers)
                     before.record(run, self.how.staged)
                     held.clear()
                     _let_go_of_gradients(args, kwargs)
-                    left = before.left_bytes
+                    left, beside = before.left_bytes, _beside_gradients(self.model)
                     answers = None if answers is None else answers.anew()
                 trace = recorder(answers).record(run, self.how.staged)
                 trace.found_bytes = left
+                trace.beside_gradients_bytes = beside or _beside_gradients(self.model)
                 if self.how.staged:
                     trace.passed_bytes = _passed_bytes(trace, args, kwargs)
                 return trace
@@ -144,6 +146,14 @@ class _Step:
         if held is not None:
             held.append(output)
         return self.loss_fn(output) if self.loss_fn is not None else output
+
+
+def _beside_gradients(model: nn.Module) -> int:
+    """What parameters' gradients keep besides themselves, being parts of something larger."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    plain = [g for g in gradients if g.layout is torch.strided and not wraps([type(g)])]
+    storages = {s._cdata: s.nbytes() for g in plain for s in functorch.storages_of(g)}
+    return max(0, sum(storages.values()) - sum(g.nbytes for g in plain))
 
 
 def _passed_bytes(trace: EagerTrace, *given: Any) -> int:

@@ -143,6 +143,7 @@ class Writer:
             offloaded=self._offloaded(goal),
             gathered_bytes=found.gathered_bytes,
             gather_s=found.gather_s,
+            beside_gradients_bytes=self._trace.beside_gradients_bytes,
             contents=contents(self._trace, problem, self._solution),
         )
 

@@ -124,20 +124,28 @@ class Account:
         """The peak of the whole job."""
         return self.peak_phase.peak_bytes
 
-    def with_step(self, peak_bytes: int, outputs_bytes: int) -> Account:
+    def with_step(self, peak_bytes: int, outputs_bytes: int, beside_bytes: int = 0) -> Account:
         """This account with a planned forward and backward.
 
         Args:
             peak_bytes: its peak above what was allocated when it began.
             outputs_bytes: what it returns.
+            beside_bytes: what gradients keep besides themselves.
         """
         more = outputs_bytes - self.outputs_bytes
         phases = []
         for phase in self.phases:
             held = 0 if phase.name == FIRST_PASS else more
+            if self.keeps_gradients or not phase.is_pass:
+                held += beside_bytes
             above = peak_bytes if phase.is_pass else phase.above_bytes
             phases.append(JobPhase(phase.name, phase.standing_bytes + held, above))
-        return replace(self, outputs_bytes=outputs_bytes, phases=tuple(phases))
+        return replace(
+            self,
+            outputs_bytes=outputs_bytes,
+            gradients_bytes=self.gradients_bytes + beside_bytes,
+            phases=tuple(phases),
+        )
 
     def with_workspaces(self, nbytes: int) -> Account:
         """This account with what stands there for products, from the start to the end."""

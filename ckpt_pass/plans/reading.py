@@ -183,6 +183,7 @@ def _predicted(reader: Reader) -> Predicted:
         account=found.get("account").maybe(account_from_data),
         gathered_bytes=found.get("gathered_bytes").maybe(Reader.whole) or 0,
         gather_s=found.get("gather_s").maybe(Reader.number) or 0.0,
+        beside_gradients_bytes=found.get("beside_gradients_bytes").maybe(Reader.whole) or 0,
     )
 
 

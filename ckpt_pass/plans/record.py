@@ -61,6 +61,8 @@ class Predicted:
         account: the memory of the whole job, where an optimizer was given.
         gathered_bytes, gather_s: what a rank gets from others of what they share out, and how long
             that takes.
+        beside_gradients_bytes: what the gradients keep besides themselves, being parts of something
+            larger (of a weight that is put together with a frozen one).
         contents: what is in memory at each place of the timeline; ``None`` in a plan that was read
             from a file, which does not hold it.
     """
@@ -79,6 +81,7 @@ class Predicted:
     account: Account | None = None
     gathered_bytes: int = 0
     gather_s: float = 0.0
+    beside_gradients_bytes: int = 0
     contents: Contents | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -63,7 +63,8 @@ class StepPlan(PlanFile):
         """
         outputs = self.parts[-1].predicted.output_bytes if self.parts else 0
         known = outputs if isinstance(outputs, int) else 0
-        return replace(self, account=account.with_step(self.peak_bytes, known))
+        beside = sum(part.predicted.beside_gradients_bytes for part in self.parts)
+        return replace(self, account=account.with_step(self.peak_bytes, known, beside))
 
     @property
     def mode(self) -> str:

@@ -185,8 +185,9 @@ class Plan(PlanRecord, PlanFile):
         Args:
             account: of the job, without them.
         """
-        outputs = self.predicted.output_bytes
-        found = account.with_step(self.peak_bytes, outputs if isinstance(outputs, int) else 0)
+        outputs, beside = self.predicted.output_bytes, self.predicted.beside_gradients_bytes
+        known = outputs if isinstance(outputs, int) else 0
+        found = account.with_step(self.peak_bytes, known, beside)
         return replace(self, predicted=replace(self.predicted, account=found))
 
     def _check(self, model: nn.Module, offload: OffloadLike | bool | None) -> None:

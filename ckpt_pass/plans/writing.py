@@ -146,6 +146,11 @@ def _predicted_data(found: Predicted) -> dict[str, Any]:
             if found.gathered_bytes
             else {}
         ),
+        **(
+            {"beside_gradients_bytes": found.beside_gradients_bytes}
+            if found.beside_gradients_bytes
+            else {}
+        ),
         **({} if found.account is None else {"account": account_to_data(found.account)}),
     }
 
