@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass.graph.capture import LossFn
+from ckpt_pass.graph.capture import LossFn, NotTraceableError
 from ckpt_pass.graph.cost import ROOFLINES
 from ckpt_pass.job.counting import Around
 from ckpt_pass.job.jobs import Job
@@ -59,6 +59,7 @@ class Planned:
         way, microbatch, accumulate: which.
         plan: ``None`` where none fits, or none was tried because a smaller one does not.
         error: why none fits.
+        refused: why there is no step of this size (batch normalisation of one sample).
     """
 
     way: Way
@@ -66,6 +67,7 @@ class Planned:
     accumulate: int
     plan: Plan | StepPlan | None = None
     error: InfeasibleTotalError | None = None
+    refused: NotTraceableError | None = None
 
     @property
     def account(self) -> Account:
@@ -227,6 +229,12 @@ class Planner:
 
         # A step of one microbatch lets go of its gradients: it may take less than a smaller one.
         several = [size for size in microbatches if size < global_batch]
+        while several:  # the smallest ones may not run at all
+            size = several[0]
+            found[size] = self._one(way, size, global_batch // size)
+            if found[size].refused is None:
+                break
+            del several[0]
         most = largest_that_fits(fits, 1) if several else 0
         for place in range(1, most + 1):
             fits(place)
@@ -271,6 +279,8 @@ class Planner:
             return replace(found, plan=replace(self.asked, job=job).planned(around, made))
         except InfeasibleTotalError as error:
             return replace(found, error=error)
+        except NotTraceableError as error:
+            return replace(found, refused=error)
 
     def cures(self, way: Way, microbatch: int, accumulate: int) -> None:
         """Say why a candidate does not fit, with what would make it fit.

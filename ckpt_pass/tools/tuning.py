@@ -157,6 +157,7 @@ def _planned(
 
     Raises:
         InfeasibleTotalError: none does.
+        NotTraceableError: none can be traced.
     """
     found: list[Planned] = []
     for way in ways:
@@ -169,6 +170,8 @@ def _planned(
             found += planner.planned(moving, pressed, global_batch)
     if any(one.plan is not None for one in found):
         return found
+    if all(one.error is None for one in found):
+        raise next(one.refused for one in reversed(found) if one.refused is not None)
     nearest = min((one for one in found if one.error is not None), key=_needed_bytes)
     assert nearest.error is not None
     planner.cures(nearest.way, nearest.microbatch, nearest.accumulate)

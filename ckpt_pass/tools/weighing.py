@@ -143,6 +143,8 @@ class Weighed:
 
 def _unfit(one: Planned) -> TuneRow:
     row = TuneRow(one.microbatch, one.accumulate, str(one.way))
+    if one.refused is not None:
+        return replace(row, failure="cannot be traced")
     if one.error is None:
         return replace(row, failure="does not fit, as a smaller one does not")
     return replace(row, peak_bytes=one.error.needed_bytes, failure="does not fit")

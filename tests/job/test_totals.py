@@ -99,6 +99,31 @@ def test_microbatches_add_to_gradients_that_stand_there() -> None:
     assert several.account.keeps_gradients and not alone.account.keeps_gradients
 
 
+class Extended(nn.Module):
+    """A few trained rows after a frozen table: their gradient is a part of the whole one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(300, 32))
+        self.new, self.layer = nn.Parameter(torch.randn(4, 32)), nn.Linear(32, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The mean square of what comes out."""
+        rows = nn.functional.embedding(ids, torch.cat([self.table, self.new]))
+        found: torch.Tensor = self.layer(rows).square().mean()
+        return found
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("how", [{}, {"accumulate": 2}])
+def test_gradients_that_are_parts_of_something_larger(mode: str, how: dict[str, Any]) -> None:
+    model = Extended()
+    found = check(model, Job(adamw(model), **how), torch.randint(0, 300, (4, 8)), mode=mode)
+    own = sum(p.nbytes for p in model.parameters())
+    assert found.account is not None and found.account.gradients_bytes == own + 300 * 32 * 4
+    assert Plan.from_json(found.to_json()).predicted.beside_gradients_bytes == 300 * 32 * 4
+
+
 def test_where_the_peak_is_in_the_optimizers_step() -> None:
     """Little to save, much to step: no plan helps, and that is said."""
     model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))

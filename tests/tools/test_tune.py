@@ -259,6 +259,28 @@ def test_the_least_total_is_named_and_works() -> None:
     assert tuned(model, total=least, **how).choice.peak_bytes == least
 
 
+class Normed(nn.Module):
+    """Does not run on one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean square of what comes out."""
+        found: torch.Tensor = self.layers(x).square().mean()
+        return found
+
+
+def test_a_microbatch_that_does_not_run_is_left_out() -> None:
+    model = Normed()
+    how: dict[str, Any] = {"total": "1 MB", "optimizer": sgd(model), "mode": "eager", "measure": 0}
+    found = ckpt_pass.tune(model, lambda n: torch.randn(n, 32), global_batch=4, **how)
+    assert found.rows[0].failure == "cannot be traced" and found.microbatch > 1
+    with pytest.raises(ckpt_pass.NotTraceableError, match="more than 1 value"):
+        ckpt_pass.tune(model, lambda n: torch.randn(n, 32), global_batch=1, **how)
+
+
 def test_what_is_no_job_is_one_message() -> None:
     model = Blocks(depth=1)
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
