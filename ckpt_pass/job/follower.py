@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ckpt_pass._torch import autograd, functorch, optimizers
 from ckpt_pass.graph.calls import Calls
@@ -37,7 +38,8 @@ class Follower(Watcher):
     """Counts the storages of a device that are alive, op by op.
 
     Single numbers are real, so that code may read and count with them. Where it reads a number
-    that is computed from fake tensors, it is told 1 (of truth values: false).
+    that is computed from fake tensors, it is told 1; that a condition holds for all of a tensor
+    (``isfinite().all()``), and that no other truth value is true (``isnan().any()``).
 
     Args:
         fakes: the mode of the tensors that are followed.
@@ -54,6 +56,7 @@ class Follower(Watcher):
         self._live: dict[int, int] = {}
         self._refs: dict[int, Any] = {}
         self._moments: list[_Moment] = []
+        self._for_all = WeakIdKeyDictionary()  # truth values that all() has made
         self.live_bytes = 0
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> int:
@@ -94,10 +97,12 @@ class Follower(Watcher):
         if any(map(is_traceable_wrapper_subclass, given)):
             return NotImplemented  # its own code runs ops on what is in it
         if optimizers.reads_a_number(func) and autograd.is_fake(given[0]):
-            return _made_up(given[0].dtype)
+            return given[0] in self._for_all if _is_truth(given[0]) else _made_up(given[0].dtype)
         output = self._run(func, args, kwargs, given)
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
         self.hold(made)
+        if op_name(func).startswith("aten.all."):
+            self._for_all.update(dict.fromkeys(made, True))
         plain = optimizers.is_fused_or_foreach(func) or _allocates_little(func, (*given, *made))
         call = None if plain else self._node(func, args, kwargs, output)
         numbers = NUMBERS_BYTES if plain and given and self._device.type == "cpu" else 0
@@ -160,8 +165,10 @@ def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
             yield from _plain_parts(part)
 
 
-def _made_up(dtype: torch.dtype) -> float | int | bool:
+def _is_truth(tensor: torch.Tensor) -> bool:
+    return tensor.dtype is torch.bool
+
+
+def _made_up(dtype: torch.dtype) -> float | int:
     """What a number that nobody computes is taken to be."""
-    if dtype is torch.bool:
-        return False
     return 1.0 if dtype.is_floating_point else 1

@@ -20,6 +20,7 @@ from torch.autograd.profiler import record_function
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd, functorch, modules
+from ckpt_pass._torch.dispatch import left_alone
 from ckpt_pass.offloading.sharding import Sharding
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.offloading.window import AHEAD, Window
@@ -225,6 +226,7 @@ class Frame:
         finally:
             autograd.pop_saved_hooks()
 
+    @left_alone  # autograd calls it wherever a backward is: in code that dynamo compiles, too
     def _unpack(self, number: int) -> torch.Tensor:
         store = self._store
         value = store[number] if number < len(store) else None

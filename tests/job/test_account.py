@@ -309,3 +309,33 @@ def test_an_account_without_a_budget_counts_what_kernels_allocate() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     found = ckpt_pass.verify(model, x, policy="save-everything", optimizer=optimizer)
     assert found.ok, str(found)
+
+
+class Careful(torch.optim.Optimizer):
+    """Steps where all of a gradient is finite."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if torch.isfinite(p.grad).all() and not torch.isnan(p.grad).any():
+                state = self.state[p]
+                if not state:
+                    state["mean"] = torch.zeros_like(p)
+                p.sub_(state["mean"].lerp_(p.grad, 0.1))
+
+
+def test_an_optimizer_that_looks_whether_gradients_are_finite() -> None:
+    model = nn.Linear(64, 64)
+    plan = ckpt_pass.plan(
+        model,
+        torch.randn(2, 64),
+        budget=1.0,
+        optimizer=Careful(model),
+        mode="eager",
+        loss_fn=torch.sum,
+    )
+    assert plan.account is not None
+    assert plan.account.states_bytes == sum(p.nbytes for p in model.parameters())
