@@ -154,10 +154,13 @@ def _predicted(decided: Decided, outputs: list[fx.Node]) -> Predicted:
 
 def _beside_gradients(joint: JointGraph) -> int:
     """What the gradients keep besides themselves, where they are parts of something larger."""
-    gradients = list(dict.fromkeys(joint.backward_outputs))
-    whole = held_bytes(gradients)
-    values = (node.meta.get("val") for node in gradients)
-    own = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+    values = {node: node.meta.get("val") for node in joint.backward_outputs}
+    plain = {
+        node: value.nbytes
+        for node, value in values.items()
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided
+    }
+    whole, own = held_bytes(plain), sum(plain.values())
     return max(0, whole - own) if isinstance(whole, int) and isinstance(own, int) else 0
 
 
