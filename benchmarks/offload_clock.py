@@ -68,7 +68,7 @@ def _rows(
     for rate in rates:
         bytes_per_s = rate * float(plain.saved_bytes) / timeline.backward_at_s
         store = host_store(bytes_per_s=bytes_per_s)
-        least = _least(module, inputs, store)
+        least = least_peak(module, inputs, store)
         for part in parts:
             budget = least + int(part * (top - least))
             plan = ckpt_pass.plan(module, *inputs, budget=budget, cost="measured", offload=store)
@@ -99,7 +99,8 @@ def compiled(module: nn.Module, **options: Any) -> Callable[..., Any]:
     return torch.compile(module, backend=backend, fullgraph=True)
 
 
-def _least(module: nn.Module, inputs: tuple[Any, ...], store: Any) -> int:
+def least_peak(module: nn.Module, inputs: tuple[Any, ...], store: Any = None) -> int:
+    """The least peak that a plan with these costs can have."""
     try:
         ckpt_pass.plan(module, *inputs, budget=1, cost="measured", offload=store)
     except ckpt_pass.InfeasibleBudgetError as error:

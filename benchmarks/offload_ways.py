@@ -15,7 +15,7 @@ from torch import nn
 
 import ckpt_pass
 from benchmarks.common import Bar, Result, WayRow, torch_threads
-from benchmarks.offload_clock import compiled, times_in_turn
+from benchmarks.offload_clock import compiled, least_peak, times_in_turn
 from benchmarks.offload_plans import PARTS
 from ckpt_pass.offloading.store import Store
 from ckpt_pass.offloading.stores import host_store
@@ -37,22 +37,17 @@ AS_LONG = 1.02
 Rule = Callable[[Ground, int], Iterator[Mask]]
 
 
-def _largest_first(ground: Ground, budget_bytes: int) -> Iterator[Mask]:
-    mask = largest_first(ground, budget_bytes)
-    if mask is not None:
-        yield mask
-
-
-def _layers_but_the_last(ground: Ground, budget_bytes: int) -> Iterator[Mask]:
-    mask = layers_but_the_last(ground, budget_bytes)
-    if mask is not None:
-        yield mask
+def _one(rule: Callable[[Ground, int], Mask | None]) -> Rule:
+    """A rule that names one set, if any."""
+    return lambda ground, budget_bytes: (
+        mask for mask in (rule(ground, budget_bytes),) if mask is not None
+    )
 
 
 RULES: dict[str, Rule] = {
     "offload only": choices,
-    "largest first": _largest_first,
-    "all layers but the last": _layers_but_the_last,
+    "largest first": _one(largest_first),
+    "all layers but the last": _one(layers_but_the_last),
 }
 
 
@@ -110,10 +105,7 @@ def _rows(
     plain = ckpt_pass.plan(module, *inputs, budget=1.0, cost="measured")
     bytes_per_s = rate * float(plain.saved_bytes) / plain.predicted.timeline.backward_at_s
     store = host_store(bytes_per_s=bytes_per_s)
-    try:
-        ckpt_pass.plan(module, *inputs, budget=1, cost="measured")
-    except InfeasibleBudgetError as error:
-        least = error.least_feasible_bytes
+    least = least_peak(module, inputs)
     for part in parts:
         budget = least + int(part * (plain.peak_bytes - least))
         plans = dict(_plans(module, inputs, budget, store))

@@ -32,10 +32,12 @@ _CAN_ENTER = {_IN_MODE, _IN_USERS_MODE} <= _NOTED.keys() and hasattr(
 def left_alone(fn: F) -> F:
     """The function, of which dynamo compiles nothing, nor of what it calls, at no cost in eager.
 
-    ``torch.compiler.disable`` is three Python calls more each time.
+    ``torch.compiler.disable``, three Python calls more each time, where code cannot be marked.
     """
-    if _CAN_MARK and isinstance(fn, FunctionType):
-        _MARK(fn.__code__, _STRATEGY(_ACTION.SKIP, _ACTION.SKIP))
+    if not _CAN_MARK or not isinstance(fn, FunctionType):
+        found: F = torch.compiler.disable(fn)
+        return found
+    _MARK(fn.__code__, _STRATEGY(_ACTION.SKIP, _ACTION.SKIP))
     return fn
 
 
@@ -110,5 +112,5 @@ class QuickMode(TorchDispatchMode):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
         dispatch = cls.__dict__.get("__torch_dispatch__")
-        if dispatch is not None:
+        if _CAN_MARK and isinstance(dispatch, FunctionType):
             left_alone(dispatch)

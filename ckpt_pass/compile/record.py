@@ -18,7 +18,7 @@ from ckpt_pass.compile.moving import MovedNode, moved_nodes
 from ckpt_pass.compile.partition import SavedSet, random_recomputed
 from ckpt_pass.compile.symbolic import dimensions_of, symbolic_peak
 from ckpt_pass.compile.tagging import Tag
-from ckpt_pass.graph.cost import held_bytes, own_bytes, random_state_bytes
+from ckpt_pass.graph.cost import beside_bytes, held_bytes, own_bytes, random_state_bytes
 from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.problem import GraphProblem
 from ckpt_pass.offloading import graph_ops
@@ -33,7 +33,7 @@ from ckpt_pass.plans.record import Asked, CompiledExecution, Predicted, Proven
 from ckpt_pass.plans.timeline import Timeline, timeline_of
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.rules import Policy, describe
-from ckpt_pass.policy.sites import Bytes, CallSite, module_path
+from ckpt_pass.policy.sites import Bytes, CallSite, module_path, output_tensors
 from ckpt_pass.version import __version__
 
 RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
@@ -135,6 +135,7 @@ def _predicted(decided: Decided, outputs: list[fx.Node]) -> Predicted:
     found = decided.solution
     ran = found.profile.schedule
     ops = decided.described.problem.ops
+    gradients = [node.meta.get("val") for node in dict.fromkeys(decided.joint.backward_outputs)]
     return Predicted(
         peak_bytes=found.peak_bytes,
         peak_at=_place(decided) if ran else "",
@@ -147,21 +148,9 @@ def _predicted(decided: Decided, outputs: list[fx.Node]) -> Predicted:
         plain_timeline=decided.plain,
         measured_workspaces=sum(1 for i in ran if ops[i].workspace_bytes),
         offloaded=_offloaded(decided),
-        beside_gradients_bytes=_beside_gradients(decided.joint),
+        beside_gradients_bytes=beside_bytes(output_tensors(gradients)),
         contents=contents(decided.joint, decided.described, found, decided.tags),
     )
-
-
-def _beside_gradients(joint: JointGraph) -> int:
-    """What the gradients keep besides themselves, where they are parts of something larger."""
-    values = {node: node.meta.get("val") for node in joint.backward_outputs}
-    plain = {
-        node: value.nbytes
-        for node, value in values.items()
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided
-    }
-    whole, own = held_bytes(plain), sum(plain.values())
-    return max(0, whole - own) if isinstance(whole, int) and isinstance(own, int) else 0
 
 
 def _offloaded(decided: Decided) -> LinkUse | None:

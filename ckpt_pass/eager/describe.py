@@ -230,15 +230,19 @@ def _regions(trace: EagerTrace) -> list[EagerRegion]:
 
 def _cannot_be_regions(trace: EagerTrace) -> dict[str, str]:
     """The modules that cannot be regions, and why."""
-    by_name: dict[str, list[CallRecord]] = defaultdict(list)
-    for call in trace.calls:
-        by_name[call.name].append(call)
     found = {}
-    for name, calls in by_name.items():
+    for name, calls in _calls_by_name(trace).items():
         whys = (_why_once(trace, call) for call in calls)
         why = next(filter(None, whys), "") or _why_not_tied(trace, calls)
         if why:
             found[name] = why
+    return found
+
+
+def _calls_by_name(trace: EagerTrace) -> dict[str, list[CallRecord]]:
+    found: dict[str, list[CallRecord]] = defaultdict(list)
+    for call in trace.calls:
+        found[call.name].append(call)
     return found
 
 
@@ -268,11 +272,8 @@ def _numbered_otherwise(trace: EagerTrace) -> set[int]:
 
     One policy tells all calls what to keep, by those numbers; only the first call casts weights.
     """
-    by_name: dict[str, list[CallRecord]] = defaultdict(list)
-    for call in trace.calls:
-        by_name[call.name].append(call)
     found = set[int]()
-    for calls in by_name.values():
+    for calls in _calls_by_name(trace).values():
         if len(calls) > 1:
             for same in zip(*(_indices_of(trace, call) for call in calls), strict=False):
                 sites = (trace.ops[index].site for index in same)

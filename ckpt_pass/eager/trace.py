@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ckpt_pass._torch import ahead, autograd, functorch, modules
-from ckpt_pass._torch.wrappers import wraps
+from ckpt_pass._torch import ahead, autograd, modules
 from ckpt_pass.eager.answers import Answers, real_answers
 from ckpt_pass.eager.constants import Constants
 from ckpt_pass.eager.real_numbers import Maker, StaleNumbers, is_number
@@ -19,6 +18,7 @@ from ckpt_pass.eager.recorder import Recorder
 from ckpt_pass.eager.replicas import replicas_alone
 from ckpt_pass.eager.step_record import EagerTrace
 from ckpt_pass.eager.trace_ops import statistics_of
+from ckpt_pass.graph.cost import beside_bytes
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import untouched
@@ -149,11 +149,7 @@ class _Step:
 
 
 def _beside_gradients(model: nn.Module) -> int:
-    """What parameters' gradients keep besides themselves, being parts of something larger."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    plain = [g for g in gradients if g.layout is torch.strided and not wraps([type(g)])]
-    storages = {s._cdata: s.nbytes() for g in plain for s in functorch.storages_of(g)}
-    return max(0, sum(storages.values()) - sum(g.nbytes for g in plain))
+    return beside_bytes(p.grad for p in model.parameters() if p.grad is not None)
 
 
 def _passed_bytes(trace: EagerTrace, *given: Any) -> int:

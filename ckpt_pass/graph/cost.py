@@ -12,6 +12,7 @@ from torch import fx
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import functorch
+from ckpt_pass._torch.wrappers import wraps
 from ckpt_pass.graph.collectives import collective_workspace_bytes
 from ckpt_pass.graph.joint import JointGraph, StorageKey
 from ckpt_pass.ops.flops import flop_formula
@@ -181,6 +182,16 @@ def storage_sizes(value: Any) -> dict[StorageKey, int | torch.SymInt]:
 def storages(value: Any) -> dict[StorageKey, Bytes]:
     """The same, as numbers or expressions."""
     return {key: as_bytes(size) for key, size in storage_sizes(value).items()}
+
+
+def beside_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """What tensors keep in memory besides themselves, being parts of something larger.
+
+    Of sparse tensors, and those that wrap others, it is not known; nor where a size is open.
+    """
+    plain = [t for t in tensors if t.layout is torch.strided and not wraps([type(t)])]
+    whole, own = sum(storage_sizes(plain).values()), sum(t.nbytes for t in plain)
+    return max(0, whole - own) if isinstance(whole, int) and isinstance(own, int) else 0
 
 
 def own_bytes(joint: JointGraph, node: fx.Node) -> Bytes:

@@ -97,7 +97,7 @@ class Follower(Watcher):
         if any(map(is_traceable_wrapper_subclass, given)):
             return NotImplemented  # its own code runs ops on what is in it
         if optimizers.reads_a_number(func) and autograd.is_fake(given[0]):
-            return given[0] in self._for_all if _is_truth(given[0]) else _made_up(given[0].dtype)
+            return self._made_up(given[0])
         output = self._run(func, args, kwargs, given)
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
         self.hold(made)
@@ -108,6 +108,12 @@ class Follower(Watcher):
         numbers = NUMBERS_BYTES if plain and given and self._device.type == "cpu" else 0
         self._moments.append(_Moment(self.live_bytes + numbers, call))
         return output
+
+    def _made_up(self, number: torch.Tensor) -> float | int:
+        """What a number that nobody computes is taken to be."""
+        if number.dtype is torch.bool:
+            return number in self._for_all
+        return 1.0 if number.dtype.is_floating_point else 1
 
     def _run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]
@@ -163,12 +169,3 @@ def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         part = getattr(tensor, name)
         if isinstance(part, torch.Tensor):  # what is sharded also names its mesh
             yield from _plain_parts(part)
-
-
-def _is_truth(tensor: torch.Tensor) -> bool:
-    return tensor.dtype is torch.bool
-
-
-def _made_up(dtype: torch.dtype) -> float | int:
-    """What a number that nobody computes is taken to be."""
-    return 1.0 if dtype.is_floating_point else 1

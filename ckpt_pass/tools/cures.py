@@ -65,7 +65,7 @@ def changes_of(
         _by_dtype(error, step, asked, offload, tried),
         _by_device(error, asked),
     )
-    for cure in (cure for way in ways for cure in way):
+    for cure in (cure for way in ways for cure in way if cure is not None):
         found.append(cure)
         enough += cure.is_enough(error.total_bytes)
         if enough == MOST:
@@ -110,28 +110,30 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _needed(
+def _planned(
     words: str, tried: Try, step: FakeStep, asked: JobAsked, offload: Place
-) -> Iterator[Cure]:
-    """A change and what the job needs for its total then: what it takes, where that fits.
+) -> Cure | None:
+    """A change, and what the job needs for its total then: what it takes, where that fits.
 
-    None where no plan can be made of the changed job, such as of a model that does not run with a
-    smaller batch.
+    ``None`` where no plan can be made of the changed job, such as of a model that does not run
+    with a smaller batch.
     """
     try:
         account = tried(step, asked, offload).account
         assert account is not None
-        yield Cure(words, account.peak_bytes)
+        return Cure(words, account.peak_bytes)
     except InfeasibleTotalError as error:
-        yield Cure(words, error.needed_bytes)
+        return Cure(words, error.needed_bytes)
     except CkptPassError:
-        return
+        return None
 
 
-def _by_gradients(step: FakeStep, asked: JobAsked, offload: Place, tried: Try) -> Iterator[Cure]:
+def _by_gradients(
+    step: FakeStep, asked: JobAsked, offload: Place, tried: Try
+) -> Iterator[Cure | None]:
     if not asked.job.set_to_none:
         changed = replace(asked, job=replace(asked.job, set_to_none=True))
-        yield from _needed("set_to_none=True", tried, step, changed, offload)
+        yield _planned("set_to_none=True", tried, step, changed, offload)
 
 
 def _by_batch(
@@ -140,7 +142,7 @@ def _by_batch(
     asked: JobAsked,
     offload: Place,
     tried: Try,
-) -> Iterator[Cure]:
+) -> Iterator[Cure | None]:
     """A smaller microbatch and more of them: the same gradients."""
     given: dict[int | str, Any] = dict(enumerate(step.args))
     given.update(step.kwargs)
@@ -159,9 +161,9 @@ def _by_batch(
         smaller = replace(step, args=args, kwargs=kwargs)
         changed = replace(asked, job=replace(asked.job, accumulate=count))
         words = f"microbatches of {size}, accumulate={count}"
-        found = list(_needed(words, tried, smaller, changed, offload))
-        yield from found
-        if not found or found[0].is_enough(error.total_bytes):
+        found = _planned(words, tried, smaller, changed, offload)
+        yield found
+        if found is None or found.is_enough(error.total_bytes):
             return
 
 
@@ -183,9 +185,9 @@ def _by_offload(
     asked: JobAsked,
     offload: Place,
     tried: Try,
-) -> Iterator[Cure]:
+) -> Iterator[Cure | None]:
     if not offload and _is_the_steps(error):
-        yield from _needed("offload=True", tried, step, asked, Offload())
+        yield _planned("offload=True", tried, step, asked, Offload())
 
 
 def _by_states(error: InfeasibleTotalError, step: FakeStep, asked: JobAsked) -> Iterator[Cure]:
@@ -231,7 +233,7 @@ def _by_dtype(
     asked: JobAsked,
     offload: Place,
     tried: Try,
-) -> Iterator[Cure]:
+) -> Iterator[Cure | None]:
     """Gradients of half the size, where the optimizer's step takes them."""
     around = Around.of_step(step.model, step.args, step.kwargs, step.loss_fn)
     single = [p for p in around.trained if p.is_leaf and kept_in(p) is torch.float32]
@@ -244,8 +246,8 @@ def _by_dtype(
     changed = replace(asked, total=error.total_bytes)  # gradients that are there are put aside
     with _gradients_kept_in(torch.bfloat16, single):
         words = "gradients in bfloat16 (grad_dtype of each parameter)"
-        found = list(_needed(words, tried, step, changed, offload))
-    yield from found
+        found = _planned(words, tried, step, changed, offload)
+    yield found
 
 
 def _takes_gradients(job: Job, dtype: torch.dtype) -> bool:
