@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 
 from ckpt_pass.demo.training import torch_threads as torch_threads
+from ckpt_pass.graph.kernel_cache import ENVIRONMENT_VARIABLE
 from ckpt_pass.measure.timing import TimingRow as TimingRow
 from ckpt_pass.measure.timing import Variant as Variant
 from ckpt_pass.measure.timing import interleave as interleave
@@ -33,6 +37,20 @@ MATMUL_ATTENTION_OPS: tuple[Any, ...] = (
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default,
 )
+
+
+@contextmanager
+def fresh_kernels() -> Iterator[None]:
+    """Kernels are measured now: what is remembered may be of an hour in which others ran, too."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[ENVIRONMENT_VARIABLE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[ENVIRONMENT_VARIABLE]
+            if before is not None:
+                os.environ[ENVIRONMENT_VARIABLE] = before
 
 
 @dataclass(frozen=True)

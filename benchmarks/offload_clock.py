@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import ckpt_pass
-from benchmarks.common import Bar, ClockRow, Result, torch_threads
+from benchmarks.common import Bar, ClockRow, Result, fresh_kernels, torch_threads
 from ckpt_pass.offloading.stores import host_store
 from tests.zoo import Built, hf, loss_of
 
@@ -43,7 +43,7 @@ def run(
         parts: budgets, from the least to the peak with nothing recomputed.
         rounds: timings of each step.
     """
-    with torch_threads(1):
+    with torch_threads(1), fresh_kernels():
         rows = tuple(_rows(*make(), rates, parts, rounds))
     off = [abs(row.measured_s / row.simulated_s - 1) for row in rows]
     bytes_off = [abs(row.measured_bytes - row.predicted_bytes) for row in rows]

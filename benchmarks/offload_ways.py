@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 import ckpt_pass
-from benchmarks.common import Bar, Result, WayRow, torch_threads
+from benchmarks.common import Bar, Result, WayRow, fresh_kernels, torch_threads
 from benchmarks.offload_clock import compiled, least_peak, times_in_turn
 from benchmarks.offload_plans import PARTS
 from ckpt_pass.offloading.store import Store
@@ -87,7 +87,7 @@ def run(
         parts: budgets, from the least without moves to the peak with nothing recomputed.
         rounds: timings of each step.
     """
-    with torch_threads(1):
+    with torch_threads(1), fresh_kernels():
         rows = tuple(_rows(*make(), rate, parts, rounds))
     ours = {row.budget_bytes: row.measured_s for row in rows if row.way == JOINT}
     slower = [ours[row.budget_bytes] / row.measured_s for row in rows if row.way != JOINT]

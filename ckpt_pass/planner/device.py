@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ckpt_pass._errors import CkptPassError
+from ckpt_pass._errors import CkptPassError, nearest
 
 #: What large kernels reach of the rates on a data sheet: a bf16 product of 4,096 rows and columns
 #: takes 0.2 ms on an H100, 0.69 of the rate that its data sheet names.
 ATTAINED = 0.7
+
+#: What torch calls the dtypes that matrix products take.
+DTYPES = (
+    "float64", "float32", "float16", "bfloat16",
+    "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float4_e2m1fn_x2",
+    "complex128", "complex64", "complex32", "int64", "int32", "int16", "int8", "uint8",
+)  # fmt: skip
 
 
 class InvalidDeviceError(CkptPassError):
@@ -35,7 +42,8 @@ class Device:
             that is not known.
 
     Raises:
-        InvalidDeviceError: an amount is not positive and finite.
+        InvalidDeviceError: an amount is not positive and finite, bytes are not whole, or a dtype
+            is none that torch knows.
     """
 
     name: str
@@ -51,25 +59,13 @@ class Device:
     def __post_init__(self) -> None:
         pairs = self.flops_per_s.items() if isinstance(self.flops_per_s, dict) else self.flops_per_s
         object.__setattr__(self, "flops_per_s", tuple((str(name), rate) for name, rate in pairs))
-        if not self.flops_per_s:
+        if not isinstance(self.name, str) or not self.name:
             raise InvalidDeviceError(
-                f"Got a Device {self.name!r} without flops_per_s, expected rates by dtype, such as "
-                "(('bfloat16', 989e12), ('float32', 67e12))."
+                f"Got name={self.name!r} of a Device, expected a word or some, such as 'l4'."
             )
-        rates = {f"flops_per_s of {name}": rate for name, rate in self.flops_per_s}
-        named = ("memory_bytes", "bytes_per_s", "host_bytes_per_s", "launch_s", "attained")
-        for name, value in (*rates.items(), *((name, getattr(self, name)) for name in named)):
-            if not _is_positive(value):
-                raise InvalidDeviceError(
-                    f"Got {name}={value!r} of a Device {self.name!r}, expected a positive, finite "
-                    "number: a time is an amount divided by a rate."
-                )
-        workspace = self.product_workspace_bytes
-        if not isinstance(workspace, int) or isinstance(workspace, bool) or workspace < 0:
-            raise InvalidDeviceError(
-                f"Got product_workspace_bytes={workspace!r} of a Device {self.name!r}, expected a "
-                "whole number of bytes, or 0 where it is not known."
-            )
+        self._check_rates()
+        self._check_bytes("memory_bytes", 1, "1 or more")
+        self._check_bytes("product_workspace_bytes", 0, "or 0 where it is not known")
         if self.kind not in ("cuda", "cpu"):
             raise InvalidDeviceError(
                 f"Got kind={self.kind!r} of a Device {self.name!r}, expected 'cuda' or 'cpu'."
@@ -78,6 +74,38 @@ class Device:
             raise InvalidDeviceError(
                 f"Got attained={self.attained!r} of a Device {self.name!r}, expected a share, 1 at "
                 "the most."
+            )
+
+    def _check_rates(self) -> None:
+        if not self.flops_per_s:
+            raise InvalidDeviceError(
+                f"Got a Device {self.name!r} without flops_per_s, expected rates by dtype, such as "
+                "(('bfloat16', 989e12), ('float32', 67e12))."
+            )
+        for name, _ in self.flops_per_s:
+            if name not in DTYPES:
+                raise InvalidDeviceError(
+                    f"Got flops_per_s of {name!r} of a Device {self.name!r}, expected what torch "
+                    f"calls a dtype.{nearest(name, DTYPES)}"
+                )
+        rates = {f"flops_per_s of {name}": rate for name, rate in self.flops_per_s}
+        named = ("bytes_per_s", "host_bytes_per_s", "launch_s", "attained")
+        for name, value in (*rates.items(), *((name, getattr(self, name)) for name in named)):
+            if not _is_positive(value):
+                raise InvalidDeviceError(
+                    f"Got {name}={value!r} of a Device {self.name!r}, expected a positive, finite "
+                    "number: a time is an amount divided by a rate."
+                )
+
+    def _check_bytes(self, name: str, least: int, words: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, float) and value.is_integer():  # 24e9
+            value = int(value)
+            object.__setattr__(self, name, value)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InvalidDeviceError(
+                f"Got {name}={value!r} of a Device {self.name!r}, expected a whole number of "
+                f"bytes, {words}."
             )
 
     def rate_of(self, dtype: str) -> float:

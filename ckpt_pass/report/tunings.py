@@ -51,7 +51,7 @@ class TuneRow:
             forward and backward alone.
         modelled_s: of a global batch, by the modelled times of ops alone.
         predicted_s: the same, put right by what the other candidates took, where any were measured.
-        measured_s: the same, as it was measured.
+        measured_s: the same, as it was measured: beside the fastest, at the same time.
         failure: why there is no plan, or why it could not be measured.
         plan: of the forward and backward; ``None`` where none fits.
     """
@@ -99,7 +99,8 @@ class Tuned:
         total_bytes: what the job may take.
         global_batch: samples of an optimizer's step.
         update_s: seconds of the optimizer's step, which every row's time holds once.
-        rounds: timings of each that was measured; 0 where none was.
+        rounds: timings of each that was measured, before the fastest of them are timed in turn; 0
+            where none was.
     """
 
     rows: tuple[TuneRow, ...]
@@ -186,7 +187,10 @@ def _measurements(found: Tuned) -> str:
     count, fitting = len(found.measured), sum(row.plan is not None for row in found.rows)
     if not count:
         return f"nothing was measured; {fitting} candidates fit"
-    return f"{count} of {fitting} candidates that fit were measured: medians of {found.rounds}"
+    return (
+        f"{count} of {fitting} candidates that fit were measured: medians of {found.rounds}, "
+        "the fastest in turn"
+    )
 
 
 def cells(found: Tuned) -> list[tuple[str, ...]]:

@@ -94,8 +94,13 @@ class Stopwatch:
             return None
         return statistics.median(known)
 
-    def again(self, candidates: Iterable[Planned]) -> dict[Planned, float]:
-        """The medians of candidates that were timed, once they were timed again, in turn."""
+    def forget(self, candidates: Iterable[Planned]) -> None:
+        """Let go of what candidates took, for times in turn alone."""
+        for one in candidates:
+            self._seconds[one] = []
+
+    def in_turn(self, candidates: Iterable[Planned]) -> dict[Planned, float]:
+        """The medians of candidates that ran before, once they were timed again, in turn."""
         several = list(candidates)
         with resting_collector():
             for _ in range(self._rounds):

@@ -31,7 +31,7 @@ from ckpt_pass.tools.timed_steps import Stopwatch, is_real
 from ckpt_pass.tools.users_step import Progress, Told
 from ckpt_pass.tools.weighing import MOST, Weighed
 
-#: Timings of each candidate that is measured; their median counts.
+#: Timings of each candidate that is measured, and of each block in turn; their median counts.
 ROUNDS = 5
 
 
@@ -80,7 +80,8 @@ def tune(
         loss_fn: applied to the model's output, where the model does not return a loss.
         measure: candidates that are measured at the most; fewer than a third of those that fit, one
             at least and five at the most, where ``None``.
-        rounds: timings of each that is measured.
+        rounds: timings of each that is measured; those that are about as fast as the fastest are
+            timed in turn, up to four times as often, until they differ.
         time_limit_s: seconds for the solver, for each plan.
         progress: told about each part of the work.
 

@@ -159,11 +159,14 @@ def test_what_is_free_of_a_device_on_paper_depends_on_the_job() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("name", ""),
         ("memory_bytes", 0),
+        ("memory_bytes", 1.5),
         ("bytes_per_s", 0.0),
         ("host_bytes_per_s", float("inf")),
         ("flops_per_s", (("float32", 0.0),)),
         ("flops_per_s", ()),
+        ("flops_per_s", (("fp8", 1e15),)),
         ("launch_s", -1.0),
         ("attained", 1.5),
         ("kind", "tpu"),
@@ -172,6 +175,11 @@ def test_what_is_free_of_a_device_on_paper_depends_on_the_job() -> None:
 def test_a_device_has_rates_to_divide_by(field: str, value: Any) -> None:
     with pytest.raises(InvalidDeviceError, match=field):
         replace(SMALL, **{field: value})
+
+
+def test_a_devices_memory_may_be_written_as_a_float() -> None:
+    given: Any = 24e9
+    assert repr(replace(SMALL, memory_bytes=given).memory_bytes) == "24000000000"
 
 
 def attended(groups: int, mask: bool, dtype: torch.dtype = torch.bfloat16) -> list[int | None]:

@@ -79,7 +79,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> dict[int, float | None]:
     def pass_s(self: Stopwatch, candidate: Planned) -> float | None:
         return given[candidate.microbatch]
 
-    def again(self: Stopwatch, candidates: Any) -> dict[Planned, float]:
+    def in_turn(self: Stopwatch, candidates: Any) -> dict[Planned, float]:
         return {one: given[one.microbatch] or 0.0 for one in candidates}
 
     def update_s(self: Stopwatch, job: AnyJob, account: Account) -> float:
@@ -90,7 +90,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> dict[int, float | None]:
 
     monkeypatch.setattr(Planned, "pass_s", modelled)
     monkeypatch.setattr(Stopwatch, "pass_s", pass_s)
-    monkeypatch.setattr(Stopwatch, "again", again)
+    monkeypatch.setattr(Stopwatch, "in_turn", in_turn)
     monkeypatch.setattr(Stopwatch, "update_s", update_s)
     return given
 
@@ -104,6 +104,25 @@ def test_the_choice_is_the_most_samples_per_second(costs: dict[int, float | None
     assert found.update_s == 1.0 and found.plan is found.choice.plan
     assert found.plan.account is not None
     assert found.plan.account.peak_bytes == found.choice.peak_bytes <= found.total_bytes == 10**6
+
+
+def test_those_that_fell_behind_stay_there_when_the_machine_slows(
+    costs: dict[int, float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs.update({1: 1.3, 2: 2.1, 4: 4.0})
+    blocks: list[list[int]] = []
+
+    def slower(self: Stopwatch, candidates: Any) -> dict[Planned, float]:
+        several = list(candidates)
+        blocks.append([one.microbatch for one in several])
+        return {one: {2: 6.0, 4: 13.0}[one.microbatch] for one in several}
+
+    monkeypatch.setattr(Stopwatch, "in_turn", slower)
+    found = tuned(Blocks(depth=1), total="1 MB", microbatches=[1, 2, 4], measure=3)
+    assert blocks == [[2, 4], [2, 4]]  # 8 x 1 took 11.4 s beside 9; then 27 beside 25, 1.08 times
+    assert (found.microbatch, found.choice.measured_s) == (2, 4 * 6.0 + 1.0)
+    alone = {row.microbatch: row.measured_s for row in found.rows}
+    assert alone[4] == 27.0 and alone[1] == pytest.approx(25 * 11.4 / 9)
 
 
 def test_what_runs_out_of_memory_is_not_chosen(costs: dict[int, float | None]) -> None:
