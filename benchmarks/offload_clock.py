@@ -21,7 +21,7 @@ from benchmarks.common import Bar, ClockRow, Result, fresh_kernels, torch_thread
 from ckpt_pass.offloading.stores import host_store
 from tests.zoo import Built, hf, loss_of
 
-ROUNDS = 7
+ROUNDS = 11
 #: Rates, as shares of what carries all that the step saves during its forward.
 RATES = (0.5, 1.0, 2.0)
 #: Budgets, from the least with moves alone (0) to the peak with nothing recomputed (1).

@@ -52,7 +52,7 @@ class KernelFacts:
 
     Attributes:
         workspace_bytes: allocated while it runs, besides its outputs, at the worst moment.
-        time_s: median seconds of a call.
+        time_s: seconds of a call, undisturbed.
         outputs: the tensors that it returns, measured together with the workspace.
     """
 
