@@ -35,6 +35,7 @@ from benchmarks import (  # noqa: E402
     inductor_table,
     inductor_times,
     offload_clock,
+    offload_planning,
     offload_ways,
     optimum,
     partition_cost,
@@ -58,6 +59,7 @@ NAMES = (
     "inductor",
     "inductor-times",
     "offload",
+    "offload-planning",
     "offload-ways",
     "planning",
     "deep",
@@ -132,6 +134,9 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
             yield budget_times.run(points, rounds or budget_times.ROUNDS)
     elif name == "offload":
         yield offload_clock.run(rounds=rounds or offload_clock.ROUNDS)
+    elif name == "offload-planning":
+        layers = (planning.DEEPEST,) if options.all else ()
+        yield offload_planning.run(layers, rounds or offload_planning.ROUNDS)
     elif name == "offload-ways":
         yield offload_ways.run(rounds=rounds or offload_ways.ROUNDS)
     elif name == "inductor":

@@ -24,6 +24,7 @@ from benchmarks import (
     gpu_offload,
     inductor,
     inductor_times,
+    offload_planning,
     offload_ways,
     on_gpu,
     optimum,
@@ -348,6 +349,22 @@ def test_planning_has_bars_for_what_it_was_asked_to_time() -> None:
     deepest = PlanningRow("narrow Llama", planning.DEEPEST, 1, 1.0, 1.0, 19.5, rounds=1)
     reference = PlanningRow(planning.REFERENCE, 16, 1, 1.0, 0.5, 1.0, rounds=1)
     assert [bar.met for bar in planning.bars([reference, deepest])] == [True, False]
+
+
+def test_planning_with_links_is_timed_beside_planning_without() -> None:
+    result = offload_planning.run(layers=(2,), rounds=1, reference=False, parts=(0.6,))
+    rows = [row for row in result.rows if isinstance(row, PlanningRow)]
+    assert [row.model.rpartition(", ")[2] for row in rows] == [
+        offload_planning.ALONE, "link of 0.3", "link of 1",
+    ]  # fmt: skip
+    assert all(row.solve_s > 0 for row in rows) and "link of 0.3" in shown(result)
+    seconds = {offload_planning.ALONE: 1.0, "link of 1": 2.5}
+    deepest = [
+        PlanningRow(f"chain, 0.5, {way}", planning.DEEPEST, 1, 1.0, 1.0, solve_s, rounds=1)
+        for way, solve_s in seconds.items()
+    ]
+    reference = [replace(row, layers=planning.REFERENCE_LAYERS) for row in deepest]
+    assert [bar.value for bar in offload_planning.bars(reference + deepest)] == [3.5 / 2, 3.5]
 
 
 def test_deep_chain_goes_below_recomputing_once() -> None:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ckpt_pass.drawing.figures import COLOURS, GREY, MEGABYTE, figure_of, open_frame, write
+from ckpt_pass.drawing.figures import (
+    COLOURS,
+    GREY,
+    MEGABYTE,
+    figure_of,
+    megabytes,
+    open_frame,
+    write,
+)
 
-#: One more than there are parts of an account, and the last one light: for what comes and goes.
-_FILLS = (COLOURS[1], COLOURS[0], COLOURS[4], COLOURS[3], COLOURS[5], GREY, "#9ecae9")
+#: One for each part of an account; and a light one for the last part: what comes and goes.
+_FILLS = (COLOURS[1], COLOURS[0], COLOURS[4], COLOURS[3], COLOURS[5], GREY, "#56B4E9", "#882255")
+_LAST = "#cfe3f3"
 
 
 def plot_bars(
@@ -38,14 +47,14 @@ def plot_bars(
     lefts = [0.0] * len(bars)
     for name in used:
         widths = [dict(parts)[name] / MEGABYTE for parts in bars.values()]
-        fill = _FILLS[names.index(name) % len(_FILLS)]
+        fill = _LAST if name == names[-1] else _FILLS[names.index(name) % len(_FILLS)]
         axes.barh(range(len(bars)), widths, left=lefts, color=fill, label=name, height=0.7)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     for row, left in enumerate(lefts):
-        axes.text(left, row, f" {left:,.1f} MB", va="center", fontsize=9)
+        axes.text(left, row, f" {megabytes(left)}", va="center", fontsize=9)
     if limit_bytes is not None:
         limit = limit_bytes / MEGABYTE
-        label = f"total: {limit:,.1f} MB"
+        label = f"total: {megabytes(limit)}"
         axes.axvline(limit, color=COLOURS[2], linestyle="--", linewidth=1.2, label=label)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()

@@ -78,6 +78,11 @@ def open_frame(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
 
 
+def megabytes(amount: float) -> str:
+    """An amount in words; three digits of a small one."""
+    return f"{amount:,.1f} MB" if amount >= 10 else f"{amount:.3g} MB"
+
+
 def memory_axes(axes: Axes, time_label: str, end_ms: float, highest_mb: float) -> None:
     """Axes of memory over time, with room for words above the highest point."""
     axes.set_xlabel(time_label)
@@ -94,7 +99,7 @@ def label_peak(axes: Axes, at_ms: float, highest_mb: float, colour: str) -> None
     left = at_ms > sum(axes.get_xlim()) / 2
     look: dict[str, Any] = {"color": colour, "fontweight": "bold"}
     axes.annotate(
-        f"peak {highest_mb:.1f} MB",
+        f"peak {megabytes(highest_mb)}",
         (at_ms, highest_mb),
         xytext=(-8 if left else 8, 4),
         textcoords="offset points",

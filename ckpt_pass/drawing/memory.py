@@ -12,6 +12,7 @@ from ckpt_pass.drawing.figures import (
     GREY,
     figure_of,
     label_peak,
+    megabytes,
     memory_axes,
     write,
 )
@@ -114,7 +115,7 @@ def _draw(axes: Axes, curve: MemoryCurve, colour: str) -> None:
         curve.milliseconds,
         curve.megabytes,
         where="post",
-        label=f"{curve.title}: {peak:.1f} MB",
+        label=f"{curve.title}: {megabytes(peak)}",
         **look,
     )
     axes.plot([curve.peak_at_s * 1e3], [peak], "o", color=colour)

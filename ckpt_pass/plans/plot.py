@@ -11,11 +11,13 @@ from ckpt_pass.drawing.figures import (
     MEGABYTE,
     figure_of,
     label_peak,
+    megabytes,
     memory_axes,
     write,
 )
 from ckpt_pass.plans.link_use import LinkUse
 from ckpt_pass.plans.timeline import Timeline
+from ckpt_pass.plans.wording import format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +89,8 @@ def _draw_link(axes: Axes, link: LinkUse, longest_s: float) -> None:
     memory_axes(axes, "", longest_s * 1e3, top)
     axes.set_ylabel("there (MB)", labelpad=22)
     axes.set_ylim(-0.5 * top, 1.15 * top)
-    axes.set_title(f"{link.where}: at most {top:.1f} MB", fontsize=10)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 1.15 * top])
+    axes.set_title(f"{link.where}: at most {megabytes(top)}", fontsize=10)
     axes.step([*moments, longest_s * 1e3], [*levels, 0.0], where="post", color=AFTER)
     rows = (("out", "out_start_s", "out_end_s", 2), ("back", "in_start_s", "in_end_s", 3))
     for row, (name, start, end, colour) in enumerate(rows):
@@ -101,7 +104,7 @@ def _draw(axes: Axes, curve: Timeline, colour: str, name: str) -> None:
     moments = [moment * 1e3 for moment in curve.begins_s]
     # The last op's bytes hold until the step ends.
     levels = [nbytes / MEGABYTE for nbytes in (*curve.bytes_at, *curve.bytes_at[-1:])]
-    label = f"{name}: {curve.duration_s * 1e3:.1f} ms"
+    label = f"{name}: {format_seconds(curve.duration_s)}"
     axes.fill_between(moments, levels, step="post", color=colour, alpha=0.15)
     axes.step(moments, levels, where="post", color=colour, linewidth=1.2, label=label)
 
@@ -118,5 +121,5 @@ def _mark_backward(axes: Axes, curve: Timeline, colour: str, height: float) -> N
 
 def _mark_budget(axes: Axes, budget_bytes: int) -> None:
     level = budget_bytes / MEGABYTE
-    label = f"budget: {level:.1f} MB"
+    label = f"budget: {megabytes(level)}"
     axes.axhline(level, color=BUDGET, linestyle="--", linewidth=1.2, label=label)
