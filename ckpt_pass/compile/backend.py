@@ -355,7 +355,7 @@ def make_backend(
         UnknownPolicyError, UnknownOptionError, InvalidBudgetError, UnknownCostError: an argument is
             not one of these; so UnknownSolverError, InvalidTimeLimitError.
         PlanFileError: ``plan`` names a file that is none.
-        UnknownOptionError: ``plan`` is given together with what it already says.
+        UnknownOptionError: ``plan`` is none, or is given together with what it already says.
         PlanMismatchError: ``plan`` is an eager one; or comes when a graph is compiled.
         InvalidTotalError, InvalidJobError: a total or an optimizer that is none.
         InfeasibleBudgetError, InfeasibleTotalError, DryRunError: come when a graph is compiled.
@@ -374,6 +374,11 @@ def make_backend(
                 )
         if isinstance(plan, (str, Path)):
             plan = load_plan(plan)
+        if not isinstance(plan, (Plan, StepPlan)):
+            raise UnknownOptionError(
+                f"Got plan of type {type(plan).__name__}, expected one that ckpt_pass.plan has "
+                "made, or the path of its file. Sizes that differ take a backend each."
+            )
         if isinstance(plan, Plan) and plan.mode == "eager":
             raise PlanMismatchError(
                 "Got an eager plan, whose regions are modules of a step without torch.compile. "

@@ -84,18 +84,17 @@ def plan_of(
         if not reasons:
             return plan
         differences.append(reasons)
-    number = plans.index(ordered[0])
+    number, open_sizes = plans.index(ordered[0]), _of_open(joint, plans)
     which = "The plan" if len(plans) == 1 else f"The nearest of {len(plans)} plans ({number})"
     raise PlanMismatchError(
         f"{which} was made for another graph: {'; '.join(differences[0])}. Expected its "
-        f"{len(ordered[0].sites)} call sites and no others, with the same shapes.{_of_open(joint)}"
-        " Make the plan for"
-        " this very model, arguments and loss (inductor takes ops apart before it asks for a plan: "
-        "plan(..., inner='inductor')), or give the backend the budget instead."
+        f"{len(ordered[0].sites)} call sites and no others, with the same shapes.{open_sizes} Make "
+        "the plan for this very model, arguments and loss (inductor takes ops apart before it asks "
+        "for a plan: plan(..., inner='inductor')), or give the backend the budget instead."
     )
 
 
-def _of_open(joint: JointGraph) -> str:
+def _of_open(joint: JointGraph, plans: Sequence[Plan]) -> str:
     """What to do about sizes that dynamo has left open, where it has."""
     values = (node.meta.get("val") for node in joint.primals)
     sizes = (size for v in values if isinstance(v, torch.Tensor) for size in v.shape)
@@ -103,8 +102,13 @@ def _of_open(joint: JointGraph) -> str:
         return ""
     return (
         " Dynamo has left sizes open here, and compiles once for all of them: with"
-        " torch.compile(..., dynamic=False) each size has a graph, and takes a plan, of its own;"
-        " plan(..., dynamic=True) is for all sizes."
+        " torch.compile(..., dynamic=False) each size has a graph, and takes a plan and a backend"
+        " of its own; "
+        + (
+            "steps of several graphs have none for all sizes."
+            if plans[1:]
+            else "plan(..., dynamic=True) is for all sizes."
+        )
     )
 
 

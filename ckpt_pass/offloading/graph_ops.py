@@ -70,7 +70,7 @@ class _Desk:
     def words_of(self, offload: OffloadLike) -> str:
         if isinstance(offload, Offload):
             fields = {name: value for name, value in asdict(offload).items() if value is not None}
-            return json.dumps({k: v if k in _NUMBERS else str(v) for k, v in fields.items()})
+            return json.dumps(fields, default=str)  # a folder may be a path
         words = f"{_OWN}{id(offload)}"
         self._stores[words] = offload
         return words
@@ -87,7 +87,6 @@ class _Desk:
         return own
 
 
-_NUMBERS = ("d2h_bytes_per_s", "h2d_bytes_per_s", "min_bytes")
 #: One for the process, as the values in autograd's graphs are.
 _DESK = _Desk()
 #: The store that a graph names, in words for :data:`PUT`.

@@ -266,8 +266,8 @@ class Outside:
         if looks != self._looks:
             self._switch_flags(map(_flag, self._looks))
         if not moved and state.is_still_held():
-            # What has changed nothing will not, this time.
-            self._before = None if self.known.quiet else state
+            # What has changed nothing will not, this time, nor where the recomputation stops early.
+            self._before = None if self.known.quiet and self.known.stops_quietly else state
             return self.known.quiet and state.has_no_hooks
         self.known.quiet = False
         holders = state.holders
@@ -308,7 +308,12 @@ class Outside:
             self._switch_flags(self._flags)
         if switches_now() != self._switches:
             set_switches(self._switches)
-        if before is not None and not before.is_still_held():
+        if before is None:
+            return
+        if before.is_still_held():
+            self.known.stops_quietly = True
+        else:  # what a forward moves and moves back is left between, where one stops early
+            self.known.quiet = False
             before.contents.put_into(before.holders)
 
     def _substitutes(self, differentiable: bool) -> dict[int, Any]:

@@ -246,6 +246,17 @@ def test_a_full_store_is_an_error_and_the_step_can_be_tried_again() -> None:
     assert store.used_bytes == 0
 
 
+def test_a_host_budget_is_a_number_or_words(tmp_path: Path) -> None:
+    for given in (1 << 20, "1MiB"):
+        module, inputs = chain()
+        plain = run_step(module, inputs)
+        store = Offload(host_budget=given, folder=tmp_path, to="disk", **LINK)
+        policy = ckpt_pass.offload(op="aten.tanh")
+        compiled, backend = compiled_with(module, policy=policy, offload=store)
+        assert_equal(run_step(module, inputs, compiled), plain)
+        assert backend.plans[-1].with_fate("offloaded")
+
+
 def test_refusals() -> None:
     module, inputs = chain()
     with pytest.raises(ckpt_pass.InvalidOffloadError, match="budget or a policy"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextvars
 import copy
 import gc
 import pickle
@@ -218,6 +219,35 @@ class OfTheClass(Layer):
         return h + sum(self.history)
 
 
+SCOPES: list[float] = [1.0]
+DEPTH: contextvars.ContextVar[float] = contextvars.ContextVar("DEPTH", default=1.0)
+
+
+class PushesAndPops(Layer):
+    """It moves what it reads, and moves it back once the last value is saved."""
+
+    count: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth, self.waiting = 0, collections.deque([torch.ones(())])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.depth += 1
+        PushesAndPops.count += 1
+        SCOPES.append(0.5)
+        token = DEPTH.set(0.5 * DEPTH.get())
+        self.waiting.append(x)
+        found = (self.depth, self.count, sum(SCOPES), DEPTH.get(), len(self.waiting))
+        out: Tensor = super().forward(x) * sum(found)
+        self.waiting.pop()
+        DEPTH.reset(token)
+        SCOPES.pop()
+        PushesAndPops.count -= 1
+        self.depth -= 1
+        return out
+
+
 STATE = [
     DelayedScale,
     MovingMean,
@@ -229,6 +259,7 @@ STATE = [
     Late,
     Global,
     OfTheClass,
+    PushesAndPops,
 ]
 
 
@@ -254,6 +285,17 @@ def test_state_under_placements(placement: str, kind: type[nn.Module]) -> None:
     model = made(kind)
     with ckpt_pass.applied(model, placement):
         assert_alike(state_after(model), wanted)
+
+
+@every_way
+def test_what_is_moved_and_moved_back_is_where_it_was(around: Around) -> None:
+    """A recomputation may stop before it is moved back."""
+    model = made(PushesAndPops, around)
+    state_after(model)
+    assert (PushesAndPops.count, SCOPES, DEPTH.get()) == (0, [1.0], 1.0)
+    for layer in model.layers:
+        assert isinstance(layer, PushesAndPops)
+        assert (layer.depth, len(layer.waiting)) == (0, 1)
 
 
 def test_state_of_closures_and_modules_behind_functions() -> None:
