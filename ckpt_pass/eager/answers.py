@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -136,6 +137,21 @@ class _Asked(TorchDispatchMode):
         return output
 
 
+class _OneByOne(TorchFunctionMode):
+    """Has ``tolist`` ask for each value: of real tensors it reads their memory, unseen by ops.
+
+    Of fake ones it asks so by itself (``FakeTensor.tolist``).
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.tolist:
+            for value in args[0].detach().flatten():
+                value.item()
+        return func(*args, **(kwargs or {}))
+
+
 def _chosen_by(mask: torch.Tensor, values: torch.Tensor) -> int:
     if mask.dim() != values.dim():
         return int(mask.count_nonzero())
@@ -172,6 +188,6 @@ def real_answers(forward: Callable[[], Any]) -> Answers:
 
 def _noted(forward: Callable[[], Any], hooks: contextlib.AbstractContextManager[Any]) -> Answers:
     answers = Answers()
-    with torch.random.fork_rng(), _Asked(answers), hooks:
+    with torch.random.fork_rng(), _Asked(answers), _OneByOne(), hooks:
         forward()
     return answers

@@ -272,13 +272,17 @@ _LOOKS = (
 _RUNS = (
     f"a step that runs by itself with these arguments: try model(*args) first. If it does, {_LOOKS}"
 )
+_TRANSFORM = (
+    "no transform of torch.func in the forward of a step that is planned in eager: plan it "
+    "compiled, without mode='eager'."
+)
 #: What the error of a trace says, and what would be right.
 _BY_WORDS = {
     "saved tensor hooks": "no transform of torch.func (grad, vjp, hessian) in the forward of a "
     "step that is planned in eager: plan it compiled, without mode='eager', or take the gradient "
     "there by torch.autograd.grad.",
-    "TensorWrapper": "no transform of torch.func in the forward of a step that is planned in "
-    "eager: plan it compiled, without mode='eager'.",
+    "TensorWrapper": _TRANSFORM,
+    "BatchedTensorImpl": _TRANSFORM,
     "double backward": "no gradient of a gradient through compiled code, which torch.compile does "
     "not make: plan the step as it runs without it (mode='eager').",
     "failed to run FX node": _RUNS,

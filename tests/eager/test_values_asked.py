@@ -56,6 +56,16 @@ class PicksByValue(Asking):
         return x[(x.sum(-1) > 0).nonzero()[:, 0]] / (labels.max().item() + 1)
 
 
+class SplitsByCounts(Asking):
+    """Rows to experts, by lists of numbers."""
+
+    def pick(self, x: Tensor, labels: Tensor) -> Tensor:
+        sizes = torch.bincount((x[:, 0] > 0).long(), minlength=2).tolist()
+        best = x.sum(0).topk(4).indices.view(2, 2).tolist()
+        first, second = x.split(sizes)
+        return torch.cat([first * 2, second])[:, best[0]] * x[:, best[1]]
+
+
 class Masked(Asking):
     def __init__(self, boolean: bool = False) -> None:
         super().__init__()
@@ -87,7 +97,15 @@ def step(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize(
     "build",
-    [Finite, DropsLayers, PicksRows, PicksByValue, Masked, lambda: Masked(boolean=True)],
+    [
+        Finite,
+        DropsLayers,
+        PicksRows,
+        PicksByValue,
+        SplitsByCounts,
+        Masked,
+        lambda: Masked(boolean=True),
+    ],
 )
 def test_the_plan_is_made_and_met(build: type[Asking]) -> None:
     torch.manual_seed(0)
@@ -117,6 +135,18 @@ def test_a_mask_that_no_layer_reads_counts_while_regions_hold_it() -> None:
     with plan.applied(model):
         measured = ckpt_pass.measure_step(lambda: model(x, labels), repeats=1)
     assert abs(measured.peak_bytes - plan.peak_bytes) <= 256  # one mask is 16 kB
+
+
+class Mapped(Asking):
+    """A transform of ``torch.func``, which eager plans do not take."""
+
+    def pick(self, x: Tensor, labels: Tensor) -> Tensor:
+        return torch.vmap(self.layers[0])(x)
+
+
+def test_a_transform_of_torch_func_is_refused_as_such() -> None:
+    with pytest.raises(ckpt_pass.NotTraceableError, match=r"no transform of torch\.func"):
+        ckpt_pass.plan(Mapped(), torch.randn(8, 16), torch.arange(8), budget=0.9, mode="eager")
 
 
 def test_a_forward_that_goes_another_way_is_refused() -> None:
