@@ -102,6 +102,32 @@ def without_history(value: torch.Tensor) -> torch.Tensor:
     return data_of(value)
 
 
+class _Made(torch.autograd.Function):
+    """What makes a tensor that no op has made."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        """The same memory; unlike a view it may be changed in place."""
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Never asked for."""
+        return gradient
+
+
+_made: Callable[[torch.Tensor], torch.Tensor] = _Made.apply
+
+
+def with_history(value: torch.Tensor) -> torch.Tensor:
+    """An alias that requires a gradient and is no leaf, as results of ops are.
+
+    What sees a leaf may take it for a weight: autocast keeps its cast, an in-place op refuses it.
+    """
+    with torch.enable_grad():
+        return _made(value.detach().requires_grad_())
+
+
 def without_histories(values: list[torch.Tensor]) -> list[torch.Tensor | None]:
     """The same of several."""
     if torch._C._len_torch_dispatch_stack():

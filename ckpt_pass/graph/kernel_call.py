@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -264,18 +264,29 @@ def call_of(node: fx.Node, really: Mapping[fx.Node, Any] = NOTHING) -> Call:
         args = _with_chosen(args)
     if node.target in _WRITE_BY_MASK:
         values, mask, written = args
-        args = (values, replace(mask, chosen=math.prod(written.size)), written)
+        args = (values, _choosing(mask, written.size), written)
+    if node.target is torch.ops.aten.masked_scatter_backward.default:
+        gradient, mask, size = args
+        args = (gradient, _choosing(mask, size), size)
     device = _device(node, args, kwargs)
     return Call(node.target, args, kwargs, device, node.meta.get(WITH_GRAD, False))
+
+
+def _choosing(mask: TensorSpec, size: Sequence[int]) -> TensorSpec:
+    """A mask that chooses as many elements as a tensor of a size has."""
+    shown = (n for n, step in zip(mask.size, mask.stride, strict=True) if step == 0)
+    # An expanded one shows each of its own several times.
+    return replace(mask, chosen=math.prod(size) // max(math.prod(shown), 1))
 
 
 def _argument(node: fx.Node, really: Mapping[fx.Node, Any], argument: Any) -> Any:
     """What stands for an argument: a tensor's metadata, or a number at the traced shape."""
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
     if isinstance(value, torch.SymInt):
-        return optimization_hint(value)
+        # A number that only the step's values tell is no size (those are refused): any will do.
+        return 1 if value.node.hint is None else optimization_hint(value)
     if isinstance(value, (torch.SymFloat, torch.SymBool)):
-        return value.node.hint
+        return 1 if value.node.hint is None else value.node.hint
     if not isinstance(argument, fx.Node) or isinstance(value, (int, float)):
         return value
     if not isinstance(value, torch.Tensor):

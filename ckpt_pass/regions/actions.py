@@ -183,9 +183,17 @@ def simple_call(op: Any) -> Callable[..., Any] | None:
     return found[0]
 
 
-def returns_what_it_changes(op: Any, args: tuple[Any, ...], output: Any) -> bool:
-    """An in-place op such as ``add_``: it changes its first argument and returns it."""
-    return bool(args) and isinstance(output, torch.Tensor) and output is args[0]
+def returns_what_it_changes(
+    op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> bool:
+    """An in-place op such as ``add_``: it changes its first argument alone and returns it.
+
+    What is handed out for one that fills another argument, too, would leave that as it was
+    (``rrelu_with_noise_`` its noise).
+    """
+    if not args or not isinstance(output, torch.Tensor) or output is not args[0]:
+        return False
+    return all(tensor is output for tensor in overwritten(op, args, kwargs))
 
 
 def overwritten(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:

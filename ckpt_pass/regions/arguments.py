@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass._torch import autograd
+from ckpt_pass._torch import autograd, storages
 from ckpt_pass.offloading.store import MovedValueChangedError
 from ckpt_pass.offloading.window import Moved, Window
 from ckpt_pass.regions.ambient import accelerators
@@ -152,6 +152,36 @@ def _with_new_iterators(value: Any) -> Any:
     return copy.copy(value) if _is_iterator(value) else value
 
 
+class _Packed:
+    """A tensor among the arguments, as hooks keep it.
+
+    Args:
+        tensor: when the region's forward began.
+        held: what the hooks gave for it.
+    """
+
+    __slots__ = ("_storage", "_version", "held", "is_leaf", "requires_grad")
+
+    def __init__(self, tensor: torch.Tensor, held: Any) -> None:
+        self.held = held
+        self.requires_grad, self.is_leaf = tensor.requires_grad, tensor.is_leaf
+        self._version = storages.version_of(tensor)
+        plain = storages.has_own_storage(tensor)
+        self._storage = storages.WeakStorage(tensor.untyped_storage()) if plain else None
+
+    def changes_of(self, found: torch.Tensor) -> int:
+        """How often what the hooks give back was changed in place since.
+
+        Hooks that copy keep what it was (0); others may give the very memory (``save_on_cpu`` of a
+        tensor that lies there), and nobody else looks at its version.
+        """
+        there = self._storage
+        if there is None or there.expired() or not storages.has_own_storage(found):
+            return 0
+        same = found.untyped_storage()._cdata == there.cdata
+        return storages.version_of(found) - self._version if same else 0
+
+
 class Arguments:
     """A region's arguments, kept for its recomputation.
 
@@ -224,7 +254,7 @@ class Arguments:
         with torch.no_grad():
             self._flat = (
                 [
-                    (pack(value), value.requires_grad) if isinstance(value, torch.Tensor) else value
+                    _Packed(value, pack(value)) if isinstance(value, torch.Tensor) else value
                     for value in flat
                 ],
                 [isinstance(value, torch.Tensor) for value in flat],
@@ -244,7 +274,7 @@ class Arguments:
         switched = None
         for tensor, version, flag in self._tensors:
             if tensor._version != version:
-                raise self._mutated(tensor, version)
+                raise self._mutated(tensor, tensor._version - version)
             if tensor.requires_grad is not flag:
                 switched = {id(t): flag for t, _, flag in self._tensors}
         args, kwargs = self._args, self._kwargs
@@ -266,12 +296,12 @@ class Arguments:
         args, kwargs = tree_map_only(torch.Tensor, flagged, (self._args, self._kwargs))
         return args, kwargs
 
-    def _mutated(self, tensor: torch.Tensor, version: int) -> MutatedArgumentError:
+    def _mutated(self, tensor: torch.Tensor, times: int) -> MutatedArgumentError:
         named = named_arguments(self._args, self._kwargs)
         where = next((f", {name}" for name, value in named if value is tensor), "")
         return MutatedArgumentError(
             f"An argument of {self._name}{where} (shape {list(tensor.shape)}), was changed in "
-            f"place {tensor._version - version} times after the region's forward began, so it "
+            f"place {times} times after the region's forward began, so it "
             "cannot be recomputed. Clone the argument before the in-place op, or take the op out "
             "of the region."
         )
@@ -284,9 +314,13 @@ class Arguments:
             if not tensor:
                 flat.append(value)
                 continue
-            held, requires_grad = value
-            found = self._unpack(held).detach()
-            flat.append(found.requires_grad_() if requires_grad else found)
+            found = self._unpack(value.held)
+            if (times := value.changes_of(found)) != 0:
+                raise self._mutated(found, times)
+            found = found.detach()
+            if value.requires_grad:
+                found = found.requires_grad_() if value.is_leaf else autograd.with_history(found)
+            flat.append(found)
         args, kwargs = tree_unflatten(flat, spec)
         return args, kwargs
 

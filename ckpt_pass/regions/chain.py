@@ -144,7 +144,8 @@ class ChainedFrame(Frame):
         def real(value: Any) -> Any:
             if not isinstance(value, Made):
                 return value
-            return tensors[value.number].requires_grad_(value.requires_grad)
+            found = tensors[value.number]
+            return autograd.with_history(found) if value.requires_grad else found
 
         return tuple(map(real, args)), {key: real(value) for key, value in kwargs.items()}
 

@@ -292,7 +292,7 @@ class ForwardMode(QuickMode):
                 saves, sharding = False, None
         if action in _PASSED or is_cached_cast(func, args):
             return
-        if action is Action.CHANGE and not returns_what_it_changes(func, args, output):
+        if action is Action.CHANGE and not returns_what_it_changes(func, args, kwargs, output):
             return
         key = key_of(func, args)
         if not (saves or moves) or (action is Action.CHANGE and self._is_state(output)):

@@ -19,9 +19,9 @@ KEPT = save(op="aten.rrelu_with_noise") | recompute()
 class Leaky(nn.Module):
     """Ends with random slopes, which lie in memory that is empty when autograd saves it."""
 
-    def __init__(self) -> None:
+    def __init__(self, inplace: bool = False) -> None:
         super().__init__()
-        self.up, self.leak = nn.Linear(8, 8), nn.RReLU()
+        self.up, self.leak = nn.Linear(8, 8), nn.RReLU(inplace=inplace)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.leak(self.up(x))
@@ -46,6 +46,23 @@ def test_the_recomputation_fills_it(way: Callable[[nn.Module, Tensor], Tensor]) 
     for _ in range(2):  # the first run is looked at
         ckpt_pass.compare_gradients(
             lambda: layer(x).sum(), lambda: way(layer, x).sum(), layer
+        ).raise_if_different()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [save(), ckpt_pass.offload(), save(op="aten.rrelu_with_noise_") | recompute()],
+    ids=["kept", "moved", "the op kept"],
+)
+def test_what_is_changed_in_place_and_kept_does_not_stand_for_what_else_is_filled(
+    policy: ckpt_pass.Policy,
+) -> None:
+    layer, x = Leaky(inplace=True), torch.randn(4, 8)
+    for _ in range(2):
+        ckpt_pass.compare_gradients(
+            lambda: layer(x).sum(),
+            lambda: ckpt_pass.checkpoint(layer, x, policy=policy).sum(),
+            layer,
         ).raise_if_different()
 
 
