@@ -26,7 +26,7 @@ from ckpt_pass.compile.partition import (
 from ckpt_pass.compile.record import Decided, record_plan, solver_rule
 from ckpt_pass.compile.replay import plan_of, replay, signature_of
 from ckpt_pass.compile.shapes_read import read_shapes_alone
-from ckpt_pass.compile.tagging import Tag, tag
+from ckpt_pass.compile.tagging import Tag, bind_offloads, tag
 from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernel_cache import KernelFacts
 from ckpt_pass.graph.kernel_call import NOTHING
@@ -162,6 +162,8 @@ def _tagged(
 ) -> tuple[dict[fx.Node, Tag], frozenset[CallSite], list[tuple[fx.Node, fx.Node]], SavedSet]:
     """Tag a graph, and compute equal values once; what it saves as it is tagged."""
     tags = tag(joint, policy, offloads)
+    if save_borders:  # no solver chooses
+        bind_offloads(joint)
     sites = frozenset(found.context.site for found in tags.values())
     merged = merge_equal(joint, tags)
     saved = choose_saved(joint, save_borders=save_borders)

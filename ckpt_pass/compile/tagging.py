@@ -74,6 +74,13 @@ def tag(joint: JointGraph, policy: Policy, offloads: bool = False) -> dict[fx.No
     return tags
 
 
+def bind_offloads(joint: JointGraph) -> None:
+    """Have moved what tags prefer to move."""
+    for node in joint.forward:
+        if node.meta.get("recompute") is CheckpointPolicy.PREFER_CPU_OFFLOAD:
+            node.meta["recompute"] = CheckpointPolicy.MUST_CPU_OFFLOAD
+
+
 def _decide(
     joint: JointGraph, node: fx.Node, context: SiteContext, policy: Policy, offloads: bool
 ) -> Opinion:

@@ -166,6 +166,8 @@ FILL_WHAT_IS_SAVED = frozenset(
     (torch.ops.aten.rrelu_with_noise.default, torch.ops.aten.rrelu_with_noise_.default)
 )
 
+_RESIZES = frozenset((torch.ops.aten.resize_.default, torch.ops.aten.resize_as_.default))
+
 #: By the ``id`` of ops: what calls them if they are simple; and the op, which keeps its ``id``.
 SIMPLE: dict[int, tuple[Callable[..., Any] | None, Any]] = {}
 
@@ -189,9 +191,9 @@ def returns_what_it_changes(
     """An in-place op such as ``add_``: it changes its first argument alone and returns it.
 
     What is handed out for one that fills another argument, too, would leave that as it was
-    (``rrelu_with_noise_`` its noise).
+    (``rrelu_with_noise_`` its noise). One that resizes gives memory without values.
     """
-    if not args or not isinstance(output, torch.Tensor) or output is not args[0]:
+    if op in _RESIZES or not args or not isinstance(output, torch.Tensor) or output is not args[0]:
         return False
     return all(tensor is output for tensor in overwritten(op, args, kwargs))
 

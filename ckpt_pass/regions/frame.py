@@ -29,7 +29,7 @@ from ckpt_pass.regions.ambient import RandomState, Surroundings, drawing_from, r
 from ckpt_pass.regions.arguments import Arguments, Keeper, MovedArguments
 from ckpt_pass.regions.keeps import Moves
 from ckpt_pass.regions.outside import Outside
-from ckpt_pass.regions.region import RegionMemory
+from ckpt_pass.regions.region import RecomputeMismatchError, RegionMemory
 from ckpt_pass.regions.rerun_mode import RecomputeMode
 from ckpt_pass.regions.sac import selective_contexts
 from ckpt_pass.regions.saved_values import Recomputation, SavedLooks
@@ -309,7 +309,7 @@ class Frame:
         except RuntimeError:
             # Code of TorchScript lets no error of Python's through, and raises one of its own.
             if rerun.refused is not None:
-                raise rerun.refused from None
+                raise RecomputeMismatchError(rerun.refused) from None
             if rerun.complete is _stop and rerun.has_all:
                 return None
             raise

@@ -86,7 +86,9 @@ class Recomputation:
         self._expected = expected
         self._count = len(expected)
         self.complete = complete
-        self.refused: RecomputeMismatchError | None = None
+        #: What was said of the value that was refused; the error itself holds frames, which hold
+        #: this, and all through autograd's C++ side, where no collector looks.
+        self.refused: str | None = None
         self._checked = checked
 
     def pack(self, value: torch.Tensor) -> int:
@@ -102,7 +104,7 @@ class Recomputation:
             looks = (value.shape, value.dtype)
             if looks != self._expected[number]:
                 self.refused = self._mismatch(number, value)
-                raise self.refused
+                raise RecomputeMismatchError(self.refused)
         store.append(value)
         if number + 1 == self._count:
             self.complete()
@@ -164,9 +166,9 @@ class Recomputation:
                 "and backward."
             )
 
-    def _mismatch(self, number: int, got: torch.Tensor) -> RecomputeMismatchError:
+    def _mismatch(self, number: int, got: torch.Tensor) -> str:
         made_by = f", made by {got.grad_fn.name()}" if got.grad_fn is not None else ""
-        return RecomputeMismatchError(
+        return (
             f"{OTHER_METADATA}\n"
             f"tensor at position {number}{made_by}:\n"
             f"saved metadata: {_words(self._expected[number])}\n"

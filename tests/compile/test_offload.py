@@ -172,6 +172,20 @@ def test_a_policy_moves_what_it_names() -> None:
     assert measured.peak_bytes == backend.plans[-1].peak_bytes
 
 
+@pytest.mark.parametrize("decision", ["MUST_CPU_OFFLOAD", "PREFER_CPU_OFFLOAD"])
+def test_what_torchs_members_ask_for_is_moved(decision: str) -> None:
+    module, inputs = chain()
+    plain = run_step(module, inputs)
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        tanh = op is torch.ops.aten.tanh.default
+        return CheckpointPolicy[decision] if tanh else CheckpointPolicy.PREFER_RECOMPUTE
+
+    compiled, backend = compiled_with(module, policy=policy, offload=DISK)
+    assert_equal(run_step(module, inputs, compiled), plain)
+    assert len(backend.plans[-1].with_fate("offloaded")) == 4
+
+
 def test_a_policy_moves_what_it_names_under_a_budget_too() -> None:
     module, inputs = chain()
     policy = ckpt_pass.offload(op="aten.tanh")

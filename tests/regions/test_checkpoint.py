@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import queue
 import weakref
@@ -394,6 +395,20 @@ def test_other_shapes_and_fewer_values_in_the_recomputation() -> None:
     y = checkpoint(fn, x)
     with pytest.raises(ckpt_pass.RecomputeMismatchError, match=r"during recomputation: 1\b"):
         y.sum().backward()
+
+
+def test_a_recomputation_that_differs_leaves_nothing() -> None:
+    def failing() -> list[weakref.ref[Tensor]]:
+        (x,) = values((4, 8))
+        sizes, h = queued(4, 2), x * 1.0
+        y = checkpoint(lambda v: v[: sizes.get()].sin().exp(), h)
+        with pytest.raises(ckpt_pass.RecomputeMismatchError):
+            y.sum().backward()
+        return [weakref.ref(h), weakref.ref(y)]
+
+    left = failing()
+    gc.collect()
+    assert [one() for one in left] == [None, None]
 
 
 def test_an_unknown_policy() -> None:

@@ -66,6 +66,18 @@ def test_what_is_changed_in_place_and_kept_does_not_stand_for_what_else_is_fille
         ).raise_if_different()
 
 
+@pytest.mark.parametrize("policy", [save(), ckpt_pass.offload()], ids=["kept", "moved"])
+def test_memory_that_the_region_resizes(policy: ckpt_pass.Policy) -> None:
+    def step(x: Tensor) -> Tensor:
+        made = torch.empty(0)
+        made.resize_(*x.shape).copy_(x.detach())
+        return x * made
+
+    x = torch.randn(4, 8, requires_grad=True)
+    ckpt_pass.checkpoint(step, x, policy=policy).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, x.detach())
+
+
 def test_a_plan_of_it() -> None:
     model = nn.Sequential(nn.Linear(8, 8), *(Leaky() for _ in range(3)))
     x = torch.randn(64, 8)
