@@ -37,6 +37,9 @@ NOT_RUN = {
     OpClass.CONTROL: "it runs graphs of its own",
 }
 
+#: They ask for one answer, and make tensors of all values on the way.
+_COMPARES: frozenset[object] = frozenset((torch.ops.aten.allclose.default,))
+
 #: Classes of torch's own kernels that may read what they are given as more than numbers.
 _TRUSTING = frozenset({OpClass.RECURRENT, OpClass.QUANTISED, OpClass.UNCLASSIFIED})
 
@@ -99,6 +102,8 @@ def is_computing(target: object) -> bool:
     if not callable(target):
         return False
     op_class = classify(target)
+    if target in _COMPARES:
+        return True
     return op_class not in COMPUTES_NOTHING and op_class not in NOT_RUN
 
 

@@ -11,7 +11,7 @@ import functools
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ class Kernels:
             else:
                 known = self.cache.get(*name)
                 assert known is not None
-                found[node] = known.only(what)
+                found[node] = _for_real(node, known.only(what))
         return found, reasons
 
     def formula_bytes(self, node: fx.Node, needs: tuple[bool, ...]) -> int | None:
@@ -261,8 +261,10 @@ def _measure_without_indices(
     return found, failed | {key: reason for key in calls if key not in safe}
 
 
-def _output_bytes(node: fx.Node) -> int:
-    return sum(at_traced_shape(size) for size in storage_sizes(node.meta.get("val")).values())
+def _output_bytes(node: fx.Node, number: int | None = None) -> int:
+    output: Any = node.meta.get("val")
+    output = output if number is None else output[number]
+    return sum(at_traced_shape(size) for size in storage_sizes(output).values())
 
 
 def _texts(really: Mapping[fx.Node, Any]) -> dict[fx.Node, str]:
@@ -319,3 +321,18 @@ def cpu_model() -> str:
                 name = line.partition(":")[2].strip()
                 break
     return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _for_real(node: fx.Node, facts: KernelFacts) -> KernelFacts:
+    """Facts of a kernel that works in as much memory, however little it returns in the end.
+
+    ``unique`` sorts all values that it gets, and returns some. Made-up ones are all different: what
+    it returns of them is what it works in. Where it counts them, what it counts with is more.
+    """
+    if node.target is not torch.ops.aten._unique2.default or facts.workspace_bytes is None:
+        return facts
+    counts = node.args[3:] == (True,) or node.kwargs.get("return_counts", False)
+    if counts or not facts.outputs:
+        return facts
+    made, real = facts.outputs[0].storage_bytes or 0, _output_bytes(node, 0)
+    return replace(facts, workspace_bytes=facts.workspace_bytes + max(made - real, 0))

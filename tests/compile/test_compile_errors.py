@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,26 @@ def test_an_effect_cannot_be_recomputed() -> None:
         capture(Masked(), torch.randn(2, 2, requires_grad=True)) as joint,
     ):
         tag(joint, must)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_numbers_of_tensors_are_no_sizes(dtype: torch.dtype) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.register_buffer("times", torch.tensor(1, dtype=dtype))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            times: Any = self.times
+            return (torch.tanh(self.layer(x)) * times.item()).sum()
+
+    model, x = Scaled(), torch.randn(16, 8)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        plan = ckpt_pass.plan(model, x, budget="1MiB")
+        step = torch.compile(model, backend=ckpt_pass.make_backend(plan=plan))
+        measured = ckpt_pass.measure_step(lambda: step(x), repeats=1, params=model.parameters())
+    assert measured.peak_bytes <= plan.peak_bytes
 
 
 class _Turned(nn.Module):

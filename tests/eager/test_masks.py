@@ -50,6 +50,32 @@ class Summed(Layer):
         return h * (1 + h[h > 0].mean()) + h.masked_select(h < 0).sum()
 
 
+class Scattered(Layer):
+    """As many values as an expanded mask chooses."""
+
+    def write(self, x: Tensor, h: Tensor) -> Tensor:
+        rows = h.mean(-1) > 0
+        return torch.zeros_like(x).masked_scatter(
+            rows[:, None].expand_as(x), self.up(h[rows])[:, :WIDTH]
+        )
+
+
+class Unique(Layer):
+    """Few values come of many."""
+
+    def write(self, x: Tensor, h: Tensor) -> Tensor:
+        many = h.detach().repeat(8, 8)
+        return h * len(torch.unique((many * 2).round()))
+
+
+class Close(Layer):
+    """All values are compared, and one answer comes of it."""
+
+    def write(self, x: Tensor, h: Tensor) -> Tensor:
+        many = h.detach().repeat(8, 8)
+        return h * 2 if torch.allclose(many, many + 1e-9) else h
+
+
 class Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +94,7 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("build", [Routed, Written, Summed])
+@pytest.mark.parametrize("build", [Routed, Written, Summed, Scattered, Unique, Close])
 def test_the_backward_chooses_as_much_as_the_forward_wrote(build: type[Layer]) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(*(build() for _ in range(3))), torch.randn(ROWS, WIDTH)
