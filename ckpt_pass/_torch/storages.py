@@ -62,13 +62,6 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() > 0
 
 
-def has_own_storage(tensor: torch.Tensor) -> bool:
-    """Whether what a tensor holds lies in the storage behind it, and nowhere else."""
-    if tensor.layout is not torch.strided or is_wrapped(tensor):
-        return False
-    return not is_traceable_wrapper_subclass(tensor)
-
-
 def version_of(tensor: torch.Tensor) -> int:
     """How often a tensor was changed in place; -1 where nobody counts (inference tensors)."""
     return -1 if tensor.is_inference() else tensor._version

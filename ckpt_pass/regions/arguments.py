@@ -6,6 +6,7 @@ import collections
 import copy
 import dataclasses
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -160,26 +161,20 @@ class _Packed:
         held: what the hooks gave for it.
     """
 
-    __slots__ = ("_storage", "_version", "held", "is_leaf", "requires_grad")
+    __slots__ = ("_tensor", "_version", "held", "is_leaf", "requires_grad")
 
     def __init__(self, tensor: torch.Tensor, held: Any) -> None:
         self.held = held
         self.requires_grad, self.is_leaf = tensor.requires_grad, tensor.is_leaf
-        self._version = storages.version_of(tensor)
-        plain = storages.has_own_storage(tensor)
-        self._storage = storages.WeakStorage(tensor.untyped_storage()) if plain else None
+        self._tensor, self._version = weakref.ref(tensor), storages.version_of(tensor)
 
     def changes_of(self, found: torch.Tensor) -> int:
         """How often what the hooks give back was changed in place since.
 
-        Hooks that copy keep what it was (0); others may give the very memory (``save_on_cpu`` of a
-        tensor that lies there), and nobody else looks at its version.
+        Hooks that copy keep what it was (0); others may give the very tensor (``save_on_cpu`` of
+        one that lies there), and nobody else looks at its version.
         """
-        there = self._storage
-        if there is None or there.expired() or not storages.has_own_storage(found):
-            return 0
-        same = found.untyped_storage()._cdata == there.cdata
-        return storages.version_of(found) - self._version if same else 0
+        return storages.version_of(found) - self._version if found is self._tensor() else 0
 
 
 class Arguments:
