@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+from unittest import mock
 
 import torch
 
@@ -42,15 +43,11 @@ MATMUL_ATTENTION_OPS: tuple[Any, ...] = (
 @contextmanager
 def fresh_kernels() -> Iterator[None]:
     """Kernels are measured now: what is remembered may be of an hour in which others ran, too."""
-    before = os.environ.get(ENVIRONMENT_VARIABLE)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[ENVIRONMENT_VARIABLE] = folder
-        try:
-            yield
-        finally:
-            del os.environ[ENVIRONMENT_VARIABLE]
-            if before is not None:
-                os.environ[ENVIRONMENT_VARIABLE] = before
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: folder}),
+    ):
+        yield
 
 
 @dataclass(frozen=True)

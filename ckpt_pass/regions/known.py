@@ -23,7 +23,6 @@ class Known:
     Attributes:
         watched: whether a run was looked at, op by op, in the mode (training or not) of this one.
         quiet: whether such runs have left everything as they found it.
-        stops_quietly: whether a recomputation since has, which may end before the run does.
         overwritten: names of the tensors that the region overwrites, as :meth:`Outside.name_of`
             gives them.
         repointed: of those that it makes look at other memory (``tensor.data = ...``).
@@ -57,14 +56,12 @@ class Known:
         "reads_statistics",
         "repointed",
         "short_tail",
-        "stops_quietly",
         "watched",
     )
 
     def __init__(self) -> None:
         self.watched = False
         self.quiet = self.fills = self.draws = self.reads_statistics = False
-        self.stops_quietly = False
         self.overwritten: set[str] = set()
         self.repointed: set[str] = set()
         self.generators = global_generators()
@@ -107,7 +104,6 @@ class Known:
         first = not self._modes
         self._modes.add(self._mode)
         self.watched, self.quiet = True, quiet and (first or self.quiet)
-        self.stops_quietly = False
         drawn = {id(one): one for one in (*self._drawn, *generators)}
         self.generators = self._drawn = tuple(drawn.values())
         self._track = None

@@ -27,10 +27,8 @@ from ckpt_pass.regions.holders import Holders, has_memory
 from ckpt_pass.regions.known import Known, watch_all_again
 from ckpt_pass.regions.naming import name_of
 from ckpt_pass.regions.noted import Noted, Searched
-from ckpt_pass.state.code_names import contents_of
+from ckpt_pass.regions.stand_ins import held_now, put_in_place
 from ckpt_pass.state.objects import SpentIteratorError
-from ckpt_pass.state.raw import items_of
-from ckpt_pass.state.spots import read_spot, write_spot
 
 
 class MutatedStateError(CkptPassError, RuntimeError):
@@ -266,8 +264,8 @@ class Outside:
         if looks != self._looks:
             self._switch_flags(map(_flag, self._looks))
         if not moved and state.is_still_held():
-            # What has changed nothing will not, this time, nor where the recomputation stops early.
-            self._before = None if self.known.quiet and self.known.stops_quietly else state
+            # What a run moves and moves back is left between where the recomputation stops early.
+            self._before = state
             return self.known.quiet and state.has_no_hooks
         self.known.quiet = False
         holders = state.holders
@@ -282,7 +280,7 @@ class Outside:
                 self.put_back()
                 raise
         if stand_ins:
-            self._replace(stand_ins)
+            put_in_place(stand_ins, self._state.holders)
         return False
 
     def _switch_flags(self, flags: Iterable[bool]) -> None:
@@ -308,11 +306,7 @@ class Outside:
             self._switch_flags(self._flags)
         if switches_now() != self._switches:
             set_switches(self._switches)
-        if before is None:
-            return
-        if before.is_still_held():
-            self.known.stops_quietly = True
-        else:  # what a forward moves and moves back is left between, where one stops early
+        if before is not None and not before.is_still_held():
             self.known.quiet = False
             before.contents.put_into(before.holders)
 
@@ -321,7 +315,7 @@ class Outside:
         copies = {address: copy_of(storage) for address, storage in self._copies.items()}
         self.stand_ins = frozenset(copied._cdata for copied in copies.values())
         stand_ins: dict[int, Any] = {}
-        present = {id(value) for value in self._present()}
+        present = {id(value) for value in held_now(self._state.holders)}
         for tensor in self._statistics:
             if id(tensor) in present and tensor.untyped_storage()._cdata in copies:
                 stand_ins[id(tensor)] = alias_like(
@@ -366,37 +360,6 @@ class Outside:
                 found = self.suspects.get(tensor.untyped_storage()._cdata)
                 if found is not None:
                     raise self._moved(found)
-
-    def _present(self) -> Iterator[Any]:
-        """What the holders hold now, those that FSDP2 has taken away excepted."""
-        holders = self._state.holders
-        for mapping in holders.mappings():
-            yield from dict.values(mapping)
-        for sequence in (*holders.lists, *holders.sets):
-            yield from items_of(sequence)
-        for cell in holders.cells:
-            yield from contents_of(cell)
-        for space, name, _ in holders.spots:
-            yield read_spot(space, name)
-
-    def _replace(self, stand_ins: dict[int, Any]) -> None:
-        holders = self._state.holders
-        for mapping in holders.mappings():
-            found = {k: stand_ins[id(v)] for k, v in dict.items(mapping) if id(v) in stand_ins}
-            for key, value in found.items():
-                dict.__setitem__(mapping, key, value)
-        for sequence in holders.lists:
-            for index, value in enumerate(items_of(sequence)):
-                if id(value) in stand_ins:
-                    sequence[index] = stand_ins[id(value)]
-        for cell in holders.cells:
-            for value in tuple(contents_of(cell)):
-                if id(value) in stand_ins:
-                    cell.cell_contents = stand_ins[id(value)]
-        for space, name, _ in holders.spots:
-            value = read_spot(space, name)
-            if id(value) in stand_ins:
-                write_spot(space, name, stand_ins[id(value)])
 
     def _moved(self, tensor: torch.Tensor) -> MutatedStateError:
         if not isinstance(tensor, nn.Parameter):

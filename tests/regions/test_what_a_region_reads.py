@@ -298,6 +298,35 @@ def test_what_is_moved_and_moved_back_is_where_it_was(around: Around) -> None:
         assert (layer.depth, len(layer.waiting)) == (0, 1)
 
 
+@pytest.mark.parametrize("policy", ["save-nothing", "save-matmul"])
+def test_what_is_moved_and_moved_back_now_and_then(policy: str) -> None:
+    """Runs before that moved nothing tell nothing of the next."""
+    step = [0]
+
+    class Sometimes(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = [1.0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            if step[0] % 3 == 2:
+                self.scales.append(0.5)
+            out: Tensor = super().forward(x) * sum(self.scales)
+            if step[0] % 3 == 2:
+                self.scales.pop()
+            return out
+
+    def gradients(model: Stack) -> list[Tensor]:
+        found = []
+        for step[0] in range(7):
+            found += state_after(model, steps=1)
+        return found
+
+    wanted, model = gradients(made(Sometimes)), made(Sometimes)
+    with ckpt_pass.applied(model, "all", policy):
+        assert_alike(gradients(model), wanted)
+
+
 def test_state_of_closures_and_modules_behind_functions() -> None:
     def step(around: Around) -> list[Tensor]:
         torch.manual_seed(0)
