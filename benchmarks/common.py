@@ -207,6 +207,35 @@ class EagerRow:
 
 
 @dataclass(frozen=True)
+class Ran:
+    """A plan that was run.
+
+    Attributes:
+        claimed_bytes: the peak that it says.
+        peak_bytes: measured.
+        flops_share: recomputed, by the step's with nothing recomputed.
+    """
+
+    claimed_bytes: int
+    peak_bytes: int
+    flops_share: float
+
+
+@dataclass(frozen=True)
+class SacRow:
+    """Torch's ``sac_milp`` and a plan of ours at one budget, both run.
+
+    Attributes:
+        budget_bytes: of a rank, beside its parameters.
+        torch: ``None`` where ``sac_milp`` finds no plan.
+    """
+
+    budget_bytes: int
+    torch: Ran | None
+    ours: Ran
+
+
+@dataclass(frozen=True)
 class OptimumRow:
     """A block at one budget: recompute time of the solvers ``layers`` and ``auto``, and the least.
 
@@ -423,6 +452,7 @@ OwnRow: TypeAlias = (
     | ClockRow
     | WayRow
     | PublishedRow
+    | SacRow
     | TuningRow
 )
 Row: TypeAlias = TimingRow | OwnRow | StrategyOf

@@ -42,6 +42,7 @@ from benchmarks import (  # noqa: E402
     peaks,
     planning,
     published,
+    sac_milp,
     strategies,
     tuning,
 )
@@ -68,8 +69,8 @@ NAMES = (
     "strategies",
     "tuning",
 )
-#: Run where it is named alone: it needs a GPU to say much.
-NAMED_ALONE = ("gpu", "gpu-offload")
+#: Run where they are named alone: they need a GPU to say much, or packages that torch's tools want.
+NAMED_ALONE = ("gpu", "gpu-offload", "sac-milp")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,6 +151,8 @@ def _results(name: str, options: argparse.Namespace) -> Iterator[Result]:
         yield inductor_times.run(models, dtype=dtype, rounds=rounds or inductor_times.ROUNDS)
     elif name == "published":
         yield published.run()
+    elif name == "sac-milp":
+        yield sac_milp.run()
     elif name == "gpu":
         yield gpu.run(rounds=rounds or gpu.ROUNDS)
     elif name == "gpu-offload":

@@ -20,7 +20,9 @@ from benchmarks.common import (
     PeakRow,
     PlanningRow,
     PublishedRow,
+    Ran,
     Result,
+    SacRow,
     StrategyOf,
     TimingRow,
     TuningRow,
@@ -274,6 +276,22 @@ def _published(title: str, rows: Sequence[PublishedRow]) -> Table:
     return table
 
 
+def _sac(title: str, rows: Sequence[SacRow]) -> Table:
+    table = Table(title=f"{title}, in % of the step's flops")
+    for head in ("budget", "sac_milp says", "takes", "again", "plan says", "takes", "again"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        torchs = ("no plan", "", "") if row.torch is None else _ran(row.torch, row.budget_bytes)
+        table.add_row(f"{row.budget_bytes:,}", *torchs, *_ran(row.ours, row.budget_bytes))
+    return table
+
+
+def _ran(plan: Ran, budget: int) -> tuple[str, str, str]:
+    over = "!" * (plan.peak_bytes > budget)
+    again = f"{100 * plan.flops_share:.1f}"
+    return f"{plan.claimed_bytes:,}", f"{over}{plan.peak_bytes:,}", again
+
+
 def _tunings(title: str, rows: Sequence[TuningRow]) -> Table:
     table = Table(title=title)
     table.add_column("model")
@@ -312,6 +330,7 @@ _TABLES: dict[type, Callable[[str, Any], Table]] = {
     ClockRow: _clock,
     WayRow: _ways,
     PublishedRow: _published,
+    SacRow: _sac,
     StrategyOf: _strategies,
     TuningRow: _tunings,
 }

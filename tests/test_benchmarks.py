@@ -33,6 +33,7 @@ from benchmarks import (
     planning,
     published,
     run,
+    sac_milp,
     strategies,
     tuning,
 )
@@ -48,7 +49,9 @@ from benchmarks.common import (
     PeakRow,
     PlanningRow,
     PublishedRow,
+    Ran,
     Result,
+    SacRow,
     StrategyOf,
     TimingRow,
     TuningRow,
@@ -387,6 +390,26 @@ def test_a_block_beside_its_optimum() -> None:
         assert row.excess(row.optimum_s) == 0.0
     assert all(bar.met for bar in result.bars)
     assert "vit, one block" in shown(result)
+
+
+@pytest.mark.slow
+def test_plans_stand_beside_those_of_sac_milp() -> None:
+    pytest.importorskip("pulp")
+    pytest.importorskip("pwlf")
+    result = sac_milp.run((0.2, 0.6), layers=2)
+    assert all(bar.met for bar in result.bars)
+    for row in result.rows:
+        assert isinstance(row, SacRow)
+        assert row.ours.peak_bytes == row.ours.claimed_bytes <= row.budget_bytes
+
+
+def test_what_sac_milp_exceeds_is_marked() -> None:
+    row = SacRow(1_000, Ran(1_000, 1_007, 0.25), Ran(990, 990, 0.125))
+    none = SacRow(800, None, Ran(790, 790, 0.5))
+    console = Console(width=150, record=True)
+    run.show(Result("sac-milp", "beside", (row, none), tuple(sac_milp._bars([row, none]))), console)
+    shown = console.export_text()
+    assert "!1,007" in shown and "25.0" in shown and "no plan" in shown and "missed" not in shown
 
 
 def test_a_published_speed_stands_beside_a_plan_on_paper() -> None:
