@@ -78,7 +78,7 @@ class Graphs:
         runs: how often each of them ran, which is never where one graph holds the whole step.
         whole: whether one does.
         trains: whether what the step returned, where its own code ran, has a backward.
-        first_used: modules, and attributes that the first graph looks for and sets.
+        first_used: modules and their attributes, or places in words, that graphs look for and set.
     """
 
     #: Read by torch.compile to name the compiler in its logs.
@@ -90,7 +90,7 @@ class Graphs:
         self.seen: list[fx.GraphModule] = []
         self.runs: list[int] = []
         self.whole = self.trains = False
-        self.first_used: list[tuple[torch.nn.Module, str]] = []
+        self.first_used: list[tuple[torch.nn.Module | None, str]] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         inline_nested_regions(gm)

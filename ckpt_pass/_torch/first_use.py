@@ -2,36 +2,79 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.variables import TensorVariable
+from torch._dynamo.variables import ConstDictVariable, TensorVariable
+from torch._dynamo.variables.lists import BaseListVariable
+from torch._dynamo.variables.misc import NewGlobalVariable
 
 
-def set_at_first_use() -> Iterator[tuple[nn.Module, str]]:
-    """The attributes of modules that the code of a graph looks for and then sets to a tensor.
+def set_at_first_use() -> Iterator[tuple[nn.Module | None, str]]:
+    """What the code of a graph looks for and then sets to a tensor, or to a tuple that has one.
 
-    Asked while dynamo calls its backend. What is put into a dict, such as a buffer that was
-    ``None``, is not seen. What is only written does not count: nothing depends on whether it is
-    there.
+    Asked while dynamo calls its backend. An attribute of a module comes with that module; what is
+    put into a dict or a global of a file in words. What is only written does not count: nothing
+    depends on whether it is there.
     """
     translator = InstructionTranslator.current_tx()
     looked_for = {_place(guard) for guard in translator.output.guards}
-    for owner, changes in translator.output.side_effects.store_attr_mutations.items():
-        module, source = getattr(owner, "value", None), getattr(owner, "source", None)
-        if not isinstance(module, nn.Module) or source is None:
+    effects = translator.output.side_effects
+    for owner, changes in effects.store_attr_mutations.items():
+        source, value = getattr(owner, "source", None), getattr(owner, "value", None)
+        if source is None:
             continue
-        for name, value in changes.items():
-            was_there = isinstance(getattr(module, name, None), torch.Tensor)
-            asked = not looked_for.isdisjoint({f"{source.name}.{name}", (source.name, name)})
-            if asked and not was_there and isinstance(value, TensorVariable):
-                yield module, name
+        of_file = isinstance(owner, NewGlobalVariable)  # its source names the global itself
+        for name, new in changes.items():
+            place = source.name if of_file else f"{source.name}.{name}"
+            asked = not looked_for.isdisjoint({place, (source.name, name)})
+            was_there = isinstance(getattr(value, name, None), torch.Tensor)
+            if not asked or was_there or not _has_tensor(new):
+                continue
+            yield (value, name) if isinstance(value, nn.Module) else (None, _in_words(place))
+    for variable in effects.id_to_variable.values():
+        if not isinstance(variable, ConstDictVariable) or variable.source is None:
+            continue
+        if effects.is_modified(variable):
+            for place in _filled(variable, variable.source.name, looked_for):
+                yield None, _in_words(place)
+
+
+def _filled(variable: ConstDictVariable, name: str, looked_for: set[object]) -> Iterator[str]:
+    """The places of a dict where a tensor is now, and nothing or ``None`` was looked at."""
+    before = variable.original_items
+    for key, value in variable.items.items():
+        known, vt = before.get(key), getattr(key, "vt", None)
+        if known is value or not _has_tensor(value) or not vt or not vt.is_python_constant():
+            continue
+        place = f"{name}[{vt.as_python_constant()!r}]"
+        missing = known is None and (name, vt.as_python_constant()) in looked_for
+        if missing or (known is not None and not _has_tensor(known) and place in looked_for):
+            yield place
+
+
+def _has_tensor(value: Any) -> bool:
+    value = value.unwrap()  # one that dynamo has not looked at is none itself
+    if isinstance(value, BaseListVariable):
+        return any(map(_has_tensor, value.items))
+    return isinstance(value, TensorVariable)
 
 
 def _place(guard: Any) -> object:
-    """What a guard looks at: a source, or an attribute of one that may be missing."""
+    """What a guard looks at: a source, or an attribute or key of one that may be missing."""
     options = getattr(guard.create_fn, "keywords", {})
-    return (guard.name, options["attr"]) if "attr" in options else guard.name
+    for word in ("attr", "key"):
+        if word in options and isinstance(options[word], (str, int, tuple)):
+            return guard.name, options[word]
+    return guard.name
+
+
+def _in_words(source: str) -> str:
+    """``G['__import_own_dot_rotary'].Rotary.tables['k']`` is ``own.rotary.Rotary.tables['k']``."""
+    return re.sub(
+        r"^[GL]\['(?:__import_)?(\w+)'\]", lambda found: found[1].replace("_dot_", "."), source
+    )

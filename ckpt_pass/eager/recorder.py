@@ -8,7 +8,8 @@ holds each storage; when autograd would have let go is recorded beside it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -122,14 +123,8 @@ class Recorder(Watcher):
         Raises:
             NothingToDifferentiateError: nothing that it returns requires a gradient.
         """
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        states = told_of_states(self._state_read)
-        sizes = told_of_resizes(self._resized)
-        aside = shapes_of_the_whole_aside()
-        with self._stack.followed(), self._calls.followed(), states, sizes, aside, self:
-            with hooks, RealPaths(asks=self._answers is not None):
-                value = step()
-            self.trace.forward_length = self.moment
+        with self._following():
+            value = self._forward(step)
             returned = self._storages(value)
             self.trace.output_bytes = sum(self.trace.storages[n].nbytes for n in returned)
             self._calls.objects.settle()
@@ -144,10 +139,36 @@ class Recorder(Watcher):
         self.trace.leave_out_resized()
         return self.trace
 
+    def record_forward(self, step: Callable[[], Any]) -> EagerTrace:
+        """Run the forward alone and record it."""
+        with self._following():
+            self._forward(step)
+        return self.trace
+
+    @contextmanager
+    def _following(self) -> Iterator[None]:
+        states = told_of_states(self._state_read)
+        sizes = told_of_resizes(self._resized)
+        aside = shapes_of_the_whole_aside()
+        with self._stack.followed(), self._calls.followed(), states, sizes, aside, self:
+            yield
+
+    def _forward(self, step: Callable[[], Any]) -> Any:
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        with hooks, RealPaths(asks=self._answers is not None):
+            value = step()
+        self.trace.forward_length = self.moment
+        return value
+
     @property
     def left_bytes(self) -> int:
         """What is still there of the memory that the step has made."""
         return sum(self.trace.storages[number].nbytes for number in self._live.values())
+
+    def kept_beside(self, tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
+        """The storages that the step has made and that are still there, less those of some."""
+        beside = storage_ids(tensors)
+        return tuple(number for key, number in self._live.items() if key not in beside)
 
     def _storages(self, value: Any) -> tuple[int, ...]:
         """The storages of the step among the tensors of a value."""

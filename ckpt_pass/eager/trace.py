@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ckpt_pass._torch import ahead, autograd, modules
 from ckpt_pass.eager.answers import Answers, real_answers
 from ckpt_pass.eager.constants import Constants
+from ckpt_pass.eager.first_use import warn_if_another
 from ckpt_pass.eager.real_numbers import Maker, StaleNumbers, is_number
 from ckpt_pass.eager.recorder import Recorder
 from ckpt_pass.eager.replicas import replicas_alone
@@ -127,12 +128,24 @@ class _Step:
                     _let_go_of_gradients(args, kwargs)
                     left, beside = before.left_bytes, _beside_gradients(self.model)
                     answers = None if answers is None else answers.anew()
-                trace = recorder(answers).record(run, self.how.staged)
+                now = recorder(answers)
+                trace = now.record(run, self.how.staged)
                 trace.found_bytes = left
                 trace.beside_gradients_bytes = beside or _beside_gradients(self.model)
                 if self.how.staged:
                     trace.passed_bytes = _passed_bytes(trace, args, kwargs)
+                elif not self.how.again and (
+                    kept := now.kept_beside(self._gradients(args, kwargs))
+                ):
+                    answers = None if answers is None else answers.anew()
+                    following = recorder(answers).record_forward(run)
+                    warn_if_another(self.model, trace, kept, following)
                 return trace
+
+    def _gradients(self, *given: Any) -> list[torch.Tensor]:
+        tensors = [*self.model.parameters(), *tree_leaves(given)]
+        found = (t.grad for t in tensors if isinstance(t, torch.Tensor) and t.is_leaf)
+        return [gradient for gradient in found if gradient is not None]
 
     def real(self) -> Any:
         """The forward on real tensors."""

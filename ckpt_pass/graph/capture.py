@@ -141,7 +141,10 @@ def _warn_of_first_use(model: nn.Module, graphs: ahead.Graphs) -> None:
     if not graphs.first_used:
         return
     names = {id(module): name for name, module in model.named_modules()}
-    found = [f"{names.get(id(m), type(m).__name__)}.{name}" for m, name in graphs.first_used]
+    found = [
+        name if module is None else f"{names.get(id(module), type(module).__name__)}.{name}"
+        for module, name in graphs.first_used
+    ]
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     warnings.warn(
         f"{type(model).__name__} sets {found[0].lstrip('.')}{more} where it finds no tensor: the "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -13,20 +15,48 @@ import ckpt_pass
 X = torch.randn(64, 16, 32)
 
 
+_everywhere: Tensor | None = None
+
+
 class Angles(nn.Module):
     """Keeps a table, as rotary embeddings do."""
+
+    tables: ClassVar[dict[str, tuple[Tensor, int]]] = {}
 
     def __init__(self, how: str) -> None:
         super().__init__()
         self.layer, self.how = nn.Linear(32, 32), how
         if how == "none":
             self.table: Tensor | None = None
+        elif how == "buffer":
+            self.register_buffer("table", None)
 
     def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x) * self.kept())
+
+    def kept(self) -> Tensor:
+        global _everywhere
+        if self.how == "class":
+            if "cos" not in Angles.tables:
+                Angles.tables["cos"] = torch.arange(32.0).cos(), 1
+            return Angles.tables["cos"][0]
+        if self.how == "global":
+            if _everywhere is None:
+                _everywhere = torch.arange(32.0).cos()
+            return _everywhere
         missing = not hasattr(self, "table") if self.how == "missing" else self.table is None
         if missing:
             self.table = torch.arange(32.0).cos()
-        return torch.tanh(self.layer(x) * self.table)
+        assert self.table is not None
+        return self.table
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    global _everywhere
+    yield
+    _everywhere = None
+    Angles.tables.clear()
 
 
 def model_of(how: str) -> nn.Module:
@@ -37,11 +67,20 @@ def model_of(how: str) -> nn.Module:
     return nn.Sequential(Angles(how), Angles(how), Loss())
 
 
-@pytest.mark.parametrize("how", ["none", "missing"])
-def test_what_a_first_step_makes_is_told(how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("none", r"0\.table and 1 more"),
+        ("missing", r"0\.table and 1 more"),
+        ("buffer", r"\['0'\]\._buffers\['table'\] and 1 more"),
+        ("class", r"test_first_use\.Angles\.tables\['cos'\] where"),
+        ("global", r"test_first_use\._everywhere where"),
+    ],
+)
+def test_what_a_first_step_makes_is_told(how: str, told: str) -> None:
     """Once it is there the plan is of every further step."""
     model = model_of(how)
-    with pytest.warns(ckpt_pass.FirstUseWarning, match=r"0\.table and 1 more"):
+    with pytest.warns(ckpt_pass.FirstUseWarning, match=told):
         ckpt_pass.plan(model, X, budget=0.7)
     model(X)
     with warnings.catch_warnings():
@@ -51,6 +90,21 @@ def test_what_a_first_step_makes_is_told(how: str) -> None:
     for _ in range(2):
         found = ckpt_pass.measure_step(lambda: step(X), params=model.parameters())
         assert found.peak_bytes == plan.peak_bytes
+
+
+@pytest.mark.parametrize("how", ["none", "class", "global"])
+def test_what_a_first_eager_step_makes_is_told(how: str) -> None:
+    """Ops are told by how often they ran: those that are kept are others with the table there."""
+    model = model_of(how)
+    with pytest.warns(ckpt_pass.FirstUseWarning, match=r"bytes that its step makes \(0 aten\.\w+"):
+        ckpt_pass.plan(model, X, budget=1.0, mode="eager")
+    model(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = ckpt_pass.plan(model, X, budget=1.0, mode="eager")
+    plan.apply(model)
+    found = ckpt_pass.measure_step(lambda: model(X), params=model.parameters())
+    assert found.peak_bytes == plan.peak_bytes
 
 
 class Notes(nn.Module):
@@ -67,7 +121,8 @@ class Notes(nn.Module):
         return x.square().mean()
 
 
-def test_what_is_only_written_is_no_other_step() -> None:
+@pytest.mark.parametrize("mode", ["compiled", "eager"])
+def test_what_is_only_written_is_no_other_step(mode: Literal["compiled", "eager"]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ckpt_pass.plan(Notes(), X, budget=1.0)
+        assert ckpt_pass.plan(Notes(), X, budget=1.0, mode=mode)
