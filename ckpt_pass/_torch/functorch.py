@@ -360,9 +360,16 @@ def selective_ignored_ops() -> frozenset[Any]:
     """Ops that selective checkpointing passes through uncounted.
 
     ``detach`` appears in different numbers in forward and recompute, and the metadata ops of
-    tensor subclasses are run by the determinism check (``torch.utils.checkpoint``).
+    tensor subclasses are run by the determinism check (``torch.utils.checkpoint``). So do the marks
+    of ``record_function``: FSDP2 sets others where its units are gathered for a recomputation.
     """
-    return frozenset(torch.utils.checkpoint.SAC_IGNORED_OPS)
+    marks = (
+        torch.ops.profiler._record_function_enter.default,
+        torch.ops.profiler._record_function_enter_new.default,
+        torch.ops.profiler._record_function_exit.default,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+    )
+    return frozenset((*torch.utils.checkpoint.SAC_IGNORED_OPS, *marks))
 
 
 def selective_context(output: Any) -> torch.utils.checkpoint.SelectiveCheckpointContext:

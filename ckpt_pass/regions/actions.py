@@ -141,6 +141,14 @@ def is_blank(op: Any) -> bool:
     return bool(name.partition("::")[2].removeprefix("new_").startswith("empty"))
 
 
+def stays_where_it_is(op: Any) -> bool:
+    """Whether what an op returns is not to be moved: it has no values yet, or is FSDP2's memory.
+
+    FSDP gives the memory of gathered parameters back itself, in the middle of a region.
+    """
+    return is_blank(op) or getattr(op, "namespace", "") == "fsdp"
+
+
 def is_mutable(op: Any) -> bool:
     schema = getattr(op, "_schema", None)
     return bool(schema is not None and schema.is_mutable)

@@ -44,6 +44,7 @@ from ckpt_pass.regions.actions import (
     is_free,
     overwritten,
     returns_what_it_changes,
+    stays_where_it_is,
 )
 from ckpt_pass.regions.draws import Draw, DrawWatch
 from ckpt_pass.regions.light_hooks import LightHooks
@@ -292,6 +293,8 @@ class ForwardMode(QuickMode):
                 saves, sharding = False, None
         if action in _PASSED or is_cached_cast(func, args):
             return
+        if moves and stays_where_it_is(func):
+            saves, moves = True, False
         if action is Action.CHANGE and not returns_what_it_changes(func, args, kwargs, output):
             return
         key = key_of(func, args)
