@@ -8,12 +8,11 @@ from typing import Any
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.plans.goal import InFlight
 
-#: A microbatch is let go of when the last part of its backward has run: the whole, or the weights'.
-_FORWARD, _LAST = "F", frozenset({"B", "W"})
+_FORWARD, _BACKWARD, _OF_WEIGHTS = "F", "B", "W"
 
 
 class ScheduleError(CkptPassError):
-    """A schedule that does not say what a stage runs when."""
+    """A schedule that does not say what a stage runs when, or that runs its backward in parts."""
 
 
 def in_flight_of(schedule: Any, stage_index: int | None = None) -> InFlight:
@@ -29,7 +28,8 @@ def in_flight_of(schedule: Any, stage_index: int | None = None) -> InFlight:
         stage_index: the stage; this rank's own where it has one alone.
 
     Raises:
-        ScheduleError: it has no order, no such stage, or several of its own.
+        ScheduleError: it has no order, no such stage, or several of its own; or the backward of
+            weights is apart from that of inputs, as in zero-bubble schedules.
     """
     order = getattr(schedule, "pipeline_order", None)
     kind = type(schedule).__name__
@@ -52,8 +52,16 @@ def in_flight_of(schedule: Any, stage_index: int | None = None) -> InFlight:
         for action in _parts(actions):
             if action.stage_index == wanted:
                 what = action.computation_type.value
-                now += (what == _FORWARD) - (what in _LAST)
-                ended = ended or what in _LAST
+                if what == _OF_WEIGHTS:
+                    raise ScheduleError(
+                        f"Got a {kind}, which runs the backward of weights apart from that of "
+                        "inputs: what a region keeps it hands out once, and no plan knows what "
+                        "waits between the two. Expected a schedule with one backward a "
+                        "microbatch (ScheduleInterleaved1F1B), or a placement in place of a plan "
+                        "(ckpt_pass.apply(stage, 'all'))."
+                    )
+                now += (what == _FORWARD) - (what == _BACKWARD)
+                ended = ended or what == _BACKWARD
                 first, later = max(first, now * (not ended)), max(later, now * ended)
     return InFlight(first, later)
 

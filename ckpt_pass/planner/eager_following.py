@@ -117,7 +117,7 @@ def follow(table: Table, plan: EagerPlan, forward_length: int, in_flight: int) -
         moved=moved,
         shares=shares_of(table.candidates, table.values, plan, (before_op, before_death, begun)),
         ran=_ran(table, numbers, before_op, begun, length),
-        forward_length=int(before_op[forward_length]),
+        forward_length=int(before_death[forward_length]),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, schedules
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -436,3 +437,12 @@ def test_a_schedule_without_an_order() -> None:
 def test_without_a_process_group() -> None:
     with pytest.raises(distributed.NoProcessGroupError, match=r"plan_together\(\) compares"):
         distributed.plan_together(made(), batch(0), budget=0.9)
+
+
+def test_schedules_with_two_backwards_are_refused() -> None:
+    """What a region keeps it hands out once: the backward of weights would find nothing."""
+    kinds = schedules._ComputationType
+    order = [schedules._Action(0, kinds(word), 0) for word in ("F", "I", "W")]
+    schedule = types.SimpleNamespace(pipeline_order={0: order})
+    with pytest.raises(distributed.ScheduleError, match="backward of weights apart"):
+        distributed.in_flight_of(schedule, stage_index=0)
