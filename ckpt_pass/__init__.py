@@ -259,4 +259,5 @@ from ckpt_pass.errors import UnknownValuesError as UnknownValuesError
 from ckpt_pass.errors import UnmovableTensorError as UnmovableTensorError
 from ckpt_pass.errors import VerificationError as VerificationError
 from ckpt_pass.errors import WorkspaceWarning as WorkspaceWarning
+from ckpt_pass.errors import WrapperError as WrapperError
 from ckpt_pass.errors import WrongSolutionError as WrongSolutionError

@@ -121,6 +121,7 @@ from ckpt_pass.report.strategy_rows import UnknownStrategyError as UnknownStrate
 from ckpt_pass.state.given import NotAModuleError as NotAModuleError
 from ckpt_pass.state.holders import UninitializedParameterError as UninitializedParameterError
 from ckpt_pass.state.objects import SpentIteratorError as SpentIteratorError
+from ckpt_pass.state.wrapped import WrapperError as WrapperError
 from ckpt_pass.steps.halves import LostValuesError as LostValuesError
 from ckpt_pass.tools.ahead import PlanModeError as PlanModeError
 from ckpt_pass.tools.arguments import StepArgumentError as StepArgumentError

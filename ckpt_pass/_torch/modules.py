@@ -34,6 +34,19 @@ def hooks_wait_for_errors(until: CodeType) -> bool:
     return False
 
 
+def runs_on_values_alone(module: nn.Module) -> str:
+    """The wrapper of torch.distributed that a module is or has, if tensors without values break it.
+
+    Empty for other modules: FSDP2's and DistributedDataParallel are fine.
+    """
+    for base in type(module).__mro__:  # by name: torch.distributed is not imported for this
+        if base.__name__ == "FullyShardedDataParallel":
+            return "FullyShardedDataParallel (FSDP1)"
+        if base.__module__ == "torch.distributed._composable.replicate":
+            return "replicate()"
+    return ""
+
+
 @contextlib.contextmanager
 def converted_by_replacement(model: nn.Module) -> Iterator[None]:
     """Let ``Module.to`` and its like run on fake parameters.

@@ -140,6 +140,7 @@ def apply(
                 "within a budget a plan chooses. Give offload= alone, or leave budget= out."
             )
         choice = _planned(model, budget, asked, _as_args(example_inputs), loss_fn, where)
+    _check_units(model, choice)
     _check_shared(model, choice)
     _warn_inactive(model, choice)
     apply_regions(model, choice.regions)
@@ -292,6 +293,19 @@ def _refuse_twice(model: nn.Module) -> None:
             f"{type(model).__name__} has {what} applied to it already, expected a model without "
             "regions: two placements would recompute twice. Call ckpt_pass.remove(model) first."
         )
+
+
+def _check_units(model: nn.Module, choice: Choice) -> None:
+    """Units of FSDP1: each puts views of what it gathers into its modules, and keeps account."""
+    for name in choice.names:
+        for inner in model.get_submodule(name).modules():
+            if type(inner).__name__ == "FullyShardedDataParallel":
+                raise PlacementError(
+                    f"The region {name!r} would hold a FullyShardedDataParallel (FSDP1), which "
+                    "gathers parameters only once for a forward and its recomputation. Expected "
+                    "regions inside its units: apply before you wrap the model, name modules "
+                    "inside (ckpt_pass.ByName(...)), or use fully_shard (FSDP2)."
+                )
 
 
 def _check_shared(model: nn.Module, choice: Choice) -> None:

@@ -153,7 +153,8 @@ class Holders:
             while self._todo:
                 self._follow(*self._todo.pop())
             for tensor in self.tensors[looked_at:]:
-                self._fields(tensor.__dict__, 0)
+                if not autograd.is_gathered(tensor):  # FSDP1 keeps its account on its parameters
+                    self._fields(tensor.__dict__, 0)
                 looked_at += 1
 
     def has(self, container: Any) -> bool:

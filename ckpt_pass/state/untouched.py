@@ -20,6 +20,7 @@ from ckpt_pass._torch.storages import has_memory
 from ckpt_pass.state.elsewhere import Elsewhere
 from ckpt_pass.state.holders import Reached, replaced
 from ckpt_pass.state.objects import Keeper, SpentIteratorError, keeper_for
+from ckpt_pass.state.wrapped import check_wrappers
 
 StandIn = Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,11 +41,16 @@ def untouched(
         values: also give tensors their contents back: for steps on real tensors.
         reached: what is reached from the roots, where that is known already.
 
+    Raises:
+        WrapperError: stand-ins would break a module among it.
+
     Yields:
         The roots; a tensor, or a tuple with tensors, is replaced by its stand-in. Whatever else has
         tensors has their stand-ins while the block runs.
     """
     reached = Reached(roots) if reached is None else reached
+    if stand_in is not None:
+        check_wrappers(reached.with_code)
     elsewhere = Elsewhere(reached.with_code, reached.is_kept)
     grads = [(tensor, tensor.grad) for tensor in reached.tensors if tensor.is_leaf]
     flags = [(t, t.requires_grad) for t in reached.tensors if t.is_leaf]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -19,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import ckpt_pass
-from tests.distributed.ranks import WIDTH, Blocks, batch, made, simulated, tracked_bytes
+from tests.distributed.ranks import WIDTH, Block, Blocks, batch, made, simulated, tracked_bytes
 
 pytestmark = pytest.mark.distributed
 RANKS = (64, 512)
@@ -135,3 +142,45 @@ def test_regions_that_hold_units(policy: str) -> None:
 
     with simulated(2):
         assert all(map(torch.equal, gradients(True), gradients(False)))
+
+
+@pytest.mark.parametrize("mode", ["compiled", "eager"])
+@pytest.mark.parametrize("kind", ["FSDP1", "replicate"])
+def test_wrappers_that_a_plan_would_break(kind: str, mode: Literal["compiled", "eager"]) -> None:
+    """They are refused before they run on anything, and train on."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if kind == "FSDP1":
+            model: nn.Module = FullyShardedDataParallel(made(), device_id=torch.device("cpu"))
+        else:
+            model = replicate(made())
+        for _ in range(2):
+            with pytest.raises(ckpt_pass.WrapperError, match=f"{kind}.* counts on the tensors"):
+                ckpt_pass.plan(model, batch(0), budget=0.9, mode=mode)
+            model(batch(0)).backward()
+            assert all(p.grad is not None for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("orig", [False, True])
+def test_regions_inside_units_of_fsdp1(orig: bool) -> None:
+    """Those that hold a unit are refused."""
+
+    def gradients(placed: bool) -> list[Tensor]:
+        model = FullyShardedDataParallel(
+            made(),
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            device_id=torch.device("cpu"),
+            use_orig_params=orig,
+        )
+        if placed:
+            with pytest.raises(ckpt_pass.PlacementError, match="hold a FullyShardedDataParallel"):
+                ckpt_pass.apply(model, "all")
+            ckpt_pass.apply(model, ckpt_pass.ByName("Block"))
+        model(batch(0)).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    with simulated(2):
+        found, expected = gradients(True), gradients(False)
+        assert found and all(map(torch.equal, found, expected))
