@@ -101,5 +101,6 @@ class Exchange:
     def _missing(self, rank: int, said: str) -> RankMissingError:
         return RankMissingError(
             f"Rank {rank} {said}. Expected {self._tool}() on every rank before the first step: "
-            "look whether that rank failed, or does not call it."
+            "look whether that rank failed, or does not call it. Once one has missed a call, give "
+            "the next ones another name=: calls of one name are told apart by their number."
         )

@@ -101,39 +101,72 @@ class Alike:
         return tuple(found.values()) if stays.isdisjoint(found) else ()
 
 
+def check_same_step(sharding: Sharding, step: str) -> None:
+    """Compare what ranks have recorded; before any of them runs its forward for real.
+
+    Args:
+        sharding: over which ranks; each of them has to ask.
+        step: the record of the step, in words; empty where there is none, which is told only.
+
+    Raises:
+        ShardGroupError: the group is not there.
+        ShardedStepsDifferError: another rank has another step, or none; on all that have one.
+    """
+    digests = _said(step and hashlib.sha256(step.encode()).hexdigest(), sharding.found_group())
+    if not step or all(digest == digests[0] for digest in digests):
+        return
+    if "" in digests:
+        raise _failed(f"The step cannot be recorded on rank {digests.index('')}", sharding)
+    raise ShardedStepsDifferError(
+        f"Ranks of the group ({sharding}) run other ops than this one, or on other shapes, "
+        "in one step. Expected the same step on all of them, as they share out its values. "
+        "Plan each rank alone, without shard_over=, or shard over ranks that do the same."
+    )
+
+
 def alike_in(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     loss_fn: Callable[[Any], Tensor] | None,
     sharding: Sharding,
-    step: str,
 ) -> Alike:
     """Run a forward and compare what modules are given; every rank of the group has to.
 
     Args:
         model, args, kwargs, loss_fn: the step.
         sharding: over which ranks.
-        step: the record of the step, in words.
 
     Raises:
-        ShardGroupError: the group is not there.
-        ShardedStepsDifferError: another rank has another step; on all of them.
+        ShardedStepsDifferError: the forward failed on another rank.
         UnknownValuesError: the model or its arguments have no values.
     """
     group = sharding.found_group()
-    mine = _given(model, args, kwargs, loss_fn, sharding)
+    mine: dict[str, tuple[Given, ...]] | None = None
+    try:
+        mine = _given(model, args, kwargs, loss_fn, sharding)
+    finally:
+        said = _said(mine, group)  # that it failed, too: the others wait for a word
+    if any(given is None for given in said):
+        raise _failed(f"The forward failed on rank {said.index(None)}", sharding)
+    found = {name: _same([given.get(name, ()) for given in said]) for name in mine}
+    with functorch.real_tensors():
+        return Alike(_ranks(group, sharding, _device_of(model)), found, max(sharding.min_bytes, 1))
+
+
+def _failed(what: str, sharding: Sharding) -> ShardedStepsDifferError:
+    return ShardedStepsDifferError(
+        f"{what} of the group ({sharding}), which says why. Expected a step that runs on all of "
+        "them, as they share out its values. Mend that rank, or plan without shard_over=."
+    )
+
+
+def _said(mine: Any, group: Any) -> list[Any]:
+    """What each rank of the group says, in order."""
     said: list[Any] = [None] * dist.get_world_size(group)
     with functorch.real_tensors():
-        dist.all_gather_object(said, (hashlib.sha256(step.encode()).hexdigest(), mine), group=group)
-        if any(digest != said[0][0] for digest, _ in said):
-            raise ShardedStepsDifferError(
-                f"Ranks of the group ({sharding}) run other ops than this one, or on other shapes, "
-                "in one step. Expected the same step on all of them, as they share out its values. "
-                "Plan each rank alone, without shard_over=, or shard over ranks that do the same."
-            )
-        found = {name: _same([given.get(name, ()) for _, given in said]) for name in mine}
-        return Alike(_ranks(group, sharding, _device_of(model)), found, max(sharding.min_bytes, 1))
+        dist.all_gather_object(said, mine, group=group)
+    return said
 
 
 def _same(said: list[tuple[Given, ...]]) -> tuple[Given, ...]:

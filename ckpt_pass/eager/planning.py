@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ckpt_pass._errors import CkptPassError
-from ckpt_pass.eager.alike import Alike, alike_in
+from ckpt_pass.eager.alike import Alike, alike_in, check_same_step
 from ckpt_pass.eager.describe import eager_problem, left_out
 from ckpt_pass.eager.in_step import in_step
 from ckpt_pass.eager.step_record import EagerTrace
@@ -129,12 +129,16 @@ def describe_step(
     """Record a step, measure what has to be, and make the problem of it; as :func:`plan_eager`."""
     kernels = kernels_for(goal.cost)
     how = Surroundings(again=goal.gradients != "new", staged=goal.in_flight is not None)
-    trace = traced(model, args, loss_fn, kwargs, kernels, how)
-    timed = goal.cost == "measured"
-    alike = None
+    alike, words = None, ""
+    try:
+        trace = traced(model, args, loss_fn, kwargs, kernels, how)
+        words = step_words(trace) if goal.shard_over is not None else ""
+    finally:
+        if goal.shard_over is not None:  # others wait for a word from a rank that fails, too
+            check_same_step(goal.shard_over, words)
     if goal.shard_over is not None:
-        given, words = dict(kwargs or {}), step_words(trace)
-        alike = alike_in(model, args, given, loss_fn, goal.shard_over, words)
+        alike = alike_in(model, args, dict(kwargs or {}), loss_fn, goal.shard_over)
+    timed = goal.cost == "measured"
     problem = replace(
         described(trace, timed, kernels, goal.offload, goal.cost, alike),
         microbatches=_beside(trace, goal),

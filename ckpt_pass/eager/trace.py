@@ -134,18 +134,17 @@ class _Step:
                 trace.beside_gradients_bytes = beside or _beside_gradients(self.model)
                 if self.how.staged:
                     trace.passed_bytes = _passed_bytes(trace, args, kwargs)
-                elif not self.how.again and (
-                    kept := now.kept_beside(self._gradients(args, kwargs))
-                ):
+                elif not self.how.again and (kept := now.kept_beside(self._held(args, kwargs))):
                     answers = None if answers is None else answers.anew()
                     following = recorder(answers).record_forward(run)
                     warn_if_another(self.model, trace, kept, following)
                 return trace
 
-    def _gradients(self, *given: Any) -> list[torch.Tensor]:
-        tensors = [*self.model.parameters(), *tree_leaves(given)]
-        found = (t.grad for t in tensors if isinstance(t, torch.Tensor) and t.is_leaf)
-        return [gradient for gradient in found if gradient is not None]
+    def _held(self, *given: Any) -> list[torch.Tensor]:
+        """What a step may leave: gradients, and parameters, which FSDP2 pads on its own."""
+        tensors = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor) and t.is_leaf]
+        tensors += self.model.parameters()
+        return [*tensors, *(t.grad for t in tensors if t.grad is not None)]
 
     def real(self) -> Any:
         """The forward on real tensors."""

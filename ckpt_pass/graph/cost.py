@@ -190,7 +190,9 @@ def beside_bytes(tensors: Iterable[torch.Tensor]) -> int:
     Of sparse tensors, and those that wrap others, it is not known; nor where a size is open.
     """
     plain = [t for t in tensors if t.layout is torch.strided and not wraps([type(t)])]
-    whole, own = sum(storage_sizes(plain).values()), sum(t.nbytes for t in plain)
+    # Not nbytes: tensors of open sizes have none.
+    own = sum(t.numel() * t.element_size() for t in plain)
+    whole = sum(storage_sizes(plain).values())
     return max(0, whole - own) if isinstance(whole, int) and isinstance(own, int) else 0
 
 

@@ -71,7 +71,7 @@ class Actions:
             return Action.PASS
         if is_mutable(op):
             return Action.RESHAPE if is_free(op) and changes_in_place(op) else Action.CHANGE
-        if is_free(op):
+        if is_free(op) or begins_work(op):
             return Action.PASS
         found = settled(self.policy, SiteCounter().visit(op, ()))
         if found is None or found.sharding is not None:
@@ -139,6 +139,15 @@ def is_blank(op: Any) -> bool:
     """Whether an op makes memory with no values yet, such as ``empty_like``."""
     name = op._schema.name if hasattr(op, "_schema") else ""
     return bool(name.partition("::")[2].removeprefix("new_").startswith("empty"))
+
+
+def begins_work(op: Any) -> bool:
+    """Whether an op returns what is to be waited for, as ``c10d.send`` does.
+
+    A second wait for the same never ends: it runs again, on all ranks alike.
+    """
+    schema = getattr(op, "_schema", None)
+    return schema is not None and any("c10d.Work" in str(out.type) for out in schema.returns)
 
 
 def stays_where_it_is(op: Any) -> bool:

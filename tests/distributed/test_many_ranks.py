@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -223,6 +224,42 @@ def with_other_collectives(rank: int) -> None:
     distributed.plan_together(model if rank else made(), batch(rank), budget=0.95)
 
 
+class Ring(torch.autograd.Function):
+    """Each of two ranks gets what the other has."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        other, found = 1 - dist.get_rank(), torch.empty_like(x)
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x.contiguous(), other), dist.P2POp(dist.irecv, found, other)]
+        )
+        for work in works:
+            work.wait()
+        return found
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        found: Tensor = Ring.apply(gradient)  # type: ignore[no-untyped-call]
+        return found
+
+
+def point_to_point(rank: int) -> bool:
+    """A region that saves all it can, and exchanges without a collective."""
+
+    def region(x: Tensor) -> Tensor:
+        found: Tensor = Ring.apply(x.sin()).cos() * torch.rand_like(x)  # type: ignore[no-untyped-call]
+        return found
+
+    found = []
+    for run in (region, lambda x: ckpt_pass.checkpoint(region, x, policy="save-everything")):
+        torch.manual_seed(0)
+        x = batch(rank).requires_grad_()
+        run(x).sum().backward()
+        found.append(x.grad)
+    assert found[0] is not None and found[1] is not None
+    return torch.equal(found[0], found[1])
+
+
 def random_pairs(rank: int) -> list[tuple[bool, bool]]:
     """For each of a hundred pairs of plans: whether they are one, and whether ranks agree."""
     ways: tuple[dict[str, Any], ...] = (
@@ -343,6 +380,7 @@ OTHERS = (
     too_late,
     with_other_collectives,
     random_pairs,
+    point_to_point,
     whole_job,
 )
 
@@ -415,6 +453,11 @@ def test_random_pairs_of_plans(found: dict[str, list[Any]]) -> None:
     one, other = found["random_pairs"]
     assert one == other and all(same == agreed for same, agreed in one)
     assert {same for same, _ in one} == {False, True}
+
+
+def test_exchange_from_one_rank_to_another(found: dict[str, list[Any]]) -> None:
+    """What is to be waited for is no value: a second wait for it would not end."""
+    assert found["point_to_point"] == [True, True]
 
 
 def test_a_rank_that_is_late(found: dict[str, list[Any]]) -> None:

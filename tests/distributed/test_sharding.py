@@ -358,6 +358,33 @@ def plans_that_differ(rank: int) -> tuple[str, str]:
     return refused(lambda: ckpt_pass.plan(made(), batch(0, rows=64 + rank), **options))
 
 
+class Fails(nn.Module):
+    """On one rank, in the forward: while it is recorded, or on real tensors alone."""
+
+    def __init__(self, rank: int, recorded: bool) -> None:
+        super().__init__()
+        self.inner, self.fails, self.recorded = made(), rank % 2 == 1, recorded
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails and (self.recorded or type(x) is Tensor):
+            raise ValueError("a batch that this rank cannot take")
+        found: Tensor = self.inner(x)
+        return found
+
+
+def plans_of_one_that_fails(rank: int) -> list[tuple[str, str]]:
+    mesh = of_tensor_parallel()
+    options: Any = {"budget": 0.5, "mode": "eager", "shard_over": mesh}
+    found = []
+    for recorded in (True, False):
+        model = Fails(rank, recorded)
+        try:
+            ckpt_pass.plan(model, batch(0), **options)
+        except (ckpt_pass.CkptPassError, ValueError) as error:
+            found.append((type(error).__name__, str(error)))
+    return found
+
+
 # --- tests ----------------------------------------------------------------------------------
 
 JOBS = (
@@ -369,6 +396,7 @@ JOBS = (
     refusals,
     plans,
     plans_that_differ,
+    plans_of_one_that_fails,
 )
 
 
@@ -450,3 +478,14 @@ def test_plans_beside_megatrons_rule(found: dict[str, list[Any]]) -> None:
 def test_steps_that_differ_share_out_nothing(found: dict[str, list[Any]]) -> None:
     for error, words in found["plans_that_differ"]:
         assert error == "ShardedStepsDifferError" and "run other ops than this one" in words
+
+
+def test_a_rank_that_fails_lets_the_others_know(found: dict[str, list[Any]]) -> None:
+    for rank, (recording, forward) in enumerate(found["plans_of_one_that_fails"]):
+        own = rank % 2 == 1
+        assert own == ("a batch that this rank cannot take" in recording[1]), recording
+        assert own == ("a batch that this rank cannot take" in forward[1]), forward
+        if not own:
+            assert {recording[0], forward[0]} == {"ShardedStepsDifferError"}
+            assert "cannot be recorded on rank 1" in recording[1]
+            assert "forward failed on rank 1" in forward[1]

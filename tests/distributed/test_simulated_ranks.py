@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 import ckpt_pass
@@ -39,8 +41,8 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
         yield request.param
 
 
-def sharded(model: nn.Module, **how: Any) -> nn.Module:
-    for layer in model.layers:  # type: ignore[union-attr]
+def sharded(model: nn.Module, layers: Any = None, **how: Any) -> nn.Module:
+    for layer in model.layers if layers is None else layers:  # type: ignore[union-attr]
         fully_shard(layer, **how)
     fully_shard(model, **how)
     return model
@@ -184,3 +186,26 @@ def test_regions_inside_units_of_fsdp1(orig: bool) -> None:
     with simulated(2):
         found, expected = gradients(True), gradients(False)
         assert found and all(map(torch.equal, found, expected))
+
+
+def test_a_rank_whose_part_is_padded() -> None:
+    """FSDP pads anew where tensors are others; the step makes nothing of its own."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        model = sharded(nn.Sequential(Blocks(1).layers[0], nn.Linear(WIDTH, 3)), layers=())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ckpt_pass.FirstUseWarning)
+            ckpt_pass.plan(model, batch(0), budget=1.0, mode="eager", loss_fn=torch.sum)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_compiled_steps_of_another_size() -> None:
+    """Dynamo leaves the size open at the second step; gradients are none of open sizes."""
+    with simulated(2):
+        model = sharded(made())
+        backend = ckpt_pass.make_backend(policy="save-matmul", inner="aot_eager")
+        step = torch.compile(model, backend=backend)
+        for rows in (32, 48):
+            step(batch(0, rows=rows)).backward()
+        assert all(p.grad is not None for p in model.parameters())
