@@ -130,7 +130,7 @@ def rows_of(model: Model) -> list[EagerRow]:
             )
         )
     found = []
-    least = _least_budget(step, args)
+    least = least_budget(step, args)
     for row in _front(torchs):
         # A plan keeps some bytes free, so that the least that one takes as a budget is a little
         # above the least peak; the bar is on measured peaks.
@@ -140,7 +140,7 @@ def rows_of(model: Model) -> list[EagerRow]:
     return found
 
 
-def _least_budget(step: nn.Module, args: tuple[Any, ...]) -> int:
+def least_budget(step: nn.Module, args: tuple[Any, ...]) -> int:
     """The least budget that there is a plan for, in bytes."""
     try:
         ckpt_pass.plan(step, *args, budget=1, mode="eager")

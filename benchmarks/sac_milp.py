@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ckpt_pass
 from benchmarks.common import Bar, Ran, Result, SacRow
+from benchmarks.eager_budgets import least_budget
 from ckpt_pass.measure.step import Measurement
 from ckpt_pass.planner.devices import as_device
 from tests.distributed.ranks import simulated
@@ -77,7 +78,7 @@ def run(parts: Sequence[float] = PARTS, layers: int = LAYERS) -> Result:
         step, args = _sharded(layers)
         held = sum(_own(parameter).untyped_storage().nbytes() for parameter in step.parameters())
         plain = _measured(step, args)
-        least = _least_budget(step, args)
+        least = least_budget(step, args)
         rows = []
         for part in parts:
             budget = int(least + part * (plain.peak_bytes - least))
@@ -140,14 +141,6 @@ def _measured(step: nn.Module, args: tuple[Any, ...]) -> Measurement:
 
 def _ran(claimed_bytes: int, found: Measurement, plain: Measurement) -> Ran:
     return Ran(claimed_bytes, found.peak_bytes, (found.flops - plain.flops) / plain.flops)
-
-
-def _least_budget(step: nn.Module, args: tuple[Any, ...]) -> int:
-    try:
-        ckpt_pass.plan(step, *args, budget=1, mode="eager")
-    except ckpt_pass.InfeasibleBudgetError as error:
-        return error.least_feasible_bytes
-    raise AssertionError("a plan for one byte")
 
 
 def _told(layers: int) -> _Told:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-import torch.utils.checkpoint
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
@@ -354,37 +353,6 @@ def resize_fake_storage(tensor: torch.Tensor, nbytes: int | torch.SymInt) -> Non
 
 #: Whether a profiler session is open in this thread; a second one inside would break both.
 profiler_is_running: Callable[[], bool] = torch.autograd._profiler_enabled
-
-
-def selective_ignored_ops() -> frozenset[Any]:
-    """Ops that selective checkpointing passes through uncounted.
-
-    ``detach`` appears in different numbers in forward and recompute, and the metadata ops of
-    tensor subclasses are run by the determinism check (``torch.utils.checkpoint``). So do the marks
-    of ``record_function``: FSDP2 sets others where its units are gathered for a recomputation.
-    """
-    marks = (
-        torch.ops.profiler._record_function_enter.default,
-        torch.ops.profiler._record_function_enter_new.default,
-        torch.ops.profiler._record_function_exit.default,
-        torch.ops.profiler._record_function_exit._RecordFunction,
-    )
-    return frozenset((*torch.utils.checkpoint.SAC_IGNORED_OPS, *marks))
-
-
-def selective_context(output: Any) -> torch.utils.checkpoint.SelectiveCheckpointContext:
-    """What torch's selective checkpointing gives a policy function in the forward."""
-    context = torch.utils.checkpoint.SelectiveCheckpointContext(is_recompute=False)
-    context.op_output = output  # torch 2.11 takes no such argument
-    return context
-
-
-def selective_key(op: Any, args: tuple[Any, ...]) -> Any:
-    """What occurrences are counted by: the op; of inductor's compiled regions, the region."""
-    if isinstance(op, torch._ops.OpOverload):
-        return op
-    probe = getattr(torch.utils.checkpoint, "_sac_storage_key", None)
-    return probe(op, args) if probe is not None else op
 
 
 def default_store() -> Any:

@@ -34,17 +34,20 @@ def hooks_wait_for_errors(until: CodeType) -> bool:
     return False
 
 
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether a module is a unit of FSDP1; by name: torch.distributed is not imported for this."""
+    return any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__)
+
+
 def runs_on_values_alone(module: nn.Module) -> str:
     """The wrapper of torch.distributed that a module is or has, if tensors without values break it.
 
     Empty for other modules: FSDP2's and DistributedDataParallel are fine.
     """
-    for base in type(module).__mro__:  # by name: torch.distributed is not imported for this
-        if base.__name__ == "FullyShardedDataParallel":
-            return "FullyShardedDataParallel (FSDP1)"
-        if base.__module__ == "torch.distributed._composable.replicate":
-            return "replicate()"
-    return ""
+    if is_fsdp1(module):
+        return "FullyShardedDataParallel (FSDP1)"
+    composed = "torch.distributed._composable.replicate"
+    return "replicate()" if any(b.__module__ == composed for b in type(module).__mro__) else ""
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ from ckpt_pass.graph.watching import Watcher
 from ckpt_pass.ops.taxonomy import draws_random, op_name
 from ckpt_pass.policy.module_stack import ModuleStack
 from ckpt_pass.policy.sites import CallSite, ModulePath, SiteCounter, output_tensors
-from ckpt_pass.regions.actions import is_cached_cast
+from ckpt_pass.regions.actions import is_cached_cast, is_mutable, overwritten
 
 #: Ops that compute nothing and hold no memory: questions, and marks for a profiler.
 _UNSEEN = ("prim.", "profiler.")
@@ -385,17 +385,9 @@ class Recorder(Watcher):
 
     def _changed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[int]:
         """The storages that an op overwrites."""
-        schema = getattr(func, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            return
-        for index, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[index] if index < len(args) else kwargs.get(argument.name)
-                for tensor in output_tensors(
-                    value if isinstance(value, (list, tuple)) else [value]
-                ):
-                    for storage in functorch.storages_of(tensor):
-                        yield self._live.get(storage._cdata, -1)
+        for tensor in overwritten(func, args, kwargs) if is_mutable(func) else ():
+            for storage in functorch.storages_of(tensor):
+                yield self._live.get(storage._cdata, -1)
 
     def _born(self, output: Any, known: set[int], index: int) -> Iterator[int]:
         tensors = output_tensors(output)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from ckpt_pass._torch.modules import is_fsdp1
 from ckpt_pass.compile.engine import OPEN
 from ckpt_pass.eager.planning import plan_eager
 from ckpt_pass.job.counting import Around
@@ -299,7 +300,7 @@ def _check_units(model: nn.Module, choice: Choice) -> None:
     """Units of FSDP1: each puts views of what it gathers into its modules, and keeps account."""
     for name in choice.names:
         for inner in model.get_submodule(name).modules():
-            if type(inner).__name__ == "FullyShardedDataParallel":
+            if is_fsdp1(inner):
                 raise PlacementError(
                     f"The region {name!r} would hold a FullyShardedDataParallel (FSDP1), which "
                     "gathers parameters only once for a forward and its recomputation. Expected "

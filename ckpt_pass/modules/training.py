@@ -18,6 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils._pytree import tree_leaves
 
 from ckpt_pass._errors import CkptPassError
+from ckpt_pass._torch.modules import is_fsdp1
 
 Batch = TypeVar("Batch")
 
@@ -135,8 +136,7 @@ def _shares(
 
 def _is_sharded(model: nn.Module) -> bool:
     """Whether parameters are gathered in the forward: FSDP2's method, or FSDP1's class."""
-    named = type(model).__name__ == "FullyShardedDataParallel"
-    return named or hasattr(model, "set_requires_gradient_sync")
+    return is_fsdp1(model) or hasattr(model, "set_requires_gradient_sync")
 
 
 def _gathered(

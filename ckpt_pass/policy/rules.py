@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ckpt_pass._errors import CkptPassError, nearest
-from ckpt_pass._torch import functorch
+from ckpt_pass._torch import selective
 from ckpt_pass.offloading.sharding import Sharding, ShardLike, as_sharding
 from ckpt_pass.ops.tables import STANDS_FOR
 from ckpt_pass.ops.taxonomy import OpClass, functional_twin, op_name
@@ -221,7 +221,7 @@ class TorchPolicy:
 
     def ask(self, op: Any, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ruling:
         """What the function says of an op that ran with these arguments."""
-        context = functorch.selective_context(output)
+        context = selective.context_of(output)
         decision = self.policy_fn(context, op, *args, **kwargs)
         if isinstance(decision, bool):  # torch accepts booleans: torch/utils/checkpoint.py
             return CheckpointPolicy.MUST_SAVE if decision else CheckpointPolicy.PREFER_RECOMPUTE

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from ckpt_pass._torch import functorch
+from ckpt_pass._torch import selective
 from ckpt_pass._torch.dispatch import caller
 from ckpt_pass._torch.operators import OpOverload
 from ckpt_pass.ops.taxonomy import OpClass, classify, draws_random
@@ -19,7 +19,7 @@ from ckpt_pass.policy.rules import Policy, is_plain_data
 from ckpt_pass.policy.sites import SiteCounter
 
 #: Ops that the modes pass through uncounted.
-IGNORED = functorch.selective_ignored_ops()
+IGNORED = selective.ignored_ops()
 
 
 class Action(Enum):

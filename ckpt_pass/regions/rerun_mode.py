@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ckpt_pass._torch import functorch
+from ckpt_pass._torch import functorch, selective
 from ckpt_pass._torch.dispatch import QuickMode
 from ckpt_pass._torch.operators import OpOverload
 from ckpt_pass.regions.actions import (
@@ -36,7 +36,7 @@ class Pausable(Protocol):
 
 def key_of(op: Any, args: tuple[Any, ...]) -> Any:
     """What occurrences of an op are counted by; to hash an op itself is a call into Python."""
-    return id(op) if isinstance(op, OpOverload) else functorch.selective_key(op, args)
+    return id(op) if isinstance(op, OpOverload) else selective.key_of(op, args)
 
 
 class RecomputeMode(QuickMode):
