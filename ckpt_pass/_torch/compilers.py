@@ -24,6 +24,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from ckpt_pass._torch.batched import or_batched
 from ckpt_pass._torch.fusion import end_kernels_early, fusion_between_calls
 from ckpt_pass._torch.generated import GeneratedHalf, catch_generated
+from ckpt_pass._torch.moments import keep_moments
 
 CompiledFn = Callable[..., Any]
 #: What inductor's caches take as a pass over the schedule; torch 2.11 has no such class.
@@ -130,15 +131,14 @@ def compile_inductor(
     patches["custom_partitioner_fn"] = partition
     if partition.uuid() is None or (on_half is not None and not kept):
         patches["fx_graph_cache"] = False
+    users = patches.get("_post_fusion_custom_pass", inductor.config._post_fusion_custom_pass)
+    if users is not None:  # a key of torch's caches would say nothing of it
+        patches["fx_graph_cache"] = False
+    hooked = {**patches, "_post_fusion_custom_pass": _OurPass(patches, on_half, users, careful)}
     if on_half is None:
-        return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=patches))
-    users = patches.get("_post_fusion_custom_pass")
+        return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=hooked))
     # Of the plans that are tried one is taken: the others are no use to other machines.
-    hooked = {
-        **patches,
-        "_post_fusion_custom_pass": _Catcher(patches, on_half, users, careful),
-        "fx_graph_remote_cache": False,
-    }
+    hooked["fx_graph_remote_cache"] = False
     # Otherwise the backward is lowered when it first runs, too late to plan again.
     eager_lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
     fusion = fusion_between_calls() if careful else contextlib.nullcontext()
@@ -149,8 +149,8 @@ def compile_inductor(
         return cast(CompiledFn, compile_fx(module, list(inputs), config_patches=hooked))
 
 
-class _Catcher(_SchedulerPass):  # type: ignore[misc]
-    """A pass over inductor's schedule that has its graph hand over its code.
+class _OurPass(_SchedulerPass):  # type: ignore[misc]
+    """A pass over inductor's schedule: moments are kept, and the graph hands over its code.
 
     With care it has kernels end early, too (:func:`ckpt_pass._torch.fusion.end_kernels_early`).
     """
@@ -158,7 +158,7 @@ class _Catcher(_SchedulerPass):  # type: ignore[misc]
     def __init__(
         self,
         patches: Mapping[str, Any],
-        on_half: Callable[[GeneratedHalf], None],
+        on_half: Callable[[GeneratedHalf], None] | None,
         users: Callable[[Any], Any] | None,
         careful: bool,
     ) -> None:
@@ -168,13 +168,16 @@ class _Catcher(_SchedulerPass):  # type: ignore[misc]
     def __call__(self, nodes: list[Any]) -> list[Any]:
         from torch._inductor.virtualized import V
 
-        catch_generated(V.graph, self._patches, self._on_half)
+        if self._on_half is not None:
+            catch_generated(V.graph, self._patches, self._on_half)
         if self._careful and nodes:
             end_kernels_early(nodes)
-        return self._users(nodes) if self._users is not None else nodes
+        found = self._users(nodes) if self._users is not None else nodes
+        keep_moments(found)
+        return found
 
     def uuid(self) -> str:
-        return "ckpt_pass"
+        return "ckpt_pass, moments kept"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keys of caches are made of configurations too: it is the same in all of them."""

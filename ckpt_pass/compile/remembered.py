@@ -33,7 +33,7 @@ from ckpt_pass.graph.kernels import environment
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.sites import optimization_hint
 
-FORMAT = "ckpt_pass inductor 1"
+FORMAT = "ckpt_pass inductor 2"
 FOLDER = "ckpt_pass"
 
 

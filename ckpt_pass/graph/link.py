@@ -15,7 +15,7 @@ from ckpt_pass.graph.joint import JointGraph
 from ckpt_pass.graph.kernel_cache import KernelCache, KernelFacts
 from ckpt_pass.graph.kernels import environment
 from ckpt_pass.offloading.options import Offload
-from ckpt_pass.offloading.rates import SAMPLE_BYTES, measured_rates, rates_of
+from ckpt_pass.offloading.rates import measured_rates, rates_of, sample_bytes
 from ckpt_pass.offloading.stores import OffloadLike
 from ckpt_pass.planner.device import Device
 from ckpt_pass.planner.link import Link
@@ -69,18 +69,18 @@ def link_for(cost: str | Device, offload: OffloadLike, device: torch.device) -> 
 
 
 def _remembered(offload: Offload, device: torch.device, cache: KernelCache) -> tuple[float, float]:
-    place = environment(device)
+    place, nbytes = environment(device), sample_bytes(device)
     where = offload.to if offload.folder is None else f"{offload.to} {offload.folder}"
-    calls = [f"ckpt_pass::{way} {SAMPLE_BYTES} bytes, {where}" for way in ("put", "take")]
+    calls = [f"ckpt_pass::{way} {nbytes} bytes, {where}" for way in ("put", "take")]
     known = [cache.get(place, call) for call in calls]
     times = [facts.time_s for facts in known if facts is not None and facts.time_s]
     if len(times) != len(calls):
         asked = replace(offload, d2h_bytes_per_s=None, h2d_bytes_per_s=None)
         with functorch.real_tensors():
-            times = [SAMPLE_BYTES / rate for rate in measured_rates(asked, device)]
+            times = [nbytes / rate for rate in measured_rates(asked, device)]
         facts = (KernelFacts(time_s=time_s) for time_s in times)
         cache.add(place, dict(zip(calls, facts, strict=True)))
-    return SAMPLE_BYTES / times[0], SAMPLE_BYTES / times[1]
+    return nbytes / times[0], nbytes / times[1]
 
 
 def device_of_graph(joint: JointGraph) -> torch.device:

@@ -96,6 +96,7 @@ def _inner(plan: PlanRecord) -> list[str]:
     found = plan.execution.inductor if isinstance(plan.execution, CompiledExecution) else None
     if found is not None:
         again = f", planned again {found.replans} times" if found.replans else ""
+        again += ", fused with care" if found.careful else ""
         alone = format_bytes(plan.predicted.timeline.peak_bytes)
         lines.append(
             f"inductor     the peak is its generated code's; of the graph alone {alone}{again}"

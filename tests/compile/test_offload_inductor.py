@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.utils import run_and_get_code
 
 import ckpt_pass
 from ckpt_pass import Offload
@@ -120,6 +122,25 @@ def test_a_policy_and_a_store_of_ones_own() -> None:
     assert len(backend.plans[-1].with_fate("offloaded")) == 5
     assert taken[0] == taken[-1] > 0
     assert store.used_bytes == 0
+
+
+def test_copies_run_behind_what_the_plan_says() -> None:
+    """Inductor's order for the least memory would wait for each copy as soon as it has begun."""
+    torch.manual_seed(0)
+    module, x = Chain(), torch.randn(96, 48)
+    slow = Offload(d2h_bytes_per_s=4e8, h2d_bytes_per_s=4e8)
+    torch._dynamo.reset()
+    backend = ckpt_pass.make_backend(budget=0.7, offload=slow)
+    compiled = torch.compile(module, backend=backend)
+    _, (forward, _) = run_and_get_code(lambda: loss_of(compiled(x)).backward())
+    assert backend.plans[-1].with_fate("offloaded")
+    call = r"\b(put|release)\.default\((?:buf\d+, )?(buf\d+)|^ +(cpp_fused|extern)"
+    calls = re.findall(call, forward, re.MULTILINE)
+    at = {call: place for place, call in enumerate(calls) if call[0]}
+    waits = [
+        at["release", value, ""] - place for (op, value, _), place in at.items() if op == "put"
+    ]
+    assert max(waits) > 2, waits
 
 
 def test_values_lie_as_the_backward_reads_them() -> None:
