@@ -42,7 +42,6 @@ from ckpt_pass.eager.trace_ops import (
     fresh_ids,
     has_effects,
     is_taken_over,
-    saved_numbers_bytes,
     saved_record,
     stand_ins,
     storage_ids,
@@ -239,9 +238,10 @@ class Recorder(Watcher):
         if draws:
             with self._rest():  # fake tensors draw nothing, and regions look whether anything was
                 torch.rand(())
-        numbers = saved_numbers_bytes(func, args, given)
+        numbers = self._held.bytes_of(func, args, given)
         if numbers:
             self._hold(StorageRecord(numbers, index, of_graph=not self._backward))
+        self._held.ran(func, given, output)
         with self._rest():
             known |= stand_ins(self._fakes, given, output)
             record.call = self._written.node(func, args, kwargs, output)
@@ -262,7 +262,7 @@ class Recorder(Watcher):
             return NotImplemented  # the class of the tensors goes on
         site = self._site(func)
         self.trace.ops.append(OpRecord(site, _APART, (), (), (), False, False))
-        numbers = saved_numbers_bytes(func, args, list(output_tensors((*args, *kwargs.values()))))
+        numbers = self._held.bytes_of(func, args, output_tensors((*args, *kwargs.values())))
         if numbers:
             self._hold(StorageRecord(numbers, self.moment - 1, of_graph=not self._backward))
         self._begun, self._apart = True, self._apart + 1

@@ -280,25 +280,39 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in([getattr(leaf, name, None) for name in named])
 
 
-def saved_numbers_bytes(func: Any, args: tuple[Any, ...], given: Iterable[torch.Tensor]) -> int:
-    """The bytes that autograd holds to the end for numbers that Python gave an op.
-
-    It holds each as a tensor of its own, which neither hooks nor modes see.
-    """
-    if func not in _SAVING_NUMBERS or not torch.is_grad_enabled():
-        return 0
-    if not any(tensor.requires_grad for tensor in given):
-        return 0
-    held = sum(isinstance(value, (int, float)) for value in args)
-    return NUMBER_BYTES * (held + 2 * sum(isinstance(value, complex) for value in args))
-
-
 class HeldNumbers:
-    """Such numbers in graphs that the backward makes and runs: held until their node has run."""
+    """Numbers that Python gives an op, and that autograd holds for its backward.
+
+    It holds each as a tensor of its own, which neither hooks nor modes see. Those in graphs that
+    the backward makes and runs are held until their node has run.
+    """
 
     def __init__(self) -> None:
         self._let_go: dict[int, Callable[[], None]] = {}
         self._running = -1
+        self._resolved: set[int] = set()
+
+    def bytes_of(self, func: Any, args: tuple[Any, ...], given: Iterable[torch.Tensor]) -> int:
+        """The bytes of the numbers that are held for an op."""
+        if func not in _SAVING_NUMBERS or not torch.is_grad_enabled():
+            return 0
+        given = list(given)
+        differentiable = any(tensor.requires_grad for tensor in given)
+        if not differentiable and self._resolved.isdisjoint(storage_ids(given)):
+            return 0
+        held = sum(isinstance(value, (int, float)) for value in args)
+        return NUMBER_BYTES * (held + 2 * sum(isinstance(value, complex) for value in args))
+
+    def ran(self, func: Any, given: Iterable[torch.Tensor], output: Any) -> None:
+        """An op has run.
+
+        Where an op is given a conjugate that is none yet, torch makes it below autograd, and the
+        op is seen with that, which requires no gradients.
+        """
+        lazy = func is torch.ops.aten.clone.default and any(
+            t.requires_grad and (t.is_conj() or t.is_neg()) for t in given
+        )
+        self._resolved = storage_ids(output_tensors(output)) if lazy else set()
 
     def hold(self, let_go: Callable[[], None]) -> None:
         """The node that was made last holds numbers; afterwards it lets them go."""

@@ -24,7 +24,7 @@ from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.breaks import graph_break
 from ckpt_pass.compile.engine import Partitioner
 from ckpt_pass.eager.answers import Answers, asks
-from ckpt_pass.eager.trace_ops import HeldNumbers, Sums, as_really, saved_numbers_bytes
+from ckpt_pass.eager.trace_ops import HeldNumbers, Sums, as_really
 from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.graph.held import Curve, HeldBytes
 from ckpt_pass.graph.joint import JointGraph, read_joint
@@ -285,7 +285,9 @@ class Graphs:
             joins = between and self._sums.adds_up(func, args, kwargs)
             result = run(torch.ops.aten.add_.Tensor if joins else func)
         if not self._inside:
-            numbers = saved_numbers_bytes(func, args, output_tensors((*args, *kwargs.values())))
+            given = list(output_tensors((*args, *kwargs.values())))
+            numbers = self._numbers.bytes_of(func, args, given)
+            self._numbers.ran(func, given, result)
             let_go = self.held.hold(numbers) if numbers else None
             if let_go is not None and self.backward:
                 self._numbers.hold(let_go)

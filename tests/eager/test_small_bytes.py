@@ -41,6 +41,27 @@ def test_numbers_held_by_autograd() -> None:
     assert measured.peak_bytes == plan.peak_bytes
 
 
+def test_numbers_beside_conjugates_that_torch_makes_below_autograd() -> None:
+    class Mirrored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weights = (torch.randn(16, 16, dtype=torch.cfloat) / 10 for _ in range(3))
+            self.weights = nn.ParameterList(weights)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.fft.fft(x)
+            for weight in self.weights:
+                z = z @ weight + z.conj() * 0.1
+                z = z + z.conj().imag / 2
+            return torch.view_as_real(z).square().mean()
+
+    torch.manual_seed(0)
+    model, x = Mirrored(), torch.randn(32, 16)
+    plan = ckpt_pass.plan(model, x, mode="eager", budget=1.0)
+    measured = ckpt_pass.measure_step(lambda: model(x), repeats=1)
+    assert measured.peak_bytes == plan.peak_bytes
+
+
 def test_complex_numbers_take_twice_as_much() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
