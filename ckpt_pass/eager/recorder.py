@@ -7,8 +7,7 @@ holds each storage; when autograd would have let go is recorded beside it.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,6 +27,7 @@ from ckpt_pass.eager.module_calls import ModuleCalls
 from ckpt_pass.eager.packed import Packed
 from ckpt_pass.eager.real_numbers import Maker, RealNumbers, is_number
 from ckpt_pass.eager.real_paths import RealPaths
+from ckpt_pass.eager.step_memory import StepMemory
 from ckpt_pass.eager.step_record import (
     LOCAL,
     EagerTrace,
@@ -50,7 +50,6 @@ from ckpt_pass.eager.trace_ops import (
 )
 from ckpt_pass.eager.two_ways import Formulas
 from ckpt_pass.graph.calls import Calls
-from ckpt_pass.graph.cost import allocated_bytes
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.graph.watching import Watcher
 from ckpt_pass.ops.taxonomy import draws_random, op_name
@@ -93,8 +92,7 @@ class Recorder(Watcher):
         self._stack = ModuleStack(model)
         self._sites = SiteCounter()
         self._local_sites = SiteCounter()
-        self._live: dict[int, int] = {}
-        self._refs: dict[int, weakref.ref[Any]] = {}
+        self.memory = StepMemory(self.trace)
         self._asked: set[int] = set()  # in the backward
         self._written = Calls(fakes)
         self._sums = Sums()
@@ -102,7 +100,7 @@ class Recorder(Watcher):
         self._masks = Masks()
         self._formulas = Formulas(self.trace)
         self._calls = ModuleCalls(
-            model, self.trace, lambda: self._module, self._storages, self._number_of
+            model, self.trace, lambda: self._module, self._storages, self.memory.number_of
         )
         self._backward = False
         self._apart = 0  # ops on tensors that wrap others, in each other
@@ -159,23 +157,12 @@ class Recorder(Watcher):
         self.trace.forward_length = self.moment
         return value
 
-    @property
-    def left_bytes(self) -> int:
-        """What is still there of the memory that the step has made."""
-        return sum(self.trace.storages[number].nbytes for number in self._live.values())
-
-    def kept_beside(self, tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
-        """The storages that the step has made and that are still there, less those of some."""
-        beside = storage_ids(tensors)
-        return tuple(number for key, number in self._live.items() if key not in beside)
-
     def _storages(self, value: Any) -> tuple[int, ...]:
         """The storages of the step among the tensors of a value."""
-        keys = storage_ids(tensors_in(value))
-        return tuple(sorted(self._live[key] for key in keys & self._live.keys()))
+        return self.memory.among(storage_ids(tensors_in(value)))
 
     def _pack(self, value: torch.Tensor) -> Packed:
-        self.trace.saved.append(saved_record(value, self._number_of(value), self.moment))
+        self.trace.saved.append(saved_record(value, self.memory.number_of(value), self.moment))
         number = len(self.trace.saved) - 1
         self._masks.pack(value, number)
         return Packed(self.trace, number, value, self._written.maker_of(value), self._real(value))
@@ -221,10 +208,10 @@ class Recorder(Watcher):
             func, kwargs = torch.ops.aten.detach.default, {}
         given = [t for t in output_tensors((*args, *kwargs.values()))]
         known = storage_ids(given)
-        uses = tuple(sorted({self._live[key] for key in known if key in self._live}))
+        uses = self.memory.among(known)
         changes = tuple(self._changed(func, args, kwargs))
         unknown = [tensor for tensor in given if not self._constants.knows(tensor)]
-        self._numbers.check(unknown, changes, self._number_of)
+        self._numbers.check(unknown, changes, self.memory.number_of)
         self._formulas.note(func, given)
         self._held.begins()
         site = self._site(func)
@@ -247,7 +234,7 @@ class Recorder(Watcher):
             record.call = self._written.node(func, args, kwargs, output)
             output = self._as_really(record.call, output, known)
         self._sums.note(output)
-        record.makes = tuple(self._born(output, known - fresh_ids(func, args), index))
+        record.makes = tuple(self.memory.made(output, known - fresh_ids(func, args), index))
         record.effects = has_effects(record, func, args, kwargs, self._statistics)
         self._numbers.note(record.makes, func, self._module)
         return output
@@ -274,43 +261,19 @@ class Recorder(Watcher):
 
     def _state_read(self, state: Tensor) -> None:
         """Count a state of random numbers as long as a region, say, keeps it."""
-        if self._resting:
-            return
-        of_graph = not self._backward
-        record = StorageRecord(state.untyped_storage().nbytes(), self.moment, of_graph=of_graph)
-        self.trace.storages.append(record)
-
-        def died(_: Any) -> None:
-            record.dies = self.moment
-
-        self._refs[len(self.trace.storages) - 1] = weakref.ref(state.untyped_storage(), died)
+        if not self._resting:
+            storage = state.untyped_storage()
+            record = StorageRecord(storage.nbytes(), self.moment, of_graph=not self._backward)
+            self.memory.beside(record, storage)
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
-        """Memory that Python itself takes and gives back, whoever holds the storage (FSDP)."""
-        key, nbytes = storage._cdata, storage.nbytes()
-        before = self._live.pop(key, None)
-        if self._resting or (before is None and not nbytes):
-            if before is not None:
-                self._live[key] = before
-            return
-        if before is not None:
-            known = self.trace.storages[before]
-            known.dies, known.resized = self.moment, True
-        if nbytes:
-            number = len(self.trace.storages)
-            found = StorageRecord(nbytes, self.moment, resized=True)
-            self.trace.storages.append(found)
-            self._live[key] = number
-            self._refs[number] = weakref.ref(storage, self._death(key, number))
+        if not self._resting:
+            self.memory.resized(storage)
 
     def _hold(self, numbers: StorageRecord) -> None:
         """Count what autograd holds of Python's numbers; the graphs of the backward are run."""
-        self.trace.storages.append(numbers)
+        let_go = self.memory.held(numbers)
         if self._backward:
-
-            def let_go() -> None:
-                numbers.dies = self.moment
-
             self._held.hold(let_go)
 
     @property
@@ -318,11 +281,6 @@ class Recorder(Watcher):
         """The name of the module that runs."""
         path: ModulePath = self._stack.path
         return path[-1][0] if path else ""
-
-    def _number_of(self, tensor: torch.Tensor) -> int:
-        """The step's storage behind a tensor; -1 for what existed before."""
-        storages = functorch.storages_of(tensor)
-        return self._live.get(storages[0]._cdata, -1) if storages else -1
 
     def _run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]
@@ -387,26 +345,4 @@ class Recorder(Watcher):
         """The storages that an op overwrites."""
         for tensor in overwritten(func, args, kwargs) if is_mutable(func) else ():
             for storage in functorch.storages_of(tensor):
-                yield self._live.get(storage._cdata, -1)
-
-    def _born(self, output: Any, known: set[int], index: int) -> Iterator[int]:
-        tensors = output_tensors(output)
-        pairs = ((tensor, part) for tensor in tensors for part in functorch.storages_of(tensor))
-        for tensor, storage in pairs:
-            key = storage._cdata
-            if key in known or key in self._live:
-                continue
-            number = len(self.trace.storages)
-            nbytes = allocated_bytes(storage.nbytes(), tensor.device.type)
-            self.trace.storages.append(StorageRecord(nbytes, index))
-            self._live[key] = number
-            self._refs[number] = weakref.ref(storage, self._death(key, number))
-            yield number
-
-    def _death(self, key: int, number: int) -> Callable[[Any], None]:
-        def died(_: Any) -> None:
-            if self._live.get(key) == number:  # it has another size since, and another number
-                del self._live[key]
-                self.trace.storages[number].dies = self.moment
-
-        return died
+                yield self.memory.number(storage)

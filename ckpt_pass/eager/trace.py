@@ -126,7 +126,7 @@ class _Step:
                     before.record(run, self.how.staged)
                     held.clear()
                     _let_go_of_gradients(args, kwargs)
-                    left, beside = before.left_bytes, _beside_gradients(self.model)
+                    left, beside = before.memory.left_bytes, _beside_gradients(self.model)
                     answers = None if answers is None else answers.anew()
                 now = recorder(answers)
                 trace = now.record(run, self.how.staged)
@@ -134,7 +134,9 @@ class _Step:
                 trace.beside_gradients_bytes = beside or _beside_gradients(self.model)
                 if self.how.staged:
                     trace.passed_bytes = _passed_bytes(trace, args, kwargs)
-                elif not self.how.again and (kept := now.kept_beside(self._held(args, kwargs))):
+                elif not self.how.again and (
+                    kept := now.memory.left_beside(self._held(args, kwargs))
+                ):
                     answers = None if answers is None else answers.anew()
                     following = recorder(answers).record_forward(run)
                     warn_if_another(self.model, trace, kept, following)
