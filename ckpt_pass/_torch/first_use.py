@@ -40,16 +40,35 @@ def set_at_first_use() -> Iterator[tuple[nn.Module | None, str]]:
         if not isinstance(variable, ConstDictVariable) or variable.source is None:
             continue
         if effects.is_modified(variable):
-            for place in _filled(variable, variable.source.name, looked_for):
+            was = _at(translator.output, variable.source)
+            for place in _filled(variable, was, variable.source.name, looked_for):
                 yield None, _in_words(place)
 
 
-def _filled(variable: ConstDictVariable, name: str, looked_for: set[object]) -> Iterator[str]:
-    """The places of a dict where a tensor is now, and nothing or ``None`` was looked at."""
+def _at(output: Any, source: Any) -> Any:
+    """The object at a source, as ``OutputGraph.resolve_source_value`` of torch 2.13 finds it."""
+    root = output.root_tx
+    return source.get_value({"G": root.f_globals, "L": root.f_locals}, {}, {})
+
+
+def _filled(
+    variable: ConstDictVariable, was: Any, name: str, looked_for: set[object]
+) -> Iterator[str]:
+    """The places of a dict where a tensor is now, and nothing or ``None`` was looked at.
+
+    Args:
+        variable: the dict.
+        was: the same as it was: of a module's, dynamo knows only what was asked for.
+        name: of the dict.
+        looked_for: places.
+    """
     before = variable.original_items
+    held = was if isinstance(was, dict) else {}
     for key, value in variable.items.items():
         known, vt = before.get(key), getattr(key, "vt", None)
         if known is value or not _has_tensor(value) or not vt or not vt.is_python_constant():
+            continue
+        if isinstance(held.get(vt.as_python_constant()), torch.Tensor):
             continue
         place = f"{name}[{vt.as_python_constant()!r}]"
         missing = known is None and (name, vt.as_python_constant()) in looked_for

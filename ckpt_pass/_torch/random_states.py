@@ -5,9 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
+from torch._prims.rng_prims import (
+    graphsafe_run_with_rng_state,
+    run_and_save_rng_state,
+    run_with_rng_state,
+)
 
 
 def _find_memcmp() -> Callable[[int, int, int], int] | None:
@@ -55,3 +61,31 @@ def told_of_states(told: Callable[[torch.Tensor], None]) -> Iterator[None]:
         yield
     finally:
         torch.get_rng_state = torch.random.get_rng_state = read
+
+
+def in_parts(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an op that saves a state of random numbers, or draws from one, as the ops it comes to.
+
+    On fake tensors (``torch._prims.rng_prims``): the states are uninitialised memory of their size.
+
+    Raises:
+        NotImplementedError: it is another op that runs ops.
+    """
+    if func is run_and_save_rng_state:
+        op, *rest = args
+        return _state(), op(*rest, **kwargs)
+    if func is run_with_rng_state:
+        _, op, *rest = args
+        present = _state()  # put back afterwards
+        drawn = op(*rest, **kwargs)
+        del present
+        return drawn
+    if func is graphsafe_run_with_rng_state:  # a generator, which is there anyway
+        op, *rest = args
+        return op(*rest, **{key: value for key, value in kwargs.items() if key != "rng_state"})
+    raise NotImplementedError(f"{func.name()} runs what is not followed")
+
+
+def _state() -> torch.Tensor:
+    nbytes = torch.default_generator.get_state().nbytes
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")

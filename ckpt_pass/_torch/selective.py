@@ -12,10 +12,12 @@ def ignored_ops() -> frozenset[Any]:
     """Ops that selective checkpointing passes through uncounted.
 
     ``detach`` appears in different numbers in forward and recompute, and the metadata ops of
-    tensor subclasses are run by the determinism check (``torch.utils.checkpoint``). So do the marks
-    of ``record_function``: FSDP2 sets others where its units are gathered for a recomputation.
+    tensor subclasses are run by the determinism check (``torch.utils.checkpoint``; that for the
+    layout is not among torch's). So do the marks of ``record_function``: FSDP2 sets others where
+    its units are gathered for a recomputation.
     """
     marks = (
+        torch.ops.prim.layout.default,
         torch.ops.profiler._record_function_enter.default,
         torch.ops.profiler._record_function_enter_new.default,
         torch.ops.profiler._record_function_exit.default,

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import functorch
 from ckpt_pass._torch.generated import GeneratedHalf
+from ckpt_pass._torch.operators import HigherOrderOperator
+from ckpt_pass._torch.random_states import in_parts
 from ckpt_pass.graph.calls import fake_like, open_like
 from ckpt_pass.graph.held import HeldBytes, device_type_of
 from ckpt_pass.graph.kernel_run import FAILURES
@@ -34,9 +36,10 @@ class DryRunError(CkptPassError):
         which = "backward" if half.is_backward else "forward"
         super().__init__(
             f"The {which} that inductor generated cannot be followed without running it, so that "
-            f"its peak is not known beforehand: {reason}. A budget needs Python wrappers whose "
-            "sizes do not depend on data. Leave out inductor's cpp_wrapper and fx_wrapper, use "
-            "inner='aot_eager', whose peak is the plan's, or give no budget."
+            f"its peak is not known beforehand: {reason}. A budget needs Python wrappers, of values "
+            "that lie in plain memory (no sparse gradients) and whose sizes do not depend on data. "
+            "Leave out inductor's cpp_wrapper and fx_wrapper, use inner='aot_eager', whose peak is "
+            "the plan's, or give no budget."
         )
 
 
@@ -195,6 +198,8 @@ def _is_dense(value: Tensor) -> bool:
 class _Memory(TorchDispatchMode):
     """Counts the storages that ops make, until nothing holds them any more."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, fake: functorch.FakeTensorMode, device_type: str, calls: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held = HeldBytes(fake, device_type, calls)
@@ -208,6 +213,9 @@ class _Memory(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            with self:
+                return in_parts(func, args, kwargs)
         result = func(*args, **kwargs)
         where = f"in the {self.half} that inductor generated, at {op_name(func)}"
         self.held.note(func, args, kwargs, result, where)

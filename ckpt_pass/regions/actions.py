@@ -54,7 +54,8 @@ class Actions:
 
     def learn(self, op: Any) -> Action:
         """Find out about an op that is met for the first time."""
-        report_unclassified(op)
+        if op not in IGNORED:
+            report_unclassified(op)
         action = self._find(op)
         if action not in (Action.PASS, Action.RESHAPE) and draws_random(op):
             self.drawing.add(op)

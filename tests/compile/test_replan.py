@@ -298,3 +298,60 @@ def test_a_link_never_raises_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
     why = caught.value.inner_exception
     assert isinstance(why, InfeasibleBudgetError) and why.least_feasible_bytes == 200
     assert asked == [link, None]
+
+
+class Noisy(nn.Module):
+    """Layers with random numbers that inductor leaves to libraries, or is asked to."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.up = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU()) for _ in range(2)
+        )
+        self.down = nn.ModuleList(nn.Linear(64, 32) for _ in range(2))
+
+    def noisy(self, x: Tensor) -> Tensor:
+        if self.kind == "drop path":
+            return x * torch.empty_like(x).bernoulli_(0.7)
+        if self.kind == "poisson":
+            return x * torch.poisson(x.detach().abs())
+        return nn.functional.dropout(x, 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(self.noisy(up(x)))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["poisson", *(pytest.param(k, marks=pytest.mark.slow) for k in ("drop path", "dropout"))],
+)
+def test_random_numbers_of_libraries_are_drawn_again(kind: str) -> None:
+    torch.manual_seed(0)
+    net, x = Noisy(kind), torch.randn(256, 32)
+    options = {"fallback_random": kind == "dropout"}
+
+    def gradients(step: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        net.zero_grad()
+        torch.manual_seed(1)
+        step(x).backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    torch._dynamo.reset()
+    expected = gradients(torch.compile(net, backend="inductor", options=options))
+    torch._dynamo.reset()
+    backend = ckpt_pass.make_backend(budget=0.6, inner_options=options)
+    compiled = torch.compile(net, backend=backend)
+    for ours, theirs in zip(gradients(compiled), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    net.zero_grad()
+    measured = ckpt_pass.measure_step(
+        lambda: compiled(x), repeats=1, params=list(net.parameters())
+    ).peak_bytes
+    (plan,) = backend.plans
+    name = {"poisson": "poisson", "drop path": "bernoulli", "dropout": "native_dropout"}[kind]
+    assert any(f".{name}." in decision.site.op for decision in plan.with_fate("recomputed"))
+    assert plan.budget_bytes is not None
+    assert measured == plan.peak_bytes <= plan.budget_bytes

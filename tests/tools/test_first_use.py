@@ -126,3 +126,12 @@ def test_what_is_only_written_is_no_other_step(mode: Literal["compiled", "eager"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ckpt_pass.plan(Notes(), X, budget=1.0, mode=mode)
+
+
+def test_buffers_that_are_there_and_written_are_no_first_use() -> None:
+    """Dynamo knows of a module's buffers only what was asked for."""
+    layer = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32))
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ckpt_pass.plan(model, X, budget=1.0)

@@ -23,7 +23,7 @@ class Jagged(nn.Module):
         return x.values().square().mean()
 
 
-@pytest.mark.filterwarnings("ignore::ckpt_pass.UnclassifiedOpWarning")
+@pytest.mark.filterwarnings("error::ckpt_pass.UnclassifiedOpWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_measured_verified_and_planned() -> None:
     model, inputs = Jagged(), (torch.randn(30, 16), torch.tensor([0, 7, 12, 30]))
