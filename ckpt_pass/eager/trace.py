@@ -134,13 +134,17 @@ class _Step:
                 trace.beside_gradients_bytes = beside or _beside_gradients(self.model)
                 if self.how.staged:
                     trace.passed_bytes = _passed_bytes(trace, args, kwargs)
-                elif not self.how.again and (
-                    kept := now.memory.left_beside(self._held(args, kwargs))
-                ):
+                elif not self.how.again and (kept := self._kept(now, args, kwargs)):
                     answers = None if answers is None else answers.anew()
                     following = recorder(answers).record_forward(run)
                     warn_if_another(self.model, trace, kept, following)
                 return trace
+
+    def _kept(self, step: Recorder, *given: Any) -> tuple[int, ...]:
+        """The storages that a step leaves; what autocast has in its cache is no other step's."""
+        cached = {number for op in step.trace.ops if op.cached for number in op.makes}
+        left = step.memory.left_beside(self._held(*given))
+        return tuple(number for number in left if number not in cached)
 
     def _held(self, *given: Any) -> list[torch.Tensor]:
         """What a step may leave: gradients, and parameters, which FSDP2 pads on its own."""

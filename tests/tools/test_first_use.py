@@ -135,3 +135,20 @@ def test_buffers_that_are_there_and_written_are_no_first_use() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ckpt_pass.plan(model, X, budget=1.0)
+
+
+def test_casts_that_autocast_keeps_around_a_plan_are_no_first_use() -> None:
+    """They are there as long as the block: the plan's step is that of a block around it all."""
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(X).float().square().mean().backward()
+
+    with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16):
+        warnings.simplefilter("error")
+        plan = ckpt_pass.plan(
+            model, X, budget=1.0, mode="eager", loss_fn=lambda out: out.float().square().mean()
+        )
+    found = ckpt_pass.measure_step(step, backward=False, params=model.parameters())
+    assert found.peak_bytes == plan.peak_bytes
