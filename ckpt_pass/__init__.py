@@ -154,6 +154,7 @@ from ckpt_pass.errors import BackwardTwiceError as BackwardTwiceError
 from ckpt_pass.errors import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.errors import CkptPassError as CkptPassError
 from ckpt_pass.errors import CompiledOffloadError as CompiledOffloadError
+from ckpt_pass.errors import CompiledPartWarning as CompiledPartWarning
 from ckpt_pass.errors import CompiledShardError as CompiledShardError
 from ckpt_pass.errors import ConfigKeyError as ConfigKeyError
 from ckpt_pass.errors import ContradictoryRegionError as ContradictoryRegionError

@@ -27,6 +27,7 @@ from ckpt_pass.drawing.figures import MissingExtraError as MissingExtraError
 from ckpt_pass.eager.alike import ShardedStepsDifferError as ShardedStepsDifferError
 from ckpt_pass.eager.alike import UnknownValuesError as UnknownValuesError
 from ckpt_pass.eager.answers import OtherPathError as OtherPathError
+from ckpt_pass.eager.compiled_parts import CompiledPartWarning as CompiledPartWarning
 from ckpt_pass.eager.replicas import ReplicaError as ReplicaError
 from ckpt_pass.graph.capture import FirstUseWarning as FirstUseWarning
 from ckpt_pass.graph.capture import NothingToDifferentiateError as NothingToDifferentiateError

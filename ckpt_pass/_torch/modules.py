@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules import module as nn_module
 
 _CALL = nn.Module._call_impl.__code__
@@ -91,3 +92,8 @@ def script_attributes(module: nn.Module) -> tuple[str, ...]:
     described = getattr(module, "_concrete_type", None)
     names = () if described is None else described.get_attributes()
     return tuple(name for name in names if not name.startswith("_"))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile`` returned, or has been compiled in place."""
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None

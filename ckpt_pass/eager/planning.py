@@ -11,6 +11,7 @@ from torch import nn
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.eager.alike import Alike, alike_in, check_same_step
+from ckpt_pass.eager.compiled_parts import warn_of_compiled_parts
 from ckpt_pass.eager.describe import eager_problem, left_out
 from ckpt_pass.eager.in_step import in_step
 from ckpt_pass.eager.step_record import EagerTrace
@@ -127,6 +128,7 @@ def describe_step(
     kwargs: Mapping[str, Any] | None = None,
 ) -> EagerStep:
     """Record a step, measure what has to be, and make the problem of it; as :func:`plan_eager`."""
+    warn_of_compiled_parts(model)
     kernels = kernels_for(goal.cost)
     how = Surroundings(again=goal.gradients != "new", staged=goal.in_flight is not None)
     alike, words = None, ""

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -109,3 +109,15 @@ def test_torchs_partitioner_saves_only_what_the_policy_saves(case: str) -> None:
             user.meta.get("ac_graph_id") != node.meta["ac_graph_id"] for user in node.users
         )
         assert node.meta["recompute"] is CheckpointPolicy.MUST_SAVE or enters_another, node
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_part_is_told_of(in_place: bool) -> None:
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
+    if in_place:
+        model[1].compile(backend="aot_eager")
+    else:
+        model[1] = torch.compile(model[1], backend="aot_eager")
+    with pytest.warns(ckpt_pass.CompiledPartWarning, match="^1 of Sequential is compiled"):
+        plan = ckpt_pass.plan(model, torch.randn(64, 32), budget=1.0, mode="eager")
+    assert plan.peak_bytes
