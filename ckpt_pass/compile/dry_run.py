@@ -37,9 +37,9 @@ class DryRunError(CkptPassError):
         super().__init__(
             f"The {which} that inductor generated cannot be followed without running it, so that "
             f"its peak is not known beforehand: {reason}. A budget needs Python wrappers, of "
-            "values that lie in plain memory (no sparse gradients) and whose sizes do not depend on "
-            "data. Leave out inductor's cpp_wrapper and fx_wrapper, use inner='aot_eager', whose peak is "
-            "the plan's, or give no budget."
+            "values in plain memory (no sparse gradients) whose sizes do not depend on data. Leave "
+            "out inductor's cpp_wrapper and fx_wrapper, use inner='aot_eager', whose peak is the "
+            "plan's, or give no budget."
         )
 
 
