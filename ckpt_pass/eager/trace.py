@@ -98,6 +98,8 @@ class _Step:
             if real:
                 return tensor.detach().clone()
             found = fakes(tensor)
+            if found.grad_fn is not None and not tensor._is_view():
+                found = found.detach().requires_grad_()  # its history is no part of the step
             if not (autograd.is_fake(tensor) or tensor.is_meta):
                 constants.give(found, tensor)
             if found.is_leaf:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass.state.given import check_module
@@ -67,3 +69,17 @@ def options_of(tool: Callable[..., Any]) -> list[str]:
     """The names that a function of ours takes for itself, not for the model."""
     parameters = inspect.signature(tool).parameters.values()
     return [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+
+
+def without_histories(arguments: Any) -> Any:
+    """Arguments for steps that are run again and again: what has a history becomes a leaf.
+
+    A backward goes through a history but once; what it brings to an argument is its gradient.
+    """
+    if not any(
+        isinstance(v, torch.Tensor) and v.grad_fn is not None for v in tree_leaves(arguments)
+    ):
+        return arguments
+    return tree_map_only(
+        torch.Tensor, lambda t: t if t.grad_fn is None else t.detach().requires_grad_(), arguments
+    )

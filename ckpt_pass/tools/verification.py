@@ -39,7 +39,7 @@ from ckpt_pass.regions.wrapping import (
 )
 from ckpt_pass.state.untouched import holders_restored, untouched
 from ckpt_pass.tools.ahead import plan as make_plan
-from ckpt_pass.tools.arguments import step_arguments
+from ckpt_pass.tools.arguments import step_arguments, without_histories
 from ckpt_pass.tools.job_run import measured_job_peak
 
 #: How far the measured peak may be from the predicted one: what was seen on models with kernels'
@@ -154,6 +154,7 @@ def verify(
         UnknownPolicyError, InfeasibleBudgetError and others: see :func:`ckpt_pass.plan`.
     """
     inputs = step_arguments(model, verify, args, kwargs, named)
+    args, inputs = without_histories((args, inputs))
     used = _Used(model, args, inputs, loss_fn, rtol, atol)
     with untouched(model, loss_fn, args, inputs, values=True):
         if plan is None and mode == "eager" and budget is None and total is None:

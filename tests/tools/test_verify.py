@@ -204,3 +204,18 @@ def test_the_command(tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
     assert run(["verify", target, "--plan", str(broken)]).exit_code == 1
+
+
+@pytest.mark.parametrize("mode", ["compiled", "eager"])
+def test_arguments_with_a_history_are_leaves_of_the_step(mode: Any) -> None:
+    """A backward goes through it but once, and the step is run again and again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+    x = torch.randn(64, 16, requires_grad=True) * 2
+    loss_fn = torch.mean
+    how: dict[str, Any] = {"mode": mode, "loss_fn": loss_fn}
+    plan = ckpt_pass.plan(model, x, budget=1.0, **how)
+    ckpt_pass.verify(model, x, plan=plan, **how).raise_if_failed()
+    if mode == "eager":
+        leaf = x.detach().requires_grad_()
+        assert plan.peak_bytes == ckpt_pass.plan(model, leaf, budget=1.0, **how).peak_bytes
