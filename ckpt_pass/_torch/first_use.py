@@ -36,19 +36,14 @@ def set_at_first_use() -> Iterator[tuple[nn.Module | None, str]]:
             if not asked or was_there or not _has_tensor(new):
                 continue
             yield (value, name) if isinstance(value, nn.Module) else (None, _in_words(place))
-    for variable in effects.id_to_variable.values():
+    objects = {id(found): found for found in effects.keepalive}
+    for number, variable in effects.id_to_variable.items():
         if not isinstance(variable, ConstDictVariable) or variable.source is None:
             continue
         if effects.is_modified(variable):
-            was = _at(translator.output, variable.source)
+            was = objects.get(number)
             for place in _filled(variable, was, variable.source.name, looked_for):
                 yield None, _in_words(place)
-
-
-def _at(output: Any, source: Any) -> Any:
-    """The object at a source, as ``OutputGraph.resolve_source_value`` of torch 2.13 finds it."""
-    root = output.root_tx
-    return source.get_value({"G": root.f_globals, "L": root.f_locals}, {}, {})
 
 
 def _filled(

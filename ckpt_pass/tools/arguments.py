@@ -76,10 +76,12 @@ def without_histories(arguments: Any) -> Any:
 
     A backward goes through a history but once; what it brings to an argument is its gradient.
     """
-    if not any(
-        isinstance(v, torch.Tensor) and v.grad_fn is not None for v in tree_leaves(arguments)
-    ):
+    leaves = {
+        id(value): value.detach().requires_grad_()
+        for value in tree_leaves(arguments)
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    }
+    if not leaves:
         return arguments
-    return tree_map_only(
-        torch.Tensor, lambda t: t if t.grad_fn is None else t.detach().requires_grad_(), arguments
-    )
+    # What is given twice stays one tensor.
+    return tree_map_only(torch.Tensor, lambda value: leaves.get(id(value), value), arguments)

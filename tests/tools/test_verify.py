@@ -219,3 +219,18 @@ def test_arguments_with_a_history_are_leaves_of_the_step(mode: Any) -> None:
     if mode == "eager":
         leaf = x.detach().requires_grad_()
         assert plan.peak_bytes == ckpt_pass.plan(model, leaf, budget=1.0, **how).peak_bytes
+
+
+def test_an_argument_with_a_history_that_is_given_twice_stays_one() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (self.layer(x).tanh() * y).mean()
+
+    torch.manual_seed(0)
+    model, x = Both(), torch.randn(64, 16, requires_grad=True) * 2
+    plan = ckpt_pass.plan(model, x, x, budget=1.0)
+    ckpt_pass.verify(model, x, x, plan=plan).raise_if_failed()
