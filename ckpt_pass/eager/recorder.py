@@ -100,7 +100,7 @@ class Recorder(Watcher):
         self._masks = Masks()
         self._formulas = Formulas(self.trace)
         self._calls = ModuleCalls(
-            model, self.trace, lambda: self._module, self._storages, self.memory.number_of
+            model, self.trace, self._stack, self._storages, self.memory.number_of
         )
         self._backward = False
         self._apart = 0  # ops on tensors that wrap others, in each other
@@ -279,8 +279,7 @@ class Recorder(Watcher):
     @property
     def _module(self) -> str:
         """The name of the module that runs."""
-        path: ModulePath = self._stack.path
-        return path[-1][0] if path else ""
+        return self._stack.running
 
     def _run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]

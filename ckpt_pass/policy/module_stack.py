@@ -68,6 +68,11 @@ class ModuleStack:
         """The module calls under way; the root itself is not listed."""
         return tuple(call for call in self._path if call[0])
 
+    @property
+    def running(self) -> str:
+        """The name of the module that runs; empty for the root."""
+        return next((name for name, _ in reversed(self._path) if name), "")
+
     def _name(self, module: nn.Module) -> str:
         if self._root is None:
             self._root = module
@@ -105,6 +110,16 @@ class ModuleStack:
         finally:
             for handle in handles:
                 handle.remove()
+            del self._path[depth:]
+
+    @contextlib.contextmanager
+    def inside(self, module: nn.Module) -> Iterator[None]:
+        """Take what runs inside the ``with`` block for a call of a module."""
+        depth = len(self._path)
+        self._enter(module)
+        try:
+            yield
+        finally:
             del self._path[depth:]
 
     @contextlib.contextmanager

@@ -83,6 +83,21 @@ class Turns(nn.Module):
         return found
 
 
+class BothWays(nn.Module):
+    """Calls layers, and the forward of one of them, and of one that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.alone = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        x = self.blocks[1].forward(x)
+        return self.alone.forward(x).square().mean()
+
+
 def least_bytes(model: nn.Module, x: Tensor) -> int:
     with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
         ckpt_pass.plan(model, x, budget=1, mode="eager")
@@ -111,6 +126,18 @@ def test_what_is_called_several_times_runs_again_each_time(kind: type[nn.Module]
         assert len(set(plan.regions)) == len(plan.regions)
         inside = [n for n in plan.regions for m in plan.regions if n.startswith(f"{m}.")]
         assert not inside
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
+def test_a_forward_that_is_called_alone_is_a_call(share: float) -> None:
+    model, x = BothWays(), torch.randn(ROWS, WIDTH)
+    plain = ckpt_pass.plan(model, x, budget=1.0, mode="eager").peak_bytes
+    least = least_bytes(model, x)
+    plan = check(model, x, int(least + share * (plain - least)))
+    if share == 0.0:
+        assert "blocks.1" in plan.regions
+    for module in model.modules():
+        assert "forward" not in vars(module)
 
 
 def test_all_calls_keep_the_same(tmp_path: Path) -> None:
