@@ -191,6 +191,7 @@ from ckpt_pass.errors import MovedValueChangedError as MovedValueChangedError
 from ckpt_pass.errors import MutatedActivationError as MutatedActivationError
 from ckpt_pass.errors import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.errors import MutatedStateError as MutatedStateError
+from ckpt_pass.errors import NoFunctionError as NoFunctionError
 from ckpt_pass.errors import NoLayersError as NoLayersError
 from ckpt_pass.errors import NoLinkSolverError as NoLinkSolverError
 from ckpt_pass.errors import NoLossError as NoLossError
@@ -219,6 +220,7 @@ from ckpt_pass.errors import RanksDifferError as RanksDifferError
 from ckpt_pass.errors import RecomputeMismatchError as RecomputeMismatchError
 from ckpt_pass.errors import ReentrantRegionError as ReentrantRegionError
 from ckpt_pass.errors import ReplicaError as ReplicaError
+from ckpt_pass.errors import SavedHooksError as SavedHooksError
 from ckpt_pass.errors import ScheduleError as ScheduleError
 from ckpt_pass.errors import SegmentCountError as SegmentCountError
 from ckpt_pass.errors import SegmentError as SegmentError

@@ -106,7 +106,9 @@ from ckpt_pass.policy.rules import UnknownPolicyError as UnknownPolicyError
 from ckpt_pass.regions.arguments import MutatedArgumentError as MutatedArgumentError
 from ckpt_pass.regions.checkpointing import ContradictoryRegionError as ContradictoryRegionError
 from ckpt_pass.regions.checkpointing import DeterminismCheckError as DeterminismCheckError
+from ckpt_pass.regions.checkpointing import NoFunctionError as NoFunctionError
 from ckpt_pass.regions.checkpointing import ReentrantRegionError as ReentrantRegionError
+from ckpt_pass.regions.checkpointing import SavedHooksError as SavedHooksError
 from ckpt_pass.regions.frame import TransformInRegionError as TransformInRegionError
 from ckpt_pass.regions.outside import MutatedStateError as MutatedStateError
 from ckpt_pass.regions.region import BackwardTwiceError as BackwardTwiceError

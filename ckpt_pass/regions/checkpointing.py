@@ -69,6 +69,14 @@ class DeterminismCheckError(CkptPassError, ValueError):
     """A way to check recomputed values that there is not."""
 
 
+class SavedHooksError(CkptPassError, ValueError):
+    """What a region keeps was asked to go through the hooks around it."""
+
+
+class NoFunctionError(CkptPassError, ValueError):
+    """Arguments for a function, and no function."""
+
+
 class RegionPlan(Protocol):
     """What tells the region of a module by its name: a :class:`ckpt_pass.Plan`."""
 
@@ -78,7 +86,7 @@ class RegionPlan(Protocol):
 
 
 def checkpoint(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | None = None,
     *args: Any,
     policy: PolicyLike | None = None,
     plan: RegionPlan | None = None,
@@ -92,6 +100,7 @@ def checkpoint(
     offload: OffloadLike | bool | None = None,
     offload_inputs: bool = False,
     shard_inputs: ShardLike | None = None,
+    respect_saved_tensors_hooks: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Run ``fn(*args, **kwargs)``; make what its backward needs again when the backward comes.
@@ -104,7 +113,8 @@ def checkpoint(
     no hooks, under forward-mode derivatives and in ``torch.export``, ``fn`` simply runs.
 
     Args:
-        fn: a module or function. It runs twice: it must do the same both times.
+        fn: a module or function. It runs twice: it must do the same both times. Without it the
+            rest is said of a function to come: ``@checkpoint(policy=...)`` decorates one.
         args, kwargs: its arguments.
         policy: what to keep nevertheless, as for :func:`ckpt_pass.context_fn`; nothing where
             ``None``.
@@ -122,12 +132,15 @@ def checkpoint(
         offload_inputs: also move the activations among the arguments (tensors that have a history;
             what the region gets from elsewhere is there anyway) until the region runs again.
         shard_inputs: keep a part of each of these on each rank instead, as for :func:`apply`.
+        respect_saved_tensors_hooks: torch's keyword (2.14): ``False``; what a policy keeps does not
+            pass the hooks around a region, which get what autograd saves.
 
     Returns:
-        What ``fn`` returns.
+        What ``fn`` returns; a decorator without ``fn``.
 
     Raises:
-        ReentrantRegionError, DeterminismCheckError, UnknownPolicyError: an argument is none.
+        ReentrantRegionError, DeterminismCheckError, UnknownPolicyError, SavedHooksError,
+            NoFunctionError: an argument is none.
         ContradictoryRegionError: ``policy``, ``plan`` and ``context_fn`` exclude each other, and so
             do ``offload_inputs`` and ``shard_inputs``.
         UnknownRegionError: ``plan`` knows no module of that ``name``.
@@ -146,8 +159,30 @@ def checkpoint(
             f"Got determinism_check={determinism_check!r}, expected one of "
             f"{', '.join(DETERMINISM_CHECKS)}.{nearest(determinism_check, DETERMINISM_CHECKS)}"
         )
+    if respect_saved_tensors_hooks:
+        raise SavedHooksError(
+            f"Got respect_saved_tensors_hooks={respect_saved_tensors_hooks!r}, expected False: "
+            "what a policy keeps does not pass hooks around the region. To have it elsewhere, name "
+            "ops MUST_CPU_OFFLOAD in the policy, and give the place as offload=."
+        )
     if (policy is not None) + (plan is not None) + (context_fn is not None) > 1:
         raise _several({"policy": policy, "plan": plan, "context_fn": context_fn})
+    if fn is None:
+        _check_decorates(args, kwargs)
+        return functools.partial(
+            _decorated,
+            policy=policy,
+            plan=plan,
+            name=name,
+            context_fn=context_fn,
+            determinism_check=determinism_check,
+            debug=debug,
+            early_stop=early_stop,
+            preserve_rng_state=preserve_rng_state,
+            offload=offload,
+            offload_inputs=offload_inputs,
+            shard_inputs=shard_inputs,
+        )
     traced = torch.compiler.is_compiling()  # dynamo would guard on the table of usual options
     if autograd.debugs(debug):
         return _logged(fn, args, kwargs, policy, context_fn, preserve_rng_state)
@@ -177,6 +212,25 @@ def checkpoint(
         checked = determinism_check != "none"
         options = replace(options, stops_early=early_stop, checked=checked)
     return run_region(fn, args, kwargs, options)
+
+
+def _check_decorates(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if args or kwargs:
+        given = [type(arg).__name__ for arg in args] + list(kwargs)
+        raise NoFunctionError(
+            f"Got no function, and {', '.join(given)} for it. Expected a function first, or "
+            "options of the region alone: checkpoint(policy=...)(fn)."
+        )
+
+
+def _decorated(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A function, or method, whose every run is a region."""
+
+    @functools.wraps(fn, updated=())  # a module's attributes are its own
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(fn, *args, **options, **kwargs)
+
+    return run
 
 
 def refuse_reentrance(use_reentrant: bool | None) -> None:

@@ -241,6 +241,40 @@ def test_keywords_go_to_the_function(ours: Region) -> None:
     assert same(grads(ours(fn, x, blah=w), x, w), grads(fn(x, blah=w), x, w))
 
 
+def test_a_decorated_method() -> None:
+    look = Counted(torch.sin)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        @ckpt_pass.checkpoint(policy="save-matmul", early_stop=False)
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            """Scaled."""
+            found: Tensor = look(self.linear(x)) * scale
+            return found.exp()
+
+    layer, x, scale = Layer(), leaf(4), leaf(4)
+    assert Layer.forward.__doc__ == "Scaled."
+    wanted = grads((layer.linear(x).sin() * scale).exp(), x, scale, *layer.parameters())
+    assert same(grads(layer(x, scale=scale), x, scale, *layer.parameters()), wanted)
+    assert look.runs == 2
+    again = ckpt_pass.checkpoint(use_reentrant=False)(layer.linear)
+    assert same(grads(again(x).sin(), x), grads(layer.linear(x).sin(), x))
+    with pytest.raises(ckpt_pass.NoFunctionError, match="Got no function, and Tensor, scale for"):
+        ckpt_pass.checkpoint(None, x, scale=scale)
+
+
+def test_saved_values_and_hooks_around() -> None:
+    x = leaf(4)
+    options = {"policy": "save-everything", "respect_saved_tensors_hooks": False}
+    out = ckpt_pass.checkpoint(torch.exp, x, **options)  # type: ignore[arg-type]
+    assert same(grads(out, x), grads(x.exp(), x))
+    with pytest.raises(ckpt_pass.SavedHooksError, match="MUST_CPU_OFFLOAD"):
+        ckpt_pass.checkpoint(torch.exp, x, respect_saved_tensors_hooks=True)
+
+
 @every
 def test_preserve_rng_state(ours: Region) -> None:
     x = torch.ones(1000, requires_grad=True)
