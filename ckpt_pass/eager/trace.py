@@ -121,7 +121,8 @@ class _Step:
                     self.model, fakes.mode, statistics, self.kernels, found, faked, constants
                 )
 
-            with modules.converted_by_replacement(self.model), replicas_alone(self.model):
+            alone = replicas_alone(self.model)
+            with modules.converted_by_replacement(self.model), alone, ahead.without_log():
                 left = beside = 0
                 if self.how.again:
                     before = recorder(answers)
