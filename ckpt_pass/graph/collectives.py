@@ -9,6 +9,7 @@ NCCL are not of torch's allocator.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,13 +22,14 @@ from ckpt_pass.policy.sites import output_tensors
 
 _GATHERS = ("gather", "reduce_scatter")
 _SPACES = ("c10d.", "_c10d_functional.", "_c10d_functional_autograd.")
-_CHUNK_CAT = "fsdp.chunk_cat.default"
+#: FSDP2's copy of gradients into the buffer that ranks share out; the second from torch 2.15 on.
+_CHUNK_CATS = ("fsdp.chunk_cat.default", "fsdp.chunk_cat_mixed_dtype.default")
 
 
 def collective_workspace_bytes(node: fx.Node) -> int:
     """Bytes that a collective allocates and frees besides its outputs; 0 for all other ops."""
     name = op_name(node.target) if callable(node.target) else ""
-    if name == _CHUNK_CAT:
+    if name in _CHUNK_CATS:
         return _padded_bytes(node)
     if not name.startswith(_SPACES) or not any(kind in name for kind in _GATHERS):
         return 0
@@ -40,23 +42,33 @@ def collective_workspace_bytes(node: fx.Node) -> int:
 
 
 def _padded_bytes(node: fx.Node) -> int:
-    """Gradients whose rows ranks cannot share out evenly are copied with padding; one at a time,
-    those of another dtype than the buffer's.
+    """What copying gradients into the buffer of a reduce-scatter takes besides.
+
+    Rows that ranks cannot share out evenly are copied with padding. Gradients of one dtype are cast
+    to the buffer's one at a time, as they are padded; of several, all whose dtype is not the
+    buffer's are cast first (torch 2.15).
     """
     given = inspect.signature(_chunk_cat).bind(*node.args, **node.kwargs).arguments
     values = [one.meta["val"] for one in given["tensors"]]
     ranks, whole = given["num_chunks"], given["out"].meta["val"]
-    sizes = [_shared_out_bytes(value, ranks) for value in values]
-    padded = sum(size for size, value in zip(sizes, values, strict=True) if size > value.nbytes)
-    # What is padded is cast as it is then.
-    cast = (size for size, value in zip(sizes, values, strict=True) if value.dtype != whole.dtype)
-    return padded + max(cast, default=0)
+    first = len({value.dtype for value in values}) > 1
+    sizes = [
+        _shared_out(value, ranks) * (whole.itemsize if first else value.itemsize)
+        for value in values
+    ]
+    uneven = (_shared_out(value, ranks) > value.numel() for value in values)
+    padded = sum(itertools.compress(sizes, uneven))
+    others = [value.dtype != whole.dtype for value in values]
+    if first:
+        cast = sum(v.numel() for v in itertools.compress(values, others)) * whole.itemsize
+        return int(padded + cast)
+    return int(padded + max(itertools.compress(sizes, others), default=0))
 
 
-def _shared_out_bytes(value: torch.Tensor, ranks: int) -> int:
-    """The bytes of a gradient whose rows are filled up to as many for each rank."""
+def _shared_out(value: torch.Tensor, ranks: int) -> int:
+    """The numbers in a gradient whose rows are filled up to as many for each rank."""
     rows = value.shape[0]
-    return int(value.nbytes // rows * -(-rows // ranks) * ranks) if rows else 0
+    return int(value.numel() // rows * -(-rows // ranks) * ranks) if rows else 0
 
 
 def _chunk_cat(tensors: Any, dim: int, num_chunks: int, *, out: Any) -> None:
