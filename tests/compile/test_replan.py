@@ -142,7 +142,7 @@ class Resized(nn.Module):
         return self.second(nn.functional.max_unpool2d(x, where, 2)).square().mean()
 
 
-#: Seen in whole runs on a busy AMD EPYC: stock reached 464,096 bytes, and ours no less than 494,976.
+#: In whole runs on a busy AMD EPYC stock reached 464,096 bytes, and ours no less than 494,976.
 NOT_ALWAYS = pytest.mark.xfail(reason="fails in some runs: a known fault", strict=False)
 
 
