@@ -236,7 +236,7 @@ class Recorder(Watcher):
         self._sums.note(output)
         record.makes = tuple(self.memory.made(output, known - fresh_ids(func, args), index))
         record.effects = has_effects(record, func, args, kwargs, self._statistics)
-        self._numbers.note(record.makes, func, self._module)
+        self._numbers.note(record.makes, func, self._stack.running)
         return output
 
     def _taken_apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -276,11 +276,6 @@ class Recorder(Watcher):
         if self._backward:
             self._held.hold(let_go)
 
-    @property
-    def _module(self) -> str:
-        """The name of the module that runs."""
-        return self._stack.running
-
     def _run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[torch.Tensor]
     ) -> Any:
@@ -297,7 +292,7 @@ class Recorder(Watcher):
                 chosen = self._masks.chosen(func, args)
                 return with_known_shape(func, args, kwargs) if chosen is None else chosen
             return self._constants.run(func, args, kwargs, given)
-        if self._numbers.has_to_fake(func, self._module):
+        if self._numbers.has_to_fake(func, self._stack.running):
             with self._fakes:
                 return func(*args, **kwargs)
         if not given:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Never
 
 import pytest
@@ -142,18 +142,29 @@ class Resized(nn.Module):
         return self.second(nn.functional.max_unpool2d(x, where, 2)).square().mean()
 
 
-#: In whole runs on a busy AMD EPYC stock reached 464,096 bytes, and ours no less than 494,976.
-NOT_ALWAYS = pytest.mark.xfail(reason="fails in some runs: a known fault", strict=False)
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Torch's threads, for which inductor makes other kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+#: One thread, AVX2: stock reaches 464,096 bytes, the least of ours is 494,976. Met elsewhere.
+LEAST_IS_STOCKS = pytest.mark.xfail(reason="known fault, by processor", strict=False)
 
 
 @pytest.mark.parametrize(
-    "way",
+    ("way", "threads"),
     [
-        pytest.param("unpool", marks=NOT_ALWAYS),
-        pytest.param("nearest", marks=pytest.mark.slow),
+        ("unpool", 2),
+        pytest.param("unpool", 1, marks=LEAST_IS_STOCKS),
+        pytest.param("nearest", 1, marks=pytest.mark.slow),
     ],
+    indirect=["threads"],
 )
-def test_kernels_that_reach_far_may_need_least(way: str) -> None:
+def test_kernels_that_reach_far_may_need_least(way: str, threads: int) -> None:
     """No plan of the graph alone fits, nor any of the careful way: stock's peak is reached."""
     net, x = Resized(way), torch.rand(2, 3, 32, 32)
     torch._dynamo.reset()
