@@ -10,6 +10,7 @@ compiled for the plan that is taken.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from ckpt_pass.compile.engine import FreeOps, Partitioner
 from ckpt_pass.compile.remembered import Remembered, key_of, recalled, remember
 from ckpt_pass.compile.replay import warn_if_over
 from ckpt_pass.compile.symbolic import peak_of_lifetimes
+from ckpt_pass.planner.built_in import NumberedCut
 from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.plans.goal import Goal
 from ckpt_pass.plans.record import InductorPeak
@@ -38,8 +40,9 @@ _STEP = 500
 _RAISED = 2
 #: ... as long as this share of the budget is left to gain.
 _WORTH_IT = 0.03
-#: For what recomputes nothing but what costs nothing.
-AMPLE = 1 << 62
+#: A cut whose peak before inductor's changes is so many budgets is not tried. Those that stock
+#: torch 2.13 reaches its least with have 1.48 (max_unpool2d) and 1.57 times what becomes of them.
+_HOPELESS = 2
 #: Last resorts: for the least that any plan needs, and so much more of the way to no recomputation.
 _LAST_RESORTS = (0.0, 0.1, 0.3)
 #: The careful way: inductor's options where the user gives none. Channels-last copies of weights
@@ -195,18 +198,31 @@ def _best_of(step: _Step, partitioner: Partitioner, goal: Goal) -> tuple[_Round,
         other = replace(partitioner, goal=replace(goal, budget=max(asked_bytes, 1)))
         return step.lowered(other, careful)
 
+    def cut_for(number: int, most_bytes: int) -> _Round:
+        asked = replace(goal, budget=most_bytes, solver=NumberedCut(number), offload=None)
+        return step.lowered(replace(partitioner, goal=asked), careful=False)
+
     try:
         first = step.lowered(replace(partitioner, goal=goal), careful=False)
     except InfeasibleBudgetError as error:
-        search = _Search(planned_for, error.budget_bytes, error.least_feasible_bytes)
+        search = _Search(planned_for, cut_for, error.budget_bytes, error.least_feasible_bytes)
     else:
         if first.plan is None or first.plan.budget_bytes is None:
             return first, first.plan
-        search = _Search(planned_for, first.plan.budget_bytes)
+        search = _Search(planned_for, cut_for, first.plan.budget_bytes)
         search.add(first.plan.budget_bytes, first)
     best = search.found()
     assert best.plan is not None
-    return best, best.taken(best.plan, search.budget_bytes, search.rounds - 1)
+    plan = best.taken(best.plan, search.budget_bytes, search.rounds - 1)
+    return best, _as_asked(plan, goal)
+
+
+def _as_asked(plan: Plan, goal: Goal) -> Plan:
+    """A plan that says what the user asked for, whatever the planner was asked at last."""
+    last = plan.asked.goal
+    assert last is not None
+    users = replace(last, budget=goal.budget, solver=goal.solver)
+    return replace(plan, asked=replace(plan.asked, goal=users))
 
 
 @dataclass
@@ -214,35 +230,41 @@ class _Search:
     """Looks for what to ask the planner for, so that inductor's peak is within the budget.
 
     First inductor fuses as it does; if that is over the budget, carefully: kernels keep to the
-    order of the plan. At last with nothing recomputed, and inductor as it is.
+    order of the plan. At last as inductor is, with the cuts at one price for every saved byte.
 
     Attributes:
         planned_for: plans for a number of bytes and lowers the plan, perhaps carefully.
+        cut_for: lowers a cut, by its number, whose peak before inductor's changes is no more than
+            so many bytes.
         budget_bytes: what the peak may be.
         floor: the least that a plan needs before inductor's changes; 0 where it is not known.
         rounds: how many plans were lowered.
         best: the fastest plan within the budget.
-        asked_for_best: what it was made for.
+        asked_for_best: what it was made for; ``None`` of a cut.
         careful: how inductor fuses now.
         peaks: inductor's peak by what was asked for, where it fuses so.
         plain_bytes: the peak of the graph with nothing recomputed.
     """
 
     planned_for: Callable[[int, bool], _Round]
+    cut_for: Callable[[int, int], _Round]
     budget_bytes: int
     floor: int = 0
     rounds: int = 0
     best: _Round | None = None
-    asked_for_best: int = 0
+    asked_for_best: int | None = None
     careful: bool = False
     peaks: dict[int, int] = field(default_factory=dict)
     plain_bytes: int = 0
 
     def add(self, asked: int, found: _Round) -> None:
-        """Note a plan; it is held only if it is the best."""
+        """Note a plan for so many bytes; it is held only if it is the best."""
+        self.peaks[asked] = found.peak.nbytes
+        self._note(asked, found)
+
+    def _note(self, asked: int | None, found: _Round) -> None:
         assert found.plan is not None
         self.rounds += 1
-        self.peaks[asked] = found.peak.nbytes
         plain = found.plan.predicted.plain_timeline
         self.plain_bytes = plain.peak_bytes if plain is not None else 0
         if found.peak.nbytes > self.budget_bytes:
@@ -256,27 +278,31 @@ class _Search:
         Raises:
             InfeasibleBudgetError: none is.
         """
+        # All last resorts are tried whatever the budget is: what a refusal names can be met.
+        peaks = self._reach_far() if self.floor > self.budget_bytes else []
+        without_care = self.peaks
         if self.best is None:
-            self._fuse_carefully()
+            peaks += self._fuse_carefully()
+        if self.best is None:
+            self.careful, self.peaks = False, without_care
+            peaks += self._last_resorts()
+        if self.best is None:
+            raise InfeasibleBudgetError(self.budget_bytes, min(peaks, default=self.floor))
         self._raise()
-        assert self.best is not None
         return self.best
 
-    def _fuse_carefully(self) -> None:
+    def _reach_far(self) -> list[int]:
+        """No plan of the graph alone fits: those whose kernels need less; inductor's peaks."""
+        self._try(self.floor)
+        lower = self.peaks.get(self.floor, self.floor) < self.floor
+        return self._cuts() if lower else []
+
+    def _fuse_carefully(self) -> list[int]:
         self.careful, self.peaks = True, {}
         if self.floor <= self.budget_bytes:
             self._try(self.budget_bytes)
         self._lower()
-        # What follows is tried whatever the budget is: what a refusal names can be met.
-        peaks = self._last_resorts()
-        if self.best is None:
-            # Kernels that reach far may also need less than those of the plan's order: what is
-            # unpooled in the backward again is then never there (max_unpool2d: 429 kB, 566 with
-            # care, 623 of the graph alone).
-            self.careful, self.peaks = False, {}
-            peaks += self._last_resorts(AMPLE)
-        if self.best is None:
-            raise InfeasibleBudgetError(self.budget_bytes, min(peaks, default=self.floor))
+        return self._last_resorts()
 
     def _try(self, asked: int) -> None:
         if asked in self.peaks:
@@ -299,8 +325,28 @@ class _Search:
                 return
             self._try(asked)
 
-    def _last_resorts(self, *others: int) -> list[int]:
-        """Try what needs least, and others, until one is within the budget; inductor's peaks."""
+    def _cuts(self) -> list[int]:
+        """Try cuts, fastest first, until one is within the budget; inductor's peaks.
+
+        Where the step needs less than its graph: kernels that reach far never write what is, say,
+        unpooled in the backward again (max_unpool2d: 464 kB, 554 with care, 623 of the graph
+        alone). The graph does not tell which values these are. What stock inductor saves where it
+        needs least is such a cut.
+        """
+        found: list[int] = []
+        for number in itertools.count():
+            try:
+                cut = self.cut_for(number, _HOPELESS * self.budget_bytes)
+            except InfeasibleBudgetError:
+                return found
+            self._note(None, cut)
+            found.append(cut.peak.nbytes)
+            if cut.peak.nbytes <= self.budget_bytes:
+                return found
+        raise AssertionError("there are no more cuts than prices")
+
+    def _last_resorts(self) -> list[int]:
+        """Try what needs least until it is within the budget; inductor's peaks."""
         found: list[int] = []
         if self.best is not None:
             return found
@@ -308,7 +354,7 @@ class _Search:
             self._try(1)
         self._try(max(self.floor, 1))
         above = max(self.plain_bytes - self.floor, 0)
-        for asked in (*(self.floor + int(share * above) for share in _LAST_RESORTS), *others):
+        for asked in (self.floor + int(share * above) for share in _LAST_RESORTS):
             if self.best is None:
                 self._try(asked)
                 found += [self.peaks[asked]] if asked in self.peaks else []
@@ -319,6 +365,8 @@ class _Search:
         for _ in range(_RAISED):
             best, asked = self.best, self.asked_for_best
             assert best is not None
+            if asked is None:  # a cut: those that recompute less were tried before
+                return
             over = min((a for a, p in self.peaks.items() if p > self.budget_bytes), default=None)
             if over is not None and over > asked:
                 more = (over - asked) // 2

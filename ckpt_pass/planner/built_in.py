@@ -57,6 +57,36 @@ def uniform_cut(problem: Problem, budget_bytes: int) -> Solution:
     return min(fitting, key=cheapest_first)
 
 
+@dataclass(frozen=True)
+class NumberedCut:
+    """One of the cuts at one price for a saved byte, whatever others would need or take.
+
+    Attributes:
+        number: which of those within the budget, from 0; those that recompute less come first.
+    """
+
+    number: int
+    name: ClassVar[str] = "numbered-cut"
+
+    def __call__(
+        self,
+        problem: Problem,
+        budget_bytes: int,
+        borders: Collection[int] = (),
+        time_limit_s: float | None = None,
+    ) -> Solution:
+        """Solve (:class:`ckpt_pass.planner.solvers.Solver`).
+
+        Raises:
+            InfeasibleBudgetError: there is none of that number.
+        """
+        plans = problem.derived("uniform cuts", _uniform_cuts)
+        fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
+        if self.number >= len(fitting):
+            raise InfeasibleBudgetError(budget_bytes, min(plan.peak_bytes for plan in plans))
+        return sorted(fitting, key=cheapest_first)[self.number]
+
+
 def _uniform_cuts(problem: Problem) -> tuple[Solution, ...]:
     price, graph = mean_price(problem), CutGraph.of(problem)
     prices = (0.0, *(price * 2.0**exponent for exponent in _PRICE_EXPONENTS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
@@ -11,11 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ckpt_pass.planner.built_in import NumberedCut
 from ckpt_pass.planner.exact import broken_rule, solve_exact
 from ckpt_pass.planner.problem import Op, Problem
 from ckpt_pass.planner.solution import (
     InfeasibleBudgetError,
     Solution,
+    cheapest_first,
     evaluate,
     without_recompute,
 )
@@ -75,6 +78,19 @@ def test_every_name_is_a_solver_that_keeps_to_the_budget() -> None:
         with pytest.raises(InfeasibleBudgetError) as caught:
             run_solver(name, problem, 1)
         assert run_solver(name, problem, caught.value.least_feasible_bytes)
+
+
+def test_cuts_by_number_go_from_the_fastest_to_the_last() -> None:
+    problem = chain()
+    cuts = []
+    with pytest.raises(InfeasibleBudgetError):
+        for number in itertools.count():
+            cuts.append(run_solver(NumberedCut(number), problem, 1 << 40))
+    assert len({cut.saved for cut in cuts}) == len(cuts) > 1
+    assert cuts[0].recompute_time_s == 0.0
+    assert cuts == sorted(cuts, key=cheapest_first)
+    best = run_solver("uniform-cut", problem, cuts[-1].peak_bytes)
+    assert run_solver(NumberedCut(0), problem, cuts[-1].peak_bytes).saved == best.saved
 
 
 @pytest.mark.parametrize("name", ["auto", "layers", "exact", "uniform-cut"])
