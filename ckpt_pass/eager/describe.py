@@ -216,7 +216,7 @@ def _regions(trace: EagerTrace) -> list[EagerRegion]:
     numbers: dict[int, int] = {}
     found: list[EagerRegion] = []
     for index, call in enumerate(calls):
-        if not call.name or call.name in out:
+        if not call.name or call.name in out or not call.differentiable:
             continue
         parent = call.parent
         while parent >= 0 and parent not in numbers:
@@ -240,9 +240,11 @@ def _cannot_be_regions(trace: EagerTrace) -> dict[str, str]:
 
 
 def _calls_by_name(trace: EagerTrace) -> dict[str, list[CallRecord]]:
+    """By module the calls in which a region does something: none under ``no_grad``."""
     found: dict[str, list[CallRecord]] = defaultdict(list)
     for call in trace.calls:
-        found[call.name].append(call)
+        if call.differentiable:
+            found[call.name].append(call)
     return found
 
 
@@ -295,8 +297,9 @@ def _why_once(trace: EagerTrace, call: CallRecord) -> str:
     inside = range(first + 1, call.ops[1])
     if any(s.born in inside or s.dies in inside for s in trace.resized):
         return "parameters are gathered or freed in it"
-    if not trace.asked_again.isdisjoint(range(*call.values)):
-        return "a function in it asks for its saved tensors more than once"
+    # What a call asks for itself, for a gradient inside of it, is made again with it.
+    if any(trace.asked_again.get(number, -1) >= call.ops[1] for number in range(*call.values)):
+        return "what it saves is asked for more than once, by a function or by several gradients"
     return ""
 
 

@@ -64,12 +64,10 @@ class ModuleCalls:
 
             add(register_module_forward_pre_hook(self._enter))
             add(register_module_forward_hook(self._leave, always_call=True))
-            # Hooks on all modules at once are not told keyword arguments.
+            # A region is the forward alone: what hooks before it do, FSDP's say, happens once, and
+            # it is given what they return.
             for part in parts:
-                add(part.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True))
-            # A region is the forward alone: what hooks before it do, FSDP's say, happens once.
-            for part in parts:
-                add(part.register_forward_pre_hook(self._begin))
+                add(part.register_forward_pre_hook(self._begin, with_kwargs=True))
             for part in parts:
                 stack.enter_context(self._forward_followed(part))
             yield
@@ -96,7 +94,8 @@ class ModuleCalls:
             return run(*args, **kwargs)
         with self.stack.inside(module):
             self._enter(module, args)
-            self._note(module, args, kwargs)
+            self._begin(module, args, kwargs)
+            self._ready = None
             output = None
             try:
                 output = run(*args, **kwargs)
@@ -125,10 +124,12 @@ class ModuleCalls:
         call.tensors = tuple(zip(map(self.number_of, tensors), goes, strict=True))
         self.objects.note(module, call, (args, kwargs))
 
-    def _begin(self, module: nn.Module, _args: Any) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._note(module, args, kwargs)
         self._ready = module
         call = self.trace.calls[self._open[-1]]
         call.ops, call.values = self._here
+        call.differentiable = torch.is_grad_enabled()
 
     def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
         call = self.trace.calls[self._open.pop()]

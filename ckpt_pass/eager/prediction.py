@@ -76,7 +76,7 @@ class Predictor:
         return region_of(self.trace, call)
 
     def _calls(self, name: str) -> list[CallRecord]:
-        return [call for call in self.trace.calls if call.name == name]
+        return [call for call in self.trace.calls if call.name == name and call.differentiable]
 
     def _kept(self, region: EagerRegion, policy: PolicyLike | None) -> set[int] | None:
         if policy is None:

@@ -93,7 +93,7 @@ class Recorder(Watcher):
         self._sites = SiteCounter()
         self._local_sites = SiteCounter()
         self.memory = StepMemory(self.trace)
-        self._asked: set[int] = set()  # in the backward
+        self._asked: dict[int, int] = {}  # when last
         self._written = Calls(fakes)
         self._sums = Sums()
         self._held = HeldNumbers()
@@ -180,10 +180,9 @@ class Recorder(Watcher):
             return value.detach().clone()
 
     def _unpack(self, packed: Packed) -> torch.Tensor:
-        if self._backward and packed.number in self._asked:
-            self.trace.asked_again.add(packed.number)
-        if self._backward:
-            self._asked.add(packed.number)
+        if packed.number in self._asked:
+            self.trace.asked_again[packed.number] = self._asked[packed.number]
+        self._asked[packed.number] = self.moment
         self.trace.asked.setdefault(packed.number, self.moment)
         if packed.real is not None:
             return packed.real

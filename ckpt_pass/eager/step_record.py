@@ -84,6 +84,7 @@ class CallRecord:
             and can be moved.
         held: those that objects among its arguments hold when the forward ends.
         dropped: those that it made and put into objects of which a region lets go at its end.
+        differentiable: whether gradients are enabled where it begins; it is no region if not.
     """
 
     name: str
@@ -96,6 +97,7 @@ class CallRecord:
     held: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
     tensors: tuple[tuple[int, bool], ...] = ()
+    differentiable: bool = True
 
 
 @dataclass
@@ -121,8 +123,8 @@ class EagerTrace:
     storages: list[StorageRecord] = field(default_factory=list)
     saved: list[SavedRecord] = field(default_factory=list)
     asked: dict[int, int] = field(default_factory=dict)
-    #: The saved values that the backward has asked for more than once.
-    asked_again: set[int] = field(default_factory=set)
+    #: The saved values that were asked for more than once, and the moment of the last time but one.
+    asked_again: dict[int, int] = field(default_factory=dict)
     calls: list[CallRecord] = field(default_factory=list)
     formulas: list[FormulaRecord] = field(default_factory=list)
     forward_length: int = 0

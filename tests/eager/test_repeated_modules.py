@@ -98,6 +98,36 @@ class BothWays(nn.Module):
         return self.alone.forward(x).square().mean()
 
 
+class Teaches(nn.Module):
+    """Layers that run under ``no_grad`` first, and learn from what came out then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = self.blocks(x)
+        return (self.blocks(x) - taught / 2).square().mean()
+
+
+class AsksBetween(nn.Module):
+    """A gradient of some layers is taken between them; the backward goes through them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number == 2:
+                asked = self.blocks[1].down.weight
+                (found,) = torch.autograd.grad(x.sum(), asked, retain_graph=True)
+                x = x + found.mean()
+        return x.square().mean()
+
+
 def least_bytes(model: nn.Module, x: Tensor) -> int:
     with pytest.raises(ckpt_pass.InfeasibleBudgetError) as caught:
         ckpt_pass.plan(model, x, budget=1, mode="eager")
@@ -126,6 +156,28 @@ def test_what_is_called_several_times_runs_again_each_time(kind: type[nn.Module]
         assert len(set(plan.regions)) == len(plan.regions)
         inside = [n for n in plan.regions for m in plan.regions if n.startswith(f"{m}.")]
         assert not inside
+
+
+@pytest.mark.parametrize("kind", [Teaches, AsksBetween])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
+def test_what_else_runs_the_same_layers(kind: type[nn.Module], share: float) -> None:
+    model, x = kind(), torch.randn(ROWS, WIDTH)
+    plain = ckpt_pass.plan(model, x, budget=1.0, mode="eager").peak_bytes
+    least = least_bytes(model, x)
+    assert least < 0.8 * plain
+    plan = check(model, x, int(least + share * (plain - least)))
+    # What two backwards ask for is made again for none of them.
+    assert kind is Teaches or not {"blocks.2", "blocks.1.down"} & set(plan.regions)
+
+
+def test_layers_that_teach_are_predicted_by_hand() -> None:
+    model, x = Teaches(), torch.randn(ROWS, WIDTH)
+    names = [f"blocks.{number}" for number in range(4)]
+    predicted = predictor(model, (x,)).predict([([name], None) for name in names])
+    with applied_regions(model, dict.fromkeys(names, RegionSpec())):
+        found = ckpt_pass.measure_step(lambda: model(x), repeats=1)
+    assert predicted is not None
+    assert abs(found.peak_bytes - predicted.peak_bytes) <= 0.01 * found.peak_bytes
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
