@@ -94,6 +94,15 @@ def script_attributes(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if not name.startswith("_"))
 
 
+def script_forward(module: nn.Module) -> Callable[..., Any]:
+    """The ``forward`` of one of TorchScript's modules, whatever ``forward`` the instance has.
+
+    Its class has none that can be called, and asking the module puts it on the instance.
+    """
+    found: Callable[..., Any] = module._c._get_method("forward")  # type: ignore[union-attr, operator]
+    return found
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module is what ``torch.compile`` returned, or has been compiled in place."""
     return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None

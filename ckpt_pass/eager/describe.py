@@ -291,6 +291,9 @@ def _why_once(trace: EagerTrace, call: CallRecord) -> str:
         assert callable(op.call.target)
         if op.effects and not _is_kept(op):
             return f"{op_name(op.call.target)} in it has an effect"
+        if any(not nbytes for _, nbytes in op.moves):  # its copies would be larger than is known
+            name = op_name(op.call.target)
+            return f"{name} in it fills an empty buffer; plan after a first step"
         for storage in op.changes:
             if storage >= 0 and trace.storages[storage].born < first:
                 return f"{op_name(op.call.target)} in it overwrites what came from outside"
@@ -349,6 +352,8 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
     outside = [s for s in used if s >= 0 and trace.storages[s].born < first and s not in casts]
     # What draws nothing in evaluation may do so in training, where the plan may be used.
     draws = any(op.draws for op in ops) or not call.trains
+    # What buffers were before the call is copied for the recomputation.
+    copies = dict(moved for op in ops for moved in op.moves)
     return EagerRegion(
         name=call.name,
         parent=parent,
@@ -358,7 +363,8 @@ def region_of(trace: EagerTrace, call: CallRecord, parent: int = -1) -> EagerReg
         reruns=min(asked),
         done=max(trace.saved[number].released for number in inside),
         arguments=tuple(sorted({*outside, *call.held})),
-        extra_bytes=torch.get_rng_state().nbytes if draws else 0,
+        extra_bytes=(torch.get_rng_state().nbytes if draws else 0) + sum(copies.values()),
+        draws=draws,
         dropped=call.dropped,
         casts=tuple(casts.items()),
     )

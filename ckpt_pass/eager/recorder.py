@@ -38,6 +38,7 @@ from ckpt_pass.eager.trace_ops import (
     HeldNumbers,
     Sums,
     as_really,
+    buffers_moved,
     differentiate,
     fresh_ids,
     has_effects,
@@ -74,6 +75,7 @@ class Recorder(Watcher):
         self,
         model: nn.Module,
         fakes: Any,
+        buffers: frozenset[int],
         statistics: frozenset[int],
         kernels: Kernels,
         answers: Answers | None = None,
@@ -86,7 +88,7 @@ class Recorder(Watcher):
         self._numbers = RealNumbers(faked)
         self._constants = Constants() if constants is None else constants
         self._fakes = fakes
-        self._statistics = statistics
+        self._buffers, self._statistics = buffers, statistics
         self._model = model
         self.trace = EagerTrace()
         self._stack = ModuleStack(model)
@@ -234,7 +236,10 @@ class Recorder(Watcher):
             output = self._as_really(record.call, output, known)
         self._sums.note(output)
         record.makes = tuple(self.memory.made(output, known - fresh_ids(func, args), index))
-        record.effects = has_effects(record, func, args, kwargs, self._statistics)
+        record.effects = has_effects(record, func, args, kwargs, self._buffers)
+        if -1 in changes:
+            apart = self._buffers - self._statistics
+            record.moves = tuple(buffers_moved(func, args, kwargs, apart))
         self._numbers.note(record.makes, func, self._stack.running)
         return output
 

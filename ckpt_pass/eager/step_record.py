@@ -58,6 +58,7 @@ class OpRecord:
         effects: whether it must not run twice.
         casts_weight: whether it is a cast that regions make again in any case.
         cached: whether autocast then hands out what it made to all that use the weight.
+        moves: the buffers that it overwrites, running statistics apart: their storages, and bytes.
     """
 
     site: CallSite | None
@@ -69,6 +70,7 @@ class OpRecord:
     effects: bool
     casts_weight: bool = False
     cached: bool = False
+    moves: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass

@@ -18,7 +18,7 @@ from ckpt_pass.eager.real_numbers import Maker, StaleNumbers, is_number
 from ckpt_pass.eager.recorder import Recorder
 from ckpt_pass.eager.replicas import replicas_alone
 from ckpt_pass.eager.step_record import EagerTrace
-from ckpt_pass.eager.trace_ops import statistics_of
+from ckpt_pass.eager.trace_ops import statistics_of, storage_ids
 from ckpt_pass.graph.cost import beside_bytes
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.state.holders import Reached
@@ -109,7 +109,8 @@ class _Step:
         with untouched(*roots, stand_in=stand_in) as (_, _, args, kwargs):
             buffers = dict(self.model.named_buffers())
             moved = statistics_of(self.model)
-            statistics = frozenset(buffers[name].untyped_storage()._cdata for name in moved)
+            statistics = frozenset(storage_ids(buffers[name] for name in moved))
+            known = frozenset(storage_ids(buffers.values()))
 
             held: list[Any] = []
 
@@ -118,7 +119,7 @@ class _Step:
 
             def recorder(found: Answers | None) -> Recorder:
                 return Recorder(
-                    self.model, fakes.mode, statistics, self.kernels, found, faked, constants
+                    self.model, fakes.mode, known, statistics, self.kernels, found, faked, constants
                 )
 
             alone = replicas_alone(self.model)

@@ -19,7 +19,7 @@ from ckpt_pass.eager.step_record import OpRecord, SavedRecord
 from ckpt_pass.graph.capture import no_gradient
 from ckpt_pass.graph.kernel_cache import OutputFacts
 from ckpt_pass.graph.kernels import Kernels
-from ckpt_pass.ops.taxonomy import is_sized_by_values, never_recompute
+from ckpt_pass.ops.taxonomy import has_side_effects, is_sized_by_values, never_recompute
 from ckpt_pass.policy.sites import output_tensors
 
 #: Ops whose formulas save a number that Python gave them: autograd holds it as a tensor of its own,
@@ -335,19 +335,31 @@ def has_effects(
     func: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    statistics: frozenset[int],
+    buffers: frozenset[int],
 ) -> bool:
     """Whether an op must not run twice.
 
-    Random numbers, changes of new values, and running statistics apart: a region moves those
-    once (``RecomputeMode``).
+    Random numbers, changes of new values, and of the model's buffers apart: a region moves those
+    once (``RecomputeMode``). What depends on the data (``nonzero``, ``item``) is found again.
     """
     if record.draws or (record.changes and -1 not in record.changes):
         return False
-    if not never_recompute(func, record.call.args, record.call.kwargs):
+    if not has_side_effects(func) or not never_recompute(
+        func, record.call.args, record.call.kwargs
+    ):
         return False
     moved = changed_tensors(func, args, kwargs)
-    return not moved or not storage_ids(moved) <= statistics
+    return not moved or not storage_ids(moved) <= buffers
+
+
+def buffers_moved(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: frozenset[int]
+) -> Iterator[tuple[int, int]]:
+    """The storages of some buffers that an op overwrites, and their bytes."""
+    for tensor in changed_tensors(func, args, kwargs):
+        for storage in functorch.storages_of(tensor):
+            if storage._cdata in buffers:
+                yield storage._cdata, storage.nbytes()
 
 
 def differentiate(

@@ -89,7 +89,7 @@ class Writer:
             ),
             execution=EagerExecution(
                 signature,
-                frozenset(region.name for region in again if region.extra_bytes),
+                frozenset(region.name for region in again if region.draws),
                 self._moves(),
                 frozenset(self._problem.regions[index].name for index in chosen.shards),
             ),

@@ -365,13 +365,29 @@ def _cleared_by_arguments(op: OpOverload, args: Sequence[Any], kwargs: Mapping[s
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
 def _may_not_repeat(op: Op) -> bool:
+    return has_side_effects(op) or _depends_on_data(op)
+
+
+@functools.lru_cache(maxsize=CACHE_SIZE)
+def has_side_effects(op: Op) -> bool:
+    """Whether an op may do more than compute its outputs: effects, collectives, mutations.
+
+    Unlike :func:`never_recompute` of ops whose Python value or shape depends on the data: run again
+    by Python on the same values, they find the same.
+    """
     if classify(op) in (OpClass.EFFECTFUL, OpClass.COLLECTIVE):
         return True
     if not isinstance(op, OpOverload):
         return False
-    names = set(_qualified(op))
-    listed = names & (tables.HIDDEN_MUTATIONS | tables.UNTAGGED_DATA_DEPENDENT)
-    return bool(op._schema.is_mutable or listed or _DATA_DEPENDENT_TAGS & _facts(op).tags)
+    return bool(op._schema.is_mutable or set(_qualified(op)) & tables.HIDDEN_MUTATIONS)
+
+
+def _depends_on_data(op: Op) -> bool:
+    """Whether an output's shape, or a Python value, depends on the data."""
+    if not isinstance(op, OpOverload):
+        return False
+    listed = set(_qualified(op)) & tables.UNTAGGED_DATA_DEPENDENT
+    return bool(listed or _DATA_DEPENDENT_TAGS & _facts(op).tags)
 
 
 def never_recompute(

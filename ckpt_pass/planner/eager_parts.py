@@ -90,7 +90,8 @@ class EagerRegion:
         reruns: the backward's op before which it runs again.
         done: the moment when the last of its saved values is released.
         arguments: storages from outside that its ops use.
-        extra_bytes: held besides (a random state).
+        extra_bytes: held besides (a random state, copies of buffers that it overwrites).
+        draws: whether a random state is among them.
         dropped: storages that it makes, which Python lets go at its end if it is one.
         moves: those of its values that go if it moves.
         sent: those of its arguments that go if they move.
@@ -109,6 +110,7 @@ class EagerRegion:
     done: int
     arguments: tuple[int, ...]
     extra_bytes: int = 0
+    draws: bool = False
     dropped: tuple[int, ...] = ()
     moves: tuple[int, ...] = ()
     sent: tuple[int, ...] = ()

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ckpt_pass._errors import CkptPassError, nearest
+from ckpt_pass._torch.modules import script_forward
 from ckpt_pass.regions.chain import Link
 from ckpt_pass.regions.checkpointing import RegionSpec as RegionSpec
 from ckpt_pass.regions.checkpointing import options_for, with_moves
@@ -49,11 +51,14 @@ class RegionForward:
         self.link: Link | None = None
         #: An instance attribute that was there before (other libraries wrap ``forward`` too).
         self.before = module.__dict__.get("forward")
+        self.is_script = isinstance(module, torch.jit.ScriptModule)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward as it was."""
         if self.before is not None:
             return self.before(*args, **kwargs)
+        if self.is_script:
+            return script_forward(self.module)(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

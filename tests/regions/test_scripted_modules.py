@@ -93,3 +93,25 @@ def test_a_script_that_compiles_itself_between_two_runs_is_refused_by_name() -> 
     output = ckpt_pass.checkpoint(script, torch.randn(4, 8, requires_grad=True))
     with pytest.raises(ckpt_pass.RecomputeMismatchError, match="different metadata"):
         output.square().sum().backward()
+
+
+def test_modules_of_torchscript_are_regions() -> None:
+    x = torch.randn(16, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        made = [nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(4)]
+        scripts = [torch.jit.script(layer) for layer in made[:2]]
+        model = nn.Sequential(*scripts, *(torch.jit.trace(layer, x) for layer in made[2:]))
+    plain = nn.Sequential(*made)
+    for _ in range(3):  # TorchScript takes its first runs to compile
+        model(x).sum().backward()
+    model.zero_grad()
+    for layer in model:  # as it was before these runs
+        vars(layer).pop("forward", None)
+    with ckpt_pass.applied(model, "all"):
+        model(x).square().mean().backward()
+    got = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    assert all("forward" not in vars(layer) for layer in model)
+    plain(x).square().mean().backward()  # of the same parameters
+    torch.testing.assert_close(got, [p.grad for p in plain.parameters()], rtol=1e-5, atol=1e-6)
