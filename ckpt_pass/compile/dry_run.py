@@ -149,10 +149,21 @@ class _Step:
         del saved
         with self.fake, self.memory:
             tangents = [self.like(value) for value in half.inputs[half.given :]]
+            _arrive(tangents)
         gradients = self.run(half, [*_emptied(args), *tangents])
         with self.fake, self.memory:
             _accumulate(gradients, parameters)
         del kept, tangents
+
+
+def _arrive(tangents: Sequence[Any]) -> None:
+    """Gradients may arrive contiguous (of outputs that no loss reads, autograd makes zeros).
+
+    AOTAutograd then copies those of outputs that lie otherwise, while all of them are there.
+    """
+    lies = (value for value in tangents if isinstance(value, Tensor))
+    arriving = [torch.empty(t.shape, dtype=t.dtype) for t in lies if not t.is_contiguous()]
+    del arriving
 
 
 def _emptied(values: list[Any]) -> list[Any]:

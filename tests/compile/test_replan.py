@@ -185,6 +185,35 @@ def test_kernels_that_reach_far_may_need_no_recomputation(threads: int) -> None:
     assert not plan.predicted.recompute_time_s
 
 
+class Beside(nn.Module):
+    """Outputs beside the loss, of which two lie otherwise than contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        beside = []
+        for layer in self.layers:
+            x = x + nn.functional.gelu(layer(x))
+            beside.append(x.tanh())
+        return x.square().mean(), beside[0].t(), beside[1][::2], x.view(-1)
+
+
+def test_gradients_of_outputs_that_lie_otherwise_are_copied() -> None:
+    """AOTAutograd copies the zeros that autograd makes for outputs that no loss reads."""
+    net, x = Beside(), torch.randn(128, 16)
+    backend = ckpt_pass.make_backend(budget="1GiB", inner="inductor")
+    compiled = torch.compile(net, backend=backend)
+    dropped = ckpt_pass.measure_step(lambda: compiled(x)[0], repeats=1)
+    (plan,) = backend.plans
+    assert dropped.peak_bytes == plan.peak_bytes
+    read = ckpt_pass.measure_step(
+        lambda: sum(output.sin().sum() for output in compiled(x)), repeats=1
+    )
+    assert read.peak_bytes <= plan.peak_bytes
+
+
 def test_a_graph_without_a_backward_has_no_plan() -> None:
     net, x = Net(), torch.randn(8, 64)
     backend = ckpt_pass.make_backend(budget=0.5, inner="inductor")
