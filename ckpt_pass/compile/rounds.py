@@ -28,6 +28,8 @@ _STEP = 500
 _RAISED = 2
 #: ... as long as this share of the budget is left to gain.
 _WORTH_IT = 0.03
+#: For what recomputes nothing but what costs nothing: fused kernels may need no more for it.
+_AMPLE = 1 << 62
 #: A cut whose peak before inductor's changes is so many budgets is not tried. Those that stock
 #: torch 2.13 reaches its least with have 1.48 (max_unpool2d) and 1.57 times what becomes of them.
 _HOPELESS = 2
@@ -135,7 +137,7 @@ class Search:
             peaks += self._fuse_carefully()
         if self.best is None:
             self.careful, self.peaks = False, without_care
-            peaks += self._last_resorts()
+            peaks += self._last_resorts(_AMPLE)
         if self.best is None:
             raise InfeasibleBudgetError(self.budget_bytes, min(peaks, default=self.floor))
         self._raise()
@@ -195,8 +197,8 @@ class Search:
                 return found
         raise AssertionError("there are no more cuts than prices")
 
-    def _last_resorts(self) -> list[int]:
-        """Try what needs least until it is within the budget; inductor's peaks."""
+    def _last_resorts(self, *others: int) -> list[int]:
+        """Try what needs least, and others, until one is within the budget; inductor's peaks."""
         found: list[int] = []
         if self.best is not None:
             return found
@@ -204,7 +206,7 @@ class Search:
             self._try(1)
         self._try(max(self.floor, 1))
         above = max(self.plain_bytes - self.floor, 0)
-        for asked in (self.floor + int(share * above) for share in _LAST_RESORTS):
+        for asked in (*(self.floor + int(share * above) for share in _LAST_RESORTS), *others):
             if self.best is None:
                 self._try(asked)
                 found += [self.peaks[asked]] if asked in self.peaks else []
