@@ -161,8 +161,9 @@ def _arrive(tangents: Sequence[Any]) -> None:
 
     AOTAutograd then copies those of outputs that lie otherwise, while all of them are there.
     """
-    lies = (value for value in tangents if isinstance(value, Tensor))
-    arriving = [torch.empty(t.shape, dtype=t.dtype) for t in lies if not t.is_contiguous()]
+    given = (value for value in tangents if isinstance(value, Tensor))
+    others = [value for value in given if not value.is_contiguous()]
+    arriving = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in others]
     del arriving
 
 
