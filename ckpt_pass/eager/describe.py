@@ -231,8 +231,9 @@ def _regions(trace: EagerTrace) -> list[EagerRegion]:
 def _cannot_be_regions(trace: EagerTrace) -> dict[str, str]:
     """The modules that cannot be regions, and why."""
     found = {}
+    moved = {buffer: index for index, op in enumerate(trace.ops) for buffer, _ in op.moves}
     for name, calls in _calls_by_name(trace).items():
-        whys = (_why_once(trace, call) for call in calls)
+        whys = (_why_once(trace, call) or _why_not_read(trace, call, moved) for call in calls)
         why = next(filter(None, whys), "") or _why_not_tied(trace, calls)
         if why:
             found[name] = why
@@ -303,6 +304,23 @@ def _why_once(trace: EagerTrace, call: CallRecord) -> str:
     # What a call asks for itself, for a gradient inside of it, is made again with it.
     if any(trace.asked_again.get(number, -1) >= call.ops[1] for number in range(*call.values)):
         return "what it saves is asked for more than once, by a function or by several gradients"
+    return ""
+
+
+def _why_not_read(trace: EagerTrace, call: CallRecord, moved: dict[int, int]) -> str:
+    """Why a module call would not read again what it has read of buffers; empty where it would.
+
+    Args:
+        trace: the record.
+        call: of the module.
+        moved: by buffer the last op that overwrites it.
+    """
+    ops = trace.ops[slice(*call.ops)] if moved else ()
+    # What a region overwrites itself is copied, unless it is handed in.
+    copied = {buffer for op in ops for buffer, _ in op.moves} - call.buffers
+    read = {buffer for op in ops for buffer in op.buffers} - copied
+    if any(moved.get(buffer, -1) >= call.ops[0] for buffer in read):
+        return "the step overwrites a buffer that it reads or is given"
     return ""
 
 

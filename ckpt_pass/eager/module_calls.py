@@ -38,6 +38,7 @@ class ModuleCalls:
         stack: the modules that run.
         storages: the storages of the step among the tensors of a value.
         number_of: the one behind a tensor; -1 for what existed before.
+        buffers: the buffers among some tensors, running statistics apart.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class ModuleCalls:
     stack: ModuleStack
     storages: Callable[[Any], tuple[int, ...]]
     number_of: Callable[[Tensor], int]
+    buffers: Callable[[list[Tensor]], frozenset[int]]
     _open: list[int] = field(default_factory=list)
     _ready: nn.Module | None = None  # whose forward is what runs next
 
@@ -122,6 +124,7 @@ class ModuleCalls:
         tensors = list(tensors_in((args, kwargs)))
         goes = (tensor.grad_fn is not None and is_plain(tensor) for tensor in tensors)
         call.tensors = tuple(zip(map(self.number_of, tensors), goes, strict=True))
+        call.buffers = self.buffers(tensors)
         self.objects.note(module, call, (args, kwargs))
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:

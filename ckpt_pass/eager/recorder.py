@@ -7,7 +7,7 @@ holds each storage; when autograd would have let go is recorded beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -102,7 +102,12 @@ class Recorder(Watcher):
         self._masks = Masks()
         self._formulas = Formulas(self.trace)
         self._calls = ModuleCalls(
-            model, self.trace, self._stack, self._storages, self.memory.number_of
+            model,
+            self.trace,
+            self._stack,
+            self._storages,
+            self.memory.number_of,
+            self._buffers_among,
         )
         self._backward = False
         self._apart = 0  # ops on tensors that wrap others, in each other
@@ -237,11 +242,15 @@ class Recorder(Watcher):
         self._sums.note(output)
         record.makes = tuple(self.memory.made(output, known - fresh_ids(func, args), index))
         record.effects = has_effects(record, func, args, kwargs, self._buffers)
-        if -1 in changes:
-            apart = self._buffers - self._statistics
-            record.moves = tuple(buffers_moved(func, args, kwargs, apart))
+        record.buffers = self._buffers_among(given)
+        if record.buffers and -1 in changes:
+            record.moves = tuple(buffers_moved(func, args, kwargs, record.buffers))
         self._numbers.note(record.makes, func, self._stack.running)
         return output
+
+    def _buffers_among(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+        """The buffers among some tensors, running statistics apart."""
+        return frozenset(storage_ids(tensors) & self._buffers - self._statistics)
 
     def _taken_apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an op on tensors that wrap others, as the ops that it comes to on those.

@@ -58,7 +58,8 @@ class OpRecord:
         effects: whether it must not run twice.
         casts_weight: whether it is a cast that regions make again in any case.
         cached: whether autocast then hands out what it made to all that use the weight.
-        moves: the buffers that it overwrites, running statistics apart: their storages, and bytes.
+        buffers: those among its arguments, running statistics apart, by their storages.
+        moves: those of them that it overwrites, and their bytes.
     """
 
     site: CallSite | None
@@ -70,6 +71,7 @@ class OpRecord:
     effects: bool
     casts_weight: bool = False
     cached: bool = False
+    buffers: frozenset[int] = frozenset()
     moves: tuple[tuple[int, int], ...] = ()
 
 
@@ -86,6 +88,7 @@ class CallRecord:
             and can be moved.
         held: those that objects among its arguments hold when the forward ends.
         dropped: those that it made and put into objects of which a region lets go at its end.
+        buffers: those that it is given, likewise.
         differentiable: whether gradients are enabled where it begins; it is no region if not.
     """
 
@@ -99,6 +102,7 @@ class CallRecord:
     held: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
     tensors: tuple[tuple[int, bool], ...] = ()
+    buffers: frozenset[int] = frozenset()
     differentiable: bool = True
 
 

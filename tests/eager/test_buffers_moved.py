@@ -147,6 +147,45 @@ def test_budgets_and_gradients(kind: type[Layer] | None) -> None:
         assert checked.ok, checked
 
 
+class Reads(Layer):
+    """Reads a buffer, its own or one that it is given, which it overwrites then."""
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        x = self.body(x)
+        read = (self.keys if keys is None else keys).clone()
+        x = x + (x @ read.t()).softmax(-1) @ read
+        if keys is not None:
+            keys.mul_(0.9).add_(x.detach().mean(0) * 0.1)
+        return x
+
+
+class Shares(Net):
+    """Overwrites what its layers have read, or hands a buffer of its own to all of them."""
+
+    def __init__(self, hands_in: bool) -> None:
+        super().__init__(Reads)
+        self.hands_in = hands_in
+        self.register_buffer("keys", torch.ones(KEYS, WIDTH))
+        self.keys: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, self.keys) if self.hands_in else layer(x)
+            if not self.hands_in:
+                layer.keys.mul_(0.9).add_(x.detach().mean(0) * 0.1)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("hands_in", [False, True])
+def test_what_others_overwrite_is_read_by_no_region(hands_in: bool) -> None:
+    model, x = Shares(hands_in), torch.randn(ROWS, WIDTH)
+    with pytest.raises(ckpt_pass.InfeasibleBudgetError, match="overwrites a buffer") as caught:
+        ckpt_pass.plan(model, x, budget=1, mode="eager")
+    plan = ckpt_pass.plan(model, x, budget=caught.value.least_feasible_bytes, mode="eager")
+    checked = ckpt_pass.verify(model, x, plan=plan)
+    assert checked.ok, checked
+
+
 def test_a_buffer_that_is_still_empty() -> None:
     x = torch.randn(ROWS, WIDTH)
     with pytest.raises(ckpt_pass.InfeasibleBudgetError, match="plan after a first step"):
