@@ -7,7 +7,6 @@ inductor fuses with care.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,8 +80,9 @@ class Round:
 class Search:
     """Looks for what to ask the planner for, so that inductor's peak is within the budget.
 
-    First inductor fuses as it does; if that is over the budget, carefully: kernels keep to the
-    order of the plan. At last as inductor is, with the cuts at one price for every saved byte.
+    First inductor fuses as it does; where no plan of the graph fits, with the cuts at one price for
+    every saved byte, too. If that is over the budget, carefully: kernels keep to the order of the
+    plan. At last with what needs least, and inductor as it is.
 
     Attributes:
         planned_for: plans for a number of bytes and lowers the plan, perhaps carefully.
@@ -186,16 +186,15 @@ class Search:
         needs least is such a cut.
         """
         found: list[int] = []
-        for number in itertools.count():
+        while True:
             try:
-                cut = self.cut_for(number, _HOPELESS * self.budget_bytes)
+                cut = self.cut_for(len(found), _HOPELESS * self.budget_bytes)
             except InfeasibleBudgetError:
                 return found
             self._note(None, cut)
             found.append(cut.peak.nbytes)
             if cut.peak.nbytes <= self.budget_bytes:
                 return found
-        raise AssertionError("there are no more cuts than prices")
 
     def _last_resorts(self, *others: int) -> list[int]:
         """Try what needs least, and others, until one is within the budget; inductor's peaks."""

@@ -11,8 +11,9 @@ from torch import nn
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass.eager.alike import Alike, alike_in, check_same_step
+from ckpt_pass.eager.candidates import left_out
 from ckpt_pass.eager.compiled_parts import warn_of_compiled_parts
-from ckpt_pass.eager.describe import eager_problem, left_out
+from ckpt_pass.eager.describe import eager_problem
 from ckpt_pass.eager.in_step import in_step
 from ckpt_pass.eager.step_record import EagerTrace
 from ckpt_pass.eager.trace import Surroundings, trace_step
