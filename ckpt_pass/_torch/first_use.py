@@ -25,25 +25,37 @@ def set_at_first_use() -> Iterator[tuple[nn.Module | None, str]]:
     looked_for = {_place(guard) for guard in translator.output.guards}
     effects = translator.output.side_effects
     for owner, changes in effects.store_attr_mutations.items():
-        source, value = getattr(owner, "source", None), getattr(owner, "value", None)
+        source, value = _name_of(owner), getattr(owner, "value", None)
         if source is None:
             continue
         of_file = isinstance(owner, NewGlobalVariable)  # its source names the global itself
         for name, new in changes.items():
-            place = source.name if of_file else f"{source.name}.{name}"
-            asked = not looked_for.isdisjoint({place, (source.name, name)})
+            place = source if of_file else f"{source}.{name}"
+            asked = not looked_for.isdisjoint({place, (source, name)})
             was_there = isinstance(getattr(value, name, None), torch.Tensor)
             if not asked or was_there or not _has_tensor(new):
                 continue
             yield (value, name) if isinstance(value, nn.Module) else (None, _in_words(place))
     objects = {id(found): found for found in effects.keepalive}
     for number, variable in effects.id_to_variable.items():
-        if not isinstance(variable, ConstDictVariable) or variable.source is None:
+        if not isinstance(variable, ConstDictVariable):
             continue
-        if effects.is_modified(variable):
-            was = objects.get(number)
-            for place in _filled(variable, was, variable.source.name, looked_for):
+        source = _name_of(variable)
+        if source is not None and effects.is_modified(variable):
+            for place in _filled(variable, objects.get(number), source, looked_for):
                 yield None, _in_words(place)
+
+
+def _name_of(variable: Any) -> str | None:
+    """Where dynamo found an object; ``None`` of one that the step itself makes.
+
+    What is made in the step may have a source that torch refuses to name: no guard can look at it.
+    """
+    source = getattr(variable, "source", None)
+    try:
+        return None if source is None else str(source.name)
+    except NotImplementedError:  # TempLocalSource, SyntheticLocalSource (torch 2.13)
+        return None
 
 
 def _filled(

@@ -311,6 +311,12 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
+def without_modes() -> contextlib.AbstractContextManager[Any]:
+    """Inside, no dispatch mode sees what is called, as where a graph is compiled."""
+    found: contextlib.AbstractContextManager[Any] = _disable_current_modes()
+    return found
+
+
 @contextlib.contextmanager
 def open_sizes(sizes: Sequence[torch.SymInt]) -> Iterator[Any]:
     """What knows some symbolic sizes, for a fake tensor mode; ``None`` where there is none.

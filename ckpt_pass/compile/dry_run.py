@@ -45,10 +45,18 @@ class DryRunError(CkptPassError):
 
 @dataclass(frozen=True)
 class StepPeak:
-    """The most bytes at any time of a step, and where that is, in words."""
+    """The most bytes at any time of a step, and where that is, in words.
+
+    Attributes:
+        forward, backward: the most while either half runs.
+        between: what the caller has, and what is saved, when the forward has run.
+    """
 
     nbytes: int
     where: str
+    forward: int = 0
+    backward: int = 0
+    between: int = 0
 
 
 def step_peak(halves: Sequence[GeneratedHalf]) -> StepPeak:
@@ -63,7 +71,25 @@ def step_peak(halves: Sequence[GeneratedHalf]) -> StepPeak:
     with functorch.real_tensors():
         step = _Step(halves)
         step.through()
-        return step.memory.peak()
+        return step.peak()
+
+
+def run_dry(half: GeneratedHalf, constants: Mapping[str, Any], args: list[Any]) -> list[Any]:
+    """Run the code of a half on fake tensors; ``args`` is emptied, as on the real run.
+
+    Args:
+        half: what inductor generated.
+        constants: stand for the module's own.
+        args: what it is given.
+
+    Raises:
+        DryRunError: the code needs data to be run.
+    """
+    try:
+        return list(half.dry(constants)(args))
+    except FAILURES as error:
+        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise DryRunError(half, text) from error
 
 
 def open_lifetimes(halves: Sequence[GeneratedHalf]) -> tuple[tuple[int, int, Bytes], ...]:
@@ -101,14 +127,24 @@ class _Step:
         self.memory = _Memory(self.fake, device_type_of(inputs), calls=not self.open)
         #: Parameters, inputs and constants: they were there before, and stay.
         self.outside: list[Any] = []
+        #: When the forward had run, and what was held then.
+        self.border = self.between = 0
 
     def through(self) -> None:
         """Run forward and backward."""
         forward = next((half for half in self.halves if not half.is_backward), None)
         backward = next((half for half in self.halves if half.is_backward), None)
         returned = self.run(forward, self.inputs_of(forward)) if forward is not None else []
+        held = self.memory.held
+        self.border, self.between = held.moment, held.alive_bytes
         if backward is not None:
             self.backward(backward, forward, returned)
+
+    def peak(self) -> StepPeak:
+        """The most bytes at any time, workspaces of the kernels called among them."""
+        curve = self.memory.held.curve()
+        forward, backward = curve.most(0, self.border), curve.most(self.border)
+        return StepPeak(curve.most(), curve.peak_at, forward, backward, self.between)
 
     def like(self, value: Any) -> Any:
         """What stands for a value of the traced step."""
@@ -127,12 +163,8 @@ class _Step:
             constants = {name: self.like(value) for name, value in half.constants.items()}
         self.outside.append(constants)
         self.memory.half = "backward" if half.is_backward else "forward"
-        try:
-            with self.fake, self.memory:
-                return list(half.dry(constants)(args))
-        except FAILURES as error:
-            text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            raise DryRunError(half, text) from error
+        with self.fake, self.memory:
+            return run_dry(half, constants, args)
 
     def backward(
         self, half: GeneratedHalf, forward: GeneratedHalf | None, returned: list[Any]
@@ -232,8 +264,3 @@ class _Memory(TorchDispatchMode):
         where = f"in the {self.half} that inductor generated, at {op_name(func)}"
         self.held.note(func, args, kwargs, result, where)
         return result
-
-    def peak(self) -> StepPeak:
-        """The most bytes at any time, workspaces of the kernels called among them."""
-        curve = self.held.curve()
-        return StepPeak(curve.most(), curve.peak_at)

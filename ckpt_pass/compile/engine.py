@@ -323,6 +323,7 @@ class Partitioner(compilers.NamedPartitioner):
         artefacts: the name for inductor's caches; told from what was asked for if it is empty.
         offload: where what the policy offloads goes; ``None`` where the halves cannot move values.
         leaves: which placeholders of dynamo's graph are leaves that require gradients.
+        waiting_bytes: what others hold between the graph's forward and its backward.
     """
 
     policy: Policy
@@ -337,6 +338,7 @@ class Partitioner(compilers.NamedPartitioner):
     artefacts: str = ""
     offload: OffloadLike | None = None
     leaves: frozenset[int] = frozenset()
+    waiting_bytes: int = 0
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -346,21 +348,39 @@ class Partitioner(compilers.NamedPartitioner):
         Of the keywords that torch passes, ``num_fwd_outputs`` and
         ``static_lifetime_input_indices`` matter here.
         """
+        static = kwargs.get("static_lifetime_input_indices") or ()
+        joint = self.joint(gm, kwargs["num_fwd_outputs"], static)
+        decided = decide(
+            joint,
+            self.policy,
+            self.goal,
+            self.plans,
+            self.part,
+            self.waiting_bytes,
+            self.offload,
+        )
+        if self.on_plan is not None:
+            self.on_plan(record_plan(decided))
+        return split(joint, decided.saved, decided.backward_order, decided.moved, decided.where)
+
+    def joint(self, gm: fx.GraphModule, outputs: int, static: Sequence[int]) -> JointGraph:
+        """The graph that is decided on; ``gm`` loses what nothing reads.
+
+        Args:
+            gm: the joint graph.
+            outputs: how many of its outputs are the forward's.
+            static: the inputs that stay.
+        """
         gm.graph.eliminate_dead_code()
         if self.free is not None:
             read_shapes_alone(gm)
-        static = kwargs.get("static_lifetime_input_indices") or ()
-        outputs = kwargs["num_fwd_outputs"]
         joint = read_joint(gm, outputs, static, self.regions, self.input_names, self.leaves)
         joint.in_place = self.in_place
         if self.free is not None and self.goal is not None:
             joint.fused = self.free.of(gm, outputs, static)
         # Without a budget bytes are those of the graphs, whatever becomes of them.
         joint.inlines = self.free is not None and (self.goal is not None or self._replays_budget)
-        decided = decide(joint, self.policy, self.goal, self.plans, self.part, offload=self.offload)
-        if self.on_plan is not None:
-            self.on_plan(record_plan(decided))
-        return split(joint, decided.saved, decided.backward_order, decided.moved, decided.where)
+        return joint
 
     @property
     def _replays_budget(self) -> bool:
@@ -379,7 +399,7 @@ class Partitioner(compilers.NamedPartitioner):
         if not isinstance(self.offload, Offload | None):
             return None
         made = [plan.fingerprint for plan in self.plans]
-        asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}"
+        asked = f"{self.policy!r}/{self.regions!r}/{self.goal!r}/{self.part}/{self.waiting_bytes}"
         asked += f"/{self.offload!r}/{sorted(self.leaves)}"
         return f"ckpt_pass/{source_hash()}/{asked}/{made}"
 

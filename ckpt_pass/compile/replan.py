@@ -61,7 +61,7 @@ def compile_within(
     """
     partitioner = replace(partitioner, free=FreeOps())
     key = key_of(gm, example_inputs, partitioner, inner_options, mode)
-    step = _Step(gm, example_inputs, inner_options, mode, key is not None)
+    step = Lowering(gm, example_inputs, inner_options, mode, key is not None)
     kept = recalled(key, step.named) if key is not None else None
     if kept is not None:
         return kept
@@ -87,7 +87,7 @@ def plan_within(
         InfeasibleBudgetError, DryRunError: as there.
     """
     partitioner = replace(partitioner, free=FreeOps())
-    step = _Step(gm, example_inputs, inner_options, mode, kept=False)
+    step = Lowering(gm, example_inputs, inner_options, mode, kept=False)
     if partitioner.goal is not None:
         return _best(step, partitioner)[1]
     return step.lowered(partitioner, careful=False).planned()
@@ -109,7 +109,7 @@ def compile_planned(
     Raises:
         PlanMismatchError: the plan was made for another graph.
     """
-    step = _Step(gm, example_inputs, inner_options, mode, kept=False)
+    step = Lowering(gm, example_inputs, inner_options, mode, kept=False)
     found = step.lowered(replace(partitioner, free=FreeOps()), careful)
     plan = found.planned()
     if plan is not None:
@@ -117,7 +117,7 @@ def compile_planned(
     return found.finished(), plan
 
 
-def _best(step: _Step, partitioner: Partitioner) -> tuple[Round, Plan | None]:
+def _best(step: Lowering, partitioner: Partitioner) -> tuple[Round, Plan | None]:
     """The round that is taken, and the plan that says what inductor makes of it.
 
     Where no plan that moves values fits, those that move none are tried, too: inductor fuses across
@@ -136,7 +136,7 @@ def _best(step: _Step, partitioner: Partitioner) -> tuple[Round, Plan | None]:
             raise min(error, other, key=lambda e: e.least_feasible_bytes) from None
 
 
-def _best_of(step: _Step, partitioner: Partitioner, goal: Goal) -> tuple[Round, Plan | None]:
+def _best_of(step: Lowering, partitioner: Partitioner, goal: Goal) -> tuple[Round, Plan | None]:
 
     def planned_for(asked_bytes: int, careful: bool) -> Round:
         other = replace(partitioner, goal=replace(goal, budget=max(asked_bytes, 1)))
@@ -170,7 +170,7 @@ def _as_asked(plan: Plan, goal: Goal) -> Plan:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Lowering:
     """Dynamo's graph, to be lowered again and again.
 
     Attributes:

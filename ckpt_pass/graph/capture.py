@@ -189,8 +189,8 @@ def _only(model: nn.Module, graphs: ahead.Graphs) -> ahead.Captured:
         "What was asked for is of one graph, and would not cover the others, nor what runs between "
         "them. Expected a step without graph breaks (torch.compile(..., fullgraph=True) is an "
         "error at each, TORCH_LOGS=graph_breaks lists them). Take them away; or plan all graphs "
-        "together (ckpt_pass.plan for inner='aot_eager', whose StepPlan can be carried out), or "
-        "the step as it runs without torch.compile (mode='eager')."
+        "together (ckpt_pass.plan, whose StepPlan can be carried out), or the step as it runs "
+        "without torch.compile (mode='eager')."
     )
 
 

@@ -101,6 +101,12 @@ class HeldBytes:
         """How many ops have run."""
         return len(self._where)
 
+    @property
+    def alive_bytes(self) -> int:
+        """The bytes that are held now."""
+        self._let_go()
+        return sum(storage.nbytes for storage in self._alive.values())
+
     def note(
         self,
         func: Any,

@@ -10,12 +10,13 @@ recomputation first: a small mixed-integer program (scipy's HiGHS).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
 from scipy.optimize import LinearConstraint, milp
 
+from ckpt_pass.compile.dry_run import StepPeak
 from ckpt_pass.planner.solution import Solution
 from ckpt_pass.steps.graphs import StepRun
 
@@ -34,6 +35,7 @@ class Level:
         saved: bytes more (less than 0: fewer) between its forward and its backward.
         forward, backward: bytes more at the most while either runs.
         time_s: modelled seconds of recomputation, and of waiting for copies.
+        measured: whether the bytes are those of what inductor makes of the plan.
     """
 
     budget_bytes: int
@@ -42,6 +44,17 @@ class Level:
     forward: int
     backward: int
     time_s: float
+    measured: bool = False
+
+    def beside(self, found: StepPeak, plain: StepPeak) -> Level:
+        """The same with what inductor makes of it, beside what it makes of no recomputation."""
+        return replace(
+            self,
+            saved=found.between - plain.between,
+            forward=found.forward - plain.forward,
+            backward=found.backward - plain.backward,
+            measured=True,
+        )
 
 
 def level_of(found: Solution, plain: Solution, budget_bytes: int, waiting_bytes: int = 0) -> Level:

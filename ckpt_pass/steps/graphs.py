@@ -7,11 +7,9 @@ in the place of those that it was compiled with (:mod:`ckpt_pass.steps.halves`).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,70 +20,22 @@ from ckpt_pass._torch.random_states import told_of_states
 from ckpt_pass._torch.storages import told_of_resizes
 from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.breaks import graph_break
-from ckpt_pass.compile.engine import Partitioner
+from ckpt_pass.compile.engine import OPEN, Partitioner
+from ckpt_pass.compile.replan import Lowering
 from ckpt_pass.eager.answers import Answers, asks
 from ckpt_pass.eager.trace_ops import HeldNumbers, Sums, as_really
 from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.graph.held import Curve, HeldBytes
-from ckpt_pass.graph.joint import JointGraph, read_joint
 from ckpt_pass.graph.kernels import Kernels
 from ckpt_pass.ops.taxonomy import op_name
+from ckpt_pass.plans.goal import as_goal
 from ckpt_pass.policy.sites import output_tensors
-from ckpt_pass.steps.halves import Halves, Layout, LostValuesError, halves_of, layout_of
+from ckpt_pass.steps.fused import FusedGraph, fused_graph, lowering_of
+from ckpt_pass.steps.halves import Halves, Layout, LostValuesError, layout_of
+from ckpt_pass.steps.seen import SeenGraph
 
-
-@dataclass(frozen=True)
-class SeenGraph:
-    """One of dynamo's graphs of a step, that has a backward.
-
-    Attributes:
-        module: its joint graph, before anything was decided.
-        num_fwd_outputs, static_inputs: what AOTAutograd says of it.
-        input_names: what goes in, in the user's words.
-        graph_break: where dynamo cut the step after it, and why; empty where it did not.
-        leaves: which inputs are leaves that require gradients.
-    """
-
-    module: fx.GraphModule
-    num_fwd_outputs: int
-    static_inputs: tuple[int, ...]
-    input_names: tuple[str, ...]
-    graph_break: str
-    leaves: frozenset[int]
-
-    @cached_property
-    def looks(self) -> str:
-        """A hash of its ops, edges, shapes and dtypes; names of modules do not matter."""
-        nodes = list(self.module.graph.nodes)
-        number = {node: index for index, node in enumerate(nodes)}
-        digest = hashlib.sha256(
-            f"{self.num_fwd_outputs}/{self.static_inputs}/{sorted(self.leaves)}".encode()
-        )
-        for node in nodes:
-            args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
-            target = op_name(node.target) if node.op == "call_function" else node.op
-            value = node.meta.get("val")
-            looks = (getattr(value, "dtype", ""), list(getattr(value, "shape", ())))
-            digest.update(f"{target}{args}{looks}\n".encode())
-        return digest.hexdigest()
-
-    def partitioned(self, partitioner: Partitioner) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Forward and backward, of a copy, as AOTAutograd would have them made."""
-        chosen = replace(partitioner, input_names=self.input_names, leaves=self.leaves)
-        with functorch.as_compiling(self.module):
-            return chosen(
-                compilers.with_copied_graph(self.module),
-                (),
-                num_fwd_outputs=self.num_fwd_outputs,
-                static_lifetime_input_indices=list(self.static_inputs),
-            )
-
-    def joint(self, regions: tuple[str, ...] | None) -> JointGraph:
-        """The graph, read anew: what is decided for it changes a copy."""
-        module = compilers.with_copied_graph(self.module)
-        module.graph.eliminate_dead_code()
-        names, outputs = list(self.input_names), self.num_fwd_outputs
-        return read_joint(module, outputs, self.static_inputs, regions, names, self.leaves)
+#: More than any step takes: nothing is recomputed.
+SAVES_ALL = as_goal(1 << 60)
 
 
 @dataclass
@@ -129,6 +79,7 @@ class Graphs:
         fake: for tensors without data; the same where the step runs on such.
         words: what the inputs are, by ``id``.
         answers: what code between the graphs is told of values, if it must be.
+        staying: the tensors that are there all the time, by ``id``.
     """
 
     partitioner: Partitioner
@@ -136,11 +87,13 @@ class Graphs:
     fake: functorch.FakeTensorMode
     words: Mapping[int, str]
     answers: Answers | None
+    staying: frozenset[int]
     seen: list[SeenGraph | None] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
     calls: list[GraphCall] = field(default_factory=list)
     layouts: list[Layout | None] = field(default_factory=list)
     instead: dict[int, Halves] = field(default_factory=dict)
+    forwards: dict[int, compilers.RunHalf] = field(default_factory=dict)
     kernels: Kernels = field(default_factory=Kernels)
     backward: bool = False
 
@@ -207,13 +160,19 @@ class Graphs:
         self.seen.append(None)
         self.layouts.append(None)
         chosen = replace(self.partitioner, input_names=names, leaves=leaves)
+        fuses = chosen.free is not None
+        lowering = lowering_of(gm, inputs, self.staying, self.fake) if fuses else None
+        # Under what is wrapped around its halves, others run: it is to save something.
+        eager = (
+            replace(chosen, policy=OPEN, goal=SAVES_ALL, plans=(), free=None) if fuses else chosen
+        )
 
         def partition(joint: fx.GraphModule, given: Any, **options: Any) -> Any:
             static = tuple(options.get("static_lifetime_input_indices") or ())
             kept = compilers.with_copied_graph(joint)
             outputs = options["num_fwd_outputs"]
             self.seen[index] = SeenGraph(kept, outputs, static, names, cut, leaves)
-            halves = chosen(joint, given, **options)
+            halves = eager(joint, given, **options)
             self.layouts[index] = layout_of(halves[0], outputs)
             return halves
 
@@ -221,8 +180,19 @@ class Graphs:
             return self._half(index, is_backward, run, args)
 
         compiled = compilers.compile_eager(gm, inputs, partition, around)
+        if lowering is not None:
+            self._fuse(index, lowering, chosen, cut)
         self.breaks += [cut] if cut else []
         return compiled
+
+    def _fuse(self, index: int, lowering: Lowering, partitioner: Partitioner, cut: str) -> None:
+        """Run what inductor makes of a graph in its place."""
+        found = fused_graph(lowering, partitioner, cut, self.fake)
+        if isinstance(found, FusedGraph):
+            self.seen[index] = found
+            self.instead[index] = found.first.halves
+        elif found is not None:
+            self.forwards[index] = found
 
     def decide_again(self, partitioner: Partitioner) -> None:
         """Run other halves of the graphs from now on.
@@ -237,15 +207,13 @@ class Graphs:
         for index, graph in enumerate(self.seen):
             if graph is None:
                 continue
-            forward, backward = graph.partitioned(partitioner)
-            layout = layout_of(forward, graph.num_fwd_outputs)
-            if layout is None or self.layouts[index] is None:
+            if self.layouts[index] is None:
                 raise LostValuesError
-            self.instead[index] = halves_of(forward, backward, layout)
+            self.instead[index] = graph.halves(partitioner)
 
     def _half(self, index: int, is_backward: bool, run: compilers.RunHalf, args: list[Any]) -> Any:
         if self.seen[index] is None:  # it has no backward
-            return run(args)
+            return self.forwards.get(index, run)(args)
         before, self._inside = self._inside, True
         start = self.held.moment
         try:

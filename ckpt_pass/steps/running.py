@@ -20,7 +20,14 @@ from ckpt_pass._torch.watched import WatchedFakeMode, WatchedMode
 from ckpt_pass.compile.engine import Partitioner
 from ckpt_pass.eager.answers import Answers, OtherPathError, real_answers
 from ckpt_pass.eager.trace_ops import differentiate
-from ckpt_pass.graph.capture import LossFn, input_words, raise_for, scripted_in, whole_step
+from ckpt_pass.graph.capture import (
+    LossFn,
+    NotTraceableError,
+    input_words,
+    raise_for,
+    scripted_in,
+    whole_step,
+)
 from ckpt_pass.graph.held import device_type_of
 from ckpt_pass.state.holders import Reached
 from ckpt_pass.state.untouched import random_state_restored, untouched
@@ -107,21 +114,34 @@ class FakeStep:
         mode = WatchedFakeMode()
         fakes = ahead.Fakes(Reached(self._roots).tensors, mode)
         with untouched(*self._roots, stand_in=fakes) as roots:
+            staying = frozenset(id(tensor) for tensor in Reached(roots).tensors)
 
             def graphs(chosen: Partitioner) -> Graphs:
-                return Graphs(chosen, mode, mode, input_words(self.model, *roots[2:]), answers)
+                words = input_words(self.model, *roots[2:])
+                return Graphs(chosen, mode, mode, words, answers, staying)
 
             yield StepRuns(roots, graphs, lambda: ahead.on_fakes(mode), partitioner)
 
     @contextlib.contextmanager
     def _for_real(self, partitioner: Partitioner) -> Iterator[StepRuns]:
-        """The whole step runs, a few times, and takes the memory of one with nothing recomputed."""
+        """The whole step runs, a few times, and takes the memory of one with nothing recomputed.
+
+        Raises:
+            NotTraceableError: inductor is to compile its graphs, whose code can only run dry.
+        """
+        if partitioner.free is not None:
+            raise NotTraceableError(
+                f"The step of {type(self.model).__name__} is cut by dynamo, and what runs between "
+                "its graphs needs values that fake tensors do not have. Expected a step that runs "
+                "on fake tensors for inner='inductor'. Plan with inner='aot_eager' or "
+                "mode='eager', or take the breaks out of the model."
+            )
         with untouched(*self._roots, values=True) as roots:
 
             def graphs(chosen: Partitioner) -> Graphs:
                 fake = functorch.FakeTensorMode(allow_non_fake_inputs=True)
                 words = input_words(self.model, *roots[2:])
-                return Graphs(chosen, WatchedMode(), fake, words, None)
+                return Graphs(chosen, WatchedMode(), fake, words, None, frozenset())
 
             yield StepRuns(roots, graphs, compilers.own_profile, partitioner)
 

@@ -137,7 +137,8 @@ def plan(
             compiled plan of a model that is wrapped for many ranks.
         NotAModuleError, StepArgumentError: there is no model, or its forward does not take these
             arguments.
-        SeveralGraphsError: dynamo cuts the step, and ``dynamic`` or ``inner="inductor"`` is set.
+        SeveralGraphsError: dynamo cuts the step, and ``dynamic`` is set.
+        DryRunError: of code of inductor's that needs data to be followed no peak is known.
         NotTraceableError, NothingToDifferentiateError: see
             :func:`ckpt_pass.graph.capture.capture`.
         UnknownPolicyError, PolicyReturnError, ContradictoryTagsError: see the policy's side.
@@ -193,8 +194,12 @@ def plan(
 
 
 def _planned(step: FakeStep, wanted: _Wanted) -> Plan | StepPlan:
-    if wanted.mode != "compiled" or wanted.inner != "aot_eager" or wanted.dynamic:
+    if wanted.mode != "compiled" or wanted.dynamic:
         return _of_one_graph(step, wanted)
+    if wanted.inner != "aot_eager":
+        with contextlib.suppress(SeveralGraphsError):
+            return _of_inductor(step, wanted)
+        return plan_graphs(step, wanted.chosen, wanted.goal, wanted.inner)
     with contextlib.suppress(SeveralGraphsError), _captured(step, wanted) as joint:
         if not joint.graph_break:
             return _plan_of(joint, wanted)
@@ -332,9 +337,9 @@ def _of_inductor(step: FakeStep, wanted: _Wanted) -> Plan:
         if not made:
             raise SeveralGraphsError(
                 f"torch.compile cuts the step of {type(step.model).__name__} at "
-                f"{joint.graph_break}. Expected one graph for inner='inductor'. Take the break out "
-                "of the model, plan with inner='aot_eager', or give make_backend the budget, which "
-                "each graph then gets alone."
+                f"{joint.graph_break}. Expected one graph where sizes are left open or one plan is "
+                "asked for. Take the break out of the model, or plan the whole step "
+                "(ckpt_pass.plan without dynamic=True)."
             )
     return made[-1]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from transformers.modeling_outputs import CausalLMOutput
 
 import ckpt_pass
 from tests.zoo import hf
@@ -359,3 +360,20 @@ def test_a_backward_that_is_in_no_graph_is_said() -> None:
         ckpt_pass.NotTraceableError, match=r"no graph of Reversed that has a backward.*eager"
     ):
         ckpt_pass.plan(Reversed(), torch.randn(4, 16), budget=1.0)
+
+
+def test_an_output_that_the_step_makes_itself_has_no_name() -> None:
+    """After a break dynamo knows such an output by a source that it refuses to name."""
+
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> CausalLMOutput:
+            y = self.layer(x)
+            torch._dynamo.graph_break()
+            return CausalLMOutput(loss=y.square().mean(), logits=y)
+
+    plan = ckpt_pass.plan(Cut(), torch.randn(4, 8), budget=1.0, loss_fn=lambda out: out.loss)
+    assert isinstance(plan, ckpt_pass.StepPlan) and len(plan.parts) == 2
