@@ -199,6 +199,13 @@ def keeps_artefacts(options: Mapping[str, Any]) -> bool:
     return bool(functorch_config.enable_autograd_cache)
 
 
+def cache_bypasses() -> int:
+    """How often AOTAutograd has taken a graph as one that its cache cannot hold."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["aot_autograd"]["autograd_cache_bypass"])
+
+
 def inductor_cache_folder() -> Path:
     """Where inductor keeps its caches."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir

@@ -46,7 +46,8 @@ class Remembered:
     """The round that was taken for a graph.
 
     Attributes:
-        artefacts: the name that its artefacts have in torch's caches.
+        artefacts: the name that its artefacts have in torch's caches; empty where these do not
+            hold such a graph (one with an autograd Function).
         careful: whether inductor was told to fuse with care.
         plan: the plan; ``None`` where the graph has no backward.
     """
@@ -117,6 +118,12 @@ def _look(value: Any) -> Any:
         return value.dtype, value.device, value.requires_grad, sizes, value.layout
     steps = [optimization_hint(step) for step in value.stride()]
     return value.dtype, value.device, value.requires_grad, sizes, steps
+
+
+def is_passed_over(key: str) -> bool:
+    """Whether it is known of a graph that torch's caches do not hold it."""
+    known = _read(_path(key))
+    return known is not None and not known.artefacts
 
 
 def recalled(

@@ -21,7 +21,7 @@ from ckpt_pass._torch import compilers
 from ckpt_pass._torch.generated import GeneratedHalf
 from ckpt_pass.compile.dry_run import StepPeak, step_peak
 from ckpt_pass.compile.engine import FreeOps, Partitioner
-from ckpt_pass.compile.remembered import Remembered, key_of, recalled, remember
+from ckpt_pass.compile.remembered import Remembered, is_passed_over, key_of, recalled, remember
 from ckpt_pass.compile.replay import warn_if_over
 from ckpt_pass.compile.rounds import Round, Search
 from ckpt_pass.planner.built_in import NumberedCut
@@ -61,14 +61,19 @@ def compile_within(
     """
     partitioner = replace(partitioner, free=FreeOps())
     key = key_of(gm, example_inputs, partitioner, inner_options, mode)
+    # What torch's caches do not hold, they do not find again; it would only fill them.
+    key = None if key is None or is_passed_over(key) else key
     step = Lowering(gm, example_inputs, inner_options, mode, key is not None)
     kept = recalled(key, step.named) if key is not None else None
     if kept is not None:
         return kept
+    bypasses = compilers.cache_bypasses()
     best, plan = _best(step, partitioner)
     compiled = best.finished()
     if key is not None:
-        remember(key, Remembered(best.artefacts, best.careful, plan))
+        passed_over = compilers.cache_bypasses() > bypasses
+        found = Remembered(best.artefacts, best.careful, plan)
+        remember(key, Remembered("", False, None) if passed_over else found)
     return compiled, plan
 
 

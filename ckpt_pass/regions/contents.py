@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -108,6 +108,19 @@ class Contents:
         for (value, keeper), state in zip(holders.objects, self.states, strict=True):
             if not keeper.same(state, keeper.read(value)):
                 yield value, keeper, state
+
+    def replace(self, instead: Mapping[int, Any]) -> None:
+        """Hold other values in the places of some, by their ``id``."""
+
+        def of(values: Iterable[Any]) -> list[Any]:
+            return [instead.get(id(value), value) for value in values]
+
+        self.copies = [dict(zip(held, of(held.values()), strict=True)) for held in self.copies]
+        self.maps = [dict(zip(held, of(held.values()), strict=True)) for held in self.maps]
+        self.lists, self.sets = list(map(of, self.lists)), [set(of(held)) for held in self.sets]
+        self.cells = [tuple(of(contents)) for contents in self.cells]
+        self.spots = of(self.spots)
+        self._marks = None  # what is gone may have left its id to another
 
     def put_into(self, holders: Holders) -> None:
         """Make them hold this again."""

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -170,6 +170,16 @@ class Holders:
                 t for t in self.tensors if has_memory(t) and not autograd.is_gathered(t)
             ]
         return self._movable
+
+    def replace(self, instead: Mapping[int, torch.Tensor]) -> None:
+        """Name other tensors than some that were found, by their ``id``."""
+
+        def of(values: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [instead.get(id(tensor), tensor) for tensor in values]
+
+        self.tensors = of(self.tensors)
+        self._movable = None if self._movable is None else of(self._movable)
+        self.spots = [(space, name, instead.get(id(v), v)) for space, name, v in self.spots]
 
     def let_all_move(self) -> None:
         """Take it as known that all tensors are of these."""

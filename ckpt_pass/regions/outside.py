@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
@@ -60,6 +61,7 @@ class Outside:
         "_before",
         "_copies",
         "_flags",
+        "_let_go",
         "_looks",
         "_roots",
         "_start_by_id",
@@ -82,11 +84,14 @@ class Outside:
         self._start_by_id: dict[int, torch.Tensor] | None = None
         #: Copies of storages as they were when the forward began, by the storage's address.
         self._copies: dict[int, torch.UntypedStorage] = {}
-        #: Storages that the forward has changed, and were not held when it began.
-        self.changed_anew: set[int] = set()
+        #: Storages that the forward has changed, and were not held when it began, by address;
+        #: while they are referred to, what is made after them does not get their addresses.
+        self.changed_anew: dict[int, StorageWeakRef] = {}
         #: Running statistics, which most regions move and do not read.
         self._statistics: list[torch.Tensor] = []
         self._before: Noted | None = None
+        #: What stands for tensors that were replaced, whose history is not held.
+        self._let_go: tuple[torch.Tensor, ...] = ()
         #: What :meth:`put_in` has found: which tensors require gradients, and torch's switches. A
         #: region that sets and sets back may be left in between.
         self._flags: list[bool] = []
@@ -138,6 +143,25 @@ class Outside:
             return
         moved = {id(value) for value, _, _ in state.contents.moved(state.holders)}
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
+
+    def let_go(self) -> None:
+        """Hold what the forward, which ends now, has replaced without its history.
+
+        What a run leaves on an attribute holds its graph, and that this: else each run would hold
+        the one before, for good where no backward comes.
+        """
+        state = self._state
+        if not isinstance(state, Searched):  # where a track led something would have moved
+            return
+        noted = [tensor for tensor in state.tensors if not tensor.is_leaf]
+        if not noted or state.is_still_held():
+            return
+        now = set(map(id, Holders(*self._roots, *self.known.generators).tensors))
+        instead = {id(t): autograd.with_cut_history(t) for t in noted if id(t) not in now}
+        if instead:
+            state.replace(instead)
+            self._start_by_id = None
+            self._let_go = tuple(instead.values())
 
     def owners_of_statistics(self, *arguments: Any) -> tuple[nn.Module, ...]:
         """The modules that the region runs, as far as they have running statistics.
@@ -281,6 +305,8 @@ class Outside:
                 raise
         if stand_ins:
             put_in_place(stand_ins, self._state.holders)
+        if differentiable:
+            self.suspects |= {t.untyped_storage()._cdata: t for t in self._let_go if has_memory(t)}
         return False
 
     def _switch_flags(self, flags: Iterable[bool]) -> None:
@@ -358,8 +384,18 @@ class Outside:
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and has_memory(tensor):
                 found = self.suspects.get(tensor.untyped_storage()._cdata)
+                if found is not None and any(found is t for t in self._let_go):
+                    raise self._lost(found)
                 if found is not None:
                     raise self._moved(found)
+
+    def _lost(self, tensor: torch.Tensor) -> MutatedStateError:
+        return MutatedStateError(
+            f"{self.name_of(tensor)} (shape {list(tensor.shape)}), which a checkpoint region reads "
+            "and replaces, comes from an earlier step, and a gradient of a gradient was asked for "
+            "through it: its history is not held. Expected a tensor without history in its place. "
+            "Detach it, pass it in as an argument, or take the module out of the region."
+        )
 
     def _moved(self, tensor: torch.Tensor) -> MutatedStateError:
         if not isinstance(tensor, nn.Parameter):

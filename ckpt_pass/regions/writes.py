@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_pass._torch.dispatch import QuickMode
 from ckpt_pass._torch.operators import argument_value
@@ -89,7 +90,8 @@ class WriteWatch(QuickMode):
         self._outside = outside
         self._tail = tail
         self._storages = outside.storages()
-        self._statistics: set[int] = set()
+        #: Storages of the running statistics that were moved, by address.
+        self._statistics: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -110,19 +112,19 @@ class WriteWatch(QuickMode):
         known.fills |= func in FILL_WHAT_IS_SAVED
         known.draws |= draws_random(func, args, kwargs)
         for tensor in written(func, args, kwargs):
-            address = _address(tensor)
-            if address in self._storages:
+            if _address(tensor) in self._storages:
                 self._outside.about_to_change(tensor)
             else:
-                self._outside.changed_anew.add(address)
+                self._outside.changed_anew |= _kept_addresses(tensor)
 
     def _note_statistics(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note whether an op reads what a normalisation has moved; one that moves them does not."""
-        moved = set(map(_address, moved_statistics(func, args)))
-        moves = moved and argument_value(func, "training", args, kwargs) is True
-        read = set(map(_address, tensors_in(args, kwargs))) - (moved if moves else set())
-        self._outside.known.reads_statistics |= not self._statistics.isdisjoint(read)
-        self._statistics |= moved
+        statistics = [*moved_statistics(func, args)]
+        moves = statistics and argument_value(func, "training", args, kwargs) is True
+        moved = set(map(_address, statistics)) if moves else set()
+        read = set(map(_address, tensors_in(args, kwargs))) - moved
+        self._outside.known.reads_statistics |= not read.isdisjoint(self._statistics)
+        self._statistics |= _kept_addresses(*statistics)
 
 
 class ReadWatch(QuickMode):
@@ -170,6 +172,12 @@ def moved_statistics(func: Any, args: tuple[Any, ...]) -> Iterator[torch.Tensor]
     for index in statistics(func):
         if index < len(args) and isinstance(args[index], torch.Tensor):
             yield args[index]
+
+
+def _kept_addresses(*tensors: torch.Tensor) -> dict[int, StorageWeakRef]:
+    """The addresses of storages; as long as the references are there nothing else gets them."""
+    plain = ((tensor, _address(tensor)) for tensor in tensors)
+    return {found: StorageWeakRef(t.untyped_storage()) for t, found in plain if found}
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
@@ -25,6 +25,14 @@ from ckpt_pass.plans.parts import Replay
 from ckpt_pass.plans.value import Plan
 from ckpt_pass.steps.halves import Halves, LostValuesError, layout_of
 from ckpt_pass.steps.seen import SeenGraph
+
+_Key: TypeAlias = tuple[str, bool, Replay]
+"""The graph, whether it is fused with care, and what is decided for it."""
+
+
+def _key_of(plan: Plan) -> _Key:
+    assert plan.inductor is not None and plan.replay is not None, "it was lowered here"
+    return plan.fingerprint, plan.inductor.careful, plan.replay
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class FusedGraph(SeenGraph):
 
     lowering: Lowering = field(kw_only=True)
     fake: functorch.FakeTensorMode = field(kw_only=True)
-    known: dict[tuple[bool, Replay], Fused] = field(default_factory=dict, kw_only=True)
+    known: dict[_Key, Fused] = field(default_factory=dict, kw_only=True)
 
     def plan(self, partitioner: Partitioner, careful: bool) -> Plan:
         """The plan that a partitioner makes of the graph, with inductor's peak."""
@@ -63,12 +71,8 @@ class FusedGraph(SeenGraph):
     def halves(self, partitioner: Partitioner) -> Halves:
         """What inductor makes of what a partitioner decides, or of one of its plans."""
         for plan in partitioner.plans:
-            inner = plan.inductor
-            if inner is None or plan.replay is None or plan.fingerprint not in self._made_for:
-                continue
-            found = self.known.get((inner.careful, plan.replay))
-            if found is not None:
-                return found.halves
+            if _key_of(plan) in self.known:
+                return self.known[_key_of(plan)].halves
         return self.lowered(partitioner, careful=False).halves
 
     @property
@@ -78,12 +82,7 @@ class FusedGraph(SeenGraph):
 
     def peak_of(self, plan: Plan) -> StepPeak:
         """By halves, the peak of a plan that was made here."""
-        assert plan.inductor is not None and plan.replay is not None
-        return self.known[plan.inductor.careful, plan.replay].peak
-
-    @property
-    def _made_for(self) -> set[str]:
-        return {one.plan.fingerprint for one in self.known.values()}
+        return self.known[_key_of(plan)].peak
 
     def lowered(self, partitioner: Partitioner, careful: bool) -> Fused:
         """Have inductor generate code for what is decided, and run that dry.
@@ -111,8 +110,7 @@ class FusedGraph(SeenGraph):
             layout,
             len(backward.graph.find_nodes(op="placeholder")),
         )
-        assert plan.replay is not None, "a plan of a joint graph can be carried out again"
-        found = self.known[made.careful, plan.replay] = Fused(plan, made.peak, halves)
+        found = self.known[_key_of(plan)] = Fused(plan, made.peak, halves)
         return found
 
 

@@ -101,8 +101,11 @@ class FakeStep:
                 raise
         try:
             return stack.enter_context(self._on_fakes(partitioner, self._real_answers()))
-        except (OtherPathError, RuntimeError, *autograd.NO_VALUES):
-            pass  # on fake tensors it goes another way, or sizes depend on values in its graphs
+        # On fake tensors it goes another way, or sizes depend on values in its graphs. Under a mode
+        # of torch functions dynamo fails with an AttributeError where resumed code draws a number
+        # (random, numpy; torch 2.13); the user's own comes again.
+        except (OtherPathError, RuntimeError, AttributeError, *autograd.NO_VALUES):
+            pass
         return stack.enter_context(self._for_real(partitioner))
 
     @property

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,3 +151,35 @@ def test_another_process_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert first[:2] == ["found", "0"] and second[:2] == ["found", "1"]
     assert first[2:] == second[2:]
+
+
+class Sine(torch.autograd.Function):
+    """Torch's cache passes graphs over that have such a Function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        found: Tensor = gradients[0] * ctx.saved_tensors[0].cos()
+        return found
+
+
+class WithFunction(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(Sine.apply(self.first(x)))
+
+
+def test_what_torch_does_not_keep_does_not_fill_its_caches() -> None:
+    net, x = WithFunction(20), torch.randn(36, 20)
+    kept = inductor_cache_folder() / "fxgraph"
+    first, _ = step(net, x, 0.85)
+    assert counters["aot_autograd"]["autograd_cache_bypass"]
+    (text,) = entries().values()
+    assert json.loads(text)["artefacts"] == ""
+    before = set(kept.rglob("*"))
+    plan, peak_bytes = step(net, x, 0.85)
+    assert plan == first and peak_bytes == plan.peak_bytes
+    assert set(kept.rglob("*")) == before

@@ -303,6 +303,22 @@ class Shared(nn.Module):
         return y.square().mean() + (self.one + self.other).exp().sum()
 
 
+def test_assertions_of_values_are_followed() -> None:
+    """What they compute on tensors counts."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    x = torch.randn(64, 32)
+    backend = ckpt_pass.make_backend(budget=1.0, inner_options={"nan_asserts": True})
+
+    def step() -> Tensor:
+        return compiled(x)
+
+    compiled = torch.compile(lambda x: model(x).square().mean(), backend=backend)
+    step().backward()
+    model.zero_grad()
+    measured = ckpt_pass.measure_step(step, repeats=1, params=model.parameters())
+    assert measured.peak_bytes == backend.plans[-1].peak_bytes
+
+
 def test_what_autograd_does_with_gradients_is_counted() -> None:
     plan, peak_bytes = compiled_for(Shared(), (torch.randn(128, 64),), 1.0)
     assert peak_bytes == plan.peak_bytes

@@ -118,7 +118,9 @@ def patient(seconds: float = 0.005) -> Iterator[None]:
             setattr(dist, kind, collective)
 
 
-def peaks(model: nn.Module, step: Callable[[], object], predicted_bytes: int, most: int = 8) -> int:
+def peaks(
+    model: nn.Module, step: Callable[[], object], predicted_bytes: int, most: int = 24
+) -> int:
     """The least measured peak of a step: gloo's threads let go of their copies late at times.
 
     It runs again where that was so: as long as any rank is above what it predicts by more than 1 %.

@@ -42,6 +42,7 @@ from tests.job.jobs import train
 
 pytestmark = pytest.mark.distributed
 BUDGETS = (0.95, 0.7)
+FIVE_BUDGETS = (0.95, 0.85, 0.75, 0.65, 0.55)
 Wrap = Callable[[nn.Module], nn.Module]
 
 
@@ -58,11 +59,7 @@ def planned_and_trained(
     model = wrap(made())
     if rank == 1:
         time.sleep(0.1)  # nobody waits for the others while it plans
-    try:
-        plan = ckpt_pass.plan(model, inputs, budget=budget, mode="eager", **asked)
-    except ckpt_pass.InfeasibleBudgetError as error:
-        least = error.least_feasible_bytes
-        plan = ckpt_pass.plan(model, inputs, budget=least, mode="eager", **asked)
+    plan = planned_or_least(model, inputs, budget, {"mode": "eager", **asked})
     plan.apply(model)
     same = trained(model, rank, rows) == plain and exchanges(model, inputs) == exchanged
     times = 3 if asked.get("gradients") == "accumulated" else 1
@@ -79,6 +76,18 @@ def planned_and_trained(
         "budget": plan.budget_bytes,
         "regions": len(plan.regions),
     }
+
+
+def planned_or_least(
+    model: nn.Module, inputs: Tensor, budget: float, asked: dict[str, Any]
+) -> ckpt_pass.Plan:
+    """The plan for a budget, or for the least that its refusal names."""
+    try:
+        plan = ckpt_pass.plan(model, inputs, budget=budget, **asked)
+    except ckpt_pass.InfeasibleBudgetError as error:
+        plan = ckpt_pass.plan(model, inputs, budget=error.least_feasible_bytes, **asked)
+    assert isinstance(plan, ckpt_pass.Plan)
+    return plan
 
 
 def sharded(reshard: bool = True, **options: Any) -> Wrap:
@@ -163,8 +172,33 @@ def split_and_sharded(model: nn.Module) -> nn.Module:
 def in_two_ways(rank: int) -> list[dict[str, Any]]:
     return [
         planned_and_trained(split_and_sharded, rank // 2, budget, rows=256)
-        for budget in (0.95, 0.85, 0.75, 0.65, 0.6)
+        for budget in FIVE_BUDGETS
     ]
+
+
+def at_five_budgets(rank: int) -> list[dict[str, Any]]:
+    """Every way of splitting on two ranks, from near the plain peak to the least that there is."""
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    views: dict[str, Any] = {"gradient_as_bucket_view": True}
+    late: dict[str, Any] = {"gradients": "accumulated"}
+    ways: list[tuple[Wrap, int, int, dict[str, Any]]] = [
+        (sharded(), rank, ROWS, {}),
+        (sharded(), rank, ROWS, late),
+        (sharded(reshard=False), rank, ROWS, {}),
+        (sharded(mp_policy=bf16), rank, ROWS, {}),
+        (replicated(), rank, ROWS, {}),
+        (replicated(), rank, ROWS, late),
+        (replicated(**views), rank, ROWS, {}),
+        (split, 0, 256, {}),
+        (split_in_rows, rank, 256, {}),
+    ]
+    found = [
+        planned_and_trained(wrap, seed, budget, rows, **asked)
+        for budget in FIVE_BUDGETS
+        for wrap, seed, rows, asked in ways
+    ]
+    stages = [stage(rank, kind, b) for kind in (ScheduleGPipe, Schedule1F1B) for b in FIVE_BUDGETS]
+    return found + stages
 
 
 def beside_torchs_tracker(rank: int) -> tuple[int, int]:
@@ -311,13 +345,13 @@ def stage(rank: int, kind: Any, budget: float) -> dict[str, Any]:
         model = nn.Sequential(*(Block() for _ in range(3)))
         schedule = kind(PipelineStage(model, rank, 2, torch.device("cpu")), count, loss_fn=_loss)
         if planned:
-            plan = ckpt_pass.plan(
-                model,
-                batch(3, rows=rows).requires_grad_(rank > 0),
-                budget=budget,
-                mode="eager",
-                in_flight=distributed.in_flight_of(schedule),
-                loss_fn=(lambda output: _loss(output, target[:rows])) if rank else None,
+            asked = {
+                "mode": "eager",
+                "in_flight": distributed.in_flight_of(schedule),
+                "loss_fn": (lambda output: _loss(output, target[:rows])) if rank else None,
+            }
+            plan = planned_or_least(
+                model, batch(3, rows=rows).requires_grad_(rank > 0), budget, asked
             )
             plan.apply(model)
         step()
@@ -398,6 +432,11 @@ def test_gradients_and_peaks(found: dict[str, list[Any]], name: str) -> None:
 @pytest.mark.slow
 def test_two_ways_on_four_ranks(tmp_path: Path) -> None:
     check(on_ranks([in_two_ways], tmp_path, ranks=4)["in_two_ways"])
+
+
+@pytest.mark.slow
+def test_all_ways_at_five_budgets(tmp_path: Path) -> None:
+    check(on_ranks([at_five_budgets], tmp_path)["at_five_budgets"])
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -359,3 +360,26 @@ def test_what_is_sized_by_values_is_as_large_as_these_say(make: Callable[[], Bui
     compiled = torch.compile(model, backend=backend)
     found = ckpt_pass.measure_step(lambda: compiled(*inputs), repeats=1)
     assert found.peak_bytes == plan.peak_bytes
+
+
+class Drawing(Block):
+    """Draws a number of Python's in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.drawn.append(random.random())
+        return super().forward(x)
+
+
+def test_numbers_that_resumed_code_draws() -> None:
+    """Dynamo fails on them on fake tensors that are told of values: the step runs for real."""
+    model = nn.Sequential(Drawing(), Drawing())
+    x = torch.randn(64, 32)
+    state = random.getstate()
+    # Not to the byte: dynamo compiles such code anew in every run, and gives it up at last.
+    plan = ckpt_pass.plan(model, x, budget="1MB", loss_fn=lambda out: out.square().mean())
+    assert isinstance(plan, ckpt_pass.StepPlan) and plan.parts
+    assert random.getstate() == state and not any(block.drawn for block in model)
