@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from operator import is_
 from typing import Any
 
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.holders import Holders, Spot
+from ckpt_pass.regions.let_go import in_places
 from ckpt_pass.regions.module_dicts import FORWARD_HOOKS, read_by_runs
 from ckpt_pass.regions.steps import Inner
 from ckpt_pass.state.code_names import contents_of
@@ -111,10 +113,7 @@ class Contents:
 
     def replace(self, instead: Mapping[int, Any]) -> None:
         """Hold other values in the places of some, by their ``id``."""
-
-        def of(values: Iterable[Any]) -> list[Any]:
-            return [instead.get(id(value), value) for value in values]
-
+        of = partial(in_places, instead=instead)
         self.copies = [dict(zip(held, of(held.values()), strict=True)) for held in self.copies]
         self.maps = [dict(zip(held, of(held.values()), strict=True)) for held in self.maps]
         self.lists, self.sets = list(map(of, self.lists)), [set(of(held)) for held in self.sets]

@@ -171,13 +171,13 @@ class Holders:
             ]
         return self._movable
 
-    def replace(self, instead: Mapping[int, torch.Tensor]) -> None:
-        """Name other tensors than some that were found, by their ``id``."""
+    def replace(self, instead: Mapping[int, Any]) -> None:
+        """Name other tensors, lists and dicts than some that were found, by their ``id``."""
 
-        def of(values: list[torch.Tensor]) -> list[torch.Tensor]:
-            return [instead.get(id(tensor), tensor) for tensor in values]
+        def of(values: list[Any]) -> list[Any]:
+            return [instead.get(id(value), value) for value in values]
 
-        self.tensors = of(self.tensors)
+        self.tensors, self.lists, self.maps = of(self.tensors), of(self.lists), of(self.maps)
         self._movable = None if self._movable is None else of(self._movable)
         self.spots = [(space, name, instead.get(id(v), v)) for space, name, v in self.spots]
 

@@ -86,8 +86,8 @@ class Searched:
         """Whether the holders hold the same now, object by object."""
         return self.contents.held_by(self.holders)
 
-    def replace(self, instead: Mapping[int, torch.Tensor]) -> None:
-        """Hold other tensors in the places of some, by their ``id``; the holders hold none of them.
+    def replace(self, instead: Mapping[int, Any]) -> None:
+        """Hold other values in the places of some, by their ``id``; the holders hold none of them.
 
         What they hold now is then another thing than what was noted.
         """

@@ -26,6 +26,7 @@ from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.buffers import alias_like, copy_of, has_statistics, running_buffers
 from ckpt_pass.regions.holders import Holders, has_memory
 from ckpt_pass.regions.known import Known, watch_all_again
+from ckpt_pass.regions.let_go import stand_ins_for
 from ckpt_pass.regions.naming import name_of
 from ckpt_pass.regions.noted import Noted, Searched
 from ckpt_pass.regions.stand_ins import held_now, put_in_place
@@ -45,6 +46,7 @@ _address = torch.Tensor.data_ptr
 _stride = torch.Tensor.stride
 _version_in, _flag = operator.itemgetter(0), operator.itemgetter(1)
 _requires_grad = operator.attrgetter("requires_grad")
+_is_leaf = operator.attrgetter("is_leaf")
 _look: Callable[[torch.Tensor], Look] = operator.attrgetter("_version", "requires_grad")
 
 
@@ -145,23 +147,19 @@ class Outside:
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
 
     def let_go(self) -> None:
-        """Hold what the forward, which ends now, has replaced without its history.
-
-        What a run leaves on an attribute holds its graph, and that this: else each run would hold
-        the one before, for good where no backward comes.
-        """
+        """Hold what the forward, which ends now, has replaced without its history."""
         state = self._state
         if not isinstance(state, Searched):  # where a track led something would have moved
             return
-        noted = [tensor for tensor in state.tensors if not tensor.is_leaf]
-        if not noted or state.is_still_held():
+        if all(map(_is_leaf, state.tensors)) or state.is_still_held():
             return
-        now = set(map(id, Holders(*self._roots, *self.known.generators).tensors))
-        instead = {id(t): autograd.with_cut_history(t) for t in noted if id(t) not in now}
+        now = Holders(*self._roots, *self.known.generators)
+        instead = stand_ins_for(state.holders, now)
         if instead:
             state.replace(instead)
             self._start_by_id = None
-            self._let_go = tuple(instead.values())
+            found = (value for value in instead.values() if isinstance(value, torch.Tensor))
+            self._let_go = tuple(filter(has_memory, found))
 
     def owners_of_statistics(self, *arguments: Any) -> tuple[nn.Module, ...]:
         """The modules that the region runs, as far as they have running statistics.
@@ -306,7 +304,7 @@ class Outside:
         if stand_ins:
             put_in_place(stand_ins, self._state.holders)
         if differentiable:
-            self.suspects |= {t.untyped_storage()._cdata: t for t in self._let_go if has_memory(t)}
+            self.suspects |= {t.untyped_storage()._cdata: t for t in self._let_go}
         return False
 
     def _switch_flags(self, flags: Iterable[bool]) -> None:

@@ -16,28 +16,36 @@ import ckpt_pass
 
 
 class Probe(nn.Module):
-    """Keeps its last activation, as it is or in a dict; it may read the one before."""
+    """Keeps its last activation, as it is or in what holds it; it may read the one before."""
 
     def __init__(self, place: str = "attribute", reads: bool = False) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 8)
         self.last: Tensor | None = None
         self.table: dict[str, Tensor] = {}
+        self.pair: Any = None
         self.place, self.reads = place, reads
 
     def forward(self, x: Tensor) -> Tensor:
         if self.reads and self.last is not None:
             x = x + 0.5 * self.last.sin()
         h = torch.tanh(self.layer(x))
-        if self.place == "attribute":
-            self.last = h
-        else:
-            self.table["last"] = h
+        match self.place:
+            case "attribute":
+                self.last = h
+            case "dict":
+                self.table["last"] = h
+            case "new dict":
+                self.table = {"last": h}
+            case "tuple":
+                self.pair = (1, (h, h.sin()))
+            case "list":
+                self.pair = [1, [h]]
         return x + h
 
     def kept(self) -> Tensor:
-        found = self.last if self.place == "attribute" else self.table["last"]
-        assert found is not None
+        found = self.pair[1][0] if self.pair else self.table.get("last", self.last)
+        assert isinstance(found, Tensor)
         return found
 
 
@@ -53,7 +61,7 @@ WAYS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("place", ["attribute", "dict"])
+@pytest.mark.parametrize("place", ["attribute", "dict", "new dict", "tuple", "list"])
 @pytest.mark.parametrize("way", list(WAYS))
 def test_a_run_without_a_backward_is_let_go(way: str, place: str) -> None:
     torch.manual_seed(0)
