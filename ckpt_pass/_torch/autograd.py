@@ -154,12 +154,6 @@ def data_of_all(values: list[torch.Tensor]) -> list[torch.Tensor]:
     return list(map(_data, values))
 
 
-def with_cut_history(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same memory and version that ops made, but of no others than itself."""
-    with _disable_current_modes(), torch.enable_grad():
-        return tensor.detach().requires_grad_().view_as(tensor)
-
-
 def _closed_over(fn: Any, name: str) -> Any:
     names = fn.__code__.co_freevars
     return fn.__closure__[names.index(name)].cell_contents if name in names else None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import collections
 import types
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
 from typing import Any
 
 from ckpt_pass._torch import autograd
 from ckpt_pass.regions.holders import Holders, Spot
-from ckpt_pass.regions.let_go import in_places
 from ckpt_pass.regions.module_dicts import FORWARD_HOOKS, read_by_runs
 from ckpt_pass.regions.steps import Inner
 from ckpt_pass.state.code_names import contents_of
@@ -110,16 +108,6 @@ class Contents:
         for (value, keeper), state in zip(holders.objects, self.states, strict=True):
             if not keeper.same(state, keeper.read(value)):
                 yield value, keeper, state
-
-    def replace(self, instead: Mapping[int, Any]) -> None:
-        """Hold other values in the places of some, by their ``id``."""
-        of = partial(in_places, instead=instead)
-        self.copies = [dict(zip(held, of(held.values()), strict=True)) for held in self.copies]
-        self.maps = [dict(zip(held, of(held.values()), strict=True)) for held in self.maps]
-        self.lists, self.sets = list(map(of, self.lists)), [set(of(held)) for held in self.sets]
-        self.cells = [tuple(of(contents)) for contents in self.cells]
-        self.spots = of(self.spots)
-        self._marks = None  # what is gone may have left its id to another
 
     def put_into(self, holders: Holders) -> None:
         """Make them hold this again."""

@@ -176,7 +176,6 @@ class Frame:
                 looks = self._saved.looks
                 known.short_tail = (len(looks), looks[-1]) if looks and tail.is_short() else None
         outside.check_iterators()
-        outside.let_go()
         if self._memory is not None and self._memory.window is not None:
             self._memory.window.finish()
         if before is not None and not (options.draws or known.draws) and not before.moved():

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -170,16 +170,6 @@ class Holders:
                 t for t in self.tensors if has_memory(t) and not autograd.is_gathered(t)
             ]
         return self._movable
-
-    def replace(self, instead: Mapping[int, Any]) -> None:
-        """Name other tensors, lists and dicts than some that were found, by their ``id``."""
-
-        def of(values: list[Any]) -> list[Any]:
-            return [instead.get(id(value), value) for value in values]
-
-        self.tensors, self.lists, self.maps = of(self.tensors), of(self.lists), of(self.maps)
-        self._movable = None if self._movable is None else of(self._movable)
-        self.spots = [(space, name, instead.get(id(v), v)) for space, name, v in self.spots]
 
     def let_all_move(self) -> None:
         """Take it as known that all tensors are of these."""

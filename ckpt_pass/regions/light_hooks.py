@@ -121,7 +121,6 @@ class LightHooks:
                 self.outside.learn()
                 self.watch = None
             self.outside.check_iterators()
-            self.outside.let_go()
 
     def enter_recompute(self) -> bool:
         """Push hooks that collect the values; return whether torch recomputes for them."""

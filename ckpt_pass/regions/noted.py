@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -85,11 +84,3 @@ class Searched:
     def is_still_held(self) -> bool:
         """Whether the holders hold the same now, object by object."""
         return self.contents.held_by(self.holders)
-
-    def replace(self, instead: Mapping[int, Any]) -> None:
-        """Hold other values in the places of some, by their ``id``; the holders hold none of them.
-
-        What they hold now is then another thing than what was noted.
-        """
-        self.holders.replace(instead)
-        self.contents.replace(instead)

@@ -26,7 +26,6 @@ from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.buffers import alias_like, copy_of, has_statistics, running_buffers
 from ckpt_pass.regions.holders import Holders, has_memory
 from ckpt_pass.regions.known import Known, watch_all_again
-from ckpt_pass.regions.let_go import stand_ins_for
 from ckpt_pass.regions.naming import name_of
 from ckpt_pass.regions.noted import Noted, Searched
 from ckpt_pass.regions.stand_ins import held_now, put_in_place
@@ -46,7 +45,6 @@ _address = torch.Tensor.data_ptr
 _stride = torch.Tensor.stride
 _version_in, _flag = operator.itemgetter(0), operator.itemgetter(1)
 _requires_grad = operator.attrgetter("requires_grad")
-_is_leaf = operator.attrgetter("is_leaf")
 _look: Callable[[torch.Tensor], Look] = operator.attrgetter("_version", "requires_grad")
 
 
@@ -63,7 +61,6 @@ class Outside:
         "_before",
         "_copies",
         "_flags",
-        "_let_go",
         "_looks",
         "_roots",
         "_start_by_id",
@@ -92,8 +89,6 @@ class Outside:
         #: Running statistics, which most regions move and do not read.
         self._statistics: list[torch.Tensor] = []
         self._before: Noted | None = None
-        #: What stands for tensors that were replaced, whose history is not held.
-        self._let_go: tuple[torch.Tensor, ...] = ()
         #: What :meth:`put_in` has found: which tensors require gradients, and torch's switches. A
         #: region that sets and sets back may be left in between.
         self._flags: list[bool] = []
@@ -145,21 +140,6 @@ class Outside:
             return
         moved = {id(value) for value, _, _ in state.contents.moved(state.holders)}
         known.learnt(quiet, tuple(g for g in known.generators if id(g) in moved))
-
-    def let_go(self) -> None:
-        """Hold what the forward, which ends now, has replaced without its history."""
-        state = self._state
-        if not isinstance(state, Searched):  # where a track led something would have moved
-            return
-        if all(map(_is_leaf, state.tensors)) or state.is_still_held():
-            return
-        now = Holders(*self._roots, *self.known.generators)
-        instead = stand_ins_for(state.holders, now)
-        if instead:
-            state.replace(instead)
-            self._start_by_id = None
-            found = (value for value in instead.values() if isinstance(value, torch.Tensor))
-            self._let_go = tuple(filter(has_memory, found))
 
     def owners_of_statistics(self, *arguments: Any) -> tuple[nn.Module, ...]:
         """The modules that the region runs, as far as they have running statistics.
@@ -303,8 +283,6 @@ class Outside:
                 raise
         if stand_ins:
             put_in_place(stand_ins, self._state.holders)
-        if differentiable:
-            self.suspects |= {t.untyped_storage()._cdata: t for t in self._let_go}
         return False
 
     def _switch_flags(self, flags: Iterable[bool]) -> None:
@@ -382,18 +360,8 @@ class Outside:
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and has_memory(tensor):
                 found = self.suspects.get(tensor.untyped_storage()._cdata)
-                if found is not None and any(found is t for t in self._let_go):
-                    raise self._lost(found)
                 if found is not None:
                     raise self._moved(found)
-
-    def _lost(self, tensor: torch.Tensor) -> MutatedStateError:
-        return MutatedStateError(
-            f"{self.name_of(tensor)} (shape {list(tensor.shape)}), which a checkpoint region reads "
-            "and replaces, comes from an earlier step, and a gradient of a gradient was asked for "
-            "through it: its history is not held. Expected a tensor without history in its place. "
-            "Detach it, pass it in as an argument, or take the module out of the region."
-        )
 
     def _moved(self, tensor: torch.Tensor) -> MutatedStateError:
         if not isinstance(tensor, nn.Parameter):
