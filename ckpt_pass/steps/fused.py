@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, fx
 
-from ckpt_pass._torch import compilers, functorch
+from ckpt_pass._torch import autograd, compilers, functorch
 from ckpt_pass._torch.generated import GeneratedHalf
 from ckpt_pass.compile.dry_run import StepPeak, run_dry
 from ckpt_pass.compile.engine import Partitioner
@@ -157,13 +158,41 @@ def lowering_of(
         fake: the mode of the step's tensors.
     """
 
-    def stand_in(value: Any) -> Any:
-        if not isinstance(value, Tensor) or id(value) in staying:
-            return value
-        with fake:
-            return fake_like(value).requires_grad_(value.requires_grad)
+    passing = [v for v in inputs if isinstance(v, Tensor) and id(v) not in staying]
+    with fake, torch.enable_grad():
+        stand_ins = _stand_ins(passing)
+    given = [stand_ins.get(id(value), value) for value in inputs]
+    return Lowering(compilers.copied(gm), given, {}, None, kept=False)
 
-    return Lowering(compilers.copied(gm), [stand_in(v) for v in inputs], {}, None, kept=False)
+
+def _stand_ins(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """By its ``id``, what looks like each tensor; those that share memory are views of one."""
+    groups: dict[int, list[Tensor]] = {}
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        strided = tensor.layout is torch.strided
+        key = tensor.untyped_storage()._cdata if strided else -id(tensor)
+        groups.setdefault(key, []).append(tensor)
+    found: dict[int, Tensor] = {}
+    for group in groups.values():
+        first = min(group, key=Tensor._is_view)  # what the others are views of, if it is there
+        is_base = len(group) == 1 or not first._is_view()
+        base = fake_like(first) if is_base else _memory_like(first)
+        if first.is_leaf:
+            base.requires_grad_(first.requires_grad)
+        else:  # what is no leaf may be changed in place
+            base = autograd.with_history(base)
+        for tensor in group:
+            with torch.set_grad_enabled(tensor.requires_grad):
+                place = tensor.size(), tensor.stride(), tensor.storage_offset()
+                whole = is_base and tensor is first
+                found[id(tensor)] = base if whole else base.as_strided(*place)
+    return found
+
+
+def _memory_like(tensor: Tensor) -> Tensor:
+    """All of the memory that a tensor looks at, in a row."""
+    count = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return torch.empty(count, dtype=tensor.dtype, device=tensor.device)
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,16 @@ class StepRuns:
             self._graphs = self._make(partitioner)
             step = whole_step(model, loss_fn)
             self._compiled = compilers.compile_apart(step, self._graphs, None)
-        return self._run()
+        try:
+            return self._run()
+        except LostValuesError:
+            raise NotTraceableError(
+                f"A graph of {type(model).__name__}'s step takes or returns other values when "
+                f"{'inductor' if partitioner.free is not None else 'another plan'} makes it, so "
+                "that its graphs cannot be planned together. Expected graphs that are the same "
+                "but for what is saved. Change no tensor in place that came over a graph break, "
+                "take the break out, or plan with inner='aot_eager' or mode='eager'."
+            ) from None
 
     def _run(self) -> StepRun:
         """Run it until dynamo makes no more graphs."""

@@ -30,6 +30,26 @@ class Tables(nn.Module):
         return x.square().mean()
 
 
+class Alias(nn.Module):
+    """A value and a view of it come over a break, and one of them is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        v = y.view(-1)
+        torch._dynamo.graph_break()
+        v.add_(1.0)
+        return (self.layer(y).sin() * v.view(-1, 32)).sum()
+
+
+def alias() -> Built:
+    torch.manual_seed(0)
+    return Alias(), (torch.randn(256, 32),)
+
+
 def tables() -> Built:
     torch.manual_seed(0)
     return Tables(), (torch.randn(512, 32),)
@@ -89,6 +109,12 @@ def test_cuts_of_all_kinds(kind: str) -> None:
     peak = ckpt_pass.measure_step(lambda: compiled(*inputs), repeats=1).peak_bytes
     assert plan.budget_bytes is not None
     assert peak == plan.peak_bytes <= plan.budget_bytes
+
+
+@pytest.mark.slow
+def test_values_that_share_memory_over_a_break() -> None:
+    plan = planned(alias, 1.0)
+    assert measured(alias, plan) == plan.peak_bytes
 
 
 @pytest.mark.slow
