@@ -339,6 +339,41 @@ def is_distributed(value: Any) -> bool:
 _GATHERED = ("_fsdp_flattened", "ds_id")
 
 
+def has_plain_history(value: Any) -> bool:
+    """Whether a value is a plain tensor that ops made, and nobody asked for its gradient."""
+    return (
+        type(value) is torch.Tensor
+        and not value.is_leaf
+        and not value.retains_grad
+        and not value._backward_hooks
+        and not is_gathered(value)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def before_node_of(tensor: torch.Tensor, hook: Callable[[Any], None]) -> Any:
+    """Call a hook before a backward goes through the op that made a tensor.
+
+    Returns:
+        What takes the hook away: its ``remove()``.
+    """
+    assert tensor.grad_fn is not None
+    return tensor.grad_fn.register_prehook(hook)
+
+
+def cut_history(tensor: torch.Tensor) -> None:
+    """Let a tensor of the same memory and version, that comes of no other, be behind an object.
+
+    As ``torch.utils.swap_tensors`` does, which asks that nothing else refers to the tensor: here
+    the graphs that do keep what they refer to.
+    """
+    with _disable_current_modes(), torch.enable_grad(), torch.inference_mode(False):
+        other = tensor.detach().requires_grad_()
+        if tensor.layout is torch.strided:  # no leaf either, where views are possible
+            other = other.view_as(other)
+        torch._C._swap_tensor_impl(tensor, other)
+
+
 def is_gathered(tensor: torch.Tensor) -> bool:
     """Whether a parameter has its memory from sharded training, for a while, ever anew."""
     own = tensor.__dict__

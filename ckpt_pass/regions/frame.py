@@ -225,6 +225,7 @@ class Frame:
             ) from error
         finally:
             autograd.pop_saved_hooks()
+            self._outside.end_histories()
 
     @left_alone  # autograd calls it wherever a backward is: in code that dynamo compiles, too
     def _unpack(self, number: int) -> torch.Tensor:

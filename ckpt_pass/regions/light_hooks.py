@@ -117,6 +117,7 @@ class LightHooks:
         self.store = []
         autograd.pop_saved_hooks()
         if self.outside is not None:
+            self.outside.end_histories()
             if self.watch is not None:
                 self.outside.learn()
                 self.watch = None

@@ -24,6 +24,7 @@ from ckpt_pass._torch import autograd
 from ckpt_pass._torch.switches import set_switches, switches_now
 from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.buffers import alias_like, copy_of, has_statistics, running_buffers
+from ckpt_pass.regions.histories import Histories
 from ckpt_pass.regions.holders import Holders, has_memory
 from ckpt_pass.regions.known import Known, watch_all_again
 from ckpt_pass.regions.naming import name_of
@@ -57,6 +58,7 @@ class Outside:
     """
 
     __slots__ = (
+        "__weakref__",
         "_addresses",
         "_before",
         "_copies",
@@ -69,6 +71,7 @@ class Outside:
         "_statistics",
         "_switches",
         "changed_anew",
+        "histories",
         "known",
         "stand_ins",
         "suspects",
@@ -97,6 +100,8 @@ class Outside:
         self.stand_ins: frozenset[int] = frozenset()
         #: What has moved and has no copy, by its storage: the recomputation must not read it.
         self.suspects: dict[int, torch.Tensor] = {}
+        #: What has a history, of the tensors.
+        self.histories: Histories | None = None
         self._note_tensors()
 
     def add(self, *arguments: Any) -> None:
@@ -121,6 +126,13 @@ class Outside:
         movable = state.movable()
         self._starts, self._addresses = autograd.data_of_all(movable), list(map(_address, movable))
         self._start_by_id = None
+        if self.histories is None:
+            self.histories = Histories.among(state.tensors, self)
+
+    def end_histories(self) -> None:
+        """The forward has ended, with an error or without."""
+        if self.histories is not None:
+            self.histories.end()
 
     def learn(self) -> None:
         """Let later runs know what the forward has done, which was looked at and ends now."""
