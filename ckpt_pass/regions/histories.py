@@ -34,6 +34,8 @@ class Histories:
     """The tensors with a history among what a run found when it began.
 
     Args:
+        owner: what is to hold this, as ``histories``, and all that the run has found: what it
+            refers to belongs to it.
         tensors: those.
 
     Attributes:
@@ -44,27 +46,13 @@ class Histories:
 
     __slots__ = ("__weakref__", "_handles", "_versions", "followed", "tensors")
 
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
+    def __init__(self, owner: Any, tensors: list[torch.Tensor]) -> None:
+        _waiting.add(owner)
         self.followed = False
         self.tensors = tensors
         self._versions = [tensor._version for tensor in tensors]
         note = _Note(self)
         self._handles = [autograd.before_node_of(tensor, note) for tensor in tensors]
-
-    @classmethod
-    def among(cls, tensors: Iterable[torch.Tensor], owner: Any) -> Histories | None:
-        """Those of some tensors that have a history; ``None`` without any.
-
-        Args:
-            tensors: those.
-            owner: what is to hold this, as ``histories``, and all that the run has found: what it
-                refers to belongs to it.
-        """
-        found = list(filter(autograd.has_plain_history, tensors))
-        if not found:
-            return None
-        _waiting.add(owner)
-        return cls(found)
 
     def end(self) -> None:
         """The run's forward has ended: what backward goes through them now is not its own."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ckpt_pass._torch import autograd
 from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders
 from ckpt_pass.state.objects import Keeper
@@ -41,6 +42,10 @@ class Noted(Protocol):
 
     def movable(self) -> list[torch.Tensor]:
         """Those of the tensors that may be given other memory and are seen to be."""
+        ...
+
+    def histories(self) -> list[torch.Tensor]:
+        """The plain tensors that ops have made."""
         ...
 
     def is_still_held(self) -> bool:
@@ -80,6 +85,10 @@ class Searched:
     def movable(self) -> list[torch.Tensor]:
         """Those that may be given other memory and are seen to be."""
         return self.holders.movable()
+
+    def histories(self) -> list[torch.Tensor]:
+        """The plain tensors that ops have made."""
+        return list(filter(autograd.has_plain_history, self.tensors))
 
     def is_still_held(self) -> bool:
         """Whether the holders hold the same now, object by object."""

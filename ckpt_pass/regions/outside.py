@@ -126,8 +126,9 @@ class Outside:
         movable = state.movable()
         self._starts, self._addresses = autograd.data_of_all(movable), list(map(_address, movable))
         self._start_by_id = None
-        if self.histories is None:
-            self.histories = Histories.among(state.tensors, self)
+        found = state.histories()
+        if found and self.histories is None:
+            self.histories = Histories(self, found)
 
     def end_histories(self) -> None:
         """The forward has ended, with an error or without."""

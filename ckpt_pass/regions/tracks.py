@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ckpt_pass._torch import autograd
 from ckpt_pass._torch.dicts import marks_of
 from ckpt_pass.regions.classes import class_of
 from ckpt_pass.regions.contents import Contents
@@ -59,6 +60,7 @@ class Track:
         steps: from there to plain objects and containers.
         norms: as of the holders.
         all_move: whether all tensors may be given other memory and are seen to be.
+        has_histories: whether ops have made any of them.
     """
 
     __slots__ = (
@@ -69,6 +71,7 @@ class Track:
         "_references",
         "_types",
         "all_move",
+        "has_histories",
         "layout",
         "marks",
         "modules",
@@ -84,6 +87,7 @@ class Track:
         self._note_parts(modules)
         self.norms = holders.norms
         self.all_move = len(holders.movable()) == len(holders.tensors)
+        self.has_histories = any(map(autograd.has_plain_history, holders.tensors))
         names: dict[int, dict[str, Any]] = {}
         owners: dict[int, Owner] = {}
         for owner, (_, name, value) in zip(holders.owners, holders.spots, strict=True):
@@ -304,6 +308,11 @@ class OnTrack:
     def movable(self) -> list[torch.Tensor]:
         """The tensors that may be given other memory (``.data = ...``), and are seen to be."""
         return self.tensors if self._track.all_move else self.holders.movable()
+
+    def histories(self) -> list[torch.Tensor]:
+        """The plain tensors that ops have made."""
+        found = self.tensors if self._track.has_histories else ()
+        return list(filter(autograd.has_plain_history, found))
 
     def is_still_held(self) -> bool:
         """Whether the holders hold the same now, object by object."""
