@@ -6,7 +6,7 @@ from typing import Any
 
 from ckpt_pass.modules.by_layer import AllLayers, EveryN, NoLayers
 from ckpt_pass.modules.choice import Placement
-from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, refuse
+from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, refuse, switched
 from ckpt_pass.modules.offloaded import Offloaded
 from ckpt_pass.modules.segments import Segments
 from ckpt_pass.modules.sharded import Sharded
@@ -39,7 +39,7 @@ def from_deepspeed(config: Any, *, group: ShardLike | None = None) -> Placement:
             ``None``.
 
     Raises:
-        ConfigKeyError: an unknown key, or one that asks for what is not supported here.
+        ConfigKeyError: an unknown key or value, or one that asks for what is not supported here.
     """
     found = as_mapping(config, "DeepSpeed")
     if "activation_checkpointing" in found:
@@ -47,15 +47,15 @@ def from_deepspeed(config: Any, *, group: ShardLike | None = None) -> Placement:
     known = ("number_checkpoints", _DEEPSPEED_SHARDS, *_DEEPSPEED_OFFLOADS, *_DEEPSPEED)
     check_keys(found, known, "DeepSpeed")
     refuse(found, _DEEPSPEED, "DeepSpeed")
-    moves, one_buffer = (found.get(key) for key in _DEEPSPEED_OFFLOADS)
+    moves, one_buffer = (switched(found, key, "DeepSpeed") for key in _DEEPSPEED_OFFLOADS)
     if one_buffer and not moves:
         raise ConfigKeyError(
-            f"The DeepSpeed configuration has contiguous_memory_optimization={one_buffer!r} "
+            "The DeepSpeed configuration has contiguous_memory_optimization=True "
             "without cpu_checkpointing, which is not supported here: values that stay on the "
             "device are not copied into one buffer. Set it to false, or both to true."
         )
     placement = _segments_of(found.get("number_checkpoints"))
-    if found.get(_DEEPSPEED_SHARDS):
+    if switched(found, _DEEPSPEED_SHARDS, "DeepSpeed"):
         if moves:
             raise ConfigKeyError(
                 "The DeepSpeed configuration has partition_activations together with "

@@ -23,6 +23,7 @@ from ckpt_pass.modules.layers.find import find_layers
 from ckpt_pass.modules.layers.layer_profile import LayerProfile
 from ckpt_pass.modules.layers.profiling import profile_layers
 from ckpt_pass.modules.placement import PlacementLike, as_placement
+from ckpt_pass.offloading.options import check_offload_inputs
 from ckpt_pass.offloading.sharding import ShardLike, as_sharding
 from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.plans.budget import BudgetLike
@@ -123,6 +124,7 @@ def apply(
     check_module(model, "apply")
     _refuse_twice(model)
     where = as_offload(offload)
+    check_offload_inputs(offload_inputs)
     asked = asked_job(total, optimizer, budget)
     if budget is None and total is None:
         if asked is not None:

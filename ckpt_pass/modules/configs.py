@@ -65,3 +65,23 @@ def refuse(config: Mapping[str, Any], unsupported: Mapping[str, str], of: str) -
                 f"The {of} configuration has {key}={value!r}, which is not supported here. "
                 f"{instead}"
             )
+
+
+def switched(config: Mapping[str, Any], key: str, of: str) -> bool:
+    """Whether a configuration switches something on.
+
+    Args:
+        config: the configuration.
+        key: of the switch; off where it is missing or ``None``.
+        of: whose configuration it is.
+
+    Raises:
+        ConfigKeyError: the value is neither true nor false.
+    """
+    value = config.get(key)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ConfigKeyError(
+        f"The {of} configuration has {key}={value!r}, expected true or false. A text is neither, "
+        "whatever it says: write it without quotation marks."
+    )

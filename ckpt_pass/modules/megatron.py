@@ -26,7 +26,7 @@ from ckpt_pass.modules.choice import (
     PlacementError,
     Segment,
 )
-from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, refuse
+from ckpt_pass.modules.configs import ConfigKeyError, as_mapping, check_keys, refuse, switched
 from ckpt_pass.modules.layers.find import Layers, find_layers
 from ckpt_pass.modules.offloaded import OFFLOAD_PARTS, Offloaded, OffloadParts
 from ckpt_pass.modules.segments import by_segments, segments_of_length
@@ -252,13 +252,17 @@ _OFFLOADS = (
     "offload_modules",
     "min_offloaded_tensor_size",
 )
+_OF = "Megatron"
 #: Megatron Core counts elements, of bfloat16 in most of its models.
 _ELEMENT_BYTES = 2
 
 
 def _offloaded(found: dict[str, Any]) -> Offloaded | None:
     """What a configuration offloads; ``None`` where it offloads nothing."""
-    if found.get("cpu_offloading") and found.get("cpu_offloading_activations", True):
+    activations = switched(
+        {"cpu_offloading_activations": True, **found}, "cpu_offloading_activations", _OF
+    )
+    if switched(found, "cpu_offloading", _OF) and activations:
         number = found.get("cpu_offloading_num_layers")
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ConfigKeyError(
@@ -266,7 +270,7 @@ def _offloaded(found: dict[str, Any]) -> Offloaded | None:
                 "how many layers from the first on are offloaded, 1 or more."
             )
         return Offloaded(ChosenLayers(tuple(range(number))), what="saved")
-    if not found.get("fine_grained_activation_offloading"):
+    if not switched(found, "fine_grained_activation_offloading", _OF):
         return None
     modules = found.get("offload_modules") or ()
     if isinstance(modules, str) or not modules or any(m not in OFFLOAD_PARTS for m in modules):
@@ -302,11 +306,11 @@ def from_megatron(
         ConfigKeyError: an unknown key, or one that asks for what is not supported.
         PlacementError: values that contradict each other.
     """
-    found = as_mapping(config, "Megatron")
-    check_keys(found, (*_KEYS, *_OFFLOADS, *_UNSUPPORTED), "Megatron")
-    refuse(found, _UNSUPPORTED, "Megatron")
+    found = as_mapping(config, _OF)
+    check_keys(found, (*_KEYS, *_OFFLOADS, *_UNSUPPORTED), _OF)
+    refuse(found, _UNSUPPORTED, _OF)
     granularity = found.get("recompute_granularity")
-    distributes = bool(found.get("distribute_saved_activations"))
+    distributes = switched(found, "distribute_saved_activations", _OF)
     if distributes and granularity != "full":
         raise ConfigKeyError(
             "The Megatron configuration has distribute_saved_activations=True with "

@@ -108,3 +108,16 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_offload_inputs(asked: Any) -> None:
+    """Raise where ``offload_inputs`` is no switch.
+
+    Raises:
+        InvalidOffloadError: it is neither ``True`` nor ``False``.
+    """
+    if not isinstance(asked, bool):
+        raise InvalidOffloadError(
+            f"Got offload_inputs={asked!r}, expected True or False. Where values go is said with "
+            "offload=."
+        )

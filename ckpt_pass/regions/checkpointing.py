@@ -13,6 +13,7 @@ from torch import nn
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch import autograd
+from ckpt_pass.offloading.options import check_offload_inputs
 from ckpt_pass.offloading.sharding import Sharding, ShardLike, as_sharding
 from ckpt_pass.offloading.stores import OffloadLike, as_offload
 from ckpt_pass.policy.named import as_policy
@@ -201,7 +202,8 @@ def checkpoint(
         options = _usual_options(fn, None if policy is None else as_policy(policy))
     else:
         options = options_for(fn, policy, None, name, preserve_rng_state)
-    if offload is not None or offload_inputs:
+    if offload is not None or offload_inputs is not False:
+        check_offload_inputs(offload_inputs)
         where = options.offload if offload is None else as_offload(offload)
         inputs = options.offload_inputs or offload_inputs
         options = replace(options, offload=where, offload_inputs=inputs)

@@ -335,6 +335,15 @@ def test_a_place_is_checked_before_anything_runs(way: str) -> None:
             MOVING[way](model, x, wrong)
 
 
+@pytest.mark.parametrize("wrong", ["yes", 1, None])
+def test_whether_inputs_are_offloaded_is_true_or_false(wrong: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+    with pytest.raises(ckpt_pass.InvalidOffloadError, match=f"offload_inputs={wrong!r}"):
+        ckpt_pass.checkpoint(model, x, offload_inputs=wrong)
+    with pytest.raises(ckpt_pass.InvalidOffloadError, match=f"offload_inputs={wrong!r}"):
+        ckpt_pass.apply(model, "all", offload_inputs=wrong)
+
+
 def test_options() -> None:
     assert ckpt_pass.Offload(host_budget="1.5 GiB").host_budget_bytes == 3 * 2**29
     assert ckpt_pass.Offload(host_budget=7).host_budget_bytes == 7
