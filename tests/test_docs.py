@@ -54,6 +54,9 @@ def examples(page: str) -> Iterator[Example]:
 
 
 WITH_CODE = [path for path in PAGES if list(examples(path.read_text()))]
+#: Pages that take about a minute.
+LONG = ("shapes.md", "whole-job.md")
+EACH = [pytest.param(p, marks=[pytest.mark.slow] if p.name in LONG else []) for p in WITH_CODE]
 
 
 def run(page: str, name: str) -> list[str]:
@@ -75,7 +78,7 @@ def test_most_pages_have_examples() -> None:
     assert {"start-here.md", "policies.md", "golden-tests.md"} <= {path.name for path in WITH_CODE}
 
 
-@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", EACH, ids=lambda path: path.name)
 def test_a_page_runs_and_prints_what_it_says(path: Path) -> None:
     wrong = run(path.read_text(), path.name)
     assert not wrong, "\n".join(wrong)

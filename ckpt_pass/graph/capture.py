@@ -232,7 +232,8 @@ def no_gradient(model: nn.Module) -> NothingToDifferentiateError:
     """The error for a model of which nothing requires a gradient."""
     return NothingToDifferentiateError(
         f"No output of {type(model).__name__} requires a gradient, so there is no backward. "
-        "Expected a model with parameters (or inputs) that require gradients, in grad mode."
+        "Expected a model with parameters (or inputs) that require gradients, in grad mode, and of "
+        "loss_fn, where one is given, a loss that depends on the output."
     )
 
 

@@ -130,6 +130,7 @@ def test_a_plan_tells_what_moves_and_a_file_carries_it_out_again(tmp_path: Path)
     assert backend.plans[-1].with_fate("offloaded") == plan.with_fate("offloaded")
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_users_store_asks_for_it_again(tmp_path: Path) -> None:
     module, inputs = GPT2()
     store = disk_store()
@@ -321,6 +322,7 @@ def test_symbolic_sizes_stay_on_the_device() -> None:
     assert not plan.with_fate("offloaded")
 
 
+@pytest.mark.slow
 def test_the_same_model_and_link_give_the_same_plan() -> None:
     plans = []
     for _ in range(2):

@@ -124,6 +124,7 @@ def test_a_policy_and_a_store_of_ones_own() -> None:
     assert store.used_bytes == 0
 
 
+@pytest.mark.slow
 def test_copies_run_behind_what_the_plan_says() -> None:
     """Inductor's order for the least memory would wait for each copy as soon as it has begun."""
     torch.manual_seed(0)
@@ -143,6 +144,7 @@ def test_copies_run_behind_what_the_plan_says() -> None:
     assert max(waits) > 2, waits
 
 
+@pytest.mark.slow
 def test_values_lie_as_the_backward_reads_them() -> None:
     """Inductor would keep the copies of turned values as they lie in the making."""
 

@@ -111,6 +111,7 @@ def test_workspaces_and_copies_in_other_layouts_are_counted() -> None:
     assert peak_bytes <= plan.peak_bytes <= 1.01 * peak_bytes
 
 
+@pytest.mark.slow
 def test_what_kernels_make_again_for_nothing_is_not_saved() -> None:
     """With room for all, torch's own partitioner has fused kernels run cheap ops again."""
     net, x = Net(), torch.randn(512, 64)
@@ -154,8 +155,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize(
     ("way", "threads"),
     [
-        ("unpool", 2),
         ("unpool", 1),
+        pytest.param("unpool", 2, marks=pytest.mark.slow),
         pytest.param("nearest", 1, marks=pytest.mark.slow),
     ],
     indirect=["threads"],
@@ -175,6 +176,7 @@ def test_kernels_that_reach_far_may_need_least(way: str, threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1], indirect=True)
+@pytest.mark.slow
 def test_kernels_that_reach_far_may_need_no_recomputation(threads: int) -> None:
     """The step needs less than its graph: nothing runs again for what only the graph needs."""
     net, x = Resized("unpool"), torch.rand(2, 3, 32, 32)

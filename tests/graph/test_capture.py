@@ -162,7 +162,10 @@ def assert_carried_out(model: nn.Module, args: tuple[Any, ...], **options: Any) 
     assert again.plans[0].peak_bytes == ahead.peak_bytes
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "bert", "vit", "resnet"])
+LLAMA = pytest.param("llama", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["gpt2", LLAMA, "mixtral", "bert", "vit", "resnet"])
 def test_models_as_they_are_used(name: str) -> None:
     model, inputs = CASES[name].make()
     assert_carried_out(model, inputs)

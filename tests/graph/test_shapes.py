@@ -296,6 +296,7 @@ def test_fit_finds_the_largest_of_real_models(name: str, dim: str) -> None:
     assert_fits(module, inputs, int(1.5 * ckpt_pass.plan(module, *inputs).peak_bytes), dim)
 
 
+@pytest.mark.slow
 def test_fit_does_not_depend_on_the_size_given() -> None:
     budget = 4 * ckpt_pass.plan(Net(), torch.randn(8, 8, 16)).peak_bytes
     found = [
@@ -376,6 +377,7 @@ def test_arguments_of_several_sizes_and_of_none() -> None:
     assert ckpt_pass.fit(Two(), x, y, budget="1MiB").places == ("argument 0 dim 0",)
 
 
+@pytest.mark.slow
 def test_fit_on_the_command_line(tmp_path: Any) -> None:
     from typer.testing import CliRunner
 

@@ -114,8 +114,16 @@ WAYS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("program", [Net, Cut, Fails])
-@pytest.mark.parametrize("way", WAYS)
+#: Where a step that is cut takes long.
+LONG = ("explain", "fit", "verify")
+EACH = [
+    pytest.param(program, way, marks=[pytest.mark.slow] if program is Cut and way in LONG else [])
+    for way in WAYS
+    for program in (Net, Cut, Fails)
+]
+
+
+@pytest.mark.parametrize(("program", "way"), EACH)
 def test_everything_is_as_it_was(program: type[nn.Module], way: str) -> None:
     torch.manual_seed(0)
     net, x, memory = program(), torch.randn(4, 8), []

@@ -132,6 +132,7 @@ def test_what_runs_out_of_memory_is_not_chosen(costs: dict[int, float | None]) -
     assert [row.failure for row in found.rows] == ["", "out of memory when it was measured"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_never_run(timed: list[tuple[str, int]]) -> None:
     found = tuned(measure=9)
     rows = {row.microbatch: row for row in found.rows}
@@ -334,6 +335,7 @@ def make():
 """
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "factory.py").write_text(FACTORY)
     rows, plan = tmp_path / "rows.json", tmp_path / "plan.json"

@@ -28,7 +28,7 @@ def least_budget(model: nn.Module, args: Any, mode: str) -> int:
 @pytest.mark.parametrize("mode", ["compiled", "eager"])
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("gpt2", "resnet") else pytest.param(name, marks=pytest.mark.slow)
+    [name if name == "gpt2" else pytest.param(name, marks=pytest.mark.slow)
      for name in hf.MODELS],
 )  # fmt: skip
 def test_plans_hold(name: str, mode: str) -> None:
@@ -102,6 +102,7 @@ def test_inputs_that_a_step_writes_to(mode: str) -> None:
     assert torch.equal(x, before)
 
 
+@pytest.mark.slow
 def test_a_policy_holds_compiled() -> None:
     model, args = hf.gpt2()
     ckpt_pass.verify(model, *args, policy="save-matmul").raise_if_failed()
