@@ -13,159 +13,207 @@ from __future__ import annotations
 
 import collections
 import gc
+import itertools
 import sys
 import threading
+import types
 import weakref
-from collections.abc import Container, Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ckpt_pass._torch import autograd
-from ckpt_pass.regions.contents import Contents
-from ckpt_pass.regions.holders import Holders
-from ckpt_pass.regions.kinds import Kind, kind_of
-from ckpt_pass.regions.noted import Searched
-from ckpt_pass.regions.steps import Inner
-from ckpt_pass.regions.tracks import OnTrack
+from ckpt_pass.regions.kinds import ATOMS
 
 
 class Histories:
     """The tensors with a history among what a run found when it began.
 
     Args:
-        owner: what is to hold this, as ``histories``, and all that the run has found: what it
-            refers to belongs to it.
+        owner: the run's account, which is to hold this as ``histories``, and whose ``known`` says
+            of which region it is; what its ``found`` holds is its own.
         tensors: those.
-
-    Attributes:
-        tensors: as long as they have one.
-        followed: whether a backward inside the run has gone through one of the histories, so that
-            its recomputation needs them.
     """
 
-    __slots__ = ("__weakref__", "_handles", "_versions", "followed", "tensors")
+    __slots__ = ("__weakref__", "_busy", "_fixed", "_followed", "_handles", "_versions", "tensors")
 
     def __init__(self, owner: Any, tensors: list[torch.Tensor]) -> None:
-        _waiting.add(owner)
-        self.followed = False
+        self._followed = False
+        self._busy = True
         self.tensors = tensors
         self._versions = [tensor._version for tensor in tensors]
-        note = _Note(self)
-        self._handles = [autograd.before_node_of(tensor, note) for tensor in tensors]
+        self._fixed = [not autograd.may_be_cut(tensor) for tensor in tensors]
+        hook, pairs = autograd.Follower(self), zip(tensors, self._fixed, strict=True)
+        watched = [tensor for tensor, fixed in pairs if not fixed]
+        self._handles = [handle for tensor in watched for handle in hook.on(tensor)]
+        _waiting.add(owner)
+
+    def follow(self) -> None:
+        """A backward inside the run goes through a history: its recomputation needs all."""
+        self._followed = True
 
     def end(self) -> None:
         """The run's forward has ended: what backward goes through them now is not its own."""
+        self._busy = False
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
 
-    def needed(self) -> list[torch.Tensor]:
-        """Those whose history must stay."""
-        if self.followed or self._handles:
-            return self.tensors
-        pairs = zip(self.tensors, self._versions, strict=True)
-        return [tensor for tensor, version in pairs if tensor._version != version]
+    def free(self) -> set[int]:
+        """By ``id``, those whose history the run does not need."""
+        if self._followed or self._busy:
+            return set()
+        each = zip(self.tensors, self._versions, self._fixed, strict=True)
+        return {id(t) for t, version, fixed in each if not fixed and t._version == version}
 
-    def let_go(self, numbers: Container[int]) -> None:
-        """Those of these ``id`` have no history any more."""
-        pairs = zip(self.tensors, self._versions, strict=True)
-        left = [pair for pair in pairs if id(pair[0]) not in numbers]
-        self.tensors, self._versions = [t for t, _ in left], [version for _, version in left]
-
-
-class _Note:
-    """Notes a backward; a node of a graph must not hold what a run holds."""
-
-    def __init__(self, histories: Histories) -> None:
-        self._of = weakref.ref(histories)
-
-    def __call__(self, grads: Any) -> None:
-        found = self._of()
-        if found is not None:
-            found.followed = True
+    def let_go(self, numbers: set[int]) -> None:
+        """Those of these ``id`` have no history any more, or must keep it."""
+        self._fixed = [
+            fixed or id(t) in numbers for t, fixed in zip(self.tensors, self._fixed, strict=True)
+        ]
 
 
-class _Waiting(threading.local):
-    """The runs of a thread that have found histories, oldest first.
+class _Runs:
+    """The runs of one region that have found histories and may still be recomputed."""
 
-    They are looked at when there are twice as many as were left the last time: so a look costs each
-    run the same, however many there are.
-    """
-
-    #: So many are let be.
-    LEAST = 4
+    #: So many are let be; two are there while each run finds what the one before has left.
+    LEAST = 3
 
     def __init__(self) -> None:
-        self._runs: list[weakref.ref[Any]] = []
-        self._limit = self.LEAST
+        self._runs: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
+        self._low, self._factor = 0, 2
+
+    def add(self, owner: Any) -> bool:
+        """Add one; return whether they have become so many that they are to be looked at.
+
+        Twice as many as the fewest since the last look; more where that let nothing go: so a look
+        costs each run the same, however many there are.
+        """
+        self._low = min(self._low, len(self._runs))
+        self._runs[next(self._numbers)] = owner
+        return len(self._runs) > max(self.LEAST, self._factor * self._low)
+
+    def alive(self) -> list[Any]:
+        """Those that are still there, oldest first."""
+        return list(self._runs.values())
+
+    def looked_at(self, any_let_go: bool) -> None:
+        """Wait for more of them."""
+        self._low, self._factor = len(self._runs), 2 if any_let_go else 4
+
+
+class _Waiting:
+    """The runs of all regions: a tensor may be what those of several have found."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[Any, _Runs] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
 
     def add(self, owner: Any) -> None:
         """Add what holds a run's, and let go what none needs."""
-        if len(self._runs) >= self._limit:
-            if not (autograd.transforms_active() or autograd.forward_derivatives_active()):
-                self._let_go()
-            owners = ((run, run()) for run in self._runs)
-            self._runs = [run for run, one in owners if one is not None and one.histories.tensors]
-            self._limit = max(self.LEAST, 2 * len(self._runs))
-        self._runs.append(weakref.ref(owner))
+        runs = self._of.get(owner.known)
+        if runs is None:
+            runs = self._of[owner.known] = _Runs()
+        if not runs.add(owner) or autograd.transforms_active():
+            return
+        if autograd.forward_derivatives_active() or not self._lock.acquire(blocking=False):
+            return
+        try:
+            any_let_go = again = self._let_go()
+            while again:  # a view's base is free when the view is
+                again = self._let_go()
+            runs.looked_at(any_let_go)
+        finally:
+            self._lock.release()
 
-    def _let_go(self) -> None:
-        owners = [owner for run in self._runs if (owner := run()) is not None]
-        every = [owner.histories for owner in owners]
-        needed = {id(tensor) for one in every for tensor in one.needed()}
-        free = {id(tensor) for one in every for tensor in one.tensors} - needed
-        alone = {id(t): t for t in held_by_none_but([*owners, *every]) if id(t) in free}
-        for tensor in alone.values():
-            autograd.cut_history(tensor)
-        for one in every:
-            one.let_go(alone.keys())
+    def _let_go(self) -> bool:
+        """Let go the histories that none of the runs needs; return whether there were any."""
+        every = list(self._of.values())
+        # A run that has begun just now has no histories yet, and holds nothing alone.
+        found = [one for runs in every for one in runs.alive() if one.histories is not None]
+        alone = held_by_none_but(found)
+        for owner in found:
+            owner.histories.let_go({id(tensor) for tensor in alone})
+        return any([autograd.cut_history(tensor) for tensor in alone])
 
 
 _waiting = _Waiting()
 
-#: Types of ours and of Python's that do nothing but hold: what they refer to is followed.
-_HOLD = frozenset((Searched, OnTrack, Holders, Contents, Inner)) | frozenset(
-    (list, dict, tuple, set, frozenset, collections.deque, collections.OrderedDict)
-)
+#: Types of values that hold nothing, or whose contents many refer to.
+_PASSED_OVER = ATOMS | {torch.nn.Parameter, type, types.ModuleType, types.CodeType}
 
 
-def held_by_none_but(owners: Iterable[Any]) -> list[torch.Tensor]:
-    """The tensors with a history that only some objects refer to, and what these alone hold.
+class _Found:
+    """What some objects refer to, and how often they do.
 
     Args:
-        owners: those; what refers to them is not looked at.
+        tensors: by ``id``: of tensors, these are looked at.
     """
-    found: dict[int, Any] = {}
-    counts: collections.Counter[int] = collections.Counter()
-    followed, going_on = set[int](), list(owners)
-    while going_on:
-        _count(going_on, found, counts)
-        alone = {number for number in _all_counted(found, counts) if _holds(type(found[number]))}
-        going_on = [found[number] for number in alone - followed]
-        followed |= alone
-    alone = _all_counted(found, counts)
-    return [found[n] for n in found if n in alone and isinstance(found[n], torch.Tensor)]
 
+    def __init__(self, tensors: set[int]) -> None:
+        self._tensors = tensors
+        self.values: dict[int, Any] = {}
+        self.counts: collections.Counter[int] = collections.Counter()
 
-def _count(holders: list[Any], found: dict[int, Any], counts: collections.Counter[int]) -> None:
-    """Count what some objects refer to."""
-    for holder in holders:
-        for value in gc.get_referents(holder):
-            if _holds(type(value)) or autograd.has_plain_history(value):
-                found[id(value)] = value
-                counts[id(value)] += 1
+    def add(self, holder: Any) -> list[int]:
+        """Count what one refers to; return it, by ``id``."""
+        found = gc.get_referents(holder)
+        if _PASSED_OVER.issuperset(map(type, found)):  # a long list of numbers, say
+            return []
+        looked_at = [value for value in found if self._is_looked_at(value)]
+        for value in looked_at:
+            self.values[id(value)] = value
+        numbers = list(map(id, looked_at))
+        self.counts.update(numbers)
+        return numbers
 
+    def _is_looked_at(self, value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return id(value) in self._tensors
+        return type(value) not in _PASSED_OVER and gc.is_tracked(value)
 
-def _all_counted(found: dict[int, Any], counts: collections.Counter[int]) -> set[int]:
-    """Those values that are referred to as often as was counted, besides by the table."""
-    own = _references({0: object()})[0]
-    return {n for n, there in _references(found).items() if there - own == counts[n]}
+    def alone(self) -> set[int]:
+        """Those that are referred to as often as was counted, besides by this."""
+        own = _references({0: object()})[0]
+        there = _references(self.values)
+        return {number for number in there if there[number] - own == self.counts[number]}
 
 
 def _references(values: dict[int, Any]) -> dict[int, int]:
     return {number: sys.getrefcount(values[number]) for number in values}
 
 
-def _holds(cls: type) -> bool:
-    return cls in _HOLD or kind_of(cls) is Kind.OBJECT
+def held_by_none_but(owners: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors that only some runs refer to, and what these alone hold, and that none needs.
+
+    Args:
+        owners: the runs' accounts.
+    """
+    free = set[int]().union(*(owner.histories.free() for owner in owners))
+    found, leads_to = _Found(free), dict[int, list[int]]()
+    if not free:
+        return []
+    for owner in owners:
+        leads_to[id(owner)] = [n for own in owner.found() for n in found.add(own)]
+    going_on = found.alone()
+    while going_on:
+        for number in going_on:
+            value = found.values[number]
+            leads_to[number] = [] if isinstance(value, torch.Tensor) else found.add(value)
+        del value
+        going_on = found.alone() - leads_to.keys()
+    alone = found.alone() & free
+    for owner in owners:  # what a run has found without a note of its history stays
+        alone -= _reached(id(owner), leads_to).intersection(alone) - owner.histories.free()
+    return [found.values[number] for number in found.values if number in alone]
+
+
+def _reached(start: int, leads_to: dict[int, list[int]]) -> set[int]:
+    reached, todo = set[int](), [start]
+    while todo:
+        new = set(leads_to.get(todo.pop(), ())) - reached
+        reached |= new
+        todo += new
+    return reached

@@ -45,7 +45,7 @@ class Noted(Protocol):
         ...
 
     def histories(self) -> list[torch.Tensor]:
-        """The plain tensors that ops have made."""
+        """The tensors that ops have made."""
         ...
 
     def is_still_held(self) -> bool:
@@ -87,8 +87,8 @@ class Searched:
         return self.holders.movable()
 
     def histories(self) -> list[torch.Tensor]:
-        """The plain tensors that ops have made."""
-        return list(filter(autograd.has_plain_history, self.tensors))
+        """The tensors that ops have made."""
+        return list(filter(autograd.has_history, self.tensors))
 
     def is_still_held(self) -> bool:
         """Whether the holders hold the same now, object by object."""

@@ -46,6 +46,7 @@ _address = torch.Tensor.data_ptr
 _stride = torch.Tensor.stride
 _version_in, _flag = operator.itemgetter(0), operator.itemgetter(1)
 _requires_grad = operator.attrgetter("requires_grad")
+_hooks_of = operator.attrgetter("_backward_hooks")
 _look: Callable[[torch.Tensor], Look] = operator.attrgetter("_version", "requires_grad")
 
 
@@ -63,6 +64,7 @@ class Outside:
         "_before",
         "_copies",
         "_flags",
+        "_hooks",
         "_looks",
         "_roots",
         "_start_by_id",
@@ -96,6 +98,8 @@ class Outside:
         #: region that sets and sets back may be left in between.
         self._flags: list[bool] = []
         self._switches: list[Any] = []
+        #: The hooks on the tensors: some that the recomputation puts there would be there twice.
+        self._hooks: list[dict[int, Any]] = []
         #: The storages of what stands in for what the forward has overwritten, by address.
         self.stand_ins: frozenset[int] = frozenset()
         #: What has moved and has no copy, by its storage: the recomputation must not read it.
@@ -129,6 +133,10 @@ class Outside:
         found = state.histories()
         if found and self.histories is None:
             self.histories = Histories(self, found)
+
+    def found(self) -> tuple[Any, ...]:
+        """What holds all that the forward found when it began, and nothing else does."""
+        return self._state, self.histories
 
     def end_histories(self) -> None:
         """The forward has ended, with an error or without."""
@@ -275,6 +283,8 @@ class Outside:
         state = self._state
         looks = _looks_of(state.tensors)
         self._flags, self._switches = list(map(_flag, looks)), switches_now()
+        hooks = list(map(_hooks_of, state.tensors))
+        self._hooks = [dict(on or ()) for on in hooks] if any(hooks) else []
         moved = self._tensors_moved(looks)
         if looks != self._looks:
             self._switch_flags(map(_flag, self._looks))
@@ -321,6 +331,9 @@ class Outside:
             self._switch_flags(self._flags)
         if switches_now() != self._switches:
             set_switches(self._switches)
+        hooks = list(map(_hooks_of, self._state.tensors))
+        if any(hooks):
+            _put_back_hooks(hooks, self._hooks or [{}] * len(hooks))
         if before is not None and not before.is_still_held():
             self.known.quiet = False
             before.contents.put_into(before.holders)
@@ -392,6 +405,13 @@ class Outside:
     def name_of(self, thing: Any) -> str:
         """A name for a tensor or an object that is held."""
         return name_of(thing, self._roots, self._state.holders, self._state.contents)
+
+
+def _put_back_hooks(now: list[dict[int, Any] | None], before: list[dict[int, Any]]) -> None:
+    for on, were in zip(now, before, strict=True):
+        if on is not None and on.keys() != were.keys():
+            on.clear()
+            on.update(were)
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -87,7 +87,7 @@ class Track:
         self._note_parts(modules)
         self.norms = holders.norms
         self.all_move = len(holders.movable()) == len(holders.tensors)
-        self.has_histories = any(map(autograd.has_plain_history, holders.tensors))
+        self.has_histories = any(map(autograd.has_history, holders.tensors))
         names: dict[int, dict[str, Any]] = {}
         owners: dict[int, Owner] = {}
         for owner, (_, name, value) in zip(holders.owners, holders.spots, strict=True):
@@ -310,9 +310,9 @@ class OnTrack:
         return self.tensors if self._track.all_move else self.holders.movable()
 
     def histories(self) -> list[torch.Tensor]:
-        """The plain tensors that ops have made."""
+        """The tensors that ops have made."""
         found = self.tensors if self._track.has_histories else ()
-        return list(filter(autograd.has_plain_history, found))
+        return list(filter(autograd.has_history, found))
 
     def is_still_held(self) -> bool:
         """Whether the holders hold the same now, object by object."""

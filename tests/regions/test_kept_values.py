@@ -6,7 +6,7 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -162,8 +162,32 @@ def test_runs_that_no_backward_follows_are_let_go(way: str, place: str, fails: b
         policy = ckpt_pass.offload() if way == "offload" else None
         return ckpt_pass.checkpoint(module, x, fails, policy=policy)
 
-    # Twice as many as are left are let be, and at least four.
+    # Three are let be, or twice as many as are left.
     assert alive_after(Left(place), step, 40, fails) <= 5
+
+
+class Around(Left):
+    """A region in a region: both find what the inner one has left."""
+
+    def __init__(self) -> None:
+        super().__init__("attribute")
+        self.inner = Left("attribute")
+
+    def forward(self, x: Tensor, fails: bool = False) -> Tensor:
+        return super().forward(cast(Tensor, ckpt_pass.checkpoint(self.inner, x)), fails)
+
+
+def test_regions_in_regions_are_let_go_as_well() -> None:
+    assert alive_after(Around(), lambda m, x, _: ckpt_pass.checkpoint(m, x), 40) <= 5
+
+
+def test_a_weak_reference_of_torchs_stops_no_other_region() -> None:
+    """The object cannot be given other memory then; the run keeps the history."""
+    module, found = Left("attribute"), []
+    for _ in range(9):
+        ckpt_pass.checkpoint(module, torch.randn(4, 8))
+        found.append(torch._C._WeakTensorRef(module.last))
+    assert found[-1]
 
 
 def test_layers_that_share_a_table_are_let_go_as_well() -> None:
@@ -198,6 +222,50 @@ class Followed(Keeping):
         return x * found.cos()
 
 
+class ToTheValue(Keeping):
+    """A gradient inside that ends at the value: nothing runs there."""
+
+    def read(self, x: Tensor, last: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(self.after.sum(), last, retain_graph=True)
+        return x * found
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        assert self.last is not None
+        self.after = self.last.sin()
+        return out
+
+
+class Hooked(Keeping):
+    """Puts a hook on the value that it reads, and takes it away."""
+
+    def read(self, x: Tensor, last: Tensor) -> Tensor:
+        hook = last.register_hook(lambda grad: 3 * grad)
+        (found,) = torch.autograd.grad((last * x).sum(), last, retain_graph=True)
+        hook.remove()
+        return x + found
+
+
+class OfOne(Keeping):
+    """The stride of a dimension of one says nothing, and stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        assert self.last is not None
+        self.last = self.last[:1][None][:, -1]
+        return out
+
+
+class Stale(Keeping):
+    """Views whose base is overwritten: whoever asks how they were made gets an error."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.layer(x))
+        self.parts = h.mul(2).chunk(2)
+        self.parts[0]._base.add_(1)  # type: ignore[union-attr]
+        return x + h
+
+
 class LastIsView(Keeping):
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
@@ -206,12 +274,15 @@ class LastIsView(Keeping):
         return out
 
 
+INSIDE = (ThroughHistory, Followed, ToTheValue, Hooked)
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("held", [False, True])
-@pytest.mark.parametrize("kind", [Keeping, LastIsView, ThroughHistory, Followed, Marked])
+@pytest.mark.parametrize("kind", [Keeping, LastIsView, OfOne, Marked, Stale, *INSIDE])
 def test_many_runs_before_one_backward(kind: type[Keeping], held: bool, double: bool) -> None:
     """What the first ones found has lost its history by then, where nobody else has it."""
-    if double and kind in (ThroughHistory, Followed):
+    if double and kind in INSIDE:
         pytest.skip("the gradient inside is not differentiated")
 
     def run(step: Callable[[nn.Module, Tensor], Any]) -> list[Tensor]:
