@@ -241,7 +241,9 @@ class Backend:
         if "regions" in changed:
             changed["regions"] = as_patterns(changed["regions"])
         inner = changed.get("inner", self.inner)
-        _check_inner(inner, changed.get("inner_options", {}))
+        check_inner(inner, changed.get("inner_options", {}))
+        if "inner_options" in changed:
+            changed["inner_options"] = dict(changed["inner_options"])
         return replace(self, **changed) if changed else self
 
     @property
@@ -287,7 +289,17 @@ def as_patterns(regions: Any) -> tuple[str, ...] | None:
     return tuple(patterns)
 
 
-def _check_inner(inner: Any, inner_options: Mapping[str, Any]) -> None:
+def check_inner(inner: Any, inner_options: Any) -> None:
+    """Look at what is to compile, and at the options for it.
+
+    Raises:
+        UnknownOptionError: they are none of those.
+    """
+    if not isinstance(inner_options, Mapping):
+        raise UnknownOptionError(
+            f"Got inner_options={inner_options!r} of type {type(inner_options).__name__}, expected "
+            "a mapping, such as {'max_autotune': True}."
+        )
     if inner not in INNER:
         raise UnknownOptionError(
             f"Got inner={inner!r}, expected one of {', '.join(INNER)}.{nearest(str(inner), INNER)}"
@@ -360,7 +372,7 @@ def make_backend(
         InvalidTotalError, InvalidJobError: a total or an optimizer that is none.
         InfeasibleBudgetError, InfeasibleTotalError, DryRunError: come when a graph is compiled.
     """
-    options: dict[str, Any] = {"inner_options": dict(inner_options or {})}
+    options: dict[str, Any] = {"inner_options": {} if inner_options is None else inner_options}
     if inner is not None:
         options["inner"] = inner
     how = {"policy": policy, "budget": budget, "time_limit_s": time_limit_s}

@@ -14,9 +14,10 @@ from ckpt_pass.plans.wording import format_bytes
 
 _CURE = (
     "To plan the whole step ahead, with what runs between its graphs: plan = ckpt_pass.plan(model, "
-    "*inputs, budget=...), then torch.compile(model, backend=ckpt_pass.make_backend(plan=plan, "
-    "inner='aot_eager')); or, without torch.compile, mode='eager' and plan.apply(model). To have "
-    "one graph, take the break away: torch.compile(..., fullgraph=True) is an error at each."
+    "*inputs, budget=...), for inductor with inner='inductor', then torch.compile(model, "
+    "backend=ckpt_pass.make_backend(plan=plan)); or, without torch.compile, mode='eager' and "
+    "plan.apply(model), for a loop that is cut inside, too. To have one graph, take the break "
+    "away: torch.compile(..., fullgraph=True) is an error at each."
 )
 
 

@@ -89,8 +89,9 @@ def plan_of(
     raise PlanMismatchError(
         f"{which} was made for another graph: {'; '.join(differences[0])}. Expected its "
         f"{len(ordered[0].sites)} call sites and no others, with the same shapes.{open_sizes} Make "
-        "the plan for this very model, arguments and loss (inductor takes ops apart before it asks "
-        "for a plan: plan(..., inner='inductor')), or give the backend the budget instead."
+        "the plan for this very model, arguments and loss, and with the inner= that it is carried "
+        "out with (inductor takes ops apart before it asks for a plan: plan(..., "
+        "inner='inductor')), or give the backend the budget instead."
     )
 
 
@@ -244,9 +245,9 @@ def warn_if_over(budget_bytes: int | None, peak_bytes: int) -> None:
     warnings.warn(
         f"Carried out here, the plan's step peaks at {peak_bytes:,} bytes "
         f"({format_bytes(peak_bytes)}), above its budget of {budget_bytes:,} bytes "
-        f"({format_bytes(budget_bytes)}): its ops are those of the plan, but the machine's kernels "
-        "or the backward's order are others. Make the plan here, or give the backend the budget "
-        "instead.",
+        f"({format_bytes(budget_bytes)}): its ops are those of the plan, but the machine's "
+        "kernels, the backward's order or torch.compile's mode are others (a plan is of the "
+        "default mode). Make the plan here, or give the backend the budget instead.",
         BudgetExceededWarning,
         stacklevel=2,
     )

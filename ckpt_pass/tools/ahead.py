@@ -316,7 +316,7 @@ def _of_inductor(step: FakeStep, wanted: _Wanted) -> Plan:
     if wanted.inner not in INNER:
         raise PlanModeError(
             f"Got inner={wanted.inner!r}, expected one of {', '.join(INNER)}."
-            f"{nearest(wanted.inner, INNER)}"
+            f"{nearest(str(wanted.inner), INNER)}"
         )
     made: list[Plan] = []
 

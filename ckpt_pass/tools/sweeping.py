@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers
-from ckpt_pass.compile.backend import make_backend
+from ckpt_pass.compile.backend import check_inner, make_backend
 from ckpt_pass.graph.capture import LossFn, capture
 from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.step import Measurement, measure_step
@@ -142,6 +142,7 @@ def sweep(
             raise SweepArgumentError(name, got, least)
     for budget in budgets or ():
         check_budget(budget)
+    check_inner(inner, {})
     make = partial(make_backend, policy, inner=inner, offload=offload)
     make(budget=_UNBOUNDED)  # what is misspelt is said before anything runs
     inputs = step_arguments(model, sweep, args, kwargs, named)

@@ -85,6 +85,16 @@ def test_verify_runs_a_plan_with_what_it_was_made_for() -> None:
     assert ckpt_pass.verify(*step, plan=plan, rtol=1e-4, atol=1e-7, **loss).ok
 
 
+def test_what_compiles_is_named() -> None:
+    for tool in (ckpt_pass.plan, ckpt_pass.verify):
+        with pytest.raises(ckpt_pass.PlanModeError, match="inner=None, expected one of"):
+            tool(Small(), torch.randn(4, 32), budget=1.0, inner=None)
+    with pytest.raises(ckpt_pass.UnknownOptionError, match="inner=None, expected one of"):
+        ckpt_pass.sweep(Small(), torch.randn(4, 32), inner=None)
+    with pytest.raises(ckpt_pass.UnknownOptionError, match="of type list, expected a mapping"):
+        ckpt_pass.make_backend(inner_options=["max_autotune"])
+
+
 def test_refusals() -> None:
     class Cut(nn.Module):
         def __init__(self) -> None:
