@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ckpt_pass._torch import autograd
+from ckpt_pass._torch.histories import Follower, cut_history, may_be_cut
 from ckpt_pass.regions.kinds import ATOMS
 
 
@@ -43,8 +44,8 @@ class Histories:
         self._busy = True
         self.tensors = tensors
         self._versions = [tensor._version for tensor in tensors]
-        self._fixed = [not autograd.may_be_cut(tensor) for tensor in tensors]
-        hook, pairs = autograd.Follower(self), zip(tensors, self._fixed, strict=True)
+        self._fixed = [not may_be_cut(tensor) for tensor in tensors]
+        hook, pairs = Follower(self), zip(tensors, self._fixed, strict=True)
         watched = [tensor for tensor, fixed in pairs if not fixed]
         self._handles = [handle for tensor in watched for handle in hook.on(tensor)]
         _waiting.add(owner)
@@ -134,9 +135,10 @@ class _Waiting:
         # A run that has begun just now has no histories yet, and holds nothing alone.
         found = [one for runs in every for one in runs.alive() if one.histories is not None]
         alone = held_by_none_but(found)
+        numbers = set(map(id, alone))
         for owner in found:
-            owner.histories.let_go({id(tensor) for tensor in alone})
-        return any([autograd.cut_history(tensor) for tensor in alone])
+            owner.histories.let_go(numbers)
+        return any([cut_history(tensor) for tensor in alone])
 
 
 _waiting = _Waiting()

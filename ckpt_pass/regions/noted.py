@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ckpt_pass._torch import autograd
+from ckpt_pass._torch.histories import has_history
 from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders
 from ckpt_pass.state.objects import Keeper
@@ -88,7 +88,7 @@ class Searched:
 
     def histories(self) -> list[torch.Tensor]:
         """The tensors that ops have made."""
-        return list(filter(autograd.has_history, self.tensors))
+        return list(filter(has_history, self.tensors))
 
     def is_still_held(self) -> bool:
         """Whether the holders hold the same now, object by object."""

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ckpt_pass._torch import autograd
 from ckpt_pass._torch.dicts import marks_of
+from ckpt_pass._torch.histories import has_history
 from ckpt_pass.regions.classes import class_of
 from ckpt_pass.regions.contents import Contents
 from ckpt_pass.regions.holders import Holders
@@ -87,7 +87,7 @@ class Track:
         self._note_parts(modules)
         self.norms = holders.norms
         self.all_move = len(holders.movable()) == len(holders.tensors)
-        self.has_histories = any(map(autograd.has_history, holders.tensors))
+        self.has_histories = any(map(has_history, holders.tensors))
         names: dict[int, dict[str, Any]] = {}
         owners: dict[int, Owner] = {}
         for owner, (_, name, value) in zip(holders.owners, holders.spots, strict=True):
@@ -312,7 +312,7 @@ class OnTrack:
     def histories(self) -> list[torch.Tensor]:
         """The tensors that ops have made."""
         found = self.tensors if self._track.has_histories else ()
-        return list(filter(autograd.has_history, found))
+        return list(filter(has_history, found))
 
     def is_still_held(self) -> bool:
         """Whether the holders hold the same now, object by object."""
