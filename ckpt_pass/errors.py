@@ -10,10 +10,10 @@ import importlib
 from typing import Any
 
 from ckpt_pass._errors import CkptPassError as CkptPassError
-from ckpt_pass.compile.backend import UnknownOptionError as UnknownOptionError
 from ckpt_pass.compile.breaks import UncoveredBudgetWarning as UncoveredBudgetWarning
 from ckpt_pass.compile.dry_run import DryRunError as DryRunError
 from ckpt_pass.compile.engine import NotFunctionalError as NotFunctionalError
+from ckpt_pass.compile.options import UnknownOptionError as UnknownOptionError
 from ckpt_pass.compile.remembered import PlanCacheWarning as PlanCacheWarning
 from ckpt_pass.compile.symbolic import BudgetExceededWarning as BudgetExceededWarning
 from ckpt_pass.compile.tagging import ContradictoryTagsError as ContradictoryTagsError

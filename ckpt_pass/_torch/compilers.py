@@ -306,6 +306,11 @@ def placeholder_source(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def traced_input(node: fx.Node) -> Any:
+    """What dynamo traced an input of its graph as, open sizes as symbols; ``None`` of others."""
+    return node.meta.get("example_value") if node.op == "placeholder" else None
+
+
 def compiled_backend(compiled: Any) -> Any:
     """The backend value behind what ``torch.compile`` returned, or ``None``."""
     context = getattr(compiled, "dynamo_ctx", None)

@@ -55,6 +55,15 @@ def is_backward_input(node: fx.Node) -> bool:
     )
 
 
+def lets_go_of_tangents() -> bool:
+    """Whether a compiled backward alone holds its tangents, and frees them after their last use.
+
+    AOTAutograd's ``Function`` gets them in a list that it empties (``boxed_grads_call``). Before
+    there was that, the call's arguments held them to the end.
+    """
+    return hasattr(torch.autograd.Function, "boxed_grads_call")
+
+
 def is_opaque(node: fx.Node) -> bool:
     """A value that is no tensor and no number, such as a script object."""
     probe = getattr(partitioners, "is_opaque_node", None)

@@ -16,7 +16,9 @@ from ckpt_pass._torch import compilers, frames, functorch
 from ckpt_pass._torch.nested import inline_nested_regions
 from ckpt_pass.compile.breaks import Coverage, graph_break
 from ckpt_pass.compile.engine import Partitioner, policy_for
+from ckpt_pass.compile.options import OPTIONS, UnknownOptionError, as_patterns, check_inner
 from ckpt_pass.compile.replan import compile_planned, compile_within
+from ckpt_pass.compile.sizes_seen import SizesSeen
 from ckpt_pass.compile.symbolic import watch_sizes
 from ckpt_pass.graph.gradients import leaves_among
 from ckpt_pass.job.counting import Around
@@ -30,6 +32,7 @@ from ckpt_pass.job.totals import (
 )
 from ckpt_pass.offloading.options import Offload
 from ckpt_pass.offloading.stores import OffloadLike, as_offload
+from ckpt_pass.planner.solution import InfeasibleBudgetError
 from ckpt_pass.planner.solvers import DEFAULT_SOLVER, SolverLike
 from ckpt_pass.plans.account import Account
 from ckpt_pass.plans.budget import BudgetLike
@@ -40,27 +43,9 @@ from ckpt_pass.plans.value import Plan
 from ckpt_pass.policy.named import as_policy
 from ckpt_pass.policy.rules import Policy, PolicyLike, describe
 
-INNER = ("inductor", "aot_eager")
-OPTIONS = (
-    "policy",
-    "inner",
-    "regions",
-    "inner_options",
-    "budget",
-    "total",
-    "optimizer",
-    "solver",
-    "time_limit_s",
-    "cost",
-    "offload",
-)
 #: Plans kept by a backend value: the newest ones, so that a backend shared by a whole process
 #: does not grow without bound. A model has one plan a graph and shape.
 PLANS_KEPT = 1024
-
-
-class UnknownOptionError(CkptPassError):
-    """An option of the backend is unknown, or its value is not one that it takes."""
 
 
 @dataclass(eq=False)  # not frozen: torch writes its tags on a backend that it registers
@@ -80,6 +65,7 @@ class Backend:
         plan: a plan whose decisions are carried out, if any; another graph is an error.
         plans: the plans made so far, one for each graph, oldest first (1,024 at most).
         coverage: what was said of steps that the budget does not cover.
+        sizes: the sizes at which functions were compiled.
     """
 
     policy: Policy | None = None
@@ -96,6 +82,7 @@ class Backend:
     plan: Plan | StepPlan | None = None
     plans: deque[Plan] = field(default_factory=lambda: deque(maxlen=PLANS_KEPT), repr=False)
     coverage: Coverage = field(default_factory=Coverage, repr=False)
+    sizes: SizesSeen = field(default_factory=SizesSeen, repr=False)
 
     #: Read by torch.compile to name the compiler in its logs.
     compiler_name = "ckpt"
@@ -146,6 +133,27 @@ class Backend:
         mode: str | None,
         account: Account | None = None,
     ) -> Callable[..., Any]:
+        """Compile a graph; a fraction of the peak is raised where it is too little at a new shape.
+
+        A last batch, say, is smaller, and its gradients are not.
+        """
+        try:
+            return self._compiled_once(backend, gm, example_inputs, mode, account)
+        except InfeasibleBudgetError as error:
+            least = error.least_feasible_bytes
+            if not isinstance(backend.budget, float) or not self.coverage.had_room_for(least):
+                raise
+        self.coverage.tell_of_shape(gm, least, backend.budget)
+        return self._compiled_once(replace(backend, budget=least), gm, example_inputs, mode)
+
+    def _compiled_once(
+        self,
+        backend: Backend,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        mode: str | None,
+        account: Account | None = None,
+    ) -> Callable[..., Any]:
         if torch.is_grad_enabled():
             inline_nested_regions(gm)
         names = tuple(
@@ -159,6 +167,7 @@ class Backend:
         inner_options = dict(backend.inner_options)
         part = self.coverage.is_part(gm)
         if backend.budget is not None and backend.plan is None and torch.is_grad_enabled():
+            self.sizes.take_largest(gm)
             self.coverage.tell_of_cut(gm, backend.budget)
         partition = Partitioner(
             policy,
@@ -198,6 +207,7 @@ class Backend:
         if account is not None:
             made = [plan.with_account(account) for plan in made]
         self.plans.extend(made)
+        self.coverage.note(made)
         if part and backend.budget is not None:
             for plan in made:
                 self.coverage.tell_of_raised(gm, plan, backend.budget)
@@ -270,52 +280,6 @@ def _told_of_skip(skipped: frames.SkippedFunction) -> None:
         return  # wrong options: an error once anything is compiled
     if backend.limit is not None and not isinstance(backend.plan, StepPlan):
         backend.coverage.tell_of_skip(skipped, backend.limit)
-
-
-def as_patterns(regions: Any) -> tuple[str, ...] | None:
-    """What was given as ``regions=``.
-
-    Raises:
-        UnknownOptionError: it is no list of patterns.
-    """
-    patterns = (regions,) if isinstance(regions, str) else regions
-    if patterns is None:
-        return None
-    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
-        raise UnknownOptionError(
-            f"Got regions={regions!r}, expected module name patterns such as ['model.layers.*'], "
-            "[] for no regions, or None to find the repeated layers."
-        )
-    return tuple(patterns)
-
-
-def check_inner(inner: Any, inner_options: Any) -> None:
-    """Look at what is to compile, and at the options for it.
-
-    Raises:
-        UnknownOptionError: they are none of those.
-    """
-    if not isinstance(inner_options, Mapping):
-        raise UnknownOptionError(
-            f"Got inner_options={inner_options!r} of type {type(inner_options).__name__}, expected "
-            "a mapping, such as {'max_autotune': True}."
-        )
-    if inner not in INNER:
-        raise UnknownOptionError(
-            f"Got inner={inner!r}, expected one of {', '.join(INNER)}.{nearest(str(inner), INNER)}"
-        )
-    if inner_options and inner != "inductor":
-        raise UnknownOptionError(
-            f"Got inner_options={dict(inner_options)!r} with inner={inner!r}, which takes none. "
-            "Leave them out, or use inner='inductor'."
-        )
-    known = compilers.inductor_option_names() if inner_options else frozenset()
-    for key in inner_options:
-        if key not in known:
-            raise UnknownOptionError(
-                f"Inductor has no option {key!r}.{nearest(key, known)} "
-                "torch._inductor.list_options() lists them."
-            )
 
 
 def make_backend(

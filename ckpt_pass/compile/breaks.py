@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import fx
@@ -36,12 +37,42 @@ class Coverage:
         self._cut: set[frames.Function] = set()
         self._skipped: set[frames.Function] = set()
         self._raised: set[frames.Function] = set()
+        #: The most bytes that a graph of a function got.
+        self._given: dict[frames.Function, int] = {}
 
     def is_part(self, graph: fx.GraphModule) -> bool:
         """Whether a graph that is being compiled is known to be one of several of a step."""
         if frames.cut_after(graph) or frames.cut_before(graph):
             return True
         return _is_inside(self._cut | self._skipped)
+
+    def note(self, plans: Sequence[Plan]) -> None:
+        """Know what the graphs of the function that is being compiled got."""
+        function = frames.compiled_function()
+        given = max((plan.budget_bytes or 0 for plan in plans), default=0)
+        if function is not None:
+            self._given[function] = max(given, self._given.get(function, 0))
+
+    def had_room_for(self, nbytes: int) -> bool:
+        """Whether the function that is being compiled got that many bytes at another shape."""
+        function = frames.compiled_function()
+        return function is not None and self._given.get(function, 0) >= nbytes
+
+    def tell_of_shape(self, graph: fx.GraphModule, least_bytes: int, budget: BudgetLike) -> None:
+        """Say that a fraction of the peak is too little at a shape, and was enough at another."""
+        function = frames.compiled_function()
+        if function is None or function in self._raised:
+            return
+        self._raised.add(function)
+        warnings.warn_explicit(
+            f"{function.name} is compiled for another shape, at which no plan fits in {budget} of "
+            f"its peak. The least that fits, {format_bytes(least_bytes)}, is given to it: the "
+            "budget was more at the first shape. To have the same budget at all shapes, give it in "
+            "bytes.",
+            UncoveredBudgetWarning,
+            function.filename,
+            function.line,
+        )
 
     def tell_of_cut(self, graph: fx.GraphModule, budget: BudgetLike) -> None:
         """Say where dynamo cut the function that a graph is a part of, if it did."""

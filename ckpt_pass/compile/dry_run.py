@@ -182,10 +182,11 @@ class _Step:
         with self.fake, self.memory:
             tangents = [self.like(value) for value in half.inputs[half.given :]]
             _arrive(tangents)
-        gradients = self.run(half, [*_emptied(args), *tangents])
+            kept += _held_by_autograd(tangents)
+        gradients = self.run(half, [*_emptied(args), *_emptied(tangents)])
         with self.fake, self.memory:
             _accumulate(gradients, parameters)
-        del kept, tangents
+        del kept
 
 
 def _arrive(tangents: Sequence[Any]) -> None:
@@ -197,6 +198,19 @@ def _arrive(tangents: Sequence[Any]) -> None:
     others = [value for value in given if not value.is_contiguous()]
     arriving = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in others]
     del arriving
+
+
+def _held_by_autograd(tangents: Sequence[Any]) -> list[Any]:
+    """The tangents that something besides the backward holds to its end.
+
+    Of a step that returns its loss, that is the loss's, which ``backward`` was called with; those
+    of its other outputs (zeros, where no loss reads them) are the backward's alone. Where nothing
+    says which output the loss is, any of them may be given by the caller.
+    """
+    if not functorch.lets_go_of_tangents():
+        return list(tangents)
+    losses = [t for t in tangents if isinstance(t, Tensor) and t.dim() == 0]
+    return losses or list(tangents)
 
 
 def _emptied(values: list[Any]) -> list[Any]:

@@ -108,14 +108,20 @@ def compile_planned(
 ) -> tuple[Callable[..., Any], Plan | None]:
     """Compile with inductor what a plan says that was made for it.
 
+    Made in another mode, or with other options, it may be over its budget here: then inductor is
+    told to fuse with care, as it is where a plan is made, if that helps.
+
     Returns:
         The compiled graph, and the plan with the peak that it has here.
 
     Raises:
         PlanMismatchError: the plan was made for another graph.
     """
+    partitioner = replace(partitioner, free=FreeOps())
     step = Lowering(gm, example_inputs, inner_options, mode, kept=False)
-    found = step.lowered(replace(partitioner, free=FreeOps()), careful)
+    found = step.lowered(partitioner, careful)
+    if found.is_over and not careful:
+        found = min(found, step.lowered(partitioner, careful=True), key=lambda one: one.peak.nbytes)
     plan = found.planned()
     if plan is not None:
         warn_if_over(plan.budget_bytes, plan.peak_bytes)

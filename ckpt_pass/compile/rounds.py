@@ -62,6 +62,12 @@ class Round:
         """Its plan, with the peak of what inductor makes of it."""
         return None if self.plan is None else self.taken(self.plan, self.plan.budget_bytes)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the peak of what inductor makes of its plan is above the plan's own budget."""
+        budget_bytes = self.plan.budget_bytes if self.plan is not None else None
+        return budget_bytes is not None and self.peak.nbytes > budget_bytes
+
     def taken(self, plan: Plan, budget_bytes: int | None, replans: int = 0) -> Plan:
         """The plan of this round for a budget, with the peak of what inductor makes of it."""
         inner = InductorPeak(self.peak.nbytes, replans, self.careful)

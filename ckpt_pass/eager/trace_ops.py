@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -19,6 +19,7 @@ from ckpt_pass.eager.step_record import OpRecord, SavedRecord
 from ckpt_pass.graph.capture import no_gradient
 from ckpt_pass.graph.kernel_cache import OutputFacts
 from ckpt_pass.graph.kernels import Kernels
+from ckpt_pass.graph.sparse_rows import BAG_BACKWARD, with_all_rows
 from ckpt_pass.ops.taxonomy import has_side_effects, is_sized_by_values, never_recompute
 from ckpt_pass.policy.sites import output_tensors
 
@@ -178,12 +179,12 @@ def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Run an op on fake tensors; by masks that are real, and grouped products in any dtype.
 
     The rule for the shapes of products knows bf16 only, while the CPU's kernel takes fp32 too
-    (torch 2.13). The bags that a sum over bags did not write down its backward makes again, but
-    none of fake tensors. The lengths of sequences that are packed are whole, and known.
+    (torch 2.13). Sparse gradients of bags have rows. The lengths of sequences that are packed are whole, and known.
     """
-    if func is torch.ops.aten._embedding_bag_backward.default and not args[3].numel():
-        bags = args[1].new_empty(args[1].shape)
-        return func(*args[:3], bags, *args[4:], **kwargs)
+    if func is BAG_BACKWARD:
+        gradient = func(*args, **kwargs)
+        is_sparse = gradient.layout is torch.sparse_coo
+        return with_all_rows(gradient, args) if is_sparse else gradient
     if func is torch.ops.aten.index.Tensor:
         return func(args[0], _without_masks(args[1]))
     if func is torch.ops.aten._pack_padded_sequence.default and not autograd.is_fake(args[1]):
@@ -362,23 +363,31 @@ def buffers_moved(
                 yield storage._cdata, storage.nbytes()
 
 
+def _is_differentiable(value: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
 def differentiate(
     model: nn.Module, value: Any, received: AbstractContextManager[None] | None = None
 ) -> None:
     """Run the backward of what a step returned.
 
-    A scalar is a loss. Of anything else every output gets a gradient of its own size, as from a
-    loss that is computed elsewhere; it is made inside of ``received``, if given.
+    A scalar is a loss, and so is what is called ``loss`` among several outputs, as in Hugging
+    Face's; the caller holds the others. Of anything else every output gets a gradient of its own
+    size, as from a loss that is computed elsewhere; it is made inside of ``received``, if given.
 
     Raises:
         NothingToDifferentiateError: nothing in it requires a gradient.
     """
-    outputs = [v for v in tree_leaves(value) if isinstance(v, torch.Tensor) and v.requires_grad]
+    outputs = [v for v in tree_leaves(value) if _is_differentiable(v)]
+    loss = value.get("loss") if isinstance(value, Mapping) else getattr(value, "loss", None)
+    if len(outputs) == 1:
+        loss = outputs[0]
     del value
-    if not outputs:
+    if _is_differentiable(loss) and loss.numel() == 1:
+        loss.backward()
+    elif not outputs:
         raise no_gradient(model)
-    if len(outputs) == 1 and outputs[0].numel() == 1:
-        outputs[0].backward()
     else:
         with received or contextlib.nullcontext():
             gradients = [torch.ones_like(output) for output in outputs]

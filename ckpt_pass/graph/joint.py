@@ -18,6 +18,7 @@ from ckpt_pass._torch import functorch
 from ckpt_pass.graph.gradients import lay_out_gradients
 from ckpt_pass.graph.regions import RegionFinder
 from ckpt_pass.ops.taxonomy import classify, draws_random, is_expensive, never_recompute
+from ckpt_pass.graph.sparse_rows import tell_rows
 from ckpt_pass.policy.sites import (
     CallNumbers,
     ModulePath,
@@ -214,6 +215,7 @@ def read_joint(
             (:mod:`ckpt_pass.graph.gradients`).
     """
     lay_out_gradients(module, num_fwd_outputs, leaves)
+    tell_rows(module.graph)
     primals = [n for n in module.graph.find_nodes(op="placeholder") if functorch.is_primal(n)]
     names = {node.name: input_name(node, input_names) for node in primals}
     static = tuple(primals[index] for index in static_indices if index < len(primals))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ckpt_pass._torch import functorch
 from ckpt_pass._torch.operators import (
     OpOverload,
     has_own_kernel,
@@ -105,10 +106,14 @@ def overwritable_inputs(node: fx.Node) -> Iterator[fx.Node]:
     for source in tensors:
         other = source.meta["val"]
         if other.dtype == value.dtype and _layout(other) == layout:
-            storage = other.untyped_storage()._cdata
-            same = [n for n in tensors if n.meta["val"].untyped_storage()._cdata == storage]
-            if same == [source]:
+            memory = _memory(other)
+            if [n for n in tensors if _memory(n.meta["val"]) & memory] == [source]:
                 yield source
+
+
+def _memory(value: torch.Tensor) -> set[int]:
+    """What is behind a tensor: of a sparse one, its indices and values."""
+    return {storage._cdata for storage in functorch.storages_of(value)}
 
 
 def note_uncertain_layouts(nodes: Iterable[fx.Node]) -> None:

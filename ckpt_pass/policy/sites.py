@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
+from ckpt_pass._torch.hints import hint_of
 from ckpt_pass.ops.taxonomy import OpClass, classify, functional_twin, op_name
 
 #: Bytes: a number, or an expression in the sizes that were left symbolic.
@@ -198,7 +199,7 @@ def output_bytes(output: Any) -> int:
 
 
 def optimization_hint(size: int | torch.SymInt) -> int:
-    """The value of a size at the traced shape; a plain number is itself."""
+    """The value that a size is taken to have, as traced mostly; a plain number is itself."""
     if isinstance(size, torch.SymInt):
-        return int(size.node.hint)
+        return hint_of(size)
     return int(size)

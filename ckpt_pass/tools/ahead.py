@@ -13,8 +13,8 @@ from torch import fx, nn
 
 from ckpt_pass._errors import CkptPassError, nearest
 from ckpt_pass._torch.autograd import is_distributed
-from ckpt_pass.compile.backend import INNER, as_patterns
 from ckpt_pass.compile.engine import Partitioner, decide, policy_for
+from ckpt_pass.compile.options import INNER, as_patterns
 from ckpt_pass.compile.record import record_plan
 from ckpt_pass.compile.replan import plan_within
 from ckpt_pass.eager.planning import plan_eager

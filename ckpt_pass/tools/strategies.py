@@ -362,7 +362,7 @@ def _timed(step: _Step, found: Sequence[_Measured], rounds: int, work: Told) -> 
 
 def _first_line(error: CkptPassError) -> str:
     if isinstance(error, InfeasibleBudgetError):
-        return f"infeasible: at least {error.least_feasible_bytes / 1e6:.1f} MB"
+        return f"infeasible: at least {error.least_feasible_bytes:,} bytes"
     return str(error).partition(":")[0]
 
 

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import compilers
-from ckpt_pass.compile.backend import check_inner, make_backend
+from ckpt_pass.compile.backend import make_backend
+from ckpt_pass.compile.options import check_inner
 from ckpt_pass.graph.capture import LossFn, capture
 from ckpt_pass.measure.gradients import gradients_restored
 from ckpt_pass.measure.step import Measurement, measure_step
@@ -150,11 +151,14 @@ def sweep(
     progress("the least peak", 0, 1)
     amounts = _budgets(step, policy, points, budgets, offload)
     todo = [_ours(amount, make) for amount in amounts[:-1]]
+    if budgets is None:  # the least is that of the graph: what inductor makes of it may need more
+        todo = [replace(point, instead=partial(_ours, make=make)) for point in todo]
     todo.append(_unbounded(amounts[-1], make))
     todo += _torch_points(step, inner, torch_budgets) if with_torch else []
     tell = Told(progress, len(todo) + rounds + 1)
     with untouched(model, loss_fn, args, inputs, values=True), gradients_restored(step.leaves):
-        measured = [_measured(step, point, tell) for point in todo]
+        found = [_measured(step, point, tell) for point in todo]
+        measured = list({(one.row.family, one.row.setting): one for one in found}.values())
         tell("timing")
         rows = _timed(step, measured, rounds, tell)
     final = _against_plain(rows)
@@ -164,13 +168,19 @@ def sweep(
 
 @dataclass(frozen=True)
 class _Point:
-    """One way to compile the step; ``around`` is in place whenever it runs."""
+    """One way to compile the step.
+
+    Attributes:
+        around: in place whenever it runs.
+        instead: the point for the least budget that there is, where this one is refused.
+    """
 
     family: str
     setting: str
     backend: Any
     budget_bytes: int | None = None
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    instead: Callable[[int], _Point] | None = None
 
 
 @dataclass(frozen=True)
@@ -291,7 +301,10 @@ def _measured(step: UsersStep, point: _Point, tell: Told) -> _Measured:
         )
     except RuntimeError as error:  # dynamo wraps a backend's errors
         why = getattr(error, "inner_exception", error)
-        if not isinstance(why, InfeasibleBudgetError) and point.family == OURS:
+        if isinstance(why, InfeasibleBudgetError):
+            if point.instead is not None:
+                return _measured(step, point.instead(why.least_feasible_bytes), tell)
+        elif point.family == OURS:
             raise
         return _Measured(replace(row, failure=_failure(why)))
     return _Measured(_filled(row, point, found), run)
@@ -299,7 +312,7 @@ def _measured(step: UsersStep, point: _Point, tell: Told) -> _Measured:
 
 def _failure(why: BaseException) -> str:
     if isinstance(why, InfeasibleBudgetError):
-        return f"infeasible: at least {why.least_feasible_bytes / 1e6:.1f} MB"
+        return f"infeasible: at least {why.least_feasible_bytes:,} bytes"
     first = str(why).strip().splitlines()[0] if str(why).strip() else "no message"
     return f"{type(why).__name__}: {first}"
 
