@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
 import torch
@@ -46,8 +47,12 @@ def may_be_cut(tensor: torch.Tensor) -> bool:
     """Whether :func:`cut_history` works on a tensor that ops made, and no user looks at it."""
     if type(tensor) is not torch.Tensor or tensor.is_nested or is_gathered(tensor):
         return False
+    # Who looks for it later may differentiate it; and what looks at nothing else holds it so.
+    if weakref.getweakrefcount(tensor):
+        return False
     hooks = tensor._backward_hooks
-    if hooks and not all(isinstance(hook, Follower) for hook in hooks.values()):
+    # A copy: other threads put theirs on a tensor that several read.
+    if hooks and not all(isinstance(hook, Follower) for hook in tuple(hooks.values())):
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
@@ -71,6 +76,29 @@ class _LetGo(torch.autograd.Function):
             "tensor that the region found on an attribute. Its forward did not, so that it was let "
             "go. Pass the tensor to the region as an argument."
         )
+
+
+class _OverOtherMemory(torch.autograd.Function):
+    """What a tensor is, in other memory that holds the same values."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def over_other_memory(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A tensor that comes of all that a tensor comes of, and looks at memory of its own.
+
+    Args:
+        tensor: one that ops made.
+        make: makes one without a history, whose values are the same.
+    """
+    with torch._C.DisableTorchFunction(), torch.enable_grad():
+        return cast(torch.Tensor, _OverOtherMemory.apply(tensor, make))  # type: ignore[no-untyped-call]
 
 
 def cut_history(tensor: torch.Tensor) -> bool:

@@ -179,7 +179,8 @@ def with_known_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Run an op on fake tensors; by masks that are real, and grouped products in any dtype.
 
     The rule for the shapes of products knows bf16 only, while the CPU's kernel takes fp32 too
-    (torch 2.13). Sparse gradients of bags have rows. The lengths of sequences that are packed are whole, and known.
+    (torch 2.13). Sparse gradients of bags have rows. The lengths of packed sequences are whole,
+    and known.
     """
     if func is BAG_BACKWARD:
         gradient = func(*args, **kwargs)

@@ -17,8 +17,8 @@ from torch import fx
 from ckpt_pass._torch import functorch
 from ckpt_pass.graph.gradients import lay_out_gradients
 from ckpt_pass.graph.regions import RegionFinder
-from ckpt_pass.ops.taxonomy import classify, draws_random, is_expensive, never_recompute
 from ckpt_pass.graph.sparse_rows import tell_rows
+from ckpt_pass.ops.taxonomy import classify, draws_random, is_expensive, never_recompute
 from ckpt_pass.policy.sites import (
     CallNumbers,
     ModulePath,

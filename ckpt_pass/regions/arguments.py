@@ -204,6 +204,7 @@ class Arguments:
         "_tensors",
         "_unpack",
         "devices",
+        "inside",
         "mutable",
     )
 
@@ -220,6 +221,8 @@ class Arguments:
         self._iterators = False
         #: What a recomputation may change: to be put back before each.
         self.mutable: list[Any] = []
+        #: The tensors in containers, which later runs may find others in.
+        self.inside: list[torch.Tensor] = []
         values = (*args, *kwargs.values()) if kwargs else args
         if _KEPT.issuperset(map(type, values)):
             tensors = [v for v in values if isinstance(v, torch.Tensor)]
@@ -229,6 +232,8 @@ class Arguments:
             kwargs = {key: copier(value) for key, value in kwargs.items()}
             tensors = [tensor for _, tensor in named_arguments(args, kwargs)]
             self.mutable, self._iterators = copier.mutable, copier.iterators
+            own = set(map(id, values))
+            self.inside = [tensor for tensor in tensors if id(tensor) not in own]
         self.devices = accelerators(tensors)
         self._args, self._kwargs = args, kwargs
         self._tensors: list[tuple[torch.Tensor, int, bool]] = []
@@ -256,6 +261,7 @@ class Arguments:
                 spec,
             )
         self._args, self._kwargs = (), {}
+        self.inside = []
         # Containers are made anew from their leaves, so that only the others need be put back.
         leaves = {id(value) for value in flat}
         self.mutable = [value for value in self.mutable if id(value) in leaves]

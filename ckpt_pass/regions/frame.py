@@ -156,6 +156,8 @@ class Frame:
         self._arguments = self._kept(args, kwargs)
         if self._arguments.mutable:
             outside.add(*self._arguments.mutable)
+        if self._arguments.inside:
+            outside.note_arguments(self._arguments, self._arguments.inside)
         devices = self._arguments.devices
         self._ambient = Surroundings(readers_for(devices))
         # Kept to the end of the forward, for backwards inside it; longer where numbers were drawn.

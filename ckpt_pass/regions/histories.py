@@ -18,7 +18,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,22 +33,39 @@ class Histories:
 
     Args:
         owner: the run's account, which is to hold this as ``histories``, and whose ``known`` says
-            of which region it is; what its ``found`` holds is its own.
-        tensors: those.
+            of which region it is; what its ``found`` holds is its own, and ``is_put_back`` tells
+            of the containers among that.
+        tensors: those; none where a run has changed what it found, and has ended.
     """
 
     __slots__ = ("__weakref__", "_busy", "_fixed", "_followed", "_handles", "_versions", "tensors")
 
-    def __init__(self, owner: Any, tensors: list[torch.Tensor]) -> None:
-        self._followed = False
-        self._busy = True
-        self.tensors = tensors
-        self._versions = [tensor._version for tensor in tensors]
-        self._fixed = [not may_be_cut(tensor) for tensor in tensors]
-        hook, pairs = Follower(self), zip(tensors, self._fixed, strict=True)
-        watched = [tensor for tensor, fixed in pairs if not fixed]
-        self._handles = [handle for tensor in watched for handle in hook.on(tensor)]
+    def __init__(self, owner: Any, tensors: Iterable[torch.Tensor]) -> None:
+        self._followed = self._busy = False
+        self.tensors: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self._fixed: list[bool] = []
+        self._handles: list[Any] = []
+        self.add(tensors)
         _waiting.add(owner)
+
+    def add(self, tensors: Iterable[torch.Tensor]) -> None:
+        """The run, whose forward begins, has found more."""
+        known = set(map(id, self.tensors))
+        new = [tensor for tensor in tensors if id(tensor) not in known]
+        self._busy |= bool(new)
+        self.tensors += new
+        self._versions += [tensor._version for tensor in new]
+        fixed = [not may_be_cut(tensor) for tensor in new]
+        self._fixed += fixed
+        hook, pairs = Follower(self), zip(new, fixed, strict=True)
+        watched = [tensor for tensor, stays in pairs if not stays]
+        self._handles += [handle for tensor in watched for handle in hook.on(tensor)]
+
+    @property
+    def busy(self) -> bool:
+        """Whether the run's forward goes on."""
+        return self._busy
 
     def follow(self) -> None:
         """A backward inside the run goes through a history: its recomputation needs all."""
@@ -122,22 +139,25 @@ class _Waiting:
         if autograd.forward_derivatives_active() or not self._lock.acquire(blocking=False):
             return
         try:
-            any_let_go = again = self._let_go()
+            every = list(self._of.values())
+            any_let_go = again = self._let_go(every)
             while again:  # a view's base is free when the view is
-                again = self._let_go()
-            runs.looked_at(any_let_go)
+                again = self._let_go(every)
+            for each in every:  # all were looked at
+                each.looked_at(any_let_go)
         finally:
             self._lock.release()
 
-    def _let_go(self) -> bool:
+    def _let_go(self, every: list[_Runs]) -> bool:
         """Let go the histories that none of the runs needs; return whether there were any."""
-        every = list(self._of.values())
         # A run that has begun just now has no histories yet, and holds nothing alone.
         found = [one for runs in every for one in runs.alive() if one.histories is not None]
-        alone = held_by_none_but(found)
+        alone, containers = held_by_none_but(found)
         numbers = set(map(id, alone))
         for owner in found:
             owner.histories.let_go(numbers)
+        for container in containers:
+            container.clear()
         return any([cut_history(tensor) for tensor in alone])
 
 
@@ -187,16 +207,21 @@ def _references(values: dict[int, Any]) -> dict[int, int]:
     return {number: sys.getrefcount(values[number]) for number in values}
 
 
-def held_by_none_but(owners: Sequence[Any]) -> list[torch.Tensor]:
+#: Containers that can be emptied; the attributes of plain objects are one, too.
+_EMPTIED = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
+
+
+def held_by_none_but(owners: Sequence[Any]) -> tuple[list[torch.Tensor], list[Any]]:
     """The tensors that only some runs refer to, and what these alone hold, and that none needs.
 
     Args:
         owners: the runs' accounts.
+
+    Returns:
+        These tensors; and the containers of which the same is true, that hold something.
     """
     free = set[int]().union(*(owner.histories.free() for owner in owners))
     found, leads_to = _Found(free), dict[int, list[int]]()
-    if not free:
-        return []
     for owner in owners:
         leads_to[id(owner)] = [n for own in owner.found() for n in found.add(own)]
     going_on = found.alone()
@@ -206,10 +231,36 @@ def held_by_none_but(owners: Sequence[Any]) -> list[torch.Tensor]:
             leads_to[number] = [] if isinstance(value, torch.Tensor) else found.add(value)
         del value
         going_on = found.alone() - leads_to.keys()
-    alone = found.alone() & free
-    for owner in owners:  # what a run has found without a note of its history stays
-        alone -= _reached(id(owner), leads_to).intersection(alone) - owner.histories.free()
-    return [found.values[number] for number in found.values if number in alone]
+    alone = found.alone()
+    tensors, emptied = alone & free, _emptied(found, alone, leads_to)
+    for owner in owners:
+        reached = _reached(id(owner), leads_to)
+        # What a run has found without a note of its history stays.
+        tensors -= reached.intersection(tensors) - owner.histories.free()
+        here = reached & emptied
+        if here:
+            may_be = not owner.histories.busy
+            emptied -= {n for n in here if not (may_be and owner.is_put_back(found.values[n]))}
+    return [found.values[n] for n in found.values if n in tensors], [
+        found.values[n] for n in found.values if n in emptied
+    ]
+
+
+def _emptied(found: _Found, alone: set[int], leads_to: dict[int, list[int]]) -> set[int]:
+    """The containers among what only runs refer to that hold something, and nobody looks for."""
+    values = found.values
+    looked_for = [
+        n
+        for n in alone
+        if isinstance(values[n], torch.nn.Module) or _has_weak_references(values[n])
+    ]
+    kept = set[int]().union(*(_reached(n, leads_to) for n in looked_for))
+    kinds = {n for n in alone if type(values[n]) in _EMPTIED and values[n]}
+    return kinds - kept
+
+
+def _has_weak_references(value: Any) -> bool:
+    return bool(weakref.getweakrefcount(value))
 
 
 def _reached(start: int, leads_to: dict[int, list[int]]) -> set[int]:

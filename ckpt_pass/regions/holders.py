@@ -396,7 +396,7 @@ class Holders:
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a plain one with elements in a row of memory."""
     plain = type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
-    return plain and tensor.layout is torch.strided
+    return plain and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _has_fields(value: Any) -> bool:

@@ -11,6 +11,7 @@ changed is an error with the tensor's name.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
+from ckpt_pass._torch.histories import has_history, over_other_memory
 from ckpt_pass._torch.switches import set_switches, switches_now
 from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.buffers import alias_like, copy_of, has_statistics, running_buffers
@@ -61,6 +63,7 @@ class Outside:
     __slots__ = (
         "__weakref__",
         "_addresses",
+        "_arguments",
         "_before",
         "_copies",
         "_flags",
@@ -94,6 +97,7 @@ class Outside:
         #: Running statistics, which most regions move and do not read.
         self._statistics: list[torch.Tensor] = []
         self._before: Noted | None = None
+        self._arguments: Any = None
         #: What :meth:`put_in` has found: which tensors require gradients, and torch's switches. A
         #: region that sets and sets back may be left in between.
         self._flags: list[bool] = []
@@ -130,18 +134,33 @@ class Outside:
         movable = state.movable()
         self._starts, self._addresses = autograd.data_of_all(movable), list(map(_address, movable))
         self._start_by_id = None
-        found = state.histories()
+        self._note_histories(state.histories())
+
+    def note_arguments(self, arguments: Any, inside: list[torch.Tensor]) -> None:
+        """Know what holds the region's arguments, and the tensors in containers among them."""
+        self._arguments = arguments
+        self._note_histories(list(filter(has_history, inside)))
+
+    def _note_histories(self, found: list[torch.Tensor]) -> None:
         if found and self.histories is None:
             self.histories = Histories(self, found)
+        elif found and self.histories is not None:
+            self.histories.add(found)
 
     def found(self) -> tuple[Any, ...]:
         """What holds all that the forward found when it began, and nothing else does."""
-        return self._state, self.histories
+        return self._state, self.histories, self._roots, self._arguments
 
     def end_histories(self) -> None:
         """The forward has ended, with an error or without."""
         if self.histories is not None:
             self.histories.end()
+        elif not self.known.quiet and not self._state.is_still_held():
+            self.histories = Histories(self, [])  # what it has put somewhere may lead to its graph
+
+    def is_put_back(self, container: Any) -> bool:
+        """Whether a container is given what it held for a recomputation, and none goes on."""
+        return self._before is None and self.has(container)
 
     def learn(self) -> None:
         """Let later runs know what the forward has done, which was looked at and ends now."""
@@ -357,7 +376,10 @@ class Outside:
             copied = copies.get(address)
             if copied is None and start is not tensor and self._kept(tensor, version):
                 copied = start.untyped_storage()
-            if copied is not None and not (differentiable and tensor.requires_grad):
+            if copied is not None and start is tensor and _is_as_made(tensor, version):
+                alias = functools.partial(_memory_of, tensor, copied)
+                stand_ins[id(tensor)] = over_other_memory(tensor, alias)
+            elif copied is not None and not (differentiable and tensor.requires_grad):
                 stand_ins[id(tensor)] = alias_like(tensor, start, copied)
             elif _version(tensor) != version or copied is not None:
                 if not address:
@@ -412,6 +434,15 @@ def _put_back_hooks(now: list[dict[int, Any] | None], before: list[dict[int, Any
         if on is not None and on.keys() != were.keys():
             on.clear()
             on.update(were)
+
+
+def _is_as_made(tensor: torch.Tensor, version: int) -> bool:
+    """Whether a tensor has a history, and it is that of its values: gradients inside go through."""
+    return _version(tensor) == version and has_history(tensor)
+
+
+def _memory_of(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    return alias_like(tensor, tensor, storage).detach_()
 
 
 def _version(tensor: torch.Tensor) -> int:
