@@ -217,6 +217,16 @@ def recompute_anew(frame: Any) -> None:
         known.pop(task, None)
 
 
+def set_versions(tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
+    """Give tensors, whose contents are what they were then, the versions that they had.
+
+    Those of inference tensors, which have none, are passed over.
+    """
+    for tensor, version in zip(tensors, versions, strict=True):
+        if not tensor.is_inference() and tensor._version != version:
+            torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
 def early_stop_asked() -> bool | None:
     """What ``set_checkpoint_early_stop`` says of all regions; ``None`` where it says nothing."""
     return torch.utils.checkpoint._enable_checkpoint_early_stop

@@ -36,7 +36,7 @@ def take_sizes(sizes: Sequence[tuple[torch.SymInt, int]]) -> bool:
         Whether a step of those sizes runs in the same graph: its conditions so far hold, and
         all of the sizes can be had. Else nothing has changed.
     """
-    env = next((size.node.shape_env for size, _ in sizes), None)
+    env: Any = next((size.node.shape_env for size, _ in sizes), None)
     if not hasattr(env, "var_to_hint_override"):
         return False
     asked = {size.node.expr: value for size, value in sizes if size.node.expr.is_Symbol}

@@ -217,7 +217,9 @@ def _plan_command() -> Callable[..., None]:
 def _verify_command() -> Callable[..., None]:
     import typer
 
-    plan_option = typer.Option(None, "--plan", help="A plan file, as Plan.save writes it.")
+    plan_option = typer.Option(
+        None, "--plan", exists=True, dir_okay=False, help="A plan file, as Plan.save writes it."
+    )
     rtol_option = typer.Option(0.0, min=0.0, help="How far gradients may be apart, relative.")
     atol_option = typer.Option(0.0, min=0.0, help="The same, absolute; inductor rounds elsewhere.")
 

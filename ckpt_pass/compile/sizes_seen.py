@@ -9,7 +9,7 @@ largest sizes that the function was compiled at before.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -54,14 +54,13 @@ def _count(sizes: _Sizes) -> int:
 
 def _taken(tensors: Sequence[Tensor], sizes: _Sizes) -> bool:
     """Whether a call of some sizes may run in the graph; then its open sizes are taken to be so."""
-    pairs = [
+    if any(tensor.dim() != len(size) for tensor, size in zip(tensors, sizes, strict=True)):
+        return False
+    pairs: list[tuple[Any, int]] = [
         pair
         for tensor, size in zip(tensors, sizes, strict=True)
-        if tensor.dim() == len(size)
         for pair in zip(tensor.shape, size, strict=True)
     ]
-    fixed = [pair for pair in pairs if not isinstance(pair[0], torch.SymInt)]
-    alike = all(tensor.dim() == len(size) for tensor, size in zip(tensors, sizes, strict=True))
-    if not alike or any(here != there for here, there in fixed):
+    if any(here != there for here, there in pairs if not isinstance(here, torch.SymInt)):
         return False
     return hints.take_sizes([pair for pair in pairs if isinstance(pair[0], torch.SymInt)])

@@ -20,6 +20,7 @@ from torch import fx
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch.operators import OpOverload, argument_value
 from ckpt_pass.graph.joint import is_multi_output_access
+from ckpt_pass.graph.sparse_rows import BAG_BACKWARD, without_padding
 from ckpt_pass.ops.taxonomy import op_name
 from ckpt_pass.policy.sites import optimization_hint, output_tensors
 
@@ -268,6 +269,8 @@ def call_of(node: fx.Node, really: Mapping[fx.Node, Any] = NOTHING) -> Call:
     if node.target is torch.ops.aten.masked_scatter_backward.default:
         gradient, mask, size = args
         args = (gradient, _choosing(mask, size), size)
+    if node.target is BAG_BACKWARD:
+        args = without_padding(args)  # made-up indices are 0
     device = _device(node, args, kwargs)
     return Call(node.target, args, kwargs, device, node.meta.get(WITH_GRAD, False))
 

@@ -41,3 +41,10 @@ def with_all_rows(gradient: Tensor, args: Any) -> Tensor:
     values = args[0].new_empty((indices.numel(), *gradient.shape[1:]))
     size = gradient.shape
     return torch.sparse_coo_tensor(rows.long(), values, size, check_invariants=False)
+
+
+def without_padding(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of the op under which indices of 0 are no padding, and others may be."""
+    if len(args) <= _PADDING or args[_PADDING] != 0:
+        return args
+    return (*args[:_PADDING], 1, *args[_PADDING + 1 :])

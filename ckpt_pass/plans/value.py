@@ -45,6 +45,7 @@ from ckpt_pass.regions.wrapping import (
     applied_regions,
     apply_regions,
     check_regions,
+    regions_of,
     remove_regions,
 )
 
@@ -195,14 +196,14 @@ class Plan(PlanRecord, PlanFile):
         if self.mode == "eager":
             check_eager_step(self.signature, model)
 
-    @staticmethod
-    def remove(model: nn.Module) -> None:
-        """Undo :meth:`apply`.
+    def remove(self, model: nn.Module) -> None:
+        """Undo :meth:`apply`; a plan without regions has left nothing to undo.
 
         Raises:
-            NotAppliedError: the model has no regions.
+            NotAppliedError: the model has no regions, and the plan has.
         """
-        remove_regions(model)
+        if self._region_specs or regions_of(model):
+            remove_regions(model)
 
     def applied(
         self, model: nn.Module, offload: OffloadLike | bool | None = None

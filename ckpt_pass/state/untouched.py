@@ -56,6 +56,7 @@ def untouched(
     flags = [(t, t.requires_grad) for t in reached.tensors if t.is_leaf]
     written = [tensor for tensor in reached.tensors if values and _may_change(tensor)]
     copies = [(tensor, tensor.detach().clone()) for tensor in written]
+    versions = [-1 if tensor.is_inference() else tensor._version for tensor in written]
     with random_state_restored(), parameters_restored(reached.tensors if values else ()):
         try:
             if stand_in is None and not any(keeper.copy for _, keeper, _ in reached.objects):
@@ -80,6 +81,8 @@ def untouched(
                 if not torch.equal(tensor, content):
                     with torch.no_grad():
                         tensor.copy_(content)
+            # A step that is under way has saved them, and they are what they were.
+            autograd.set_versions([tensor for tensor, _ in copies], versions)
             for thing, keeper, state in reached.objects:
                 _set_back(thing, keeper, state)
 

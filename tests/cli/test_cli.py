@@ -176,6 +176,11 @@ def test_plan_writes_a_page_with_the_trade_off(folder: Path) -> None:
     assert alone.exit_code == 2 and "got no --report" in alone.stderr.replace("\n", " ")
 
 
+def test_a_plan_file_that_is_not_there(folder: Path) -> None:
+    result = run("verify", f"{folder / 'model.py'}:with_loss", "--plan=nowhere.json")
+    assert result.exit_code == 2 and "nowhere.json" in result.stderr.replace("\n", " ")
+
+
 def test_sweep_shows_and_writes_every_point(folder: Path) -> None:
     target, png, rows = f"{folder / 'model.py'}:with_loss", folder / "a.png", folder / "a.json"
     options = ("--no-torch", "--rounds=1", "--budget=16", "--budget=1.0")

@@ -170,6 +170,42 @@ def test_a_model_that_looks_at_activations() -> None:
     assert any(decision.site.op.startswith("aten.") for decision in plan.decisions)
 
 
+class _Averaging(nn.Module):
+    """Saves a buffer that it has written to, and looks at values: its forward runs for real."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        with torch.no_grad():
+            self.mean.mul_(0.9)
+        if h.sum().item() > 1e9:
+            h = h * 2
+        return (h * self.mean).square().mean()
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_a_step_that_is_under_way_goes_on(mode: Any) -> None:
+    torch._dynamo.reset()
+    model, x = _Averaging(), torch.randn(4, 8)
+    loss = model(x)
+    mean, version = model.mean.clone(), model.mean._version
+    ckpt_pass.plan(model, x, budget="1GiB", mode=mode)
+    assert torch.equal(model.mean, mean) and model.mean._version == version
+    loss.backward()
+
+
+def test_a_plan_without_regions_is_taken_away_too() -> None:
+    model, x = nn.Linear(8, 8), torch.randn(4, 8)
+    plan = ckpt_pass.plan(model, x, budget="1GiB", mode="eager", loss_fn=torch.sum)
+    assert not plan.region_specs()
+    plan.apply(model)
+    plan.remove(model)
+
+
 def test_nothing_to_differentiate() -> None:
     model = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ckpt_pass.NothingToDifferentiateError):

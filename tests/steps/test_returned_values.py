@@ -1,4 +1,4 @@
-"""Steps that return more than their loss, of which the training loop holds all or the loss alone."""
+"""Steps that return more than their loss: the training loop holds all of it, or the loss alone."""
 
 from __future__ import annotations
 
