@@ -129,6 +129,7 @@ def test_offloading_from_a_gpu_is_gone_without_one() -> None:
     assert all(row.gradient_off < 1e-4 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_all_for_a_gpu_goes_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole command on a tiny model: no way is left out, and the results are written."""
     assert on_gpu.main(["--dry-run", "--no-tests", f"--out={tmp_path}"]) == 0

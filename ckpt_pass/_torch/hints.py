@@ -17,7 +17,7 @@ import torch
 def hint_of(size: torch.SymInt) -> int:
     """The value that a size is taken to have."""
     node = size.node
-    asked = getattr(node.shape_env, "var_to_hint_override", None)
+    asked = getattr(getattr(node, "shape_env", None), "var_to_hint_override", None)
     if asked and not asked.keys().isdisjoint(node.expr.free_symbols):
         found = _at(node.shape_env, node.expr, asked)
         if found.is_Integer:
