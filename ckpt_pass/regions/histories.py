@@ -18,13 +18,13 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ckpt_pass._torch import autograd
-from ckpt_pass._torch.histories import Follower, cut_history, may_be_cut
+from ckpt_pass._torch.histories import Follower, cut_history, has_history, may_be_cut
 from ckpt_pass.regions.kinds import ATOMS
 
 
@@ -152,12 +152,11 @@ class _Waiting:
         """Let go the histories that none of the runs needs; return whether there were any."""
         # A run that has begun just now has no histories yet, and holds nothing alone.
         found = [one for runs in every for one in runs.alive() if one.histories is not None]
-        alone, containers = held_by_none_but(found)
+        alone, containers, looked_at = held_by_none_but(found)
         numbers = set(map(id, alone))
         for owner in found:
             owner.histories.let_go(numbers)
-        for container in containers:
-            container.clear()
+        recomputations.empty(containers, looked_at)
         return any([cut_history(tensor) for tensor in alone])
 
 
@@ -191,8 +190,12 @@ class _Found:
         self.counts.update(numbers)
         return numbers
 
+    def known(self, holder: Any) -> list[int]:
+        """What one that was added refers to, by ``id``."""
+        return [number for number in map(id, gc.get_referents(holder)) if number in self.values]
+
     def _is_looked_at(self, value: Any) -> bool:
-        if isinstance(value, torch.Tensor):
+        if issubclass(type(value), torch.Tensor):  # a proxy would be asked for its class
             return id(value) in self._tensors
         return type(value) not in _PASSED_OVER and gc.is_tracked(value)
 
@@ -207,18 +210,26 @@ def _references(values: dict[int, Any]) -> dict[int, int]:
     return {number: sys.getrefcount(values[number]) for number in values}
 
 
-#: Containers that can be emptied; the attributes of plain objects are one, too.
-_EMPTIED = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
+#: Containers that can be emptied, so can the attributes of plain objects.
+_EMPTIED = frozenset(
+    {list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict}
+)
+#: Types of holders that do not notice that what they hold is emptied: neither iterators, which
+#: know their place, nor generators, frames or functions.
+_UNAWARE = _EMPTIED | {tuple, frozenset}
+#: Types that Python code makes (``Py_TPFLAGS_HEAPTYPE``).
+_OF_PYTHON = 1 << 9
 
 
-def held_by_none_but(owners: Sequence[Any]) -> tuple[list[torch.Tensor], list[Any]]:
+def held_by_none_but(owners: Sequence[Any]) -> tuple[list[torch.Tensor], set[int], _Found]:
     """The tensors that only some runs refer to, and what these alone hold, and that none needs.
 
     Args:
         owners: the runs' accounts.
 
     Returns:
-        These tensors; and the containers of which the same is true, that hold something.
+        These tensors; by ``id``, the containers of which the same is true, and that hold something;
+        and what was looked at.
     """
     free = set[int]().union(*(owner.histories.free() for owner in owners))
     found, leads_to = _Found(free), dict[int, list[int]]()
@@ -228,43 +239,87 @@ def held_by_none_but(owners: Sequence[Any]) -> tuple[list[torch.Tensor], list[An
     while going_on:
         for number in going_on:
             value = found.values[number]
-            leads_to[number] = [] if isinstance(value, torch.Tensor) else found.add(value)
+            is_tensor = issubclass(type(value), torch.Tensor)
+            leads_to[number] = [] if is_tensor else found.add(value)
         del value
         going_on = found.alone() - leads_to.keys()
     alone = found.alone()
-    tensors, emptied = alone & free, _emptied(found, alone, leads_to)
+    tensors, emptied = alone & free, _emptied(found.values, alone, leads_to)
     for owner in owners:
-        reached = _reached(id(owner), leads_to)
+        reached = _reached([id(owner)], leads_to)
         # What a run has found without a note of its history stays.
         tensors -= reached.intersection(tensors) - owner.histories.free()
         here = reached & emptied
-        if here:
-            may_be = not owner.histories.busy
-            emptied -= {n for n in here if not (may_be and owner.is_put_back(found.values[n]))}
-    return [found.values[n] for n in found.values if n in tensors], [
-        found.values[n] for n in found.values if n in emptied
-    ]
+        if here:  # its arguments it has as copies, which nothing is put into
+            kept = _reached([n for own in owner.given() for n in found.known(own)], leads_to)
+            may_be = here if not owner.histories.busy else set[int]()
+            put_back = {n for n in may_be - kept if owner.is_put_back(found.values[n])}
+            emptied -= here - put_back
+    return [found.values[n] for n in found.values if n in tensors], emptied, found
 
 
-def _emptied(found: _Found, alone: set[int], leads_to: dict[int, list[int]]) -> set[int]:
-    """The containers among what only runs refer to that hold something, and nobody looks for."""
-    values = found.values
-    looked_for = [
-        n
-        for n in alone
-        if isinstance(values[n], torch.nn.Module) or _has_weak_references(values[n])
-    ]
-    kept = set[int]().union(*(_reached(n, leads_to) for n in looked_for))
-    kinds = {n for n in alone if type(values[n]) in _EMPTIED and values[n]}
-    return kinds - kept
+def _emptied(
+    values: Mapping[int, Any], alone: set[int], leads_to: Mapping[int, list[int]]
+) -> set[int]:
+    """The containers among what only runs refer to that hold something, and nobody sees."""
+    aware = _reached([n for n in alone if not _is_unaware(values[n])], leads_to)
+    return {n for n in alone - aware if type(values[n]) in _EMPTIED and values[n]}
 
 
-def _has_weak_references(value: Any) -> bool:
-    return bool(weakref.getweakrefcount(value))
+def _is_unaware(value: Any) -> bool:
+    """Whether nobody notices when what a value leads to is emptied: it has no code that is run."""
+    kind = type(value)
+    if weakref.getweakrefcount(value) or issubclass(kind, torch.nn.Module):
+        return False
+    return kind in _UNAWARE or bool(kind.__flags__ & _OF_PYTHON and not hasattr(kind, "__del__"))
 
 
-def _reached(start: int, leads_to: dict[int, list[int]]) -> set[int]:
-    reached, todo = set[int](), [start]
+def leads_to_history(values: Iterable[Any], depth: int = 3) -> bool:
+    """Whether there is a tensor with a history among some values, or not far behind them."""
+    for value in values:
+        kind = type(value)
+        if issubclass(kind, torch.Tensor):
+            found = has_history(value)
+        else:
+            goes_on = depth and kind not in _PASSED_OVER and not issubclass(kind, torch.nn.Module)
+            found = bool(goes_on) and leads_to_history(gc.get_referents(value), depth - 1)
+        if found:
+            return True
+    return False
+
+
+class Recomputations:
+    """Those that go on now, of all threads: what they have put in is not emptied meanwhile."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def begin(self) -> None:
+        """One begins to put in what its forward found."""
+        with self._lock:
+            self._count += 1
+
+    def end(self) -> None:
+        """It has put back what was there."""
+        with self._lock:
+            self._count -= 1
+
+    def empty(self, containers: set[int], looked_at: _Found) -> None:
+        """Empty containers, unless there are any recomputations, or somebody has one by now."""
+        with self._lock:
+            if containers and not self._count:
+                for number in looked_at.alone() & containers:
+                    looked_at.values[number].clear()
+
+
+recomputations = Recomputations()
+
+
+def _reached(starts: Iterable[int], leads_to: Mapping[int, list[int]]) -> set[int]:
+    """The starts that are no owners, and all that they lead to."""
+    todo = list(starts)
+    reached = set(todo)
     while todo:
         new = set(leads_to.get(todo.pop(), ())) - reached
         reached |= new

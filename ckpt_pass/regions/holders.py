@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -162,6 +163,12 @@ class Holders:
         if not self._seen:  # nothing was looked for: what is here was known
             self._seen.update(map(id, (*self.mappings(), *self.modules)))
         return id(container) in self._seen
+
+    def containers(self) -> Iterator[Any]:
+        """Lists, dicts and sets, and the attributes of what is no module."""
+        modules = {id(module.__dict__) for module in self.modules}
+        attributes = (own for own in self.attributes if id(own) not in modules)
+        return chain(self.maps, self.lists, self.sets, attributes)
 
     def movable(self) -> list[torch.Tensor]:
         """The tensors that may be given other memory (``.data = ...``), and are seen to be."""

@@ -26,7 +26,7 @@ from ckpt_pass._torch.histories import has_history, over_other_memory
 from ckpt_pass._torch.switches import set_switches, switches_now
 from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.buffers import alias_like, copy_of, has_statistics, running_buffers
-from ckpt_pass.regions.histories import Histories
+from ckpt_pass.regions.histories import Histories, leads_to_history, recomputations
 from ckpt_pass.regions.holders import Holders, has_memory
 from ckpt_pass.regions.known import Known, watch_all_again
 from ckpt_pass.regions.naming import name_of
@@ -155,8 +155,14 @@ class Outside:
         """The forward has ended, with an error or without."""
         if self.histories is not None:
             self.histories.end()
-        elif not self.known.quiet and not self._state.is_still_held():
-            self.histories = Histories(self, [])  # what it has put somewhere may lead to its graph
+        elif self.known.quiet or self._state.is_still_held():
+            return
+        elif leads_to_history(self._state.holders.containers()):
+            self.histories = Histories(self, [])
+
+    def given(self) -> tuple[Any, ...]:
+        """Of what :meth:`found` returns, what holds the arguments."""
+        return self._roots[1:], self._arguments
 
     def is_put_back(self, container: Any) -> bool:
         """Whether a container is given what it held for a recomputation, and none goes on."""
@@ -299,6 +305,14 @@ class Outside:
         Raises:
             MutatedStateError: a tensor has other values now, and no copy of it is there.
         """
+        recomputations.begin()
+        try:
+            return self._put_in(differentiable)
+        except BaseException:
+            recomputations.end()
+            raise
+
+    def _put_in(self, differentiable: bool) -> bool:
         state = self._state
         looks = _looks_of(state.tensors)
         self._flags, self._switches = list(map(_flag, looks)), switches_now()
@@ -321,7 +335,7 @@ class Outside:
             try:
                 stand_ins |= self._substitutes(differentiable)
             except MutatedStateError:
-                self.put_back()
+                self._put_back()
                 raise
         if stand_ins:
             put_in_place(stand_ins, self._state.holders)
@@ -343,6 +357,12 @@ class Outside:
 
     def put_back(self) -> None:
         """Make the holders hold what they held before :meth:`put_in`."""
+        try:
+            self._put_back()
+        finally:
+            recomputations.end()
+
+    def _put_back(self) -> None:
         before, self._before = self._before, None
         if self.stand_ins or self.suspects:
             self.stand_ins, self.suspects = frozenset(), {}

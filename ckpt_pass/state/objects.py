@@ -122,6 +122,8 @@ def _where(iterator: Any) -> list[int]:
         return [at, *_numbers(tuple(inspect.getgeneratorlocals(iterator).values()))]
     if isinstance(iterator, _OF_DICTS):
         return [operator.length_hint(iterator)]
+    if isinstance(iterator, _OF_ORDERED):
+        return [operator.length_hint(copy.copy(iterator))]
     try:
         return _numbers(iterator.__reduce__())
     except TypeError:  # it does not say: where those are that it reads from
@@ -232,6 +234,10 @@ _BYTES = Keeper(bytes, write=_replace)
 _ARRAY = Keeper(lambda a: a[:], write=_replace)
 _NUMPYS = Keeper(_contents, write=_fill)
 _COPIED = Keeper(copy.copy, lambda a, b: _where(a) == _where(b), copy=copy.copy)
+#: Their copies are iterators over lists of what is left.
+_COPIED_AS_LISTS = Keeper(
+    copy.copy, lambda a, b: operator.length_hint(a) == operator.length_hint(b), copy=copy.copy
+)
 _SEEN = Keeper(_where)
 # By the thread that asks: a backward may run in another one than its forward.
 _OF_THREADS = Keeper(_fields, _same_fields, _set_fields)
@@ -257,12 +263,14 @@ _OF_DICTS: tuple[type, ...] = tuple(
     for values in (_EMPTY, _EMPTY.values(), _EMPTY.items())
     for turned in (iter, reversed)
 )
+#: Of ordered dicts, over keys, values or items.
+_OF_ORDERED: tuple[type, ...] = (type(iter(collections.OrderedDict())),)
 #: Others: what they read from is shared with their copies.
 _OTHERS: tuple[type, ...] = (
     *(types.GeneratorType, enumerate, zip, map, filter, *_OF_DICTS),
     *(kind for kind in vars(itertools).values() if hasattr(kind, "__next__")),
 )
-_ITERATORS = (*_COPYABLE, *_OTHERS)
+_ITERATORS = (*_COPYABLE, *_OF_ORDERED, *_OTHERS)
 _OF_C: tuple[type, ...] = tuple(
     base.__mro__[-2] for base in (ctypes.c_int, ctypes.Structure, ctypes.Union, ctypes.Array)
 )
@@ -277,6 +285,7 @@ _KINDS: tuple[tuple[tuple[type, ...], Keeper], ...] = (
     ((memoryview,), _MEMORY),
     (_OF_C, _RAW),
     (_COPYABLE, _COPIED),
+    (_OF_ORDERED, _COPIED_AS_LISTS),
     (_OTHERS, _SEEN),
 )
 

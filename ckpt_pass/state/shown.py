@@ -29,14 +29,14 @@ SHOWING: tuple[type, ...] = (*_BOUND, *_PROXIES, *_VIEWS)
 
 def shown_by(value: Any) -> tuple[Any, ...]:
     """What a view, a proxy, an iterator or a method of C code leads to."""
-    if isinstance(value, _BOUND):
-        owner = owner_of(value)
-        return () if owner is None else (owner,)
-    if type(value) in _PROXIES:
+    if type(value) in _PROXIES:  # first: what one stands for would be asked for its class
         try:
             return (value.__repr__.__self__,)
         except ReferenceError:  # what it stood for is gone
             return ()
+    if isinstance(value, _BOUND):
+        owner = owner_of(value)
+        return () if owner is None else (owner,)
     if isinstance(value, types.GeneratorType):
         return ()
     return tuple(thing for thing in gc.get_referents(value) if not _is_namespace(thing))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +170,177 @@ def test_what_is_looked_for_weakly_stays_as_it_is() -> None:
     assert all(value.grad_fn is not None for value in seen.values() if value.dim())
     there = [found for one in objects if (found := one()) is not None]
     assert there and all(hasattr(found, "norm") for found in there)
+
+
+def test_a_recomputation_sees_its_arguments_where_a_flag_was_switched() -> None:
+    """Arguments are kept as copies, which nothing is put into and nothing is taken out of."""
+
+    def region(h: Tensor, told: dict[str, Any]) -> Tensor:
+        return (h * h * told["scale"] + told["skips"][0] + told["skips"][1]).sin()
+
+    def gradient(run: Callable[..., Tensor]) -> Tensor:
+        torch.manual_seed(0)
+        x, bias = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+        total = torch.zeros(())
+        for number in range(12):
+            h = x * number
+            total = total + run(region, h, {"scale": 3.0, "skips": [h * 2, bias]}).sum()
+        bias.requires_grad_(False)
+        total.backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(gradient(ckpt_pass.checkpoint), gradient(lambda f, *args: f(*args)))
+
+
+@pytest.mark.parametrize(
+    "among", [list, deque, set, OrderedDict.fromkeys], ids=["list", "deque", "set", "ordered"]
+)
+def test_iterators_over_what_only_runs_hold(among: Callable[..., Any]) -> None:
+    def region(h: Tensor, given: Any, more: list[Tensor]) -> Tensor:
+        return (h * next(given) + more[0] * more[1]).sin()
+
+    def gradient(run: Callable[..., Tensor]) -> Tensor:
+        torch.manual_seed(0)
+        x, total = torch.randn(3, requires_grad=True), torch.zeros(())
+        for number in range(14):
+            h, given = x * number, iter(among([1.0, 2.0, 3.0]))
+            next(given)
+            total = total + run(region, h, given, [h * 2, h.sin()]).sum()
+        total.backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(gradient(ckpt_pass.checkpoint), gradient(lambda f, *args: f(*args)))
+
+
+class Returning:
+    """Says what it has when it goes."""
+
+    def __init__(self, said: list[int]) -> None:
+        self.said, self.norms = said, list[Tensor]()
+
+    def __del__(self) -> None:
+        self.said.append(len(self.norms))
+
+
+def saying(said: list[int], norms: list[Tensor]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        said.append(len(norms))
+
+
+@pytest.mark.parametrize("kind", ["object", "generator"])
+def test_what_has_code_that_runs_at_its_end_finds_what_it_had(kind: str) -> None:
+    said: list[int] = []
+
+    class Filling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.aside, self.norms, self.end = Returning([]), list[Tensor](), None
+            self.more = list[Tensor]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.layer(x))
+            norms = self.norms if kind == "generator" else self.aside.norms
+            norms.append(h.norm().detach())
+            self.more.append(h.norm())
+            return x + h
+
+    module, total = Filling(), torch.zeros(())
+    for _ in range(12):
+        module.more = []
+        if kind == "object":
+            module.aside = Returning(said)
+        else:
+            module.norms = []
+            module.end = saying(said, module.norms)  # type: ignore[assignment]
+            next(module.end)  # type: ignore[call-overload]
+        total = total + ckpt_pass.checkpoint(module, torch.randn(4, 8)).sum()
+    total.backward()
+    del module, total
+    gc.collect()
+    assert len(said) >= 12 - FEW and set(said) == {1}  # some wait for a look, as long as runs may
+
+
+def test_containers_that_are_looked_for_weakly_stay_full() -> None:
+    seen: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    class Filling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.row: deque[Tensor] = deque()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.layer(x))
+            self.row.append(h.norm())
+            return x + h
+
+    module = Filling()
+    for number in range(12):
+        module.row = seen[number] = deque()
+        ckpt_pass.checkpoint(module, torch.randn(4, 8)).sum().backward()
+        assert all(len(row) == 1 for row in seen.values())
+
+
+def test_an_object_that_says_nothing_of_its_class_is_no_error() -> None:
+    class Filling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.near: list[Any] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.layer(x))
+            self.near.append(h.norm())
+            return x + h
+
+    module = Filling()
+    for _ in range(12):
+        gone = Object()
+        module.near = [weakref.proxy(gone)]
+        del gone
+        ckpt_pass.checkpoint(module, torch.randn(4, 8))
+
+
+def test_threads_that_recompute_while_others_look() -> None:
+    wrong: list[BaseException] = []
+
+    class Scaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.aside = Object()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.aside.norm = torch.tanh(self.layer(x * self.aside.scale))  # type: ignore[attr-defined]
+            return x + self.aside.norm
+
+    def train() -> None:
+        try:
+            layers, end = [Scaling() for _ in range(3)], time.monotonic() + 2
+            while time.monotonic() < end:
+                total = torch.zeros(())
+                for number in range(12):
+                    x = torch.randn(2, 4)
+                    for layer in layers:
+                        layer.aside = Object()
+                        layer.aside.scale = number + 1.0  # type: ignore[attr-defined]
+                        x = ckpt_pass.checkpoint(layer, x)
+                    total = total + x.sum()
+                total.backward()
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 class OverItself(nn.Module):
