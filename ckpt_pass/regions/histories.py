@@ -141,7 +141,7 @@ class _Waiting:
         try:
             every = list(self._of.values())
             any_let_go = again = self._let_go(every)
-            while again:  # a view's base is free when the view is
+            while again:  # a view's base is free when the view is, and what was in a container
                 again = self._let_go(every)
             for each in every:  # all were looked at
                 each.looked_at(any_let_go)
@@ -149,15 +149,15 @@ class _Waiting:
             self._lock.release()
 
     def _let_go(self, every: list[_Runs]) -> bool:
-        """Let go the histories that none of the runs needs; return whether there were any."""
+        """Let go histories and contents that none of the runs needs; return whether any went."""
         # A run that has begun just now has no histories yet, and holds nothing alone.
         found = [one for runs in every for one in runs.alive() if one.histories is not None]
         alone, containers, looked_at = held_by_none_but(found)
         numbers = set(map(id, alone))
         for owner in found:
             owner.histories.let_go(numbers)
-        recomputations.empty(containers, looked_at)
-        return any([cut_history(tensor) for tensor in alone])
+        any_emptied = recomputations.empty(containers, looked_at)
+        return any([any_emptied, *(cut_history(tensor) for tensor in alone)])
 
 
 _waiting = _Waiting()
@@ -305,12 +305,20 @@ class Recomputations:
         with self._lock:
             self._count -= 1
 
-    def empty(self, containers: set[int], looked_at: _Found) -> None:
-        """Empty containers, unless there are any recomputations, or somebody has one by now."""
+    def empty(self, containers: set[int], looked_at: _Found) -> bool:
+        """Empty containers, unless there are any recomputations, or somebody has one by now.
+
+        Returns:
+            Whether any were.
+        """
+        dropped = []  # when the lock is free again: what goes may run code of its own
         with self._lock:
-            if containers and not self._count:
-                for number in looked_at.alone() & containers:
-                    looked_at.values[number].clear()
+            still = looked_at.alone() & containers if containers and not self._count else ()
+            for number in still:
+                container = looked_at.values[number]
+                dropped.append(gc.get_referents(container))
+                container.clear()
+        return bool(dropped)
 
 
 recomputations = Recomputations()
