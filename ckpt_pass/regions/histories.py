@@ -210,13 +210,14 @@ def _references(values: dict[int, Any]) -> dict[int, int]:
     return {number: sys.getrefcount(values[number]) for number in values}
 
 
-#: Containers that can be emptied, so can the attributes of plain objects.
+#: Containers that can be emptied, so can the attributes of plain objects. Sets cannot: filled
+#: again, they go through their members in another order.
 _EMPTIED = frozenset(
-    {list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict}
+    {list, dict, collections.deque, collections.OrderedDict, collections.defaultdict}
 )
 #: Types of holders that do not notice that what they hold is emptied: neither iterators, which
 #: know their place, nor generators, frames or functions.
-_UNAWARE = _EMPTIED | {tuple, frozenset}
+_UNAWARE = _EMPTIED | {tuple, set, frozenset}
 #: Types that Python code makes (``Py_TPFLAGS_HEAPTYPE``).
 _OF_PYTHON = 1 << 9
 
@@ -244,7 +245,11 @@ def held_by_none_but(owners: Sequence[Any]) -> tuple[list[torch.Tensor], set[int
         del value
         going_on = found.alone() - leads_to.keys()
     alone = found.alone()
-    tensors, emptied = alone & free, _emptied(found.values, alone, leads_to)
+    ending = [n for n in alone if _has_an_end(found.values[n])]
+    aware = [n for n in alone if not _is_unaware(found.values[n])]
+    tensors = (alone & free) - _reached(ending, leads_to)
+    candidates = alone - _reached([*ending, *aware], leads_to)
+    emptied = {n for n in candidates if _is_emptied(found.values[n])}
     for owner in owners:
         reached = _reached([id(owner)], leads_to)
         # What a run has found without a note of its history stays.
@@ -258,20 +263,26 @@ def held_by_none_but(owners: Sequence[Any]) -> tuple[list[torch.Tensor], set[int
     return [found.values[n] for n in found.values if n in tensors], emptied, found
 
 
-def _emptied(
-    values: Mapping[int, Any], alone: set[int], leads_to: Mapping[int, list[int]]
-) -> set[int]:
-    """The containers among what only runs refer to that hold something, and nobody sees."""
-    aware = _reached([n for n in alone if not _is_unaware(values[n])], leads_to)
-    return {n for n in alone - aware if type(values[n]) in _EMPTIED and values[n]}
+def _is_emptied(value: Any) -> bool:
+    """Whether it is a container that holds a tensor with a history, itself or in a tuple."""
+    if type(value) not in _EMPTIED:
+        return False
+    held = gc.get_referents(value)
+    inside = [one for part in held if type(part) is tuple for one in gc.get_referents(part)]
+    return any(issubclass(type(one), torch.Tensor) and has_history(one) for one in held + inside)
+
+
+def _has_an_end(value: Any) -> bool:
+    """Whether code is run when a value goes, which may hand on what it has (a generator's, too)."""
+    return hasattr(type(value), "__del__")
 
 
 def _is_unaware(value: Any) -> bool:
-    """Whether nobody notices when what a value leads to is emptied: it has no code that is run."""
+    """Whether nobody notices when what a value leads to is emptied."""
     kind = type(value)
     if weakref.getweakrefcount(value) or issubclass(kind, torch.nn.Module):
         return False
-    return kind in _UNAWARE or bool(kind.__flags__ & _OF_PYTHON and not hasattr(kind, "__del__"))
+    return kind in _UNAWARE or bool(kind.__flags__ & _OF_PYTHON)
 
 
 def leads_to_history(values: Iterable[Any], depth: int = 3) -> bool:
@@ -292,7 +303,8 @@ class Recomputations:
     """Those that go on now, of all threads: what they have put in is not emptied meanwhile."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Python's collector may run code of its user's, a backward even, at any time.
+        self._lock = threading.RLock()
         self._count = 0
 
     def begin(self) -> None:
@@ -313,8 +325,8 @@ class Recomputations:
         """
         dropped = []  # when the lock is free again: what goes may run code of its own
         with self._lock:
-            still = looked_at.alone() & containers if containers and not self._count else ()
-            for number in still:
+            still = looked_at.alone() & containers if containers else ()
+            for number in () if self._count else still:
                 container = looked_at.values[number]
                 dropped.append(gc.get_referents(container))
                 container.clear()

@@ -309,7 +309,11 @@ class Outside:
         try:
             return self._put_in(differentiable)
         except BaseException:
-            recomputations.end()
+            try:
+                if self._before is not None:
+                    self._put_back()
+            finally:
+                recomputations.end()
             raise
 
     def _put_in(self, differentiable: bool) -> bool:
@@ -327,16 +331,11 @@ class Outside:
             return self.known.quiet and state.has_no_hooks
         self.known.quiet = False
         holders = state.holders
-        before = Searched(holders)
+        self._before = Searched(holders)
         state.contents.put_into(holders)
-        self._before = before
         stand_ins = self._copied_iterators() if state.objects else {}
         if moved:
-            try:
-                stand_ins |= self._substitutes(differentiable)
-            except MutatedStateError:
-                self._put_back()
-                raise
+            stand_ins |= self._substitutes(differentiable)
         if stand_ins:
             put_in_place(stand_ins, self._state.holders)
         return False
