@@ -214,6 +214,34 @@ def test_iterators_over_what_only_runs_hold(among: Callable[..., Any]) -> None:
     assert torch.equal(gradient(ckpt_pass.checkpoint), gradient(lambda f, *args: f(*args)))
 
 
+def test_sets_are_gone_through_in_the_same_order() -> None:
+    """One that had many members and is filled anew has another order."""
+
+    class Ordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names, self.more = set[int](), list[Tensor]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for name in self.names:
+                x = (x * name).sin()
+            self.more.append(x.norm())
+            return x
+
+    def gradient(run: Callable[..., Tensor]) -> Tensor:
+        torch.manual_seed(0)
+        module, x, total = Ordered(), torch.randn(3, requires_grad=True), torch.zeros(())
+        for number in range(14):
+            module.names, module.more = set(range(1000)), []
+            module.names -= set(range(1000)) - {3, 64, 129, 7, 992}
+            total = total + run(module, x * number).sum()
+        total.backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(gradient(ckpt_pass.checkpoint), gradient(lambda f, *args: f(*args)))
+
+
 class Returning:
     """Says what it has when it goes."""
 
