@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,43 +115,29 @@ class Backend:
             UnknownOptionError: an unknown option, or ``mode`` with an inner other than inductor.
         """
         backend = self.with_options(options or {})
+        compiled = functools.partial(self._compiled, gm=gm, inputs=example_inputs, mode=mode)
         asked = asked_job(backend.total, backend.optimizer, backend.budget)
         if asked is None or backend.plan is not None or not torch.is_grad_enabled():
-            return self._compiled(backend, gm, example_inputs, mode)
+            try:
+                return compiled(backend)
+            except InfeasibleBudgetError as error:
+                least = self.coverage.raised_for_shape(backend.budget, error.least_feasible_bytes)
+                if least is None:
+                    raise
+            return compiled(replace(backend, budget=least))
         with functorch.real_tensors():
             account = asked.account(Around.of_graph(example_inputs, asked.job))
         check_updates(account)
         if account.total_bytes is not None:
             backend = replace(backend, budget=step_budget_bytes(account))
         with told_of_total(account):
-            return self._compiled(backend, gm, example_inputs, mode, account)
+            return compiled(backend, account=account)
 
     def _compiled(
         self,
         backend: Backend,
         gm: fx.GraphModule,
-        example_inputs: Sequence[Any],
-        mode: str | None,
-        account: Account | None = None,
-    ) -> Callable[..., Any]:
-        """Compile a graph; a fraction of the peak is raised where it is too little at a new shape.
-
-        A last batch, say, is smaller, and its gradients are not.
-        """
-        try:
-            return self._compiled_once(backend, gm, example_inputs, mode, account)
-        except InfeasibleBudgetError as error:
-            least = error.least_feasible_bytes
-            if not isinstance(backend.budget, float) or not self.coverage.had_room_for(least):
-                raise
-        self.coverage.tell_of_shape(gm, least, backend.budget)
-        return self._compiled_once(replace(backend, budget=least), gm, example_inputs, mode)
-
-    def _compiled_once(
-        self,
-        backend: Backend,
-        gm: fx.GraphModule,
-        example_inputs: Sequence[Any],
+        inputs: Sequence[Any],
         mode: str | None,
         account: Account | None = None,
     ) -> Callable[..., Any]:
@@ -179,7 +166,7 @@ class Backend:
             backend.inner == "aot_eager",
             part,
             offload=as_offload(backend.offload) or Offload(),
-            leaves=leaves_among(example_inputs),
+            leaves=leaves_among(inputs),
         )
         if backend.inner == "aot_eager":
             if mode is not None:
@@ -187,20 +174,16 @@ class Backend:
                     f"Got mode={mode!r} with inner='aot_eager', which has no modes. "
                     "Leave mode out, or use inner='inductor'."
                 )
-            compiled = compilers.compile_eager(gm, example_inputs, partition)
+            compiled = compilers.compile_eager(gm, inputs, partition)
         elif any(plan.inductor is not None for plan in backend.given):
             careful = any(p.inductor is not None and p.inductor.careful for p in backend.given)
-            compiled, plan = compile_planned(
-                gm, example_inputs, partition, inner_options, mode, careful
-            )
+            compiled, plan = compile_planned(gm, inputs, partition, inner_options, mode, careful)
             made = [plan] if plan is not None else []
         elif goal is not None and backend.plan is None:
-            compiled, plan = compile_within(gm, example_inputs, partition, inner_options, mode)
+            compiled, plan = compile_within(gm, inputs, partition, inner_options, mode)
             made += [plan] if plan is not None else []
         else:
-            compiled = compilers.compile_inductor(
-                gm, example_inputs, partition, inner_options, mode
-            )
+            compiled = compilers.compile_inductor(gm, inputs, partition, inner_options, mode)
         cut = graph_break(gm)
         if cut:
             made = [plan.cut_at(cut) for plan in made]
@@ -211,7 +194,7 @@ class Backend:
         if part and backend.budget is not None:
             for plan in made:
                 self.coverage.tell_of_raised(gm, plan, backend.budget)
-        return watch_sizes(compiled, made[-1], example_inputs) if made else compiled
+        return watch_sizes(compiled, made[-1], inputs) if made else compiled
 
     def __deepcopy__(self, memo: object) -> Backend:
         """Itself, with its list of plans: Lightning copies what ``torch.compile`` is given.

@@ -53,26 +53,29 @@ class Coverage:
         if function is not None:
             self._given[function] = max(given, self._given.get(function, 0))
 
-    def had_room_for(self, nbytes: int) -> bool:
-        """Whether the function that is being compiled got that many bytes at another shape."""
-        function = frames.compiled_function()
-        return function is not None and self._given.get(function, 0) >= nbytes
+    def raised_for_shape(self, budget: BudgetLike | None, least_bytes: int) -> int | None:
+        """The least that fits a graph, where a fraction of its peak does not; it is told of.
 
-    def tell_of_shape(self, graph: fx.GraphModule, least_bytes: int, budget: BudgetLike) -> None:
-        """Say that a fraction of the peak is too little at a shape, and was enough at another."""
+        Only where a graph of the same function got as much at another shape: a last batch, say, is
+        smaller, and its gradients are not. Else ``None``.
+        """
         function = frames.compiled_function()
-        if function is None or function in self._raised:
-            return
-        self._raised.add(function)
-        warnings.warn_explicit(
-            f"{function.name} is compiled for another shape, at which no plan fits in {budget} of "
-            f"its peak. The least that fits, {format_bytes(least_bytes)}, is given to it: the "
-            "budget was more at the first shape. To have the same budget at all shapes, give it in "
-            "bytes.",
-            UncoveredBudgetWarning,
-            function.filename,
-            function.line,
-        )
+        if not isinstance(budget, float) or function is None:
+            return None
+        if self._given.get(function, 0) < least_bytes:
+            return None
+        if function not in self._raised:
+            self._raised.add(function)
+            warnings.warn_explicit(
+                f"{function.name} is compiled for another shape, at which no plan fits in {budget} "
+                f"of its peak. The least that fits, {format_bytes(least_bytes)}, is given to it: "
+                "the budget was more at the first shape. To have the same budget at all shapes, "
+                "give it in bytes.",
+                UncoveredBudgetWarning,
+                function.filename,
+                function.line,
+            )
+        return least_bytes
 
     def tell_of_cut(self, graph: fx.GraphModule, budget: BudgetLike) -> None:
         """Say where dynamo cut the function that a graph is a part of, if it did."""

@@ -33,8 +33,8 @@ class Histories:
 
     Args:
         owner: the run's account, which is to hold this as ``histories``, and whose ``known`` says
-            of which region it is; what its ``found`` holds is its own, and ``is_put_back`` tells
-            of the containers among that.
+            of which region it is; what its ``found`` holds is its own, and ``has`` tells which
+            containers it puts contents back into.
         tensors: those; none where a run has changed what it found, and has ended.
     """
 
@@ -258,7 +258,7 @@ def held_by_none_but(owners: Sequence[Any]) -> tuple[list[torch.Tensor], set[int
         if here:  # its arguments it has as copies, which nothing is put into
             kept = _reached([n for own in owner.given() for n in found.known(own)], leads_to)
             may_be = here if not owner.histories.busy else set[int]()
-            put_back = {n for n in may_be - kept if owner.is_put_back(found.values[n])}
+            put_back = {n for n in may_be - kept if owner.has(found.values[n])}
             emptied -= here - put_back
     return [found.values[n] for n in found.values if n in tensors], emptied, found
 

@@ -23,7 +23,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ckpt_pass._errors import CkptPassError
 from ckpt_pass._torch import autograd
 from ckpt_pass._torch.histories import has_history, over_other_memory
-from ckpt_pass._torch.switches import set_switches, switches_now
 from ckpt_pass.regions.behind import modules_behind
 from ckpt_pass.regions.buffers import alias_like, copy_of, has_statistics, running_buffers
 from ckpt_pass.regions.histories import Histories, leads_to_history, recomputations
@@ -32,6 +31,7 @@ from ckpt_pass.regions.known import Known, watch_all_again
 from ckpt_pass.regions.naming import name_of
 from ckpt_pass.regions.noted import Noted, Searched
 from ckpt_pass.regions.stand_ins import held_now, put_in_place
+from ckpt_pass.regions.switched import Switched, switch_flags
 from ckpt_pass.state.objects import SpentIteratorError
 
 
@@ -47,8 +47,6 @@ Look = tuple[int, bool]
 _address = torch.Tensor.data_ptr
 _stride = torch.Tensor.stride
 _version_in, _flag = operator.itemgetter(0), operator.itemgetter(1)
-_requires_grad = operator.attrgetter("requires_grad")
-_hooks_of = operator.attrgetter("_backward_hooks")
 _look: Callable[[torch.Tensor], Look] = operator.attrgetter("_version", "requires_grad")
 
 
@@ -66,15 +64,13 @@ class Outside:
         "_arguments",
         "_before",
         "_copies",
-        "_flags",
-        "_hooks",
         "_looks",
         "_roots",
         "_start_by_id",
         "_starts",
         "_state",
         "_statistics",
-        "_switches",
+        "_switched",
         "changed_anew",
         "histories",
         "known",
@@ -98,12 +94,8 @@ class Outside:
         self._statistics: list[torch.Tensor] = []
         self._before: Noted | None = None
         self._arguments: Any = None
-        #: What :meth:`put_in` has found: which tensors require gradients, and torch's switches. A
-        #: region that sets and sets back may be left in between.
-        self._flags: list[bool] = []
-        self._switches: list[Any] = []
-        #: The hooks on the tensors: some that the recomputation puts there would be there twice.
-        self._hooks: list[dict[int, Any]] = []
+        #: What :meth:`put_in` has found besides.
+        self._switched: Switched | None = None
         #: The storages of what stands in for what the forward has overwritten, by address.
         self.stand_ins: frozenset[int] = frozenset()
         #: What has moved and has no copy, by its storage: the recomputation must not read it.
@@ -163,10 +155,6 @@ class Outside:
     def given(self) -> tuple[Any, ...]:
         """Of what :meth:`found` returns, what holds the arguments."""
         return self._roots[1:], self._arguments
-
-    def is_put_back(self, container: Any) -> bool:
-        """Whether a container is given what it held for a recomputation, and none goes on."""
-        return self._before is None and self.has(container)
 
     def learn(self) -> None:
         """Let later runs know what the forward has done, which was looked at and ends now."""
@@ -319,12 +307,10 @@ class Outside:
     def _put_in(self, differentiable: bool) -> bool:
         state = self._state
         looks = _looks_of(state.tensors)
-        self._flags, self._switches = list(map(_flag, looks)), switches_now()
-        hooks = list(map(_hooks_of, state.tensors))
-        self._hooks = [dict(on or ()) for on in hooks] if any(hooks) else []
+        self._switched = Switched(state.tensors, list(map(_flag, looks)))
         moved = self._tensors_moved(looks)
         if looks != self._looks:
-            self._switch_flags(map(_flag, self._looks))
+            switch_flags(state.tensors, map(_flag, self._looks))
         if not moved and state.is_still_held():
             # What a run moves and moves back is left between where the recomputation stops early.
             self._before = state
@@ -339,12 +325,6 @@ class Outside:
         if stand_ins:
             put_in_place(stand_ins, self._state.holders)
         return False
-
-    def _switch_flags(self, flags: Iterable[bool]) -> None:
-        """Let leaves require gradients, or not."""
-        for tensor, flag in zip(self._state.tensors, flags, strict=True):
-            if tensor.requires_grad is not flag and tensor.is_leaf:
-                tensor.requires_grad_(flag)
 
     def _copied_iterators(self) -> dict[int, Any]:
         """Iterators that have moved on, by their id, and what takes their places."""
@@ -365,13 +345,9 @@ class Outside:
         before, self._before = self._before, None
         if self.stand_ins or self.suspects:
             self.stand_ins, self.suspects = frozenset(), {}
-        if list(map(_requires_grad, self._state.tensors)) != self._flags:
-            self._switch_flags(self._flags)
-        if switches_now() != self._switches:
-            set_switches(self._switches)
-        hooks = list(map(_hooks_of, self._state.tensors))
-        if any(hooks):
-            _put_back_hooks(hooks, self._hooks or [{}] * len(hooks))
+        switched, self._switched = self._switched, None  # or it holds the tensors, too
+        if switched is not None:
+            switched.put_back()
         if before is not None and not before.is_still_held():
             self.known.quiet = False
             before.contents.put_into(before.holders)
@@ -446,13 +422,6 @@ class Outside:
     def name_of(self, thing: Any) -> str:
         """A name for a tensor or an object that is held."""
         return name_of(thing, self._roots, self._state.holders, self._state.contents)
-
-
-def _put_back_hooks(now: list[dict[int, Any] | None], before: list[dict[int, Any]]) -> None:
-    for on, were in zip(now, before, strict=True):
-        if on is not None and on.keys() != were.keys():
-            on.clear()
-            on.update(were)
 
 
 def _is_as_made(tensor: torch.Tensor, version: int) -> bool:

@@ -220,21 +220,67 @@ def test_sets_are_gone_through_in_the_same_order() -> None:
     class Ordered(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.names, self.more = set[int](), list[Tensor]()
+            self.layer, self.last = nn.Linear(3, 3), torch.zeros(3)
+            self.names: set[int] | None = None
 
         def forward(self, x: Tensor) -> Tensor:
+            y = self.last = self.layer(x).tanh()
+            assert self.names is not None
             for name in self.names:
-                x = (x * name).sin()
-            self.more.append(x.norm())
-            return x
+                y = (y * (name + 0.3)).sin()
+            return y
 
     def gradient(run: Callable[..., Tensor]) -> Tensor:
         torch.manual_seed(0)
         module, x, total = Ordered(), torch.randn(3, requires_grad=True), torch.zeros(())
         for number in range(14):
-            module.names, module.more = set(range(1000)), []
-            module.names -= set(range(1000)) - {3, 64, 129, 7, 992}
-            total = total + run(module, x * number).sum()
+            module.names = set(range(100))
+            for name in set(range(100)) - {9, 16}:
+                module.names.discard(name)
+            total = total + run(module, x * (1 + 0.1 * number)).sum()
+        module.names = None
+        total.backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(gradient(ckpt_pass.checkpoint), gradient(lambda f, *args: f(*args)))
+
+
+class HashedByContents:
+    """A key whose hash is made of what a list of its own holds."""
+
+    def __init__(self, *parts: int) -> None:
+        self.parts = list(parts)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.parts))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HashedByContents) and self.parts == other.parts
+
+
+def test_keys_keep_what_they_are_hashed_by() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = nn.Linear(3, 3), torch.zeros(3)
+            self.keys: list[HashedByContents] = []
+            self.values: dict[HashedByContents, float] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.last = self.layer(x).tanh()
+            for key in self.keys:
+                y = (y * self.values.get(HashedByContents(*key.parts), 7.0)).sin()
+            return y
+
+    def gradient(run: Callable[..., Tensor]) -> Tensor:
+        torch.manual_seed(0)
+        module, x, total = Looking(), torch.randn(3, requires_grad=True), torch.zeros(())
+        for number in range(14):
+            module.keys = [HashedByContents(1, number), HashedByContents(2, number)]
+            module.values = dict(zip(module.keys, (1.5, 2.5), strict=True))
+            total = total + run(module, x * (1 + 0.1 * number)).sum()
+        module.keys, module.values = [], {}
         total.backward()
         assert x.grad is not None
         return x.grad
